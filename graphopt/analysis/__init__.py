@@ -1,0 +1,1 @@
+"""Facts about a graph, found by dataflow. Reads, never writes."""

@@ -1,0 +1,1 @@
+"""The graph: load, save, edit. Knows no pass."""

@@ -1,0 +1,48 @@
+"""What is constant in a graph, and its numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor behind `value` where it can never change, else None.
+
+    An initializer that is also a graph input can be overridden by the caller and is therefore no constant
+    (`graphopt.graph.load` has already made those of IR versions below 4, which can't be, plain initializers).
+    """
+    if value is None or value.is_graph_input():
+        return None
+    if value.is_initializer():
+        return value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+        return None
+    if any(a.is_ref() or a.type == ir.AttributeType.SPARSE_TENSOR for a in node.attributes.values()):
+        return None
+    return ir.convenience.get_const_tensor(value)
+
+
+def constant_array(value: ir.Value | None, max_elements: int = 1 << 20) -> npt.NDArray[Any] | None:
+    """The numbers of a constant of at most `max_elements` elements, else None. Don't write into the array."""
+    tensor = constant_tensor(value)
+    if tensor is None or tensor.size > max_elements or tensor.dtype == ir.DataType.STRING:
+        return None
+    return tensor.numpy()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number of a constant that holds one element (of any rank), else None."""
+    array = constant_array(value, 1)
+    if array is None or array.size != 1 or array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        return None
+    return float(np.asarray(array, dtype=np.float64).reshape(()))
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether `value` can never change."""
+    return constant_tensor(value) is not None

@@ -1,0 +1,1 @@
+"""Real small models for examples, tests and benchmarks, and the recipes that ship."""

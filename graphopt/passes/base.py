@@ -1,0 +1,157 @@
+"""What a pass is: an `onnx_ir` pass that also states its guarantee and reports on every site it looked at."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+import inspect
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import onnx_ir as ir
+
+from graphopt.graph.edits import Editor, walk
+
+
+class Guarantee(enum.Enum):
+    """What a pass promises about the numbers."""
+
+    EXACT = "exact"
+    """Equal up to floating-point reordering; proved to 1e-12 relative in float64 by its tests."""
+    LOSSY = "lossy"
+    """Changes the function; runs only where a recipe or a budget asks for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One place that a pass looked at.
+
+    Attributes:
+        node: Name of the anchor node.
+        op_type: Operator of the anchor node.
+        outcome: "applied" or "left".
+        detail: What was done, or why nothing was.
+    """
+
+    node: str
+    op_type: str
+    outcome: Literal["applied", "left"]
+    detail: str
+
+
+class Pass(ir.passes.InPlacePass):
+    """Base of graphopt's passes.
+
+    A subclass sets the class attributes, takes its options as keyword arguments of `__init__`
+    and implements `apply`. Its docstring is its documentation page (see docs/write-a-pass.md).
+
+    Attributes:
+        name: The name used by recipes and the CLI, in kebab-case.
+        family: The folder that it lives in.
+        guarantee: `Guarantee.EXACT` or `Guarantee.LOSSY`.
+        bitwise: True where nothing but structure changes, so that results must be equal bit for bit.
+        paper: Title of the source, or an empty string.
+        needs: Names of the calibration statistics that the pass asks the pass manager for.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    guarantee: ClassVar[Guarantee] = Guarantee.EXACT
+    bitwise: ClassVar[bool] = False
+    paper: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        self.sites: list[Site] = []
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        self.sites = []
+        return ir.passes.PassResult(model, self.apply(model))
+
+    @abc.abstractmethod
+    def apply(self, model: ir.Model) -> bool:
+        """Rewrite `model` in place and return whether anything changed."""
+
+    def applied(self, node: ir.Node, detail: str) -> bool:
+        """Record that the site at `node` was rewritten; returns True, for `return self.applied(...)`."""
+        self.sites.append(Site(node.name or "", node.op_type, "applied", detail))
+        return True
+
+    def left(self, node: ir.Node, reason: str) -> bool:
+        """Record why the site at `node` was left alone; returns False, for `return self.left(...)`."""
+        self.sites.append(Site(node.name or "", node.op_type, "left", reason))
+        return False
+
+    @classmethod
+    def options(cls) -> dict[str, inspect.Parameter]:
+        """The options of the pass by name, from the signature of its `__init__`."""
+        if cls.__init__ is Pass.__init__:
+            return {}
+        parameters = inspect.signature(cls.__init__).parameters
+        return {name: p for name, p in parameters.items() if name != "self"}
+
+    def option_values(self) -> dict[str, Any]:
+        """The options in force, for the report."""
+        return {name: getattr(self, name) for name in self.options() if hasattr(self, name)}
+
+
+class RulePass(Pass):
+    """A pass made of local rewrites, each tried at nodes of the anchor operators only.
+
+    The sites of all graphs (subgraphs and function bodies too) go on a work list in topological order.
+    An edit puts its neighbourhood back on the list, so that the pass ends at a fixed point in time
+    linear in the number of nodes and edits.
+    """
+
+    anchors: ClassVar[tuple[str, ...]] = ()
+    """Operators (default domain, or "domain::Op") at which `rewrite` is tried."""
+
+    def prepare(self, model: ir.Model, edit: Editor) -> None:  # noqa: B027 - an optional hook
+        """Compute what the rules need before the first site, for example an analysis."""
+
+    @abc.abstractmethod
+    def rewrite(self, node: ir.Node, edit: Editor) -> bool:
+        """Try to rewrite the site at `node` through `edit`; return whether the graph changed."""
+
+    def apply(self, model: ir.Model) -> bool:
+        edit = Editor(model)
+        self.prepare(model, edit)
+        pending: dict[ir.Node, None] = dict.fromkeys(
+            node for graph in walk(model) for node in graph if qualified(node) in self.anchors
+        )
+        # Sites are looked at in rounds; reasons are kept for the last look at a node only.
+        verdicts: dict[ir.Node, list[Site]] = {}
+        changed = False
+        while pending:
+            node = next(iter(pending))
+            del pending[node]
+            if node.graph is None:  # removed by an earlier edit
+                continue
+            seen, self.sites = self.sites, []
+            edit.at(node)
+            if self.rewrite(node, edit):
+                changed = True
+                seen.extend(self.sites)
+                verdicts.pop(node, None)
+                for neighbour in edit.drain_touched():
+                    if neighbour.graph is not None and qualified(neighbour) in self.anchors:
+                        pending[neighbour] = None
+            elif self.sites:
+                verdicts[node] = self.sites
+            self.sites = seen
+        for node, sites in verdicts.items():
+            if node.graph is not None:
+                self.sites.extend(sites)
+        return changed
+
+
+def qualified(node: ir.Node) -> str:
+    """The operator of `node` as written in `RulePass.anchors`."""
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+
+
+def describe_sites(sites: list[Site]) -> Iterator[str]:
+    """One line a site, for terminals and logs."""
+    for site in sites:
+        yield f"{site.outcome:>7}  {site.op_type} {site.node!r}: {site.detail}"

@@ -1,0 +1,1 @@
+"""Exact passes that change structure only: constants, duplicates, dead code, shape arithmetic."""

@@ -1,0 +1,1 @@
+"""Exact passes that move constants and affine operators into neighbouring weights."""

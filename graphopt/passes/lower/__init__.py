@@ -1,0 +1,1 @@
+"""Exact passes that pick the form that the target runs fastest."""

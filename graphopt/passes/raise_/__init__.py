@@ -1,0 +1,1 @@
+"""Exact passes that bring any exporter's spelling to the canonical vocabulary."""

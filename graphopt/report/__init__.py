@@ -1,0 +1,1 @@
+"""What changed and what it cost: terminal, JSON, HTML."""

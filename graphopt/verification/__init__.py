@@ -1,0 +1,1 @@
+"""Judges models: structure, numbers, time. Never edits."""

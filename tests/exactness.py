@@ -1,0 +1,133 @@
+"""How a test proves a pass exact: in float64 on the reference evaluator to 1e-12, and idempotent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnx_ir as ir
+
+from graphopt.graph.edits import walk
+
+RTOL_FLOAT64 = 1e-12
+
+
+def parse(text: str) -> ir.Model:
+    """A model from ONNX text syntax, checked."""
+    proto = onnx.parser.parse_model(text)
+    onnx.checker.check_model(proto, full_check=True)
+    return ir.from_proto(proto)
+
+
+def op_types(model: ir.Model) -> list[str]:
+    """The operators of the main graph in order, Constant left out."""
+    return [n.op_type for n in model.graph if n.op_type != "Constant"]
+
+
+def to_float64(model: ir.Model) -> ir.Model:
+    """A copy of `model` that computes in float64 wherever it computed in float32."""
+    proto = ir.to_proto(model)
+
+    def tensor(t: onnx.TensorProto) -> None:
+        if t.data_type == onnx.TensorProto.FLOAT:
+            t.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(t).astype(np.float64), t.name))
+
+    def value_type(v: onnx.ValueInfoProto) -> None:
+        if v.type.HasField("tensor_type") and v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            v.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+
+    def graph_(g: onnx.GraphProto) -> None:
+        for t in g.initializer:
+            tensor(t)
+        for v in [*g.input, *g.output, *g.value_info]:
+            value_type(v)
+        for n in g.node:
+            node(n)
+
+    def node(n: onnx.NodeProto) -> None:
+        for a in n.attribute:
+            if a.type == onnx.AttributeProto.TENSOR:
+                tensor(a.t)
+            elif a.type == onnx.AttributeProto.GRAPH:
+                graph_(a.g)
+            elif a.name in ("to", "stash_type", "dtype") and a.i == onnx.TensorProto.FLOAT:
+                a.i = onnx.TensorProto.DOUBLE
+            elif n.op_type == "Constant" and a.name in ("value_float", "value_floats"):
+                numbers = [a.f] if a.name == "value_float" else list(a.floats)
+                array = np.array(numbers[0] if a.name == "value_float" else numbers, dtype=np.float64)
+                a.CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(array)))
+        if n.op_type in ("LayerNormalization", "RMSNormalization") and not any(a.name == "stash_type" for a in n.attribute):
+            n.attribute.append(onnx.helper.make_attribute("stash_type", onnx.TensorProto.DOUBLE))
+
+    graph_(proto.graph)
+    for f in proto.functions:
+        for n in f.node:
+            node(n)
+    return ir.from_proto(proto)
+
+
+def reference_outputs(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> list[Any]:
+    """Outputs of the onnx reference evaluator."""
+    return onnx.reference.ReferenceEvaluator(ir.to_proto(model)).run(None, dict(feeds))
+
+
+def random_feeds(model: ir.Model, seed: int = 0, dims: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+    """Random inputs for a small model: floats around 0, integers in [0, 3); symbolic dims from `dims`, else 3."""
+    rng = np.random.default_rng(seed)
+    feeds: dict[str, np.ndarray] = {}
+    for value in model.graph.inputs:
+        if value.is_initializer():
+            continue
+        shape = [d if isinstance(d, int) else (dims or {}).get(str(d), 3) for d in value.shape or ()]
+        dtype = value.dtype.numpy()
+        if np.issubdtype(dtype, np.floating):
+            feeds[value.name] = rng.normal(size=shape).astype(dtype)
+        elif dtype == np.bool_:
+            feeds[value.name] = rng.integers(0, 2, size=shape).astype(bool)
+        else:
+            feeds[value.name] = rng.integers(0, 3, size=shape).astype(dtype)
+    return feeds
+
+
+def assert_exact(
+    before: ir.Model, run: Callable[[ir.Model], Any], *, seeds: int = 3, dims: Mapping[str, int] | None = None,
+    rtol: float = RTOL_FLOAT64, feeds: Mapping[str, np.ndarray] | None = None,
+) -> ir.Model:
+    """Run a pass on a copy of `before`, prove it exact in float64 and idempotent, and return the result.
+
+    The error is relative to the largest magnitude of each output.
+    """
+    after = before.clone()
+    run(after)
+    onnx.checker.check_model(ir.to_proto(after), full_check=True)
+    again = after.clone()
+    result = run(again)
+    assert not result.modified, "a second run changed something"
+    assert ir.to_proto(again).SerializeToString(deterministic=True) == ir.to_proto(after).SerializeToString(deterministic=True)
+    double_before, double_after = to_float64(before), to_float64(after)
+    for seed in range(seeds):
+        inputs = dict(feeds) if feeds is not None else random_feeds(before, seed, dims)
+        inputs = {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in inputs.items()}
+        expected = reference_outputs(double_before, inputs)
+        got = reference_outputs(double_after, inputs)
+        assert len(expected) == len(got)
+        for e, g, out in zip(expected, got, before.graph.outputs, strict=True):
+            assert e.shape == g.shape, f"{out.name}: shape {e.shape} became {g.shape}"
+            assert e.dtype == g.dtype, f"{out.name}: {e.dtype} became {g.dtype}"
+            if not np.issubdtype(e.dtype, np.floating):
+                np.testing.assert_array_equal(e, g)
+                continue
+            finite = np.isfinite(e)
+            np.testing.assert_array_equal(np.where(finite, 0, e), np.where(finite, 0, g))
+            scale = np.max(np.abs(e[finite]), initial=1e-300)
+            error = np.max(np.abs(e[finite] - g[finite]), initial=0.0) / scale
+            assert error <= rtol, f"{out.name}: relative error {error:.3g}"
+    return after
+
+
+def names(model: ir.Model) -> set[str]:
+    """Names of all nodes, for tests of uniqueness."""
+    return {n.name for g in walk(model) for n in g}
