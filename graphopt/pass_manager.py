@@ -1,0 +1,366 @@
+"""Runs a pipeline of passes, measures each, verifies each, and takes back what fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import onnx_ir as ir
+
+from graphopt.analysis.cost import cost
+from graphopt.errors import GraphoptError, UsageError
+from graphopt.graph.edits import walk
+from graphopt.passes.base import Guarantee, Pass, Site
+from graphopt.verification.compare import Verdict
+from graphopt.verification.structure import check_structure
+
+VerifyMode = Literal["auto", "pass", "phase", "none"]
+Status = Literal["applied", "unchanged", "rolled back", "skipped"]
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, steps done, steps in all)."""
+
+CHEAP_SECONDS = 1.0
+"""`verify="auto"` verifies after every pass where one verification takes at most this long, else after every phase."""
+
+
+class ModelVerifier(Protocol):
+    """Judges candidates against a reference model; see `graphopt.verification.compare.Verifier`."""
+
+    cost_seconds: float
+
+    def check(self, candidate: ir.Model, *, bitwise: bool = False) -> Verdict:
+        """Compare `candidate` with the reference on every probe."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Size of a model: nodes over all graphs, parameters and bytes of used weights, FLOPs of one inference."""
+
+    nodes: int
+    parameters: int
+    weight_bytes: int
+    flops: int
+
+    @classmethod
+    def of(cls, model: ir.Model) -> Stats:
+        """Measure `model` (FLOPs with dynamic dimensions bound as `graphopt.analysis.cost` says)."""
+        measured = cost(model)
+        return cls(measured.nodes, measured.parameters, measured.weight_bytes, measured.flops)
+
+
+@dataclasses.dataclass
+class PassRecord:
+    """What one run of one pass did.
+
+    Attributes:
+        name: The pass.
+        family: Its family; "other" for passes that aren't graphopt's.
+        guarantee: "exact" or "lossy"; "unstated" for others' passes.
+        options: The options in force.
+        round: The round of the pipeline, from 1.
+        seconds: Wall time of the pass alone.
+        status: "applied", "unchanged", "rolled back" or "skipped".
+        detail: Why it was rolled back or skipped.
+        before: Size before.
+        after: Size after.
+        sites: What was done at each site, or why not.
+        verdict: The verification that the pass was checked by, where there was one.
+    """
+
+    name: str
+    family: str
+    guarantee: str
+    options: dict[str, Any]
+    round: int
+    seconds: float = 0.0
+    status: Status = "unchanged"
+    detail: str = ""
+    before: Stats | None = None
+    after: Stats | None = None
+    sites: list[Site] = dataclasses.field(default_factory=list)
+    verdict: Verdict | None = None
+
+
+@dataclasses.dataclass
+class RunReport:
+    """What a pipeline did.
+
+    Attributes:
+        records: One for each run of a pass, in order.
+        before: Size of the model given.
+        after: Size of the result.
+        verdict: The last verification of the result, None where verification was off.
+        seconds: Wall time of the passes, without verification.
+        verify_seconds: Wall time of verification and structural checks.
+    """
+
+    records: list[PassRecord]
+    before: Stats
+    after: Stats
+    verdict: Verdict | None
+    seconds: float
+    verify_seconds: float
+
+    @property
+    def rolled_back(self) -> list[PassRecord]:
+        """The passes that failed and were taken back."""
+        return [r for r in self.records if r.status == "rolled back"]
+
+    @property
+    def modified(self) -> bool:
+        """Whether anything was changed."""
+        return any(r.status == "applied" for r in self.records)
+
+    def left(self) -> list[tuple[str, Site]]:
+        """Sites left alone, each with its pass: those of the last run of every pass, whose word is final."""
+        last = {r.name: r for r in self.records if r.status in ("applied", "unchanged")}
+        return [(name, site) for name, r in last.items() for site in r.sites if site.outcome == "left"]
+
+
+class PassManager:
+    """Runs passes in order, again until nothing changes, and keeps only what passes verification.
+
+    A pass that raises, leaves an invalid graph, or (if its guarantee is EXACT) changes the numbers beyond the
+    tolerance is taken back and left out of the rest of the run. No copy of the model is kept for every pass: the model
+    at the start of a phase is, and taking back means running the phase's other passes on it again, which gives the
+    same result because passes are deterministic.
+
+    Args:
+        passes: graphopt passes and any other `onnx_ir` passes.
+        verifier_of: Makes the judge of the numbers from a reference model: the one given, and after a LOSSY pass the one
+            that this pass made. None turns the comparison off; structure is always checked.
+        verify: "pass" verifies after every pass that changed something, "phase" after every run of passes of one
+            family (a failing phase is bisected to the guilty pass), "auto" chooses by what a verification costs.
+        max_rounds: How often the pipeline is run at most; it stops when a round changes nothing.
+        progress: Called before each pass.
+    """
+
+    def __init__(
+        self,
+        passes: Sequence[ir.passes.PassBase],
+        *,
+        verifier_of: Callable[[ir.Model], ModelVerifier] | None = None,
+        verify: VerifyMode = "auto",
+        max_rounds: int = 4,
+        progress: Progress | None = None,
+    ) -> None:
+        if not passes:
+            raise UsageError("A pipeline needs at least one pass.")
+        self.passes = list(passes)
+        self._verifier_of = verifier_of if verify != "none" else None
+        self._verify = verify
+        self._max_rounds = max_rounds
+        self._progress = progress
+
+    def __call__(self, model: ir.Model) -> RunReport:
+        """Run the pipeline on `model` in place."""
+        return _Run(self, model).report()
+
+
+@dataclasses.dataclass
+class _Run:
+    """The state of one run of a pipeline."""
+
+    manager: PassManager
+    model: ir.Model
+
+    def __post_init__(self) -> None:
+        self.disabled: set[int] = set()
+        self.records: list[PassRecord] = []
+        self.verdict: Verdict | None = None
+        self.bitwise_so_far = True
+        self.check_seconds = 0.0
+        self.stats = Stats.of(self.model)
+        self.verifier: ModelVerifier | None = None
+        self.new_reference()
+
+    def new_reference(self) -> None:
+        """Compare with the model as it stands from now on."""
+        if self.manager._verifier_of is not None:
+            start = time.perf_counter()
+            self.verifier = self.manager._verifier_of(self.model.clone())
+            self.check_seconds += time.perf_counter() - start
+            self.bitwise_so_far = True
+
+    @property
+    def each(self) -> bool:
+        """Whether every pass is verified by itself."""
+        if self.verifier is None:
+            return False
+        mode = self.manager._verify
+        return mode == "pass" or (mode == "auto" and self.verifier.cost_seconds <= CHEAP_SECONDS)
+
+    def report(self) -> RunReport:
+        start, before, setup = time.perf_counter(), self.stats, self.check_seconds
+        phases = _phases(self.manager.passes) if self.verifier is not None else [list(range(len(self.manager.passes)))]
+        for number in range(1, self.manager._max_rounds + 1):
+            # Later rounds repeat exact passes only: a lossy one would lose again.
+            changed = False
+            for phase in phases:
+                chosen = [i for i in phase if number == 1 or not _lossy(self.manager.passes[i])]
+                changed |= self.run_phase(chosen, number)
+            if not changed:
+                break
+        elapsed = time.perf_counter() - start - (self.check_seconds - setup)
+        return RunReport(self.records, before, self.stats, self.verdict, elapsed, self.check_seconds)
+
+    def run_phase(self, phase: list[int], number: int) -> bool:
+        """Run the passes of one phase; on a failure, again from its start without the guilty one."""
+        start = self.model.clone()
+        stats, bitwise = self.stats, self.bitwise_so_far
+        failed: list[PassRecord] = []
+        while True:
+            records: list[PassRecord] = []
+            culprit = self.attempt(start, phase, number, records)
+            if culprit is None:
+                break
+            self.disabled.add(culprit[0])
+            failed.append(culprit[1])
+            _assign(self.model, start.clone())
+            self.stats, self.bitwise_so_far = stats, bitwise
+        self.records += [*records, *failed]
+        return any(r.status == "applied" for r in records)
+
+    def attempt(
+        self, start: ir.Model, phase: list[int], number: int, records: list[PassRecord]
+    ) -> tuple[int, PassRecord] | None:
+        """Run a phase until a pass fails; returns the index and the record of the failing pass."""
+        applied: dict[int, PassRecord] = {}
+        for index in phase:
+            if index in self.disabled:
+                continue
+            record = self.run_pass(index, number)
+            records.append(record)
+            if record.status == "applied":
+                applied[index] = record
+                if self.each and (problem := self.judge(record, lossy=_lossy(self.manager.passes[index]))):
+                    return index, _taken_back(record, problem)
+                if _lossy(self.manager.passes[index]):
+                    self.new_reference()
+            if record.status == "rolled back":
+                return index, record
+        if not applied or self.each:
+            return None
+        last = next(reversed(applied.values()))
+        problem = self.judge(last, lossy=any(_lossy(self.manager.passes[i]) for i in applied))
+        if problem is None:
+            return None
+        guilty = self.bisect(start, list(applied))
+        applied[guilty].verdict = last.verdict
+        return guilty, _taken_back(applied[guilty], problem)
+
+    def run_pass(self, index: int, number: int) -> PassRecord:
+        """Run one pass; "rolled back" means that the model is now useless and must be restored."""
+        pass_ = self.manager.passes[index]
+        name = _name(pass_)
+        if self.manager._progress is not None:
+            self.manager._progress(name, index, len(self.manager.passes))
+        record = PassRecord(
+            name,
+            getattr(pass_, "family", "other"),
+            _guarantee(pass_),
+            pass_.option_values() if isinstance(pass_, Pass) else {},
+            number,
+            before=self.stats,
+            after=self.stats,
+        )
+        start = time.perf_counter()
+        try:
+            result = pass_(self.model)
+            if result.model is not self.model:
+                _assign(self.model, result.model)
+            if result.modified:
+                for graph in walk(self.model):
+                    graph.sort()
+        except ir.passes.PreconditionError as error:
+            record.status, record.detail = "skipped", f"it requires what the model isn't: {_reason(error)}"
+            return record
+        except Exception as error:  # a faulty pass, ours or another's, must not cost the user the run
+            record.status, record.detail = "rolled back", f"it failed with {type(error).__name__}: {_reason(error)}"
+            return record
+        finally:
+            record.seconds = time.perf_counter() - start
+        record.sites = list(getattr(pass_, "sites", []))
+        if result.modified:
+            record.status = "applied"
+            self.bitwise_so_far &= bool(getattr(pass_, "bitwise", False))
+            record.after = self.stats = Stats.of(self.model)
+        return record
+
+    def judge(self, record: PassRecord, *, lossy: bool) -> str | None:
+        """Check structure and, unless a loss is meant, numbers; returns what is wrong, and notes the verdict."""
+        start = time.perf_counter()
+        try:
+            if problems := check_structure(self.model):
+                return problems[0]
+            if self.verifier is None or lossy:
+                return None
+            self.verdict = record.verdict = self.verifier.check(self.model, bitwise=self.bitwise_so_far)
+            return None if self.verdict.ok else self.verdict.summary
+        finally:
+            self.check_seconds += time.perf_counter() - start
+
+    def bisect(self, start: ir.Model, applied: list[int]) -> int:
+        """The first pass of a failing phase after which the model is wrong."""
+        low, high = 0, len(applied) - 1  # the prefix of `high + 1` passes is wrong
+        while low < high:
+            middle = (low + high) // 2
+            trial = start.clone()
+            for index in applied[: middle + 1]:
+                self.manager.passes[index](trial)
+            for graph in walk(trial):
+                graph.sort()
+            bad = bool(check_structure(trial))
+            if not bad and self.verifier is not None:
+                bad = not self.verifier.check(trial, bitwise=False).ok
+            low, high = (low, middle) if bad else (middle + 1, high)
+        return applied[low]
+
+
+def _phases(passes: Sequence[ir.passes.PassBase]) -> list[list[int]]:
+    """Runs of neighbouring passes of one family, a lossy pass always alone."""
+    phases: list[list[int]] = []
+    previous: object = None
+    for index, pass_ in enumerate(passes):
+        key = object() if _lossy(pass_) else getattr(pass_, "family", "other")
+        if phases and key == previous:
+            phases[-1].append(index)
+        else:
+            phases.append([index])
+        previous = key
+    return phases
+
+
+def _lossy(pass_: ir.passes.PassBase) -> bool:
+    return isinstance(pass_, Pass) and pass_.guarantee is Guarantee.LOSSY
+
+
+def _taken_back(record: PassRecord, problem: str) -> PassRecord:
+    record.status, record.detail = "rolled back", problem
+    return record
+
+
+def _guarantee(pass_: ir.passes.PassBase) -> str:
+    return pass_.guarantee.value if isinstance(pass_, Pass) else "unstated"
+
+
+def _name(pass_: ir.passes.PassBase) -> str:
+    return pass_.name if isinstance(pass_, Pass) else f"{type(pass_).__module__}:{type(pass_).__qualname__}"
+
+
+def _assign(model: ir.Model, other: ir.Model) -> None:
+    """Let `model` hold what `other` holds, so that callers keep their object."""
+    model.graph = other.graph
+    model.functions.clear()
+    model.functions.update(other.functions)
+    model.ir_version = other.ir_version
+    model.metadata_props.clear()
+    model.metadata_props.update(other.metadata_props)
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    text = str(cause).strip() or type(cause).__name__
+    return (text if isinstance(cause, GraphoptError) else text.splitlines()[0]).rstrip(".")

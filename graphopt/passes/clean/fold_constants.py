@@ -1,0 +1,230 @@
+"""fold-constants: what can be computed now isn't computed at every run."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.analysis.shapes import ShapeFacts, infer
+from graphopt.graph.constants import constant_tensor
+from graphopt.graph.edits import Editor, opset, subgraphs_of, walk
+from graphopt.passes.base import Pass
+from graphopt.passes.clean.eliminate_common_subexpressions import is_random
+
+LAZY_BYTES = 1 << 20
+"""Results from this size on are computed when the model is saved, one at a time, so that peak memory stays small."""
+
+# Operators whose reference implementation is a stub, approximate, or needs the whole graph.
+NOT_FOLDED = frozenset(
+    {"If", "Loop", "Scan", "SequenceMap", "Constant", "Optional", "OptionalGetElement", "OptionalHasElement",
+     "StringNormalizer", "TfIdfVectorizer", "ImageDecoder", "QuantizeLinear", "DynamicQuantizeLinear",
+     "DequantizeLinear", "Resize", "Upsample", "AffineGrid", "GridSample", "LSTM", "GRU", "RNN", "Attention"}
+)  # fmt: skip
+
+
+class FoldConstants(Pass):
+    """Compute operators whose inputs are all constant, and choose the branch of an If with a constant condition.
+
+    A result is stored where the file doesn't grow by it: results of at most `max_bytes`, and larger ones that are no
+    larger than the constants that disappear with their inputs. Large results (a transposed weight) are computed when
+    the model is saved, one tensor at a time. Random operators are never folded, nor are quantized weights unpacked
+    (`DequantizeLinear` of a constant is how a file stores int8 weights).
+
+    **Needs:** static shapes of results, so that nothing too large is ever computed.
+    **Guarantees:** equal up to the rounding of the one evaluation (ONNX's reference implementation of the operator).
+
+    **Options:** `max_bytes` (bytes, default 16384): results up to this size are stored even though the file grows.
+
+    **Why not onnxscript's FoldConstantsPass:** it takes 12 s on a decoder of 2,425 nodes where this takes under 1 s,
+    turns `x * 1.000001` into `x` and drops `Add(x, 1e-10)`, which makes `Log(x + 1e-10)` infinite on silence, writes
+    `allowzero` below opset 14, and its size limits count elements of one tensor and not bytes of the file.
+
+    **When not to use it:** never on inference graphs; ONNX Runtime folds the same at every start of a session.
+    """
+
+    name: ClassVar[str] = "fold-constants"
+    family: ClassVar[str] = "clean"
+
+    def __init__(self, max_bytes: int = 16384) -> None:
+        super().__init__()
+        self.max_bytes = max_bytes
+
+    def apply(self, model: ir.Model) -> bool:
+        """See the class."""
+        changed = self._inline_constant_ifs(model)
+        edit = Editor(model)
+        facts = infer(model)
+        for graph in walk(model):
+            version = graph.opset_imports.get("", opset(model))
+            in_function = any(graph is f.graph for f in model.functions.values())
+            for node in list(graph):
+                if node.graph is not None and not in_function and self._foldable(node, version):
+                    changed |= self._fold(node, version, facts, edit)
+        return changed
+
+    @staticmethod
+    def _foldable(node: ir.Node, version: int) -> bool:
+        if node.domain not in ("", "ai.onnx") or node.op_type in NOT_FOLDED or is_random(node, version):
+            return False
+        if any(True for _ in subgraphs_of(node)) or any(a.is_ref() for a in node.attributes.values()):
+            return False
+        given = [v for v in node.inputs if v is not None]
+        return bool(given) and all(constant_tensor(v) is not None for v in given)
+
+    def _fold(self, node: ir.Node, version: int, facts: ShapeFacts, edit: Editor) -> bool:
+        tensors = [constant_tensor(v) for v in node.inputs]
+        if any(t is not None and t.dtype == ir.DataType.STRING for t in tensors):
+            return False
+        sizes: list[int] = []
+        for output in node.outputs:
+            if not output.name:
+                continue
+            shape, dtype = facts.shape(output), facts.dtype(output)
+            dims = None if shape is None else [int(d) if (d := _static(s)) is not None else None for s in shape]
+            if dims is None or dtype is None or any(d is None for d in dims) or dtype == ir.DataType.STRING:
+                return self.left(node, "constant, but the shape or type of its result isn't known before computing it")
+            sizes.append(math.ceil(math.prod(d for d in dims if d is not None) * dtype.bitwidth / 8))
+        freed = sum(
+            tensor.nbytes
+            for value in dict.fromkeys(v for v in node.inputs if v is not None)
+            if len({user for user, _ in value.uses()}) == 1 and not value.is_graph_output()
+            and (tensor := constant_tensor(value)) is not None
+        )
+        total = sum(sizes)
+        if total > self.max_bytes and total > freed:
+            return self.left(node, f"constant, but storing its result would make the file {total - freed} bytes larger")
+        edit.at(node)
+        if total >= LAZY_BYTES:
+            return self._fold_lazily(node, tensors, version, facts, edit)
+        results = _evaluate(node, [None if t is None else t.numpy() for t in tensors], version)
+        if results is None:
+            return self.left(node, "constant, but ONNX's reference implementation can't compute it")
+        for output, result in zip(list(node.outputs), results, strict=False):
+            dtype, shape = facts.dtype(output), facts.shape(output)
+            if not output.name:
+                continue
+            if not isinstance(result, np.ndarray) or dtype is None or ir.DataType.from_numpy(result.dtype) != dtype:
+                return self.left(node, "constant, but ONNX's reference implementation gives another type")
+            if shape is None or result.shape != tuple(_static(d) for d in shape):
+                return self.left(node, "constant, but ONNX's reference implementation gives another shape")
+        self.applied(node, f"computed ({total} bytes)")
+        for output, result in zip(list(node.outputs), results, strict=False):
+            if output.name:
+                edit.at(node)
+                edit.replace(output, edit.constant(result, "folded"))
+        return True
+
+    def _fold_lazily(
+        self, node: ir.Node, tensors: Sequence[ir.TensorProtocol | None], version: int, facts: ShapeFacts, edit: Editor
+    ) -> bool:
+        if len(node.outputs) != 1:
+            return self.left(node, "constant and large, but it has several results")
+        output = node.outputs[0]
+        dtype, shape = facts.dtype(output), facts.shape(output)
+        assert dtype is not None
+        assert shape is not None
+        dims = [int(_static(d) or 0) for d in shape]
+        # The node leaves the graph, so what is needed of it is kept apart from it.
+        frozen = ir.Node("", node.op_type, [], attributes=list(node.attributes.values()))
+        compute = functools.partial(_evaluate_one, frozen, tuple(tensors), version, dtype, tuple(dims))
+        tensor = ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(dims), cache=False, name=None)
+        value = edit.constant(tensor, "folded")
+        tensor.name = value.name
+        self.applied(node, "computed when the model is saved")
+        edit.replace(output, value)
+        return True
+
+    def _inline_constant_ifs(self, model: ir.Model) -> bool:
+        changed = False
+        again = True
+        while again:
+            again = False
+            edit = Editor(model)
+            for graph in walk(model):
+                for node in list(graph):
+                    if node.op_type != "If" or node.domain != "" or node.graph is None:
+                        continue
+                    condition = constant_tensor(node.inputs[0])
+                    if condition is None or condition.size != 1:
+                        continue
+                    taken = bool(condition.numpy().reshape(()))
+                    self.applied(node, f"its {'then' if taken else 'else'} branch taken: the condition is constant")
+                    _inline_branch(node, node.attributes["then_branch" if taken else "else_branch"].as_graph(), edit)
+                    changed = again = True
+        return changed
+
+
+def _inline_branch(node: ir.Node, branch: ir.Graph, edit: Editor) -> None:
+    """Move the nodes of the branch before the If, under fresh names, and let its outputs stand for the If's."""
+    outer = node.graph
+    assert outer is not None
+    edit.at(node)
+    results = list(branch.outputs)
+    for value in list(branch.initializers.values()):
+        assert value.name is not None
+        branch.initializers.pop(value.name)
+        value.name = edit.names.fresh(f"{node.name}/{value.name}")
+        outer.register_initializer(value)
+    moved = list(branch)
+    branch.outputs.clear()
+    branch.remove(moved)
+    for inner in moved:
+        inner.name = edit.names.fresh(f"{node.name}/{inner.name or inner.op_type}")
+        for value in inner.outputs:
+            if value.name:
+                value.name = edit.names.fresh(f"{node.name}/{value.name}")
+    outer.insert_before(node, moved)
+    for old, new in zip(list(node.outputs), results, strict=True):
+        edit.at(node)
+        edit.replace(old, new)
+    if node.graph is not None:
+        edit.remove_dead(node)
+
+
+def _static(dim: object) -> int | None:
+    """A dimension that is one number, else None."""
+    try:
+        return int(dim)  # type: ignore[call-overload, no-any-return]
+    except (TypeError, ValueError):
+        return None
+
+
+def _evaluate_one(
+    node: ir.Node, tensors: tuple[ir.TensorProtocol | None, ...], version: int, dtype: ir.DataType, dims: tuple[int, ...]
+) -> ir.TensorProtocol:
+    results = _evaluate(node, [None if t is None else t.numpy() for t in tensors], version)
+    if results is None or results[0].shape != dims:
+        raise RuntimeError(f"{node.op_type} of a constant weight couldn't be computed")
+    return ir.tensor(np.ascontiguousarray(results[0]), dtype=dtype)
+
+
+def _evaluate(
+    node: ir.Node, inputs: Sequence[npt.NDArray[Any] | None], version: int
+) -> Sequence[npt.NDArray[Any]] | None:
+    """Run ONNX's reference implementation of one operator; None where it has none or fails."""
+    from onnx.reference.ops import load_op  # imported late: it takes 0.4 s
+
+    attributes = {
+        name: a.as_tensor().numpy() if a.type == ir.AttributeType.TENSOR else a.value
+        for name, a in node.attributes.items()
+    }
+    while inputs and inputs[-1] is None:
+        inputs = inputs[:-1]
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            operator = load_op("", node.op_type, version)
+            if any(i is not None and i.dtype.name in ("bfloat16", "int4", "uint4") for i in inputs):
+                return None  # the reference implementations expect their own layouts of these types
+            result = operator.eval(*inputs, **attributes)
+    except Exception:  # whatever the reference evaluator stumbles over is simply not folded
+        return None
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    return [np.asarray(r) for r in results]

@@ -1,0 +1,132 @@
+"""Recipes: a short YAML list of passes with options.
+
+    passes:
+      - fold-constants
+      - raise-gelu
+      - simplify-shapes: {max_elements: 64}
+
+`--recipe` takes such a file or the name of one that ships in `graphopt/models/recipes/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.resources
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import yaml
+
+from graphopt.errors import UsageError
+from graphopt.passes import registry
+
+DEFAULT = "exact"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One pass of a recipe with its options."""
+
+    name: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_data(self) -> str | dict[str, Any]:
+        """The step as it is written in YAML."""
+        return {self.name: dict(self.options)} if self.options else self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A named list of steps.
+
+    Attributes:
+        name: The recipe's name, or the file it came from.
+        description: The comment that the file opens with.
+        steps: The passes in order.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    description: str = ""
+
+    def passes(self) -> list[ir.passes.PassBase]:
+        """Make the passes.
+
+        Raises:
+            UsageError: An unknown pass or option.
+        """
+        return [registry.make(step.name, step.options) for step in self.steps]
+
+    def to_data(self) -> dict[str, Any]:
+        """The recipe as YAML would hold it."""
+        return {"passes": [step.to_data() for step in self.steps]}
+
+
+def shipped() -> dict[str, str]:
+    """Names and texts of the recipes that ship."""
+    folder = importlib.resources.files("graphopt.models") / "recipes"
+    return {f.name.removesuffix(".yaml"): f.read_text() for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(".yaml")}
+
+
+def load(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe | None = None) -> Recipe:
+    """A recipe from a file, the name of one that ships, parsed YAML, or None for the default.
+
+    Raises:
+        UsageError: No such recipe, no YAML, or not of the form above.
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, Mapping):
+        return _from_data(source, "inline", "")
+    name = os.fspath(source) if source is not None else DEFAULT
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
+        try:
+            text = Path(name).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"The recipe {name} can't be read: {error}.") from error
+    else:
+        known = shipped()
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"those that ship are {', '.join(known)}."
+            raise UsageError(f"There is no recipe {name!r}; {hint} A recipe file ends in .yaml.")
+        text = known[name]
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"The recipe {name} is not valid YAML: {' '.join(str(error).split())}.") from error
+    return _from_data(data, name, _opening_comment(text))
+
+
+def _from_data(data: Any, name: str, description: str) -> Recipe:
+    if not isinstance(data, Mapping) or not isinstance(data.get("passes"), list):
+        raise UsageError(f"The recipe {name} has no list `passes:`.")
+    if unknown := sorted(set(data) - {"passes"}):
+        raise UsageError(f"The recipe {name} has the unknown key {unknown[0]!r}; it holds `passes:` only.")
+    return Recipe(name, tuple(_steps(data["passes"], name)), description)
+
+
+def _steps(items: list[Any], name: str) -> Iterator[Step]:
+    for number, item in enumerate(items, 1):
+        if isinstance(item, str):
+            yield Step(item)
+        elif isinstance(item, Mapping) and len(item) == 1:
+            ((key, options),) = item.items()
+            if not isinstance(key, str) or not isinstance(options or {}, Mapping):
+                raise UsageError(f"Entry {number} of the recipe {name} must be `name` or `name: {{option: value}}`.")
+            yield Step(key, dict(options or {}))
+        else:
+            raise UsageError(f"Entry {number} of the recipe {name} must be `name` or `name: {{option: value}}`.")
+
+
+def _opening_comment(text: str) -> str:
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# "))
+    return " ".join(lines)
