@@ -22,7 +22,6 @@ _PROBED: tuple[tuple[str, str, int, tuple[tuple[int, ...], ...], dict[str, Any]]
     ("", "RotaryEmbedding", 23, ((1, 2, 3, 8), (1, 3, 4), (1, 3, 4)), {}),
     ("", "Attention", 23, ((1, 2, 3, 8), (1, 2, 3, 8), (1, 2, 3, 8)), {}),
     ("", "Swish", 24, ((1, 8),), {}),
-    ("com.microsoft", "SimplifiedLayerNormalization", 1, ((1, 2, 8), (8,)), {}),
     ("com.microsoft", "SkipLayerNormalization", 1, ((1, 2, 8), (1, 2, 8), (8,)), {}),
     ("com.microsoft", "SkipSimplifiedLayerNormalization", 1, ((1, 2, 8), (1, 2, 8), (8,)), {}),
     ("com.microsoft", "QuickGelu", 1, ((1, 8),), {}),

@@ -1,0 +1,54 @@
+"""graphopt rewrites a trained ONNX model into a smaller, faster one and proves that it does the same job.
+
+    import graphopt
+    result = graphopt.optimize("model.onnx")
+    result.save("model.opt.onnx")
+
+Names are imported when they are first used, so that `import graphopt` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "load": "graphopt.graph",
+    "save": "graphopt.graph",
+    "optimize": "graphopt.api",
+    "verify": "graphopt.api",
+    "inspect": "graphopt.api",
+    "Result": "graphopt.api",
+    "PassManager": "graphopt.pass_manager",
+    "Pass": "graphopt.passes.base",
+    "RulePass": "graphopt.passes.base",
+    "Guarantee": "graphopt.passes.base",
+    "Recipe": "graphopt.recipe",
+    "session": "graphopt.runtime_ops.session",
+    "export_model": "graphopt.export",
+    "GraphoptError": "graphopt.errors",
+}
+
+__all__ = ["__version__", *_PLACES]  # noqa: PLE0604 - names are resolved by __getattr__
+
+if TYPE_CHECKING:
+    from graphopt.api import Result, inspect, optimize, verify
+    from graphopt.errors import GraphoptError
+    from graphopt.export import export_model
+    from graphopt.graph import load, save
+    from graphopt.pass_manager import PassManager
+    from graphopt.passes.base import Guarantee, Pass, RulePass
+    from graphopt.recipe import Recipe
+    from graphopt.runtime_ops.session import session
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
