@@ -1,0 +1,111 @@
+"""Comparison of an exported model, run in ONNX Runtime, with the PyTorch module it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt.errors import UsageError, VerificationError
+from graphopt.export.dependencies import first_line, quiet, require
+from graphopt.export.source import Source
+
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
+"""Largest error allowed, relative to the largest magnitude of an output; a right float32 export is at about 1e-6."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """PyTorch's outputs for one probe: its sizes, its inputs by name, and its outputs in order."""
+
+    sizes: dict[str, int]
+    feeds: dict[str, npt.NDArray[Any]]
+    outputs: list[npt.NDArray[Any]]
+
+
+def run_torch(source: Source, sizes: dict[str, int], seed: int) -> Reference:
+    """Run the module on tensors of these sizes.
+
+    Raises:
+        UsageError: The module doesn't take them.
+    """
+    tensors = source.tensors(sizes, seed)
+    try:
+        with require("torch").no_grad(), quiet():
+            outputs = source.module(*tensors)
+    except Exception as error:
+        shapes = ", ".join(f"{i.name} {tuple(t.shape)}" for i, t in zip(source.inputs, tensors, strict=True))
+        raise UsageError(
+            f"{source.label} doesn't run on {shapes} ({first_line(error)}); "
+            "declare as dynamic only the dimensions that may change"
+        ) from error
+    if not outputs:
+        raise UsageError(f"{source.label} returns no tensor")
+    feeds = {item.name: tensor.numpy() for item, tensor in zip(source.inputs, tensors, strict=True)}
+    return Reference(dict(sizes), feeds, [output.detach().numpy().copy() for output in outputs])
+
+
+def compare(
+    label: str, path: Path, references: Sequence[Reference], names: Sequence[str], dtype: str, warned: Sequence[str]
+) -> dict[str, float]:
+    """The largest relative error of each output over all references.
+
+    Raises:
+        VerificationError: The model doesn't run, gives other shapes or types, or is off by more than `TOLERANCE`.
+    """
+    runtime = require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    hint = _hint(warned)
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise VerificationError(
+            f"ONNX Runtime can't load the export of {label}: {first_line(error)}; nothing was written{hint}"
+        ) from error
+    errors = dict.fromkeys(names, 0.0)
+    for reference in references:
+        at = ", ".join(f"{symbol} {size}" for symbol, size in reference.sizes.items()) or "its only shape"
+        try:
+            got = session.run(list(names), reference.feeds)
+        except Exception as error:
+            raise VerificationError(
+                f"the export of {label} doesn't run at {at}: {first_line(error)}; nothing was written{hint}"
+            ) from error
+        for name, expected, found in zip(names, reference.outputs, got, strict=True):
+            if expected.shape != found.shape or expected.dtype != found.dtype:
+                raise VerificationError(
+                    f"at {at} the output {name} of the export of {label} is {found.dtype} {found.shape} where PyTorch "
+                    f"gives {expected.dtype} {expected.shape}; nothing was written{hint}"
+                )
+            error_found = relative_error(expected, found)
+            if not error_found <= TOLERANCE[dtype]:
+                raise VerificationError(
+                    f"at {at} the output {name} of the export of {label} is off by {error_found:.2g} of its largest "
+                    f"value, where {TOLERANCE[dtype]:.0e} is allowed; nothing was written{hint}"
+                )
+            errors[name] = max(errors[name], error_found)
+    return errors
+
+
+def relative_error(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
+    """max |expected - found| / max |expected|; infinite where one is finite and the other isn't, or integers differ."""
+    if not np.issubdtype(expected.dtype, np.floating):
+        return 0.0 if np.array_equal(expected, found) else float("inf")
+    e, f = expected.astype(np.float64), found.astype(np.float64)
+    finite = np.isfinite(e)
+    if not np.array_equal(e[~finite], f[~finite], equal_nan=True) or not np.isfinite(f[finite]).all():
+        return float("inf")
+    scale = float(np.max(np.abs(e[finite]), initial=0.0))
+    difference = float(np.max(np.abs(e[finite] - f[finite]), initial=0.0))
+    return difference / scale if scale else (0.0 if difference == 0 else float("inf"))
+
+
+def _hint(warned: Sequence[str]) -> str:
+    """What the exporter said of values it took for constants, which is what a wrong trace mostly comes from."""
+    told = [w for w in warned if "trace to be incorrect" in w or "trace might not generalize" in w]
+    return f" (while tracing, PyTorch warned {len(told)} times that a value was taken for a constant)" if told else ""

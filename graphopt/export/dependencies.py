@@ -1,0 +1,61 @@
+"""The libraries that export needs and the rest of graphopt doesn't, imported when they are used."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from graphopt.errors import UsageError
+
+_EXTRA = {"onnxruntime": "cpu"}
+
+
+def require(module: str) -> Any:
+    """Import a module of an optional extra.
+
+    Raises:
+        UsageError: It isn't installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        extra = _EXTRA.get(module.partition(".")[0], "export")
+        raise UsageError(
+            f"export needs {module}, which can't be imported ({error}); run `pip install graphopt[{extra}]`"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Keep what libraries print, warn and log off the terminal; yields the list that the warnings are added to.
+
+    Only what Python writes is caught. The state before is restored at the end, also after an exception.
+    """
+    told: list[str] = []
+    before = logging.root.manager.disable
+    # Their handlers hold the terminal's stream itself, so redirecting the stream doesn't reach them.
+    logging.disable(max(before, logging.ERROR))
+    try:
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("always")
+            try:
+                yield told
+            finally:
+                told.extend(" ".join(str(w.message).split()) for w in caught)
+    finally:
+        logging.disable(before)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that says something, at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
