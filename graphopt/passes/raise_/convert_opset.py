@@ -1,0 +1,186 @@
+"""Bring the default domain of a model to a recent opset."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import onnx
+import onnx_ir as ir
+
+from graphopt.errors import UsageError
+from graphopt.graph.edits import Editor
+from graphopt.passes.base import Pass, Site
+from graphopt.passes.raise_ import opset_adapters as _registered  # noqa: F401 - fills the tables
+from graphopt.passes.raise_.opset_inference import Known
+from graphopt.passes.raise_.opset_steps import (
+    ADAPTERS,
+    ASKS_TYPES,
+    COMPATIBLE,
+    OBSTACLES,
+    RENAMED,
+    Conversion,
+    Step,
+)
+
+OLDEST, NEWEST = 7, 24
+MIN_IR_VERSION = 10
+
+
+class ConvertOpset(Pass):
+    """Rewrites a model of opset 7 to 22 into one of opset `version`, and its IR version to at least 10.
+
+    Later passes then meet one spelling of each operator instead of one for every year.
+
+    For every node of the default domain the pass asks the ONNX operator registry which redefinitions lie between
+    the two opsets. Each is known to mean the same for a node as written, or has an adapter that rewrites the node,
+    for example:
+
+    1. attributes that became inputs: `axes` of Squeeze, Unsqueeze and the Reduce operators, `pads`, `k`, `min`, ...
+    2. `Softmax`, `LogSoftmax`, `Hardmax` below opset 13, which took all dimensions from `axis` on as one row:
+       the last dimension stays as it is, any other becomes Flatten, Softmax, Reshape.
+    3. `Upsample`, and `Resize` of opset 10, to `Resize` with its coordinates spelled out; `Scatter` to
+       `ScatterElements`; `GroupNormalization` with a scale for each channel; `Scan` without its batch.
+
+    Everything is checked before anything is rewritten: an opset holds for a whole model, so one node whose change
+    isn't known leaves the model as it was, and the report names that node. Subgraphs are converted with the model.
+    A function has imports of its own: one that can't be converted keeps its opset, the rest goes on.
+    Weights are neither read nor copied. A model at `version` or above is left: this pass never lowers an opset.
+
+    Options:
+        version: The opset to reach, 8 to 24.
+
+    When not to use it: when the model is meant for a runtime that doesn't know the opset.
+    """
+
+    # Why not onnx.version_converter or onnxscript's ConvertVersionPass: see the measurements below.
+
+    name = "convert-opset"
+    family = "raise"
+
+    def __init__(self, version: int = 23) -> None:
+        super().__init__()
+        if not OLDEST < version <= NEWEST:
+            raise UsageError(
+                f"convert-opset can't write opset {version}: choose a version from {OLDEST + 1} to {NEWEST}."
+            )
+        self.version = version
+
+    def apply(self, model: ir.Model) -> bool:
+        """See the class."""
+        graph = model.graph
+        current = _imported(graph.opset_imports)
+        if current is None or current >= self.version:
+            return False
+        functions = {f.identifier() for f in model.functions.values()}
+        try:
+            plan = self._plan([graph, *graph.subgraphs()], current, functions, model)
+        except _NotConverted as refusal:
+            return self.left(refusal.node, f"not converted: {refusal}")
+        edit = Editor(model)
+        self._rewrite(plan, edit)
+        self._import(graph, current, f"IR {model.ir_version} to {max(model.ir_version, MIN_IR_VERSION)}")
+        model.ir_version = max(model.ir_version, MIN_IR_VERSION)
+        for function in model.functions.values():
+            current = _imported(function.opset_imports)
+            if current is None or current >= self.version:
+                continue
+            try:
+                plan = self._plan([function.graph, *function.subgraphs()], current, functions, None)
+            except _NotConverted as refusal:
+                self.left(refusal.node, f"function {function.name} not converted: {refusal}")
+                continue
+            self._rewrite(plan, edit)
+            self._import(function, current, f"function {function.name}")
+        return True
+
+    def _plan(
+        self,
+        graphs: Iterable[ir.Graph],
+        current: int,
+        functions: set[ir.OperatorIdentifier],
+        model: ir.Model | None,
+    ) -> _Plan:
+        """The steps of every node that has some; raises `_NotConverted` where a node can't be converted."""
+        todo: list[tuple[ir.Node, tuple[Step, ...]]] = []
+        for graph in graphs:
+            for node in graph:
+                if node.domain != "" or node.op_identifier() in functions:
+                    continue
+                if current < OLDEST:
+                    raise _NotConverted(node, f"opset {current} is older than {OLDEST}")
+                steps = _steps(node.op_type, current, self.version)
+                if isinstance(steps, str):
+                    raise _NotConverted(node, f"node '{node.name}' uses {steps}")
+                if steps:
+                    todo.append((node, steps))
+        asks = any(step in ASKS_TYPES for _, steps in todo for step in steps)
+        known = Known(model if asks else None)
+        for node, steps in todo:
+            for step in steps:
+                # Steps after a change of name find what an adapter wrote, not what the file says.
+                for obstacle in OBSTACLES.get(step, ()) if step[0] == node.op_type else ():
+                    if (reason := obstacle(node, known, self.version)) is not None:
+                        raise _NotConverted(node, f"node '{node.name}' ({node.op_type} of opset {current}) {reason}")
+        return todo, known
+
+    def _rewrite(self, plan: _Plan, edit: Editor) -> None:
+        todo, known = plan
+        to = Conversion(edit, known, self.version)
+        for node, steps in todo:
+            adapters = [step for step in steps if step in ADAPTERS]
+            for step in adapters:
+                if node.graph is not None:
+                    edit.at(node)
+                    ADAPTERS[step](node, to)
+            if adapters:
+                self.applied(node, "rewritten for " + ", ".join(f"{op}-{opset}" for op, opset in adapters))
+            if node.version is not None:
+                node.version = None  # the model's import says it
+
+    def _import(self, graph: ir.Graph | ir.Function, current: int, what: str) -> None:
+        graph.opset_imports.pop("ai.onnx", None)
+        graph.opset_imports[""] = self.version
+        self.sites.append(Site(graph.name or "", "opset", "applied", f"opset {current} to {self.version}, {what}"))
+
+
+_Plan = tuple[list[tuple[ir.Node, tuple[Step, ...]]], Known]
+
+
+class _NotConverted(Exception):
+    """Why a graph keeps its opset."""
+
+    def __init__(self, node: ir.Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
+
+
+def _imported(imports: dict[str, int]) -> int | None:
+    """The opset of the default domain, which goes by two names."""
+    return imports.get("", imports.get("ai.onnx"))
+
+
+@functools.cache
+def _steps(op_type: str, current: int, target: int) -> tuple[Step, ...] | str:
+    """The redefinitions of an operator above `current` up to `target`; the operator's version where one isn't known."""
+    since = _since(op_type, current)
+    if since is None:
+        return f"{op_type}, which opset {current} of the ONNX standard doesn't have"
+    steps: list[Step] = []
+    for opset in range(current + 1, target + 1):
+        if _since(op_type, opset) == opset or (op_type, opset) in RENAMED:
+            step = (op_type, opset)
+            if step not in COMPATIBLE and step not in ADAPTERS:
+                return f"{op_type}-{since}, whose change in opset {opset} graphopt doesn't know"
+            steps.append(step)
+            op_type = RENAMED.get(step, op_type)
+            since = opset
+    return tuple(steps)
+
+
+def _since(op_type: str, opset: int) -> int | None:
+    """The opset that defined the operator as `opset` has it."""
+    try:
+        return int(onnx.defs.get_schema(op_type, opset, "").since_version)
+    except onnx.defs.SchemaError:
+        return None
