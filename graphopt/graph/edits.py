@@ -132,7 +132,7 @@ class Editor:
         """A new constant visible at the site: an initializer, or a Constant node inside a function."""
         site = self._require_site()
         label = self.names.fresh(f"{site.name or site.op_type}/{name}")
-        tensor = ir.tensor(np.ascontiguousarray(array), name=label) if isinstance(array, np.ndarray) else array
+        tensor = ir.tensor(np.asarray(array, order="C"), name=label) if isinstance(array, np.ndarray) else array
         graph = site.graph
         assert graph is not None
         if graph in self._function_graphs:
@@ -140,13 +140,13 @@ class Editor:
                 "Constant",
                 [],
                 {"value": tensor},
-                outputs=[ir.Value(name=label, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))],
+                outputs=[ir.Value(name=label, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))],
                 name=self.names.fresh(f"{label}/Constant"),
             )
             graph.insert_before(site, node)
             return node.outputs[0]
         value = ir.Value(
-            name=label, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+            name=label, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
         )
         graph.register_initializer(value)
         return value
