@@ -1,0 +1,217 @@
+"""The Python API: optimize, verify, inspect."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.analysis.cost import cost
+from graphopt.analysis.shapes import infer
+from graphopt.errors import ModelError, UsageError
+from graphopt.graph import load
+from graphopt.graph import save as save_model
+from graphopt.graph.edits import nodes, walk
+from graphopt.graph.load import EXTERNAL_KEY, PATH_KEY
+from graphopt.graph.save import Progress as SaveProgress
+from graphopt.pass_manager import PassManager, Progress, VerifyMode
+from graphopt.recipe import Recipe
+from graphopt.recipe import load as load_recipe
+from graphopt.report.report import Report
+from graphopt.verification.compare import Verdict, Verifier
+from graphopt.verification.compare import verify as verify_models
+from graphopt.verification.probes import Probe, load_probes, make_probes, usable_probes
+from graphopt.verification.structure import check_structure
+
+TARGETS = ("cpu", "cuda", "portable")
+
+
+@dataclasses.dataclass
+class Result:
+    """An optimized model and the report about it."""
+
+    model: ir.Model
+    report: Report
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        external_data: bool | None = None,
+        shard_bytes: int | None = None,
+        in_place: bool = False,
+        progress: SaveProgress | None = None,
+    ) -> list[Path]:
+        """Write the model (see `graphopt.graph.save.save`) and note its size in the report."""
+        files = save_model(
+            self.model, path, external_data=external_data, shard_bytes=shard_bytes, in_place=in_place, progress=progress
+        )
+        self.report.output = {"path": str(path), "bytes": sum(f.stat().st_size for f in files), "files": [f.name for f in files]}
+        return files
+
+
+def optimize(
+    model_or_path: ir.Model | str | os.PathLike[str],
+    recipe: Recipe | str | os.PathLike[str] | dict[str, Any] | None = None,
+    target: str = "cpu",
+    *,
+    verify: VerifyMode = "auto",
+    inputs: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Run a recipe on a model, verifying as it goes.
+
+    Args:
+        model_or_path: A model, which is rewritten in place, or the path of one.
+        recipe: A recipe, its file, the name of one that ships, or parsed YAML; None: every exact pass.
+        target: What the result is for: "cpu", "cuda" or "portable".
+        verify: "pass", "phase", "auto" or "none"; see `PassManager`.
+        inputs: An .npz file with one array an input, used besides the generated probe inputs.
+        seed: Seed of the generated probe inputs.
+        progress: Called before each pass.
+
+    Raises:
+        ModelError: The model is broken or ONNX Runtime can't run it.
+        UsageError: An unknown recipe, pass, option or target.
+        InputDataError: `inputs` doesn't fit the model.
+        VerificationError: No probe input runs on the original.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"There is no target {target!r}; the targets are {', '.join(TARGETS)}.")
+    chosen = load_recipe(recipe)
+    passes = chosen.passes()
+    model = model_or_path if isinstance(model_or_path, ir.Model) else load(model_or_path)
+    require_valid(model)
+    used: list[Probe] = []
+    unusable: list[tuple[Probe, str]] = []
+
+    def verifier_of(reference: ir.Model) -> Verifier:
+        if progress is not None:
+            progress("probing the original", 0, len(passes))
+        if not used:
+            given = load_probes(inputs, reference) if inputs is not None else []
+            good, bad = usable_probes(reference, [*given, *make_probes(reference, seed=seed)])
+            used.extend(good)
+            unusable.extend(bad)
+        return Verifier(reference, used)
+
+    source = describe_source(model)
+    before = Counter(node.op_type for node in nodes(model))
+    manager = PassManager(passes, verifier_of=verifier_of if verify != "none" else None, verify=verify, progress=progress)
+    run = manager(model)
+    report = Report(
+        source,
+        chosen,
+        target,
+        seed,
+        run,
+        (before, Counter(node.op_type for node in nodes(model))),
+        probes=[{"name": p.name, "description": p.description} for p in used],
+        skipped_probes=[{"name": p.name, "reason": reason} for p, reason in unusable],
+    )
+    return Result(model, report)
+
+
+def verify(
+    reference: str | os.PathLike[str],
+    candidate: str | os.PathLike[str],
+    *,
+    inputs: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> Verdict:
+    """Compare two models on probe inputs made from the first one's signature.
+
+    Raises:
+        ModelError: One of them is broken.
+        VerificationError: Their inputs or outputs differ, or no probe runs.
+    """
+    return verify_models(reference, candidate, inputs=inputs, seed=seed)
+
+
+def inspect(
+    model_or_path: ir.Model | str | os.PathLike[str], *, why: bool = False, dims: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """What a model is: interface, operators, size, FLOPs, and with `why` what the exact passes leave alone and why.
+
+    Args:
+        model_or_path: A model, unchanged by this, or the path of one.
+        why: Run the exact passes on a copy (without verification) and collect their reasons.
+        dims: Sizes for dynamic dimensions by name, for FLOPs.
+
+    Raises:
+        ModelError: The file can't be loaded at all.
+    """
+    model = model_or_path if isinstance(model_or_path, ir.Model) else load(model_or_path)
+    problems = check_structure(model)
+    measured = cost(model, infer(model), dims)
+    operators = Counter(node.op_type if node.domain == "" else f"{node.domain}::{node.op_type}" for node in nodes(model))
+    data: dict[str, Any] = {
+        **describe_source(model),
+        "ir_version": model.ir_version,
+        "opsets": dict(model.graph.opset_imports),
+        "producer": " ".join(filter(None, (model.producer_name, model.producer_version))),
+        "inputs": [_value(v) for v in model.graph.inputs if not v.is_initializer()],
+        "overridable": [_value(v) for v in model.graph.inputs if v.is_initializer()],
+        "outputs": [_value(v) for v in model.graph.outputs],
+        "nodes": measured.nodes,
+        "parameters": measured.parameters,
+        "weight_bytes": measured.weight_bytes,
+        "flops": measured.flops,
+        "flops_dims": measured.dims,
+        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
+        "functions": [":".join(identifier[:2]) for identifier in model.functions],
+        "subgraphs": sum(1 for _ in walk(model)) - 1 - len(model.functions),
+        "structures": {},
+        "problems": problems,
+        "why": None,
+    }
+    if not problems:
+        copy = model.clone()
+        run = PassManager(load_recipe().passes(), verifier_of=None)(copy)
+        raised = Counter(node.op_type for node in nodes(copy))
+        data["structures"] = {name: raised[name] for name in STRUCTURES if raised[name]}
+        if why:
+            data["why"] = [{"pass": name, **dataclasses.asdict(site)} for name, site in run.left()]
+    return data
+
+
+STRUCTURES = (
+    "LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization",
+    "Attention", "Softmax", "Gelu", "Swish", "RotaryEmbedding", "MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU",
+    "If", "Loop", "Scan",
+)  # fmt: skip
+"""Operators of the canonical graph that say what a model is made of."""
+
+
+def require_valid(model: ir.Model) -> None:
+    """Raise ModelError with the first problem of an invalid graph."""
+    if problems := check_structure(model):
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise ModelError(f"{model.meta.get(PATH_KEY, 'the model')} is not a valid model: {problems[0].rstrip('.')}{more}.")
+
+
+def describe_source(model: ir.Model) -> dict[str, Any]:
+    """Where a model came from: path and bytes on disk, with its external data."""
+    path = model.meta.get(PATH_KEY)
+    if path is None:
+        return {"path": None, "bytes": None, "external_data": False}
+    files = {Path(path).resolve()}
+    for graph in walk(model):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                files.add(Path(value.const_value.path).resolve())
+    return {
+        "path": str(path),
+        "bytes": sum(f.stat().st_size for f in sorted(files)),
+        "external_data": bool(model.meta.get(EXTERNAL_KEY)),
+    }
+
+
+def _value(value: ir.Value) -> dict[str, Any]:
+    shape = None if value.shape is None else [d if isinstance(d, int) else str(d) for d in value.shape]
+    return {"name": value.name, "dtype": str(value.dtype) if value.dtype is not None else str(value.type), "shape": shape}

@@ -1,0 +1,96 @@
+"""The command line: one file a command, imported when it is used, so that `graphopt --help` is quick."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+import graphopt
+
+COMMANDS = {
+    "optimize": "Make a model smaller and faster, and prove it unchanged.",
+    "inspect": "Say what a model is made of, and why it isn't better.",
+    "verify": "Compare two models on probe inputs.",
+    "bench": "Time models against each other.",
+    "passes": "List the passes, or show the page of one.",
+    "target": "Say what the installed ONNX Runtime executes.",
+    "export": "Export a PyTorch or Hugging Face model to ONNX.",
+    "models": "List or fetch real models to try graphopt on.",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when the command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"graphopt.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            if near:
+                error.message += f" Did you mean {near[0]!r}?"
+            raise
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: graphopt optimize model.onnx -o model.opt.onnx --report report.html",
+)
+@click.version_option(graphopt.__version__, prog_name="graphopt")
+def cli() -> None:
+    """Optimize ONNX models for ONNX Runtime, and prove each rewrite on numbers."""
+
+
+def main() -> None:
+    """The entry point: errors of ours become one sentence and an exit code, never a traceback."""
+    from graphopt.errors import GraphoptError
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        status: Any = cli.main(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except GraphoptError as error:
+        fail(str(error), error.exit_code)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        fail(error.format_message(), 2)
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted; nothing was written.", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except MemoryError:
+        fail("out of memory; try --verify none, which needs no session of the model.", 1)
+
+
+def fail(message: str, code: int) -> None:
+    """Print one sentence to standard error and exit."""
+    click.echo(f"graphopt: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,103 @@
+"""graphopt optimize."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from graphopt.cli.console import (
+    MODEL, inputs_option, json_option, out, parse_size, print_json, progress, seed_option, write_text,
+)  # fmt: skip
+from graphopt.errors import UsageError
+
+ROLLED_BACK = 6
+"""Exit code: the output is good, but a pass broke its promise and was taken back."""
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  graphopt optimize model.onnx                        writes model.opt.onnx
+  graphopt optimize model.onnx -o fast/model.onnx --report report.html --bench
+  graphopt optimize model.onnx --recipe clean --verify phase
+  graphopt optimize model.onnx --inputs real.npz --json > report.json
+
+\b
+Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing to compare on;
+6 done, but a pass failed its verification and was taken back."""
+)
+@click.argument("model", type=MODEL)
+@click.option("-o", "--output", type=MODEL, help="Where to write the result  [default: MODEL.opt.onnx]")
+@click.option("--in-place", is_flag=True, help="Replace the input, atomically.")
+@click.option("--recipe", metavar="NAME|FILE", help="A recipe that ships, or a YAML file  [default: exact]")
+@click.option("--target", type=click.Choice(["cpu", "cuda", "portable"]), default="cpu", show_default=True,
+              help="What the result runs on.")  # fmt: skip
+@click.option("--verify", type=click.Choice(["auto", "pass", "phase", "none"]), default="auto", show_default=True,
+              help="After each pass, after each phase, whichever is cheap, or never.")  # fmt: skip
+@inputs_option
+@seed_option
+@click.option("--external-data/--inline", "external_data", default=None,
+              help="Weights beside the model or in it  [default: as the input]")  # fmt: skip
+@click.option("--shard-size", metavar="SIZE", help="Split external data into files of at most this size, e.g. 2GB.")
+@click.option("--report", "report_path", type=MODEL, metavar="FILE.html", help="Write a self-contained HTML report.")
+@click.option("--bench", is_flag=True, help="Time the result against the original.")
+@click.option("--force", is_flag=True, help="Overwrite an existing output.")
+@json_option
+def command(
+    model: Path,
+    output: Path | None,
+    in_place: bool,
+    recipe: str | None,
+    target: str,
+    verify: str,
+    inputs: Path | None,
+    seed: int,
+    external_data: bool | None,
+    shard_size: str | None,
+    report_path: Path | None,
+    bench: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Run a recipe of passes on MODEL; verify what each pass did; write the result and say what changed."""
+    from graphopt.api import optimize
+    from graphopt.report.terminal import print_report
+
+    if in_place and output is not None:
+        raise UsageError("Give either --in-place or an output, not both.")
+    destination = model if in_place else output or model.with_name(f"{model.stem}.opt{model.suffix}")
+    if destination.exists() and not in_place:
+        if model.exists() and destination.samefile(model):
+            raise UsageError(f"{destination} is the input; give another output, or --in-place to replace it.")
+        if not force:
+            raise UsageError(f"{destination} exists; give another output, or --force to overwrite it.")
+    shard_bytes = parse_size(shard_size)
+    with progress(as_json) as bar:
+        result = optimize(model, recipe, target, verify=verify, inputs=inputs, seed=seed, progress=bar)  # type: ignore[arg-type]
+        result.save(
+            destination,
+            external_data=external_data,
+            shard_bytes=shard_bytes,
+            in_place=in_place,
+            progress=lambda done, count: bar("saving", done, count),
+        )
+        if bench and not in_place:
+            from graphopt.verification.timing import benchmark_models
+
+            bar("timing", 0, 1)
+            result.report.timing = benchmark_models([model, destination], inputs=inputs, seed=seed).to_dict()
+    data = result.report.to_dict()
+    if report_path is not None:
+        from graphopt.report.html import render_html
+
+        write_text(report_path, render_html(data))
+    if as_json:
+        print_json(data)
+    else:
+        print_report(data, out())
+        if report_path is not None:
+            out().print(f"Report: {report_path}")
+    if not result.report.ok:
+        sys.exit(ROLLED_BACK)
