@@ -1,0 +1,283 @@
+"""The match that LayerNorm and RMSNorm share: a value divided by the root of its own mean square.
+
+    y = v / √(mean(v²) + ε)  [· gain]  [+ bias]        v = x (RMSNorm) or x − mean(x) (LayerNorm)
+
+The walk starts at the mean of the square, the one node that every spelling has, goes down to v and up to the
+product, and takes along what belongs to the operator: a constant gain, a constant bias, and casts from and to a
+half-precision type where `stash_type` = 1 says the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.analysis.algebra import (
+    as_float32,
+    cast_target,
+    escaping,
+    is_op,
+    other_operand,
+    producer,
+    same,
+    users,
+)
+from graphopt.analysis.moments import Mean, centred, folded, mean_of, read_mean, squared
+from graphopt.graph.constants import constant_tensor
+from graphopt.graph.edits import Editor
+from graphopt.passes.raise_.root_mean_square import NotRaised, RootWalk
+from graphopt.passes.raise_.shape_rules import ShapeRulePass
+
+_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+@dataclasses.dataclass
+class Affine:
+    """A constant gain or bias: its numbers, and its value in the graph where that holds them as they are."""
+
+    array: npt.NDArray[Any]
+    value: ir.Value | None
+
+
+@dataclasses.dataclass
+class Normalization:
+    """A site that the operator can stand for.
+
+    Attributes:
+        x: The input of the operator.
+        axes: How many of the last axes are normalised.
+        epsilon: The number added to the mean square, a float32.
+        gain: Factor per element of the normalised axes, shape of these axes.
+        bias: Summand per element of the normalised axes, shape of these axes; None for 0.
+        root: The last node; the operator takes the place of its output.
+    """
+
+    x: ir.Value
+    axes: int
+    epsilon: float
+    gain: Affine
+    bias: Affine | None
+    root: ir.Node
+
+    def write(self, edit: Editor, op_type: str) -> str:
+        """Put `op_type` in the place of the site; returns what was done, for the report."""
+        edit.at(self.root)
+        inputs = [self.x, self._operand(edit, self.gain, "gain")]
+        if self.bias is not None:
+            inputs.append(self._operand(edit, self.bias, "bias"))
+        old = self.root.outputs[0]
+        new = edit.op(op_type, inputs, {"axis": -self.axes, "epsilon": self.epsilon, "stash_type": 1}, like=old)
+        edit.replace(old, new)
+        return f"{op_type} over the last {'axis' if self.axes == 1 else f'{self.axes} axes'}, ε = {self.epsilon:.6g}"
+
+    @staticmethod
+    def _operand(edit: Editor, affine: Affine, name: str) -> ir.Value:
+        return affine.value if affine.value is not None else edit.constant(affine.array, name)
+
+
+class Matcher(RootWalk):
+    """One attempt at one site.
+
+    Args:
+        node: A ReduceMean, ReduceSum or ReduceSumSquare.
+        centre: Whether v must be x − mean(x) (LayerNorm) or must not (RMSNorm).
+        shapes: The pass, which knows the shapes.
+    """
+
+    def __init__(self, node: ir.Node, centre: bool, shapes: ShapeRulePass) -> None:
+        super().__init__()
+        self.node = node
+        self.centre = centre
+        self.shapes = shapes
+
+    def match(self) -> Normalization | None:
+        """Find the pattern around the node; None where the site is something else.
+
+        Raises:
+            NotRaised: The site is close, but isn't this operator, or isn't known to be.
+        """
+        mean = read_mean(self.node)
+        if mean is None:
+            return None
+        if is_op(self.node, "ReduceSumSquare"):
+            v = mean.operand
+        else:
+            square = squared(mean.operand)
+            if square is None:
+                return None
+            v, nodes = square
+            self.take(*nodes)
+        centre = centred(v)
+        if (centre is not None) != self.centre:
+            if self.centre:
+                self._explain_single_pass(v, mean)
+            return None
+        self.take(*mean.nodes)
+        inverse = self.inverse_root(mean.value)
+        if inverse is None:
+            return None
+        product = self.product(*inverse, v, centre)
+        if product is None:
+            return None
+        root, gain = product
+        axes = self._last_axes(mean, v)
+        x = v
+        if centre is not None:
+            x = centre.x
+            self.take(centre.node)
+            if not centre.mean.kept or self._last_axes(centre.mean, v) != axes:
+                raise NotRaised("the mean and the variance are over different axes")
+        dims = self._dims(x, axes)
+        for some in [mean] if centre is None else [mean, centre.mean]:
+            self._check_count(some, dims)
+        return self._finish(x, axes, root, gain, dims)
+
+    @staticmethod
+    def _explain_single_pass(v: ir.Value, mean: Mean) -> None:
+        for user in users(mean.value):
+            if not is_op(user, "Sub") or user.inputs[0] is not mean.value:
+                continue
+            product = squared(user.inputs[1])
+            inner = None if product is None else mean_of(product[0])
+            if inner is not None and same(inner.operand, v):
+                raise NotRaised(
+                    "the variance is E[x²] − E[x]², which cancels where the mean is large: "
+                    "LayerNormalization gives other numbers"
+                )
+
+    # ---- facts about axes
+
+    def _last_axes(self, mean: Mean, v: ir.Value) -> int:
+        """How many of the last axes the mean is over."""
+        if mean.axes is None:
+            raise NotRaised(f"the axes of {mean.nodes[0].op_type} aren't constant, or not given")
+        if not mean.kept:
+            raise NotRaised("the reduced axes aren't kept (keepdims=0), so the division broadcasts differently")
+        axes = mean.axes
+        if any(axis >= 0 for axis in axes):
+            rank = self.shapes.rank(v)
+            if rank is None:
+                raise NotRaised(f"the rank isn't known, so axes {list(axes)} may not be the last")
+            axes = tuple(axis if axis < 0 else axis - rank for axis in axes)
+        if sorted(axes) != list(range(-len(axes), 0)):
+            raise NotRaised(f"the mean is over axes {sorted(axes)}, not over the last ones")
+        return len(axes)
+
+    def _dims(self, x: ir.Value, axes: int) -> tuple[int, ...] | None:
+        shape = self.shapes.shape(x)
+        last = shape[-axes:] if shape is not None and len(shape) >= axes else (None,)
+        known = tuple(d for d in last if isinstance(d, int))
+        return known if len(known) == axes else None
+
+    @staticmethod
+    def _check_count(mean: Mean, dims: tuple[int, ...] | None) -> None:
+        """A sum divided by a constant is a mean only where the constant is the number of elements."""
+        if mean.count is None:
+            return
+        if dims is None:
+            raise NotRaised(f"a sum is divided by {mean.count:g}, but the length of the axis isn't known")
+        elements = int(np.prod(dims))
+        if abs(mean.count - elements) > 1e-6 * elements:
+            raise NotRaised(f"a sum over {elements} elements is divided by {mean.count:g}, so it isn't their mean")
+
+    # ---- what follows the product
+
+    def _finish(
+        self, x: ir.Value, axes: int, root: ir.Node, gain_inside: ir.Value | None, dims: tuple[int, ...] | None
+    ) -> Normalization:
+        dtype = self.dtype or x.dtype
+        gain = bias = None
+        if gain_inside is not None:
+            gain, dims = self._affine(gain_inside, x, axes, dims)
+            if gain is None:
+                raise NotRaised("what the reciprocal root is multiplied by isn't a gain over the normalised axes")
+            dtype = dtype or ir.DataType.from_numpy(gain.array.dtype)
+        passed: list[ir.Node] = []
+        end = root
+        while (user := self._sole_user(end)) is not None:
+            end_value = end.outputs[0]
+            if is_op(user, "Cast"):
+                target = cast_target(user)
+                upcast = producer(x, "Cast")
+                if target != dtype:
+                    # Computed in float32 and rounded to the type that x had: that is what stash_type = 1 means.
+                    wide = upcast.inputs[0] if upcast is not None else None
+                    if gain or target not in _HALF or wide is None or wide.dtype != target or dtype in _HALF:
+                        break
+                    x, dtype, root = wide, target, user
+                    self.take(user, *passed)
+                    passed = []
+                else:
+                    passed.append(user)
+            else:
+                operand = other_operand(user, end_value)
+                is_gain = is_op(user, "Mul") and gain is None
+                is_bias = is_op(user, "Add") and self.centre
+                if operand is None or not (is_gain or is_bias):
+                    break
+                affine, dims = self._affine(operand, x, axes, dims)
+                if affine is None:
+                    break
+                dtype = dtype or ir.DataType.from_numpy(affine.array.dtype)
+                root = user
+                self.take(user, *passed)
+                passed = []
+                if is_bias:
+                    bias = affine
+                    break
+                gain = affine
+            end = user
+        if dtype is None:
+            raise NotRaised("the type isn't known")
+        self._check(x, axes, root, dtype)
+        if gain is None:
+            if dims is None:
+                raise NotRaised("there is no gain and the length of the normalised axis isn't known")
+            gain = Affine(np.ones(dims, dtype=dtype.numpy()), None)
+        return Normalization(x, axes, self.epsilon, gain, bias, root)
+
+    @staticmethod
+    def _sole_user(node: ir.Node) -> ir.Node | None:
+        value = node.outputs[0]
+        found = [] if value.is_graph_output() else users(value)
+        return found[0] if len(found) == 1 and found[0].graph is node.graph else None
+
+    def _affine(
+        self, value: ir.Value, x: ir.Value, axes: int, dims: tuple[int, ...] | None
+    ) -> tuple[Affine | None, tuple[int, ...] | None]:
+        """`value` as numbers over the normalised axes where it is that, and the lengths of these axes."""
+        array = folded(value)
+        if array is None:
+            return None, dims
+        if array.ndim > axes and (any(d != 1 for d in array.shape[:-axes]) or not self.shapes.has_rank(x, array.ndim)):
+            return None, dims
+        inner = array.reshape(array.shape[array.ndim - axes :]) if array.ndim > axes else array
+        if dims is None:
+            # A gain of one element, or of fewer axes, says nothing about the lengths.
+            if inner.ndim != axes or 1 in inner.shape:
+                return None, dims
+            dims = inner.shape
+        try:
+            full = np.broadcast_to(inner, dims)
+        except ValueError:
+            return None, dims
+        return Affine(full, value if array.shape == dims and constant_tensor(value) is not None else None), dims
+
+    def _check(self, x: ir.Value, axes: int, root: ir.Node, dtype: ir.DataType) -> None:
+        if dtype == ir.DataType.DOUBLE:
+            raise NotRaised("it computes in float64, the operator in float32 (stash_type)")
+        if self.epsilon < 0 or as_float32(self.epsilon) is None:
+            raise NotRaised(f"epsilon {self.epsilon!r} isn't a float32, which the attribute is")
+        for constant in self.scalars:
+            tensor = constant_tensor(constant)
+            if tensor is not None and len(tensor.shape) > axes and not self.shapes.has_rank(x, len(tensor.shape)):
+                raise NotRaised(f"the scalar constant {constant.name!r} may broadcast the result to a higher rank")
+        if any(node.graph is not root.graph for node in self.inside):
+            raise NotRaised("it is spread over an outer graph and a subgraph")
+        used = escaping(self.inside, root)
+        if used is not None:
+            raise NotRaised(f"{used.name!r} inside it is used elsewhere too")
