@@ -1,0 +1,34 @@
+# The README's commands. Each makes the virtual environment if there is none.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test check docs clean
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,dev]'
+	touch $@
+
+# Export a real model, optimize it, verify it, time it against the original, and report.
+demo: $(VENV)/ready
+	mkdir -p demo
+	$(BIN)/graphopt export "$$($(BIN)/graphopt models fetch minilm --folder)" -o demo/minilm --force
+	$(BIN)/graphopt optimize demo/minilm/model.onnx -o demo/minilm.opt.onnx --report demo/report.html --bench --force
+	@echo "Open demo/report.html in a browser."
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+	$(BIN)/python -m graphopt.report.pages docs/passes --check
+
+docs: $(VENV)/ready
+	$(BIN)/python -m graphopt.report.pages docs/passes
+
+clean:
+	rm -rf demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis
