@@ -1,0 +1,96 @@
+"""Functions of symbolic integers beyond + - * //: minimum, maximum, broadcasting, comparison, selection.
+
+Each returns a polynomial where bounds or equality decide, else the interned symbol of the operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from graphopt.analysis.dims import ONE, ZERO, Dim, as_symbol, operation, rank
+
+
+def ceil_div(a: Dim | int, b: Dim | int) -> Dim:
+    """Division rounded towards infinity."""
+    return -((-Dim.of(a)) // b)
+
+
+def differ(a: Dim, b: Dim) -> bool:
+    """Whether it is proven that `a` and `b` are never the same number."""
+    low, high = (a - b).bounds
+    return low > 0 or high < 0
+
+
+def minimum(a: Dim, b: Dim) -> Dim:
+    """The smaller of the two."""
+    low, high = (a - b).bounds
+    if high <= 0:
+        return a
+    if low >= 0:
+        return b
+    return operation("min", tuple(sorted((a, b), key=rank)), "", min(a.low, b.low), min(a.high, b.high))
+
+
+def maximum(a: Dim, b: Dim) -> Dim:
+    """The larger of the two."""
+    low, high = (a - b).bounds
+    if low >= 0:
+        return a
+    if high <= 0:
+        return b
+    return operation("max", tuple(sorted((a, b), key=rank)), "", max(a.low, b.low), max(a.high, b.high))
+
+
+def broadcast(a: Dim, b: Dim) -> Dim:
+    """The size that two broadcast dimensions give in every run in which they fit: the one that isn't 1."""
+    if a == b or b.value == 1:
+        return a
+    if a.value == 1:
+        return b
+    # Apart from 1 the sizes must agree, so one that is proven to be another number than 1 is the result.
+    if a.value is not None or differ(a, ONE):
+        return a
+    if b.value is not None or differ(b, ONE):
+        return b
+    parts: dict[Dim, None] = {}
+    for dim in (a, b):
+        symbol = as_symbol(dim)
+        parts.update(dict.fromkeys(symbol.args if symbol is not None and symbol.op == "broadcast" else (dim,)))
+    low = 0 if any(p.low < 1 for p in parts) else max(p.low for p in parts)
+    return operation("broadcast", tuple(sorted(parts, key=rank)), "", low, max(p.high for p in parts))
+
+
+def equal(a: Dim, b: Dim) -> Dim:
+    """1 where `a` and `b` are the same number, else 0."""
+    if a == b:
+        return ONE
+    if differ(a, b):
+        return ZERO
+    return operation("equal", tuple(sorted((a, b), key=rank)), "", 0, 1)
+
+
+def less(a: Dim, b: Dim) -> Dim:
+    """1 where `a` < `b`, else 0."""
+    low, high = (a - b).bounds
+    if high < 0:
+        return ONE
+    if low >= 0:
+        return ZERO
+    return operation("less", (a, b), "", 0, 1)
+
+
+def where(condition: Dim, a: Dim, b: Dim) -> Dim:
+    """`a` where `condition` isn't 0, else `b`."""
+    if a == b or differ(condition, ZERO):
+        return a
+    if condition.value == 0:
+        return b
+    return operation("where", (condition, a, b), "", min(a.low, b.low), max(a.high, b.high))
+
+
+def product(dims: Iterable[Dim]) -> Dim:
+    """The product of all (1 for none)."""
+    result = ONE
+    for dim in dims:
+        result = result * dim
+    return result

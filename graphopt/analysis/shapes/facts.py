@@ -1,0 +1,260 @@
+"""Sound shapes, element types and small contents of every value of a model.
+
+"Sound" means: in every run that the ONNX standard allows, a proven fact is true. So nothing is taken from a file
+that ONNX Runtime doesn't enforce (measured on 1.31). Declared shapes of intermediate values and outputs are ignored.
+Of graph inputs the element type, the rank (unless 0) and the constant sizes are trusted; every other size is a symbol
+of its own, also where two share a `dim_param`, because real files declare one name for different sizes and ONNX
+Runtime doesn't check them. An input declared as a scalar is accepted with any shape, so its shape is unknown.
+
+Why not the package onnx-shape-inference 0.2 (also symbolic, also on onnx_ir): on real models it gave no shape to 213 of
+354 values of a TorchScript MiniLM, raised on a dim_param "?", and takes equal dim_params for equal sizes. Why not
+`onnx.shape_inference`: it merges declared shapes, needs protobufs under 2 GB, and knows no symbolic arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.dims import Dim
+from graphopt.analysis.shapes import control, fallback
+from graphopt.analysis.shapes.reduction import tensor_fact
+from graphopt.analysis.shapes.rule import (
+    MAX_CONTENT,
+    NOTHING,
+    RULES,
+    Content,
+    Entry,
+    Fact,
+    Op,
+    Result,
+    Shape,
+    TypeSource,
+    UnknownShapeError,
+)
+from graphopt.graph.edits import opset, subgraphs_of, walk
+
+MAX_CALLS = 2_000
+"""Nodes of function bodies that are followed through their calls; further calls are unknown."""
+
+RULE_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+"""What a rule may meet in a malformed node (missing inputs, wrong ranks, bad attributes): the node is then unknown."""
+
+
+class ShapeFacts:
+    """What is known of the values of one model. Made by `infer`.
+
+    Values that a pass adds later are inferred when they are asked for. Facts stay right while a pass replaces values
+    by equal ones; a pass that changes what an existing value *means* makes new facts.
+
+    Attributes:
+        faults: Nodes whose rule failed in an unexpected way (malformed nodes, or faults of a rule), for tests.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.faults: list[str] = []
+        self._facts: dict[ir.Value, Fact] = {}
+        self._opset = opset(model)
+        self._opsets: dict[object, int] = {}
+        self._calls = 0
+        self._active: set[ir.Node] = set()
+        self._functions = dict(model.functions)
+        for function in model.functions.values():
+            version = function.opset_imports.get("", self._opset)
+            for graph in (function.graph, *function.subgraphs()):
+                self._opsets[graph] = version
+        for value in model.graph.inputs:
+            self._facts[value] = _input_fact(value)
+
+    # ---- what is known
+
+    def fact(self, value: ir.Value | None) -> Fact:
+        """Everything known of `value`; inferred now where it is new. Never raises."""
+        if value is None:
+            return NOTHING
+        known = self._facts.get(value)
+        if known is None:
+            producer = value.producer()
+            if producer is None:
+                known = self._facts[value] = _source_fact(value)
+            else:
+                self.infer_node(producer)
+                known = self._facts.get(value, NOTHING)
+        return known
+
+    def dtype(self, value: ir.Value | None) -> ir.DataType | None:
+        """The element type of `value`; None where unknown or where it is no tensor."""
+        return self.fact(value).dtype
+
+    def shape(self, value: ir.Value | None) -> Shape | None:
+        """The dimensions of `value`; None where its rank isn't known."""
+        return self.fact(value).shape
+
+    def data(self, value: ir.Value | None) -> Content | None:
+        """The elements of an integer or bool tensor of at most 64 elements, as an array of `Dim` of its shape.
+
+        None where they aren't known. Don't write into the array; `.tolist()` gives nested lists, `.flat` the elements.
+        """
+        return self.fact(value).content
+
+    def learn(self, value: ir.Value, fact: Fact) -> None:
+        """Record a fact proven elsewhere, for example that of a value which `value` replaces."""
+        self._facts[value] = fact
+
+    def values(self) -> Iterable[tuple[ir.Value, Fact]]:
+        """All values met so far with their facts, in the order in which they were met."""
+        return self._facts.items()
+
+    # ---- inferring
+
+    def infer_node(self, node: ir.Node) -> None:
+        """Infer the outputs of `node`, and first whatever they depend on that isn't known yet."""
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            if all(out in self._facts for out in current.outputs) and current.outputs:
+                stack.pop()
+                continue
+            if current not in self._active:
+                self._active.add(current)
+                waiting = [p for p in self._producers(current) if p not in self._active]
+                if waiting:
+                    stack.extend(reversed(waiting))
+                    continue
+            stack.pop()
+            self._active.discard(current)
+            inputs = [None if v is None else self.fact_if_known(v) for v in current.inputs]
+            version = self._opset if current.graph is None else self._opsets.get(current.graph, self._opset)
+            for value, fact in zip(current.outputs, self.apply(current, inputs, version, {}), strict=True):
+                self._facts.setdefault(value, fact)
+
+    def fact_if_known(self, value: ir.Value) -> Fact:
+        """As `fact`, but without inferring a producer (nothing is known inside a cycle)."""
+        known = self._facts.get(value)
+        if known is None and value.producer() is None:
+            known = self._facts[value] = _source_fact(value)
+        return known or NOTHING
+
+    def _producers(self, node: ir.Node) -> list[ir.Node]:
+        """Nodes whose outputs `node` reads and that aren't inferred yet; what its subgraphs read comes by itself."""
+        result = []
+        for value in node.inputs:
+            if value is not None and value not in self._facts and (producer := value.producer()) is not None:
+                result.append(producer)
+        return result
+
+    def apply(
+        self, node: ir.Node, inputs: Sequence[Fact | None], version: int, attributes: Mapping[str, ir.Attr]
+    ) -> list[Fact]:
+        """The facts of the outputs of `node` for given facts of its inputs.
+
+        Args:
+            node: Any node.
+            inputs: A fact for each input, None for an input that isn't given.
+            version: The opset of the default domain at the node.
+            attributes: The attributes of the call, where the node is in the body of a function that is called.
+        """
+        count = len(node.outputs)
+        op = Op(node, inputs, version, attributes)
+        try:
+            if (function := self._functions.get(node.op_identifier())) is not None:
+                return self._call(op, function)
+            if node.op_type in control.RULES and node.domain in ("", "ai.onnx"):
+                return _padded(control.RULES[node.op_type](self, op), count)
+            key = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+            entry = RULES.get(key)
+            if entry is None:
+                return _padded(fallback.infer(op, version), count)
+        except UnknownShapeError:
+            return [NOTHING] * count
+        except RULE_FAULTS as error:
+            self.faults.append(f"{node.op_type} {node.name!r}: {type(error).__name__}: {error}")
+            return [NOTHING] * count
+        return self._by_rule(op, entry, count)
+
+    def _by_rule(self, op: Op, entry: Entry, count: int) -> list[Fact]:
+        try:
+            result = entry.rule(op)
+        except UnknownShapeError:
+            result = None
+        except RULE_FAULTS as error:
+            self.faults.append(f"{op.node.op_type} {op.node.name!r}: {type(error).__name__}: {error}")
+            result = None
+        results = result if isinstance(result, list) else [result]
+        results = results[:count] + [None] * (count - len(results))
+        return [
+            _fact(single, entry.types[min(i, len(entry.types) - 1)], op) for i, single in enumerate(results)
+        ]
+
+    def _call(self, op: Op, function: ir.Function) -> list[Fact]:
+        """A call of a model-local function: its body on the facts of the arguments, in a frame of its own."""
+        body = list(function.graph)
+        self._calls += len(body)
+        if self._calls > MAX_CALLS or any(True for node in body for _ in subgraphs_of(node)):
+            raise UnknownShapeError
+        attributes = {**function.attributes, **op.node.attributes}
+        frame: dict[ir.Value, Fact] = {
+            formal: op.fact(i) for i, formal in enumerate(function.inputs)
+        }
+        for node in body:
+            inputs = [None if v is None else frame.get(v, NOTHING) for v in node.inputs]
+            outputs = self.apply(node, inputs, function.opset_imports.get("", self._opset), attributes)
+            frame.update(zip(node.outputs, outputs, strict=True))
+        return _padded([frame.get(value, NOTHING) for value in function.outputs], len(op.node.outputs))
+
+
+def infer(model: ir.Model) -> ShapeFacts:
+    """Shapes, element types and small contents of all values of `model`, in time linear in its nodes.
+
+    Works with any order of nodes, in subgraphs (what If branches agree on; Loop and Scan bodies with unknown inputs)
+    and in function bodies (with unknown inputs; a call is followed with the facts of its arguments). An operator
+    without a rule gives values of which nothing is known.
+    """
+    facts = ShapeFacts(model)
+    for graph in walk(model):
+        for node in graph:
+            facts.infer_node(node)
+    return facts
+
+
+def _fact(result: Result, source: TypeSource, op: Op) -> Fact:
+    if isinstance(result, Fact):
+        if source is None or (isinstance(source, int) and result.dtype is not None):
+            return _small(result)
+        result = result.content if result.content is not None else result.shape
+    dtype = op.dtype(source) if type(source) is int else source if isinstance(source, ir.DataType) else None
+    if isinstance(result, np.ndarray):
+        return _small(Fact(dtype, tuple(Dim.of(n) for n in result.shape), result))
+    return Fact(dtype, result)
+
+
+def _small(fact: Fact) -> Fact:
+    if fact.content is not None and fact.content.size > MAX_CONTENT:
+        return Fact(fact.dtype, fact.shape)
+    return fact
+
+
+def _padded(facts: Sequence[Fact], count: int) -> list[Fact]:
+    return [*facts[:count], *[NOTHING] * (count - len(facts))]
+
+
+def _source_fact(value: ir.Value) -> Fact:
+    """Of a value that no node makes: an initializer; an input of a subgraph or function, of which nothing is known."""
+    if value.is_initializer() and not value.is_graph_input() and value.const_value is not None:
+        return tensor_fact(value.const_value)
+    return NOTHING
+
+
+def _input_fact(value: ir.Value) -> Fact:
+    if not isinstance(value.type, ir.TensorType):
+        return NOTHING
+    if value.shape is None or len(value.shape) == 0:
+        return Fact(value.type.dtype)
+    dims = [
+        Dim.of(d) if isinstance(d, int) and d > 0 else Dim.symbol(f"{value.name}[{axis}]")
+        for axis, d in enumerate(value.shape)
+    ]
+    return Fact(value.type.dtype, tuple(dims))
