@@ -28,7 +28,7 @@ class RaiseLayerNorm(ShapeRulePass):
     3. x − mean(x) written once or twice.
     4. 1/√v: `Sqrt` or `Pow 0.5` with `Div`, `Reciprocal`, `Div(1, ·)` or `Pow −1`; `Pow −0.5`; the root of `1/v`.
     5. Gain and bias: constants over the normalised axes, whatever axes of length 1 are in front, or absent (the
-       gain is then ones); the gain after the division or multiplied into 1/√v.
+       gain is then ones); the gain after the division or multiplied into 1/√v (`s`), also as x·s + (bias − mean·s).
     6. x cast from half precision to float32 and the quotient cast back: `stash_type` = 1 says the same.
 
     **Needs:** opset 17. That the axes are the last: negative, or the rank known. The length of the normalised axes

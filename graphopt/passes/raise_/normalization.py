@@ -29,7 +29,7 @@ from graphopt.analysis.algebra import (
 from graphopt.analysis.moments import Mean, centred, folded, mean_of, read_mean, squared
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor
-from graphopt.passes.raise_.root_mean_square import NotRaised, RootWalk
+from graphopt.passes.raise_.root_mean_square import NotRaised, Product, RootWalk
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -123,18 +123,16 @@ class Matcher(RootWalk):
         product = self.product(*inverse, v, centre)
         if product is None:
             return None
-        root, gain = product
-        axes = self._last_axes(mean, v)
-        x = v
+        x = v if centre is None else centre.x
+        axes = self._last_axes(mean, x)
         if centre is not None:
-            x = centre.x
             self.take(centre.node)
-            if not centre.mean.kept or self._last_axes(centre.mean, v) != axes:
+            if self._last_axes(centre.mean, x) != axes:
                 raise NotRaised("the mean and the variance are over different axes")
         dims = self._dims(x, axes)
         for some in [mean] if centre is None else [mean, centre.mean]:
             self._check_count(some, dims)
-        return self._finish(x, axes, root, gain, dims)
+        return self._finish(x, axes, product, dims)
 
     @staticmethod
     def _explain_single_pass(v: ir.Value, mean: Mean) -> None:
@@ -151,7 +149,7 @@ class Matcher(RootWalk):
 
     # ---- facts about axes
 
-    def _last_axes(self, mean: Mean, v: ir.Value) -> int:
+    def _last_axes(self, mean: Mean, x: ir.Value) -> int:
         """How many of the last axes the mean is over."""
         if mean.axes is None:
             raise NotRaised(f"the axes of {mean.nodes[0].op_type} aren't constant, or not given")
@@ -159,7 +157,7 @@ class Matcher(RootWalk):
             raise NotRaised("the reduced axes aren't kept (keepdims=0), so the division broadcasts differently")
         axes = mean.axes
         if any(axis >= 0 for axis in axes):
-            rank = self.shapes.rank(v)
+            rank = self.shapes.rank(x)
             if rank is None:
                 raise NotRaised(f"the rank isn't known, so axes {list(axes)} may not be the last")
             axes = tuple(axis if axis < 0 else axis - rank for axis in axes)
@@ -186,50 +184,45 @@ class Matcher(RootWalk):
 
     # ---- what follows the product
 
-    def _finish(
-        self, x: ir.Value, axes: int, root: ir.Node, gain_inside: ir.Value | None, dims: tuple[int, ...] | None
-    ) -> Normalization:
-        dtype = self.dtype or x.dtype
+    def _finish(self, x: ir.Value, axes: int, product: Product, dims: tuple[int, ...] | None) -> Normalization:
+        root, dtype = product.root, self.dtype or x.dtype
         gain = bias = None
-        if gain_inside is not None:
-            gain, dims = self._affine(gain_inside, x, axes, dims)
+        if product.gain is not None:
+            gain, dims = self._affine(product.gain, x, axes, dims)
             if gain is None:
                 raise NotRaised("what the reciprocal root is multiplied by isn't a gain over the normalised axes")
-            dtype = dtype or ir.DataType.from_numpy(gain.array.dtype)
+        if product.bias is not None:
+            bias, dims = self._affine(product.bias, x, axes, dims)
+            if bias is None:
+                raise NotRaised("what the mean is subtracted from isn't a bias over the normalised axes")
+        dtype = dtype or next((ir.DataType.from_numpy(a.array.dtype) for a in (gain, bias) if a is not None), None)
         passed: list[ir.Node] = []
         end = root
-        while (user := self._sole_user(end)) is not None:
-            end_value = end.outputs[0]
-            if is_op(user, "Cast"):
-                target = cast_target(user)
-                upcast = producer(x, "Cast")
-                if target != dtype:
-                    # Computed in float32 and rounded to the type that x had: that is what stash_type = 1 means.
-                    wide = upcast.inputs[0] if upcast is not None else None
-                    if gain or target not in _HALF or wide is None or wide.dtype != target or dtype in _HALF:
-                        break
-                    x, dtype, root = wide, target, user
-                    self.take(user, *passed)
-                    passed = []
-                else:
-                    passed.append(user)
+        while bias is None and (user := self._sole_user(end)) is not None:
+            if is_op(user, "Cast") and cast_target(user) == dtype:
+                passed.append(user)
+            elif is_op(user, "Cast"):
+                # Computed in float32 and rounded to the type that x had: that is what stash_type = 1 means.
+                target, upcast = cast_target(user), producer(x, "Cast")
+                wide = upcast.inputs[0] if upcast is not None else None
+                if gain or target not in _HALF or wide is None or wide.dtype != target or dtype != ir.DataType.FLOAT:
+                    break
+                x, dtype, root = wide, target, user
+                self.take(user, *passed)
+                passed = []
             else:
-                operand = other_operand(user, end_value)
-                is_gain = is_op(user, "Mul") and gain is None
-                is_bias = is_op(user, "Add") and self.centre
+                is_gain, is_bias = is_op(user, "Mul") and gain is None, is_op(user, "Add") and self.centre
+                operand = other_operand(user, end.outputs[0])
                 if operand is None or not (is_gain or is_bias):
                     break
                 affine, dims = self._affine(operand, x, axes, dims)
                 if affine is None:
                     break
                 dtype = dtype or ir.DataType.from_numpy(affine.array.dtype)
+                gain, bias = (affine, None) if is_gain else (gain, affine)
                 root = user
                 self.take(user, *passed)
                 passed = []
-                if is_bias:
-                    bias = affine
-                    break
-                gain = affine
             end = user
         if dtype is None:
             raise NotRaised("the type isn't known")

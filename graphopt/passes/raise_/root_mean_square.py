@@ -7,6 +7,8 @@ in whatever order the exporter took it apart.
 
 from __future__ import annotations
 
+import dataclasses
+
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op, other_operand, same, users
@@ -16,6 +18,15 @@ from graphopt.graph.constants import constant_tensor, scalar
 
 class NotRaised(Exception):
     """The site looks like the pattern but a fact is missing; the message is the reason for the report."""
+
+
+@dataclasses.dataclass
+class Product:
+    """v/√(…): the node that makes it, and a gain and a bias that were multiplied and added on the way."""
+
+    root: ir.Node
+    gain: ir.Value | None
+    bias: ir.Value | None
 
 
 class RootWalk:
@@ -111,10 +122,12 @@ class RootWalk:
                 return user.outputs[0]
         return None
 
-    def product(
-        self, inverse: ir.Value, is_root: bool, v: ir.Value, centre: Centred | None
-    ) -> tuple[ir.Node, ir.Value | None] | None:
-        """The node that makes v/√(…), and the gain where that was multiplied into 1/√(…) before (as Keras does)."""
+    def product(self, inverse: ir.Value, is_root: bool, v: ir.Value, centre: Centred | None) -> Product | None:
+        """The node that makes v/√(…), None where nothing is divided by the root.
+
+        Raises:
+            NotRaised: Something else is divided by it.
+        """
         gain: ir.Value | None = None
         for user in users(inverse):
             other = other_operand(user, inverse)
@@ -132,9 +145,34 @@ class RootWalk:
             divided = True
             if self._is_v(number, v, centre):
                 self.take(user)
-                return user, gain
+                return Product(user, gain, None)
+        if centre is not None and (spread := self._distributed(inverse, centre)) is not None:
+            return Product(spread[0], gain, spread[1])
         if divided:
             raise NotRaised("what is divided by the root mean square isn't what was squared")
+        return None
+
+    def _distributed(self, inverse: ir.Value, centre: Centred) -> tuple[ir.Node, ir.Value | None] | None:
+        """x·s − mean·s or x·s + (bias − mean·s): how Keras and TensorFlow write (x − mean)·s + bias."""
+        scaled = shift = None
+        for user in users(inverse):
+            other = other_operand(user, inverse) if is_op(user, "Mul") else None
+            if same(other, centre.x):
+                scaled = user
+            elif same(other, centre.mean.value):
+                shift = user
+        if scaled is None or shift is None:
+            return None
+        for minus in users(shift.outputs[0]):
+            if not is_op(minus, "Sub") or minus.inputs[1] is not shift.outputs[0]:
+                continue
+            if same(minus.inputs[0], scaled.outputs[0]):
+                self.take(scaled, shift, minus)
+                return minus, None
+            for plus in users(minus.outputs[0]):
+                if is_op(plus, "Add") and same(other_operand(plus, minus.outputs[0]), scaled.outputs[0]):
+                    self.take(scaled, shift, minus, plus)
+                    return plus, minus.inputs[0]
         return None
 
     def _is_v(self, value: ir.Value | None, v: ir.Value, centre: Centred | None) -> bool:
