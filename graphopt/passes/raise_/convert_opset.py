@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.errors import UsageError
-from graphopt.graph.edits import Editor
+from graphopt.graph.edits import Editor, nodes
 from graphopt.passes.base import Pass, Site
 from graphopt.passes.raise_ import opset_adapters as _registered  # noqa: F401 - fills the tables
 from graphopt.passes.raise_.opset_inference import Known
@@ -19,6 +19,7 @@ from graphopt.passes.raise_.opset_steps import (
     COMPATIBLE,
     OBSTACLES,
     RENAMED,
+    WITHOUT_KERNEL,
     Conversion,
     Step,
 )
@@ -45,7 +46,10 @@ class ConvertOpset(Pass):
     Everything is checked before anything is rewritten: an opset holds for a whole model, so one node whose change
     isn't known leaves the model as it was, and the report names that node. Subgraphs are converted with the model.
     A function has imports of its own: one that can't be converted keeps its opset, the rest goes on.
-    Weights are neither read nor copied. A model at `version` or above is left: this pass never lowers an opset.
+    Weights are neither read nor copied.
+    A few operators have no kernel in ONNX Runtime in the form that opset 22 gave them (`RoiAlign`, the `Random`
+    operators, ...): a model with one of those is brought to opset 21 only.
+    A model at `version` or above is left: this pass never lowers an opset.
 
     Options:
         version: The opset to reach, 8 to 24.
@@ -73,31 +77,49 @@ class ConvertOpset(Pass):
         if current is None or current >= self.version:
             return False
         functions = {f.identifier() for f in model.functions.values()}
+        target = self._runnable(model)
+        if current >= target:
+            return False
         try:
-            plan = self._plan([graph, *graph.subgraphs()], current, functions, model)
+            plan = self._plan([graph, *graph.subgraphs()], current, target, functions, model)
         except _NotConverted as refusal:
             return self.left(refusal.node, f"not converted: {refusal}")
         edit = Editor(model)
-        self._rewrite(plan, edit)
-        self._import(graph, current, f"IR {model.ir_version} to {max(model.ir_version, MIN_IR_VERSION)}")
+        self._rewrite(plan, target, edit)
+        self._import(graph, current, target, f"IR {model.ir_version} to {max(model.ir_version, MIN_IR_VERSION)}")
         model.ir_version = max(model.ir_version, MIN_IR_VERSION)
         for function in model.functions.values():
             current = _imported(function.opset_imports)
-            if current is None or current >= self.version:
+            if current is None or current >= target:
                 continue
             try:
-                plan = self._plan([function.graph, *function.subgraphs()], current, functions, None)
+                plan = self._plan([function.graph, *function.subgraphs()], current, target, functions, None)
             except _NotConverted as refusal:
                 self.left(refusal.node, f"function {function.name} not converted: {refusal}")
                 continue
-            self._rewrite(plan, edit)
-            self._import(function, current, f"function {function.name}")
+            self._rewrite(plan, target, edit)
+            self._import(function, current, target, f"function {function.name}")
         return True
+
+    def _runnable(self, model: ir.Model) -> int:
+        """The opset to reach: `version`, or less where ONNX Runtime couldn't run the result."""
+        target = self.version
+        for node in nodes(model):
+            for op_type, opset in WITHOUT_KERNEL if node.domain == "" else ():
+                if node.op_type == op_type and target >= opset:
+                    target = opset - 1
+                    self.left(
+                        node,
+                        f"not converted beyond opset {target}: node '{node.name}' uses {op_type}, "
+                        f"whose form of opset {opset} ONNX Runtime has no kernel for",
+                    )
+        return target
 
     def _plan(
         self,
         graphs: Iterable[ir.Graph],
         current: int,
+        target: int,
         functions: set[ir.OperatorIdentifier],
         model: ir.Model | None,
     ) -> _Plan:
@@ -109,7 +131,7 @@ class ConvertOpset(Pass):
                     continue
                 if current < OLDEST:
                     raise _NotConverted(node, f"opset {current} is older than {OLDEST}")
-                steps = _steps(node.op_type, current, self.version)
+                steps = _steps(node.op_type, current, target)
                 if isinstance(steps, str):
                     raise _NotConverted(node, f"node '{node.name}' uses {steps}")
                 if steps:
@@ -120,13 +142,13 @@ class ConvertOpset(Pass):
             for step in steps:
                 # Steps after a change of name find what an adapter wrote, not what the file says.
                 for obstacle in OBSTACLES.get(step, ()) if step[0] == node.op_type else ():
-                    if (reason := obstacle(node, known, self.version)) is not None:
+                    if (reason := obstacle(node, known, target)) is not None:
                         raise _NotConverted(node, f"node '{node.name}' ({node.op_type} of opset {current}) {reason}")
         return todo, known
 
-    def _rewrite(self, plan: _Plan, edit: Editor) -> None:
+    def _rewrite(self, plan: _Plan, target: int, edit: Editor) -> None:
         todo, known = plan
-        to = Conversion(edit, known, self.version)
+        to = Conversion(edit, known, target)
         for node, steps in todo:
             adapters = [step for step in steps if step in ADAPTERS]
             for step in adapters:
@@ -138,10 +160,10 @@ class ConvertOpset(Pass):
             if node.version is not None:
                 node.version = None  # the model's import says it
 
-    def _import(self, graph: ir.Graph | ir.Function, current: int, what: str) -> None:
+    def _import(self, graph: ir.Graph | ir.Function, current: int, target: int, what: str) -> None:
         graph.opset_imports.pop("ai.onnx", None)
-        graph.opset_imports[""] = self.version
-        self.sites.append(Site(graph.name or "", "opset", "applied", f"opset {current} to {self.version}, {what}"))
+        graph.opset_imports[""] = target
+        self.sites.append(Site(graph.name or "", "opset", "applied", f"opset {current} to {target}, {what}"))
 
 
 _Plan = tuple[list[tuple[ir.Node, tuple[Step, ...]]], Known]

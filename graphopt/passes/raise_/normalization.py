@@ -185,7 +185,7 @@ class Matcher(RootWalk):
     # ---- what follows the product
 
     def _finish(self, x: ir.Value, axes: int, product: Product, dims: tuple[int, ...] | None) -> Normalization:
-        root, dtype = product.root, self.dtype or x.dtype
+        root, dtype = product.root, self.dtype or self.shapes.dtype(x)
         gain = bias = None
         if product.gain is not None:
             gain, dims = self._affine(product.gain, x, axes, dims)
@@ -205,7 +205,9 @@ class Matcher(RootWalk):
                 # Computed in float32 and rounded to the type that x had: that is what stash_type = 1 means.
                 target, upcast = cast_target(user), producer(x, "Cast")
                 wide = upcast.inputs[0] if upcast is not None else None
-                if gain or target not in _HALF or wide is None or wide.dtype != target or dtype != ir.DataType.FLOAT:
+                if wide is None or self.shapes.dtype(wide) != target or target not in _HALF:
+                    break
+                if gain is not None or dtype != ir.DataType.FLOAT:
                     break
                 x, dtype, root = wide, target, user
                 self.take(user, *passed)
@@ -250,6 +252,7 @@ class Matcher(RootWalk):
             return None, dims
         inner = array.reshape(array.shape[array.ndim - axes :]) if array.ndim > axes else array
         if dims is None:
+            raise NotRaised("XX dims unknown")
             # A gain of one element, or of fewer axes, says nothing about the lengths.
             if inner.ndim != axes or 1 in inner.shape:
                 return None, dims

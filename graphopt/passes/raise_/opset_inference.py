@@ -15,6 +15,10 @@ _SMALL = 128
 """Bytes: shapes, axes and the like, whose numbers inference reads; larger initializers go in by shape only."""
 
 
+_ROUNDS = 16
+"""How often inference is run again after a computed shape gave a rank; more only in very deep chains of reshapes."""
+
+
 class Known:
     """What is known of the values of a model before anything of it was rewritten.
 
@@ -49,10 +53,14 @@ class Known:
 
 
 def _infer(model: ir.Model) -> dict[str, tuple[ir.DataType | None, int | None]]:
-    try:
-        proto = onnx.shape_inference.infer_shapes(_skeleton(model), data_prop=True)
-    except Exception:  # inference raises bare C++ errors on what it can't read; then nothing is known
-        return {}
+    skeleton = _skeleton(model)
+    for _ in range(_ROUNDS):
+        try:
+            proto = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+        except Exception:  # inference raises bare C++ errors on what it can't read; then nothing is known
+            return {}
+        if not _add_reshaped(skeleton, proto):
+            break
     # Two branches may use one name for different things.
     count = Counter(value.name for graph in _graphs(model) for value in _defined(graph))
     known: dict[str, tuple[ir.DataType | None, int | None]] = {}
@@ -62,6 +70,28 @@ def _infer(model: ir.Model) -> dict[str, tuple[ir.DataType | None, int | None]]:
             dtype = ir.DataType(tensor.elem_type) if tensor.elem_type else None
             known[info.name] = (dtype, len(tensor.shape.dim) if tensor.HasField("shape") else None)
     return known
+
+
+def _add_reshaped(skeleton: onnx.ModelProto, inferred: onnx.ModelProto) -> bool:
+    """Tell the skeleton the ranks of reshaped values, which onnx leaves open where the shape is computed.
+
+    The length of the shape is the rank. Exporters compute shapes all the time (a batch size taken from the input).
+    """
+    tensors = {info.name: info.type.tensor_type for info in _value_infos(inferred.graph)}
+    lengths = {t.name: t.dims[0] for t in inferred.graph.initializer if len(t.dims) == 1}
+    for name, tensor in tensors.items():
+        if len(tensor.shape.dim) == 1 and tensor.shape.dim[0].HasField("dim_value"):
+            lengths[name] = tensor.shape.dim[0].dim_value
+    added = False
+    for node in skeleton.graph.node:
+        shape = {"Reshape": node.input[1:2], "ConstantOfShape": node.input[:1]}.get(node.op_type, [])
+        output = tensors.get(node.output[0]) if shape else None
+        if output is None or output.HasField("shape") or shape[0] not in lengths:
+            continue
+        new = [None] * lengths[shape[0]]
+        skeleton.graph.value_info.append(onnx.helper.make_tensor_value_info(node.output[0], output.elem_type, new))
+        added = True
+    return added
 
 
 def _graphs(model: ir.Model) -> Iterator[ir.Graph]:

@@ -59,6 +59,15 @@ COMPATIBLE: frozenset[Step] = frozenset(
 RENAMED: dict[Step, str] = {("Upsample", 10): "Resize", ("Scatter", 11): "ScatterElements"}
 """Operators that the standard withdrew, by the step that withdrew them, and what took their place."""
 
+WITHOUT_KERNEL: frozenset[Step] = frozenset(
+    (op, 22)
+    for op in (
+        *("GlobalLpPool", "MaxRoiPool", "Multinomial", "RoiAlign"),
+        *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli"),
+    )
+)
+"""Steps after which ONNX Runtime 1.31 (CPU) can no longer run an operator that it runs in its older form."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
@@ -93,9 +102,7 @@ OBSTACLES: dict[Step, list[Obstacle]] = {}
 ASKS_TYPES: set[Step] = set()
 
 
-def adapter(
-    *steps: Step, reads: tuple[str, ...] = (), asks_types: bool = False
-) -> Callable[[Adapter], Adapter]:
+def adapter(*steps: Step, reads: tuple[str, ...] = (), asks_types: bool = False) -> Callable[[Adapter], Adapter]:
     """Register an adapter of these steps.
 
     Args:

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_ir as ir
 
+from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import RulePass
 
 
 class ShapeRulePass(RulePass):
-    """A `RulePass` that infers shapes when the first site asks for one.
+    """A `RulePass` whose rules can ask for shapes and types; they are inferred for the values asked for only.
 
-    Most models have no site, and most sites say enough by themselves, so the inference is not run up front.
+    Most models have no site, and many sites say enough by themselves, so nothing is inferred up front.
     """
 
     def prepare(self, model: ir.Model, edit: Editor) -> None:
-        """Forget what was inferred of another model."""
-        self._model = model
-        self._facts: Any = None
+        """Know nothing yet."""
+        self._facts = ShapeFacts(model)
 
-    def shape(self, value: ir.Value) -> tuple[Any, ...] | None:
-        """The dims of `value`, ints where they are certain; None where even the rank isn't."""
-        if value.is_graph_input() and value.graph is self._model.graph:
-            return None if value.shape is None else tuple(value.shape)
-        return None
+    def shape(self, value: ir.Value) -> tuple[int | None, ...] | None:
+        """The sizes of the axes of `value`, None where one isn't certain or the rank isn't."""
+        shape = self._facts.shape(value)
+        return None if shape is None else tuple(dim.value for dim in shape)
 
     def rank(self, value: ir.Value) -> int | None:
         """The rank of `value`, None where it isn't certain."""
-        shape = self.shape(value)
+        shape = self._facts.shape(value)
         return None if shape is None else len(shape)
 
     def has_rank(self, value: ir.Value, rank: int) -> bool:
         """Whether `value` certainly has at least `rank` axes, so that a constant of that rank adds none."""
         return rank == 0 or (self.rank(value) or 0) >= rank
+
+    def dtype(self, value: ir.Value) -> ir.DataType | None:
+        """The element type of `value`, None where neither the graph nor the file says it."""
+        return self._facts.dtype(value) or value.dtype
