@@ -27,12 +27,23 @@ class Reference:
     outputs: list[npt.NDArray[Any]]
 
 
-def run_torch(source: Source, sizes: dict[str, int], seed: int) -> Reference:
-    """Run the module on tensors of these sizes.
+def run_torch(source: Source) -> list[Reference]:
+    """Run the module on the first set of its probes that it takes.
 
     Raises:
-        UsageError: The module doesn't take them.
+        UsageError: It takes none of them; the message says why not the first.
     """
+    refused: UsageError | None = None
+    for probes in source.probes:
+        try:
+            return [_run(source, sizes, seed) for seed, sizes in enumerate(probes, start=1)]
+        except UsageError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def _run(source: Source, sizes: dict[str, int], seed: int) -> Reference:
     tensors = source.tensors(sizes, seed)
     try:
         with require("torch").no_grad(), quiet():
@@ -65,7 +76,7 @@ def compare(
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise VerificationError(
-            f"ONNX Runtime can't load the export of {label}: {first_line(error)}; nothing was written{hint}"
+            f"ONNX Runtime can't load the export of {label}: {_reason(error, path)}; nothing was written{hint}"
         ) from error
     errors = dict.fromkeys(names, 0.0)
     for reference in references:
@@ -105,7 +116,12 @@ def relative_error(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> float
     return difference / scale if scale else (0.0 if difference == 0 else float("inf"))
 
 
+def _reason(error: Exception, path: Path) -> str:
+    """ONNX Runtime's reason without the name of the temporary file."""
+    return first_line(error).replace(f"Load model from {path} failed:", "")
+
+
 def _hint(warned: Sequence[str]) -> str:
     """What the exporter said of values it took for constants, which is what a wrong trace mostly comes from."""
     told = [w for w in warned if "trace to be incorrect" in w or "trace might not generalize" in w]
-    return f" (while tracing, PyTorch warned {len(told)} times that a value was taken for a constant)" if told else ""
+    return f" (while tracing, {len(told)} values were taken for constants)" if told else ""

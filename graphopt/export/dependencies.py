@@ -6,6 +6,9 @@ import contextlib
 import importlib
 import io
 import logging
+import os
+import re
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +37,7 @@ def require(module: str) -> Any:
 def quiet() -> Iterator[list[str]]:
     """Keep what libraries print, warn and log off the terminal; yields the list that the warnings are added to.
 
-    Only what Python writes is caught. The state before is restored at the end, also after an exception.
+    The state before is restored at the end, also after an exception.
     """
     told: list[str] = []
     before = logging.root.manager.disable
@@ -45,6 +48,7 @@ def quiet() -> Iterator[list[str]]:
             warnings.catch_warnings(record=True) as caught,
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
+            _silent_descriptors(),
         ):
             warnings.simplefilter("always")
             try:
@@ -55,7 +59,34 @@ def quiet() -> Iterator[list[str]]:
         logging.disable(before)
 
 
+@contextlib.contextmanager
+def _silent_descriptors() -> Iterator[None]:
+    """Send file descriptors 1 and 2 to nowhere: C++ code (torch's tracer) prints whole graphs there."""
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None and not stream.closed:
+            stream.flush()
+    saved: list[tuple[int, int]] = []
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):  # A closed descriptor stays closed.
+                saved.append((descriptor, os.dup(descriptor)))
+                os.dup2(nowhere, descriptor)
+        yield
+    finally:
+        os.close(nowhere)
+        for descriptor, copy in saved:
+            os.dup2(copy, descriptor)
+            os.close(copy)
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that says something, at most 300 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    """The first line of an exception's message that says something, at most 300 characters.
+
+    Of an exception raised from another it is the innermost one's, which says what went wrong.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".:;")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ Attention = Literal["sdpa", "eager"]
 
 OPSET = {"dynamo": 21, "torchscript": 17}
 """The opset of each exporter where none is asked for: 17 is the first with LayerNormalization, 21 the first with
-blocked quantization (torchscript ends at 20)."""
+blocked quantization."""
 INLINE_BYTES = 100_000_000
 """Weights of more bytes than this go to a file beside the model."""
 
@@ -128,7 +129,7 @@ def export_report(
     say(f"loading {name}")
     loaded = from_factory(name) if _is_factory(name) else from_pretrained(name, attention=attention, dtype=dtype)
     # Before the export, which may change the module's state.
-    references = [run_torch(loaded, sizes, seed) for seed, sizes in enumerate(loaded.probes, start=1)]
+    references = run_torch(loaded)
     outputs = _output_dims(loaded, references)
     say(f"exporting with {exporter}")
     made_folders = _make_folders(path.parent)
@@ -212,7 +213,7 @@ def _output_dims(source: Source, references: list[Reference]) -> dict[str, tuple
             sizes = [r.outputs[index].shape[axis] for r in references]
             same = [s for s in first.sizes if all(r.sizes[s] == n for r, n in zip(references, sizes, strict=True))]
             fixed = len(set(sizes)) == 1 and not same
-            dims.append(sizes[0] if fixed else same[0] if same else f"{name}_dim_{axis}")
+            dims.append(sizes[0] if fixed else same[0] if len(same) == 1 else f"{name}_dim_{axis}")
         found[name] = tuple(dims)
     return found
 
@@ -232,7 +233,7 @@ def _export(
     named |= {item.name: {i: d for i, d in enumerate(item.dims) if isinstance(d, str)} for item in source.inputs}
     warned: list[str] = []
     try:
-        with torch.no_grad(), quiet() as warned:
+        with torch.no_grad(), _plain_attention(torch), quiet() as warned:
             if exporter == "dynamo":
                 shapes = tuple(named[item.name] for item in source.inputs)
                 # Its own optimizer drops small summands such as the epsilon of a logarithm.
@@ -262,6 +263,17 @@ def _export(
         if value.shape is not None and len(value.shape) == len(declared):
             value.shape = ir.Shape(declared)
     return model, warned
+
+
+@contextlib.contextmanager
+def _plain_attention(torch: Any) -> Iterator[None]:
+    """Keep torch.nn.TransformerEncoder off its fused path, an operator that the tracer has no ONNX form for."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _without_traces(model: ir.Model) -> None:

@@ -62,7 +62,7 @@ def from_pretrained(name: str, *, attention: str, dtype: str) -> Source:
         result = model(**dict(zip(names, tensors, strict=True)), return_dict=True)
         return {key: value for key, value in result.items() if isinstance(value, torch.Tensor)}
 
-    source = Source(name, None, inputs, None, sample, probes, _companions(folder), notes)
+    source = Source(name, None, inputs, None, sample, [probes], _companions(folder), notes)
     try:
         with require("torch").no_grad(), quiet():
             source.outputs = list(run(*source.tensors(sample, 0)))

@@ -51,7 +51,7 @@ class Source:
         inputs: Its inputs in order.
         outputs: Names of its outputs in order; None: named after the count, once it is known.
         sample: The sizes to export with.
-        probes: The sizes to verify with; each differs from the sample.
+        probes: Sizes to verify with: sets of which the first that the module takes is used.
         companions: Files that belong beside the model (tokenizer, configuration).
         notes: What a user should know about how the module was loaded.
     """
@@ -61,7 +61,7 @@ class Source:
     inputs: list[Input]
     outputs: list[str] | None
     sample: dict[str, int]
-    probes: list[dict[str, int]]
+    probes: list[list[dict[str, int]]]
     companions: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -217,12 +217,26 @@ def _tiled(example: Any) -> Callable[[tuple[int, ...], np.random.Generator], Any
     return make
 
 
-def _probes(sample: Sizes, batches: set[str]) -> list[dict[str, int]]:
-    """First dimensions 1 and 3; every other as in the sample, then doubled (still a multiple of all strides)."""
-    return [
-        {s: 1 if s in batches else n for s, n in sample.items()},
-        {s: 3 if s in batches else 2 * n for s, n in sample.items()},
-    ]
+def _probes(sample: Sizes, batches: set[str]) -> list[list[dict[str, int]]]:
+    """First dimensions 1 and 3; every other one as in the sample and doubled, or halved where that can't be.
+
+    Multiples keep what strides divide by. The order differs from one size to the next, so that the outputs'
+    dimensions can be told apart.
+    """
+
+    def pair(symbol: str, place: int, halve: bool) -> tuple[int, int]:
+        size = sample[symbol]
+        if symbol in batches:
+            return 1, 3
+        other = max(1, size // 2) if halve else 2 * size
+        return (size, other) if place % 2 == 0 else (other, size)
+
+    others = [symbol for symbol in sample if symbol not in batches]
+    sets: list[list[dict[str, int]]] = []
+    for halve in (False, True):
+        pairs = {s: pair(s, others.index(s) if s in others else 0, halve) for s in sample}
+        sets.append([{s: sizes[i] for s, sizes in pairs.items()} for i in range(2)])
+    return sets if others else sets[:1]
 
 
 def _flat(result: Any) -> list[Any]:
