@@ -31,17 +31,23 @@ _PLACES = {
     "GraphoptError": "graphopt.errors",
 }
 
-__all__ = ["__version__", *_PLACES]  # noqa: PLE0604 - names are resolved by __getattr__
+__all__ = ["__version__", *_PLACES]
 
 if TYPE_CHECKING:
-    from graphopt.api import Result, inspect, optimize, verify
-    from graphopt.errors import GraphoptError
-    from graphopt.export import export_model
-    from graphopt.graph import load, save
-    from graphopt.pass_manager import PassManager
-    from graphopt.passes.base import Guarantee, Pass, RulePass
-    from graphopt.recipe import Recipe
-    from graphopt.runtime_ops.session import session
+    from graphopt.api import Result as Result
+    from graphopt.api import inspect as inspect
+    from graphopt.api import optimize as optimize
+    from graphopt.api import verify as verify
+    from graphopt.errors import GraphoptError as GraphoptError
+    from graphopt.export import export_model as export_model
+    from graphopt.graph import load as load
+    from graphopt.graph import save as save
+    from graphopt.pass_manager import PassManager as PassManager
+    from graphopt.passes.base import Guarantee as Guarantee
+    from graphopt.passes.base import Pass as Pass
+    from graphopt.passes.base import RulePass as RulePass
+    from graphopt.recipe import Recipe as Recipe
+    from graphopt.runtime_ops.session import session as session
 
 
 def __getattr__(name: str) -> Any:

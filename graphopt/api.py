@@ -50,7 +50,11 @@ class Result:
         files = save_model(
             self.model, path, external_data=external_data, shard_bytes=shard_bytes, in_place=in_place, progress=progress
         )
-        self.report.output = {"path": str(path), "bytes": sum(f.stat().st_size for f in files), "files": [f.name for f in files]}
+        self.report.output = {
+            "path": str(path),
+            "bytes": sum(f.stat().st_size for f in files),
+            "files": [f.name for f in files],
+        }
         return files
 
 
@@ -102,7 +106,9 @@ def optimize(
 
     source = describe_source(model)
     before = Counter(node.op_type for node in nodes(model))
-    manager = PassManager(passes, verifier_of=verifier_of if verify != "none" else None, verify=verify, progress=progress)
+    manager = PassManager(
+        passes, verifier_of=verifier_of if verify != "none" else None, verify=verify, progress=progress
+    )
     run = manager(model)
     report = Report(
         source,
@@ -149,7 +155,9 @@ def inspect(
     model = model_or_path if isinstance(model_or_path, ir.Model) else load(model_or_path)
     problems = check_structure(model)
     measured = cost(model, infer(model), dims)
-    operators = Counter(node.op_type if node.domain == "" else f"{node.domain}::{node.op_type}" for node in nodes(model))
+    operators = Counter(
+        node.op_type if node.domain == "" else f"{node.domain}::{node.op_type}" for node in nodes(model)
+    )
     data: dict[str, Any] = {
         **describe_source(model),
         "ir_version": model.ir_version,
@@ -192,7 +200,9 @@ def require_valid(model: ir.Model) -> None:
     """Raise ModelError with the first problem of an invalid graph."""
     if problems := check_structure(model):
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        raise ModelError(f"{model.meta.get(PATH_KEY, 'the model')} is not a valid model: {problems[0].rstrip('.')}{more}.")
+        raise ModelError(
+            f"{model.meta.get(PATH_KEY, 'the model')} is not a valid model: {problems[0].rstrip('.')}{more}."
+        )
 
 
 def describe_source(model: ir.Model) -> dict[str, Any]:
@@ -214,4 +224,8 @@ def describe_source(model: ir.Model) -> dict[str, Any]:
 
 def _value(value: ir.Value) -> dict[str, Any]:
     shape = None if value.shape is None else [d if isinstance(d, int) else str(d) for d in value.shape]
-    return {"name": value.name, "dtype": str(value.dtype) if value.dtype is not None else str(value.type), "shape": shape}
+    return {
+        "name": value.name,
+        "dtype": str(value.dtype) if value.dtype is not None else str(value.type),
+        "shape": shape,
+    }

@@ -69,7 +69,11 @@ class Recipe:
 def shipped() -> dict[str, str]:
     """Names and texts of the recipes that ship."""
     folder = importlib.resources.files("graphopt.models") / "recipes"
-    return {f.name.removesuffix(".yaml"): f.read_text() for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(".yaml")}
+    return {
+        f.name.removesuffix(".yaml"): f.read_text()
+        for f in sorted(folder.iterdir(), key=lambda f: f.name)
+        if f.name.endswith(".yaml")
+    }
 
 
 def load(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe | None = None) -> Recipe:

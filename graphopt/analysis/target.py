@@ -142,7 +142,13 @@ def _session(model: onnx.ModelProto, provider: str) -> Any:
 
 
 def _support(
-    domain: str, op: str, opset: int, shapes: Sequence[tuple[int, ...]], attributes: Mapping[str, Any], dtype: str, provider: str
+    domain: str,
+    op: str,
+    opset: int,
+    shapes: Sequence[tuple[int, ...]],
+    attributes: Mapping[str, Any],
+    dtype: str,
+    provider: str,
 ) -> OperatorSupport:
     label = f"{domain}::{op}" if domain else f"{op}-{opset}"
     element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))

@@ -23,7 +23,13 @@ Examples:
 @seed_option
 @json_option
 def command(
-    models: tuple[Path, ...], runs: int, threads: int, dims: tuple[str, ...], inputs: Path | None, seed: int, as_json: bool
+    models: tuple[Path, ...],
+    runs: int,
+    threads: int,
+    dims: tuple[str, ...],
+    inputs: Path | None,
+    seed: int,
+    as_json: bool,
 ) -> None:
     """Run MODELS in turn on the same inputs and print medians and ratios of CPU and wall time to the first one."""
     from graphopt.report.terminal import print_timing
@@ -31,7 +37,13 @@ def command(
 
     with progress(as_json) as bar:
         result = benchmark_models(
-            list(models), inputs=inputs, seed=seed, runs=runs, threads=threads, dims=parse_dims(dims) or None, progress=bar
+            list(models),
+            inputs=inputs,
+            seed=seed,
+            runs=runs,
+            threads=threads,
+            dims=parse_dims(dims) or None,
+            progress=bar,
         )
     if as_json:
         print_json(result.to_dict())

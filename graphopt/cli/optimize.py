@@ -8,7 +8,15 @@ from pathlib import Path
 import click
 
 from graphopt.cli.console import (
-    MODEL, inputs_option, json_option, out, parse_size, print_json, progress, seed_option, write_text,
+    MODEL,
+    inputs_option,
+    json_option,
+    out,
+    parse_size,
+    print_json,
+    progress,
+    seed_option,
+    write_text,
 )  # fmt: skip
 from graphopt.errors import UsageError
 

@@ -43,7 +43,10 @@ def _list(as_json: bool) -> None:
         }
         for name, cls in registry.builtin().items()
     ]
-    offered = [{"name": n, "family": "other", "guarantee": "", "summary": e.value, "paper": ""} for n, e in registry.offered().items()]
+    offered = [
+        {"name": n, "family": "other", "guarantee": "", "summary": e.value, "paper": ""}
+        for n, e in registry.offered().items()
+    ]
     if as_json:
         print_json(rows + offered)
         return

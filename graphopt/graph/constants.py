@@ -38,7 +38,7 @@ def constant_array(value: ir.Value | None, max_elements: int = 1 << 20) -> npt.N
 def scalar(value: ir.Value | None) -> float | None:
     """The number of a constant that holds one element (of any rank), else None."""
     array = constant_array(value, 1)
-    if array is None or array.size != 1 or array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+    if array is None or array.size != 1 or (array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16"):
         return None
     return float(np.asarray(array, dtype=np.float64).reshape(()))
 

@@ -221,9 +221,7 @@ class Editor:
                 if (producer := value.producer()) is not None:
                     stack.append(producer)
                     self._touch_around(value)
-                elif value.is_initializer() and not (
-                    value.uses() or value.is_graph_output() or value.is_graph_input()
-                ):
+                elif value.is_initializer() and not (value.uses() or value.is_graph_output() or value.is_graph_input()):
                     owner = value.graph
                     if owner is not None and value.name is not None:
                         owner.initializers.pop(value.name, None)

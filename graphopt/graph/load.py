@@ -114,7 +114,7 @@ def _map_inline(model: ir.Model, spans: list[Span], path: Path) -> None:
             span.offset,
             span.length,
             tensor.dtype,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             name=span.name,
             base_dir=real.parent,
         )
@@ -165,12 +165,14 @@ def _check_external_data(model: ir.Model, path: Path) -> bool:
                     sizes[file] = os.stat(file).st_size
                 except OSError as error:
                     raise ModelError(
-                        f"{path}: the external data file {tensor.location!r} of {name!r} is missing; put it beside the model."
+                        f"{path}: the external data file {tensor.location!r} of {name!r} is missing; put it beside "
+                        "the model."
                     ) from error
             start, length = tensor.offset or 0, tensor.length if tensor.length is not None else tensor.nbytes
             if length != tensor.nbytes:
                 raise ModelError(
-                    f"{path}: external tensor {name!r} names {length} bytes where its type and shape need {tensor.nbytes}."
+                    f"{path}: external tensor {name!r} names {length} bytes where its type and shape need "
+                    f"{tensor.nbytes}."
                 )
             if start < 0 or start + length > sizes[file]:
                 raise ModelError(
@@ -199,8 +201,8 @@ def _make_dense(proto: onnx.ModelProto, path: Path) -> None:
         budget -= int(np.prod(dims, dtype=np.int64)) * values.dtype.itemsize
         if budget < 0:
             raise ModelError(
-                f"{path}: the sparse constants up to {name!r} take more than {DENSE_BYTES >> 20} MiB when made dense, and "
-                "graphopt doesn't keep sparse tensors; make the model without sparse initializers."
+                f"{path}: the sparse constants up to {name!r} take more than {DENSE_BYTES >> 20} MiB when made dense, "
+                "and graphopt doesn't keep sparse tensors; make the model without sparse initializers."
             )
         array = np.zeros(dims, dtype=values.dtype)
         if indices.ndim == 1:

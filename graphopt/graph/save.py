@@ -135,7 +135,10 @@ def _write_inline(model: ir.Model, file: Path, progress: Progress | None) -> Non
     withheld: list[tuple[ir.Value, ir.TensorProtocol]] = []
 
     def write(tensor: ir.TensorProtocol, index: int, out: BinaryIO) -> None:
-        tensor.tofile(out)
+        if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor | ir.Tensor | ir.PackedTensor):
+            tensor.tofile(out)  # copies within the kernel where it can
+        else:
+            out.write(tensor.tobytes())
         if progress is not None:
             progress(index + 1, total)
 

@@ -66,6 +66,7 @@ class Pass(ir.passes.InPlacePass):
         self.sites: list[Site] = []
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """What onnx_ir calls; see `apply`."""
         self.sites = []
         return ir.passes.PassResult(model, self.apply(model))
 
@@ -107,7 +108,7 @@ class RulePass(Pass):
     anchors: ClassVar[tuple[str, ...]] = ()
     """Operators (default domain, or "domain::Op") at which `rewrite` is tried."""
 
-    def prepare(self, model: ir.Model, edit: Editor) -> None:  # noqa: B027 - an optional hook
+    def prepare(self, model: ir.Model, edit: Editor) -> None:
         """Compute what the rules need before the first site, for example an analysis."""
 
     @abc.abstractmethod
@@ -115,6 +116,7 @@ class RulePass(Pass):
         """Try to rewrite the site at `node` through `edit`; return whether the graph changed."""
 
     def apply(self, model: ir.Model) -> bool:
+        """Try `rewrite` at every anchor until nothing changes."""
         edit = Editor(model)
         self.prepare(model, edit)
         pending: dict[ir.Node, None] = dict.fromkeys(

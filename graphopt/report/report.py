@@ -57,7 +57,11 @@ class Report:
         return {
             "graphopt": graphopt.__version__,
             "libraries": versions(),
-            "platform": {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()},
+            "platform": {
+                "python": platform.python_version(),
+                "system": platform.system(),
+                "machine": platform.machine(),
+            },
             "source": self.source,
             "output": self.output,
             "target": self.target,

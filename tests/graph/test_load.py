@@ -27,7 +27,10 @@ def big_model(seed: int = 0, side: int = 256) -> onnx.ModelProto:
     x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", side])
     y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", side])
     graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="mm")], "g", [x], [y],
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="mm")],
+        "g",
+        [x],
+        [y],
         [onnx.numpy_helper.from_array(weights, "w")],
     )
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)

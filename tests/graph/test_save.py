@@ -14,8 +14,8 @@ import onnx
 import onnx.reference
 import onnx_ir as ir
 import pytest
-from graph.test_load import TEXT, big_model, write
 
+from graph.test_load import TEXT, big_model, write
 from graphopt.errors import ModelError, UsageError
 from graphopt.graph import load, save
 

@@ -203,9 +203,21 @@ def test_left_where_the_axes_are_dropped() -> None:
     assert "keepdims=0" in reason(f"{body} {AFFINE}", x="float[4, 4] x", y="float[4, 4] y")
 
 
-def test_left_without_gain_where_the_length_is_unknown() -> None:
-    body = f"{PLAIN}".replace("n = Div", "y = Div")
-    assert "length of the normalised axis isn't known" in reason(body, x="float[B, D] x", y="float[B, D] y")
+def test_left_where_the_length_is_unknown() -> None:
+    # A gain of four elements could broadcast an axis of length 1.
+    assert "length of the normalised axis" in reason(f"{PLAIN} {AFFINE}", x="float[B, D] x", y="float[B, D] y")
+
+
+def test_gain_that_broadcasts_stays_behind() -> None:
+    model = graph(f"{PLAIN} y = Mul(n, g)", x="float[B, 1] x", y="float[B, 4] y")
+    after = assert_exact(model, RaiseLayerNorm())
+    assert op_types(after) == ["LayerNormalization", "Mul"]
+
+
+def test_gain_of_higher_rank_stays_behind() -> None:
+    model = graph(f"{PLAIN} y = Mul(n, g3)", x="float[B, 4] x", y="float[1, B, 4] y")
+    after = assert_exact(model, RaiseLayerNorm())
+    assert op_types(after) == ["LayerNormalization", "Mul"]
 
 
 def test_left_in_float64() -> None:

@@ -43,7 +43,12 @@ class DeduplicateInitializers(Pass):
             alike: dict[Hashable, list[ir.Value]] = defaultdict(list)
             for value in graph.initializers.values():
                 tensor = value.const_value
-                if tensor is None or value.is_graph_input() or value.is_graph_output() or isinstance(tensor, ir.LazyTensor):
+                if (
+                    tensor is None
+                    or value.is_graph_input()
+                    or value.is_graph_output()
+                    or isinstance(tensor, ir.LazyTensor)
+                ):
                     continue
                 if tensor.dtype == ir.DataType.STRING:
                     continue
@@ -88,7 +93,7 @@ def _bytes(tensor: ir.TensorProtocol) -> np.ndarray[tuple[int], np.dtype[np.uint
 
 def _equal(a: ir.TensorProtocol | None, b: ir.TensorProtocol) -> bool:
     assert a is not None
-    if isinstance(a, ir.ExternalTensor) and isinstance(b, ir.ExternalTensor):
-        if (a.path, a.offset) == (b.path, b.offset):
-            return True
+    mapped = isinstance(a, ir.ExternalTensor) and isinstance(b, ir.ExternalTensor)
+    if mapped and (a.path, a.offset) == (b.path, b.offset):  # type: ignore[union-attr]
+        return True
     return bool(np.array_equal(_bytes(a), _bytes(b)))

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.graph.edits import Editor, opset, subgraphs_of
 from graphopt.graph.constants import constant_tensor
+from graphopt.graph.edits import Editor, opset, subgraphs_of
 from graphopt.passes.base import Pass
 
 RANDOM = frozenset(
@@ -106,8 +106,18 @@ class EliminateCommonSubexpressions(Pass):
         inputs: list[Hashable] = []
         for operand in node.inputs:
             tensor_or_none = constant_tensor(operand)
-            if tensor_or_none is not None and tensor_or_none.size <= SMALL_CONSTANT and tensor_or_none.dtype != ir.DataType.STRING:
+            if (
+                tensor_or_none is not None
+                and tensor_or_none.size <= SMALL_CONSTANT
+                and tensor_or_none.dtype != ir.DataType.STRING
+            ):
                 inputs.append((tensor_or_none.dtype, tuple(tensor_or_none.shape.numpy()), tensor_or_none.tobytes()))
             else:
                 inputs.append(operand)
-        return (node.op_type, len(node.outputs), tuple(bool(o.name) for o in node.outputs), tuple(inputs), tuple(attributes))
+        return (
+            node.op_type,
+            len(node.outputs),
+            tuple(bool(o.name) for o in node.outputs),
+            tuple(inputs),
+            tuple(attributes),
+        )

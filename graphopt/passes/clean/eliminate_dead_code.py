@@ -29,6 +29,10 @@ class EliminateDeadCode(Pass):
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
         modified = False
-        for remove in (common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass()):
+        for remove in (
+            common.RemoveUnusedNodesPass(),
+            common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+            common.RemoveUnusedOpsetsPass(),
+        ):
             modified |= remove(model).modified
         return modified

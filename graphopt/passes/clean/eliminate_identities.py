@@ -51,7 +51,9 @@ class EliminateIdentities(RulePass):
             return False
         output = node.outputs[0]
         if output.is_graph_output() and (
-            passed_on.is_graph_input() or passed_on.is_initializer() or passed_on.graph is not node.graph
+            passed_on.is_graph_input()
+            or passed_on.is_initializer()
+            or passed_on.graph is not node.graph
             or passed_on.is_graph_output()
         ):
             if node.op_type == "Identity":
@@ -82,7 +84,11 @@ class EliminateIdentities(RulePass):
                 neutral = 0.0 if node.op_type == "Sub" else 1.0
                 for index in (1, 0) if node.op_type == "Mul" else (1,):
                     kept = node.inputs[1 - index]
-                    if scalar(node.inputs[index]) == neutral and kept is not None and self._rank_at_most(node.inputs[index], kept):
+                    if (
+                        scalar(node.inputs[index]) == neutral
+                        and kept is not None
+                        and self._rank_at_most(node.inputs[index], kept)
+                    ):
                         return kept
         return None
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.analysis.shapes import ShapeFacts, infer
+from graphopt.analysis.shapes import Shape, ShapeFacts, infer
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor, opset, subgraphs_of, walk
 from graphopt.passes.base import Pass
@@ -87,14 +87,15 @@ class FoldConstants(Pass):
             if not output.name:
                 continue
             shape, dtype = facts.shape(output), facts.dtype(output)
-            dims = None if shape is None else [int(d) if (d := _static(s)) is not None else None for s in shape]
-            if dims is None or dtype is None or any(d is None for d in dims) or dtype == ir.DataType.STRING:
+            dims = _static(shape)
+            if dims is None or dtype is None or dtype == ir.DataType.STRING:
                 return self.left(node, "constant, but the shape or type of its result isn't known before computing it")
-            sizes.append(math.ceil(math.prod(d for d in dims if d is not None) * dtype.bitwidth / 8))
+            sizes.append(math.ceil(math.prod(dims) * dtype.bitwidth / 8))
         freed = sum(
             tensor.nbytes
             for value in dict.fromkeys(v for v in node.inputs if v is not None)
-            if len({user for user, _ in value.uses()}) == 1 and not value.is_graph_output()
+            if len({user for user, _ in value.uses()}) == 1
+            and not value.is_graph_output()
             and (tensor := constant_tensor(value)) is not None
         )
         total = sum(sizes)
@@ -112,7 +113,7 @@ class FoldConstants(Pass):
                 continue
             if not isinstance(result, np.ndarray) or dtype is None or ir.DataType.from_numpy(result.dtype) != dtype:
                 return self.left(node, "constant, but ONNX's reference implementation gives another type")
-            if shape is None or result.shape != tuple(_static(d) for d in shape):
+            if result.shape != _static(shape):
                 return self.left(node, "constant, but ONNX's reference implementation gives another shape")
         self.applied(node, f"computed ({total} bytes)")
         for output, result in zip(list(node.outputs), results, strict=False):
@@ -127,13 +128,12 @@ class FoldConstants(Pass):
         if len(node.outputs) != 1:
             return self.left(node, "constant and large, but it has several results")
         output = node.outputs[0]
-        dtype, shape = facts.dtype(output), facts.shape(output)
+        dtype, dims = facts.dtype(output), _static(facts.shape(output))
         assert dtype is not None
-        assert shape is not None
-        dims = [int(_static(d) or 0) for d in shape]
+        assert dims is not None
         # The node leaves the graph, so what is needed of it is kept apart from it.
         frozen = ir.Node("", node.op_type, [], attributes=list(node.attributes.values()))
-        compute = functools.partial(_evaluate_one, frozen, tuple(tensors), version, dtype, tuple(dims))
+        compute = functools.partial(_evaluate_one, frozen, tuple(tensors), version, dtype, dims)
         tensor = ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(dims), cache=False, name=None)
         value = edit.constant(tensor, "folded")
         tensor.name = value.name
@@ -188,16 +188,20 @@ def _inline_branch(node: ir.Node, branch: ir.Graph, edit: Editor) -> None:
         edit.remove_dead(node)
 
 
-def _static(dim: object) -> int | None:
-    """A dimension that is one number, else None."""
-    try:
-        return int(dim)  # type: ignore[call-overload, no-any-return]
-    except (TypeError, ValueError):
+def _static(shape: Shape | None) -> tuple[int, ...] | None:
+    """The sizes where all of them are numbers, else None."""
+    if shape is None:
         return None
+    sizes = tuple(dim.value for dim in shape)
+    return None if None in sizes else tuple(size for size in sizes if size is not None)
 
 
 def _evaluate_one(
-    node: ir.Node, tensors: tuple[ir.TensorProtocol | None, ...], version: int, dtype: ir.DataType, dims: tuple[int, ...]
+    node: ir.Node,
+    tensors: tuple[ir.TensorProtocol | None, ...],
+    version: int,
+    dtype: ir.DataType,
+    dims: tuple[int, ...],
 ) -> ir.TensorProtocol:
     results = _evaluate(node, [None if t is None else t.numpy() for t in tensors], version)
     if results is None or results[0].shape != dims:

@@ -44,14 +44,17 @@ class InlineFunctions(Pass):
             if wanted[called.identifier()]:
                 self.applied(node, "inlined")
             else:
-                self.left(node, f"the function is written for opset {called.opset_imports.get('')}, the model for another")
+                self.left(
+                    node, f"the function is written for opset {called.opset_imports.get('')}, the model for another"
+                )
         if not any(wanted.values()):
             return False
         modified = common.InlinePass(criteria=lambda f: wanted[f.identifier()])(model).modified
-        return common.RemoveUnusedFunctionsPass()(model).modified or modified
+        return common.RemoveUnusedFunctionsPass()(model).modified or modified  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _same_opsets(model: ir.Model, function: ir.Function) -> bool:
         return all(
-            model.graph.opset_imports.get(domain, version) == version for domain, version in function.opset_imports.items()
+            model.graph.opset_imports.get(domain, version) == version
+            for domain, version in function.opset_imports.items()
         )

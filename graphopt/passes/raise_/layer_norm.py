@@ -31,8 +31,8 @@ class RaiseLayerNorm(ShapeRulePass):
        gain is then ones); the gain after the division or multiplied into 1/√v (`s`), also as x·s + (bias − mean·s).
     6. x cast from half precision to float32 and the quotient cast back: `stash_type` = 1 says the same.
 
-    **Needs:** opset 17. That the axes are the last: negative, or the rank known. The length of the normalised axes
-    where there is no gain. **Guarantees:** the same function. A mean that something else reads too stays beside the
+    **Needs:** opset 17. That the axes are the last: negative, or the rank known. The length of the normalised
+    axes. **Guarantees:** the same function. A mean that something else reads too stays beside the
     operator.
 
     **Left alone, with the reason:** ε outside of the root; Bessel's correction (`torch.std`); a variance taken as

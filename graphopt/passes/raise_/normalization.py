@@ -10,6 +10,7 @@ half-precision type where `stash_type` = 1 says the same.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -165,34 +166,35 @@ class Matcher(RootWalk):
             raise NotRaised(f"the mean is over axes {sorted(axes)}, not over the last ones")
         return len(axes)
 
-    def _dims(self, x: ir.Value, axes: int) -> tuple[int, ...] | None:
+    def _dims(self, x: ir.Value, axes: int) -> tuple[int, ...]:
+        """The lengths of the normalised axes.
+
+        A gain of D elements doesn't prove that x has D there: it would broadcast a length of 1.
+        """
         shape = self.shapes.shape(x)
-        last = shape[-axes:] if shape is not None and len(shape) >= axes else (None,)
-        known = tuple(d for d in last if isinstance(d, int))
-        return known if len(known) == axes else None
+        known = [] if shape is None else [size for size in shape[-axes:] if size is not None]
+        if len(known) != axes:
+            raise NotRaised("the length of the normalised axis isn't known, so the gain can't be written for it")
+        return tuple(known)
 
     @staticmethod
-    def _check_count(mean: Mean, dims: tuple[int, ...] | None) -> None:
+    def _check_count(mean: Mean, dims: tuple[int, ...]) -> None:
         """A sum divided by a constant is a mean only where the constant is the number of elements."""
-        if mean.count is None:
-            return
-        if dims is None:
-            raise NotRaised(f"a sum is divided by {mean.count:g}, but the length of the axis isn't known")
-        elements = int(np.prod(dims))
-        if abs(mean.count - elements) > 1e-6 * elements:
+        elements = math.prod(dims)
+        if mean.count is not None and abs(mean.count - elements) > 1e-6 * elements:
             raise NotRaised(f"a sum over {elements} elements is divided by {mean.count:g}, so it isn't their mean")
 
     # ---- what follows the product
 
-    def _finish(self, x: ir.Value, axes: int, product: Product, dims: tuple[int, ...] | None) -> Normalization:
+    def _finish(self, x: ir.Value, axes: int, product: Product, dims: tuple[int, ...]) -> Normalization:
         root, dtype = product.root, self.dtype or self.shapes.dtype(x)
         gain = bias = None
         if product.gain is not None:
-            gain, dims = self._affine(product.gain, x, axes, dims)
+            gain = self._affine(product.gain, x, axes, dims)
             if gain is None:
                 raise NotRaised("what the reciprocal root is multiplied by isn't a gain over the normalised axes")
         if product.bias is not None:
-            bias, dims = self._affine(product.bias, x, axes, dims)
+            bias = self._affine(product.bias, x, axes, dims)
             if bias is None:
                 raise NotRaised("what the mean is subtracted from isn't a bias over the normalised axes")
         dtype = dtype or next((ir.DataType.from_numpy(a.array.dtype) for a in (gain, bias) if a is not None), None)
@@ -217,7 +219,7 @@ class Matcher(RootWalk):
                 operand = other_operand(user, end.outputs[0])
                 if operand is None or not (is_gain or is_bias):
                     break
-                affine, dims = self._affine(operand, x, axes, dims)
+                affine = self._affine(operand, x, axes, dims)
                 if affine is None:
                     break
                 dtype = dtype or ir.DataType.from_numpy(affine.array.dtype)
@@ -230,8 +232,6 @@ class Matcher(RootWalk):
             raise NotRaised("the type isn't known")
         self._check(x, axes, root, dtype)
         if gain is None:
-            if dims is None:
-                raise NotRaised("there is no gain and the length of the normalised axis isn't known")
             gain = Affine(np.ones(dims, dtype=dtype.numpy()), None)
         return Normalization(x, axes, self.epsilon, gain, bias, root)
 
@@ -241,27 +241,20 @@ class Matcher(RootWalk):
         found = [] if value.is_graph_output() else users(value)
         return found[0] if len(found) == 1 and found[0].graph is node.graph else None
 
-    def _affine(
-        self, value: ir.Value, x: ir.Value, axes: int, dims: tuple[int, ...] | None
-    ) -> tuple[Affine | None, tuple[int, ...] | None]:
-        """`value` as numbers over the normalised axes where it is that, and the lengths of these axes."""
+    def _affine(self, value: ir.Value, x: ir.Value, axes: int, dims: tuple[int, ...]) -> Affine | None:
+        """`value` as numbers over the normalised axes, None where it is anything else."""
         array = folded(value)
         if array is None:
-            return None, dims
-        if array.ndim > axes and (any(d != 1 for d in array.shape[:-axes]) or not self.shapes.has_rank(x, array.ndim)):
-            return None, dims
-        inner = array.reshape(array.shape[array.ndim - axes :]) if array.ndim > axes else array
-        if dims is None:
-            raise NotRaised("XX dims unknown")
-            # A gain of one element, or of fewer axes, says nothing about the lengths.
-            if inner.ndim != axes or 1 in inner.shape:
-                return None, dims
-            dims = inner.shape
-        try:
-            full = np.broadcast_to(inner, dims)
-        except ValueError:
-            return None, dims
-        return Affine(full, value if array.shape == dims and constant_tensor(value) is not None else None), dims
+            return None
+        inner = array
+        if array.ndim > axes:
+            if any(size != 1 for size in array.shape[:-axes]) or not self.shapes.has_rank(x, array.ndim):
+                return None
+            inner = array.reshape(array.shape[-axes:])
+        if any(size not in (1, d) for size, d in zip(reversed(inner.shape), reversed(dims), strict=False)):
+            return None
+        as_is = array.shape == dims and constant_tensor(value) is not None
+        return Affine(np.broadcast_to(inner, dims), value if as_is else None)
 
     def _check(self, x: ir.Value, axes: int, root: ir.Node, dtype: ir.DataType) -> None:
         if dtype == ir.DataType.DOUBLE:

@@ -25,8 +25,8 @@ class RaiseRmsNorm(ShapeRulePass):
     gain that is a constant or a sum, product or cast of constants (Gemma's 1 + w), before or after the cast back; and
     ONNX Runtime's `SimplifiedLayerNormalization` where only its first output is used.
 
-    **Needs:** opset 23. That the axes are the last: negative, or the rank known. The length of the normalised axes
-    where there is no gain. **Guarantees:** the same function.
+    **Needs:** opset 23. That the axes are the last: negative, or the rank known. The length of the normalised
+    axes. **Guarantees:** the same function.
 
     **Left alone, with the reason:** ε outside of the root; a bound instead of ε (L2 normalization divides by
     max(‖x‖, ε)); axes that aren't the last; sites in float64, because `RMSNormalization` computes in float32; a mean
