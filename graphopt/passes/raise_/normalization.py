@@ -254,7 +254,7 @@ class Matcher(RootWalk):
         if any(size not in (1, d) for size, d in zip(reversed(inner.shape), reversed(dims), strict=False)):
             return None
         as_is = array.shape == dims and constant_tensor(value) is not None
-        return Affine(np.broadcast_to(inner, dims), value if as_is else None)
+        return Affine(array, value) if as_is else Affine(np.array(np.broadcast_to(inner, dims)), None)
 
     def _check(self, x: ir.Value, axes: int, root: ir.Node, dtype: ir.DataType) -> None:
         if dtype == ir.DataType.DOUBLE:
