@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.cost import cost
 from graphopt.analysis.shapes import infer
+from graphopt.calibration.text import TextDataset
 from graphopt.errors import ModelError, UsageError
 from graphopt.graph import load
 from graphopt.graph import save as save_model
@@ -65,6 +66,7 @@ def optimize(
     *,
     verify: VerifyMode = "auto",
     inputs: str | os.PathLike[str] | None = None,
+    calibration: TextDataset | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -76,6 +78,7 @@ def optimize(
         target: What the result is for: "cpu", "cuda" or "portable".
         verify: "pass", "phase", "auto" or "none"; see `PassManager`.
         inputs: An .npz file with one array an input, used besides the generated probe inputs.
+        calibration: Text for passes that need data; see `graphopt.calibration.text.load_text`.
         seed: Seed of the generated probe inputs.
         progress: Called before each pass.
 
@@ -107,7 +110,11 @@ def optimize(
     source = describe_source(model)
     before = Counter(node.op_type for node in nodes(model))
     manager = PassManager(
-        passes, verifier_of=verifier_of if verify != "none" else None, verify=verify, progress=progress
+        passes,
+        verifier_of=verifier_of if verify != "none" else None,
+        verify=verify,
+        calibration=calibration,
+        progress=progress,
     )
     run = manager(model)
     report = Report(

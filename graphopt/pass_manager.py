@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import onnx_ir as ir
 
 from graphopt.analysis.cost import cost
+from graphopt.calibration.text import TextDataset
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.graph.edits import walk
 from graphopt.passes.base import Guarantee, Pass, Site
@@ -129,11 +130,12 @@ class PassManager:
 
     Args:
         passes: graphopt passes and any other `onnx_ir` passes.
-        verifier_of: Makes the judge of the numbers from a reference model: the one given, and after a LOSSY pass the one
-            that this pass made. None turns the comparison off; structure is always checked.
+        verifier_of: Makes the judge of the numbers from a reference model: the one given, and after a LOSSY pass the
+            one that this pass made. None turns the comparison off; structure is always checked.
         verify: "pass" verifies after every pass that changed something, "phase" after every run of passes of one
             family (a failing phase is bisected to the guilty pass), "auto" chooses by what a verification costs.
         max_rounds: How often the pipeline is run at most; it stops when a round changes nothing.
+        calibration: Data for passes that name what they need of it; without it they are refused.
         progress: Called before each pass.
     """
 
@@ -144,11 +146,17 @@ class PassManager:
         verifier_of: Callable[[ir.Model], ModelVerifier] | None = None,
         verify: VerifyMode = "auto",
         max_rounds: int = 4,
+        calibration: TextDataset | None = None,
         progress: Progress | None = None,
     ) -> None:
         if not passes:
             raise UsageError("A pipeline needs at least one pass.")
         self.passes = list(passes)
+        for pass_ in self.passes:
+            if isinstance(pass_, Pass) and pass_.needs:
+                if calibration is None:
+                    raise UsageError(f"The pass {pass_.name!r} needs calibration data ({', '.join(pass_.needs)}).")
+                pass_.calibration = calibration
         self._verifier_of = verifier_of if verify != "none" else None
         self._verify = verify
         self._max_rounds = max_rounds
@@ -168,6 +176,9 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.disabled: set[int] = set()
+        # A pass that saw the model at this version has nothing to do on it again: passes are idempotent.
+        self.version = 0
+        self.seen: dict[str, int] = {}
         self.records: list[PassRecord] = []
         self.verdict: Verdict | None = None
         self.bitwise_so_far = True
@@ -220,6 +231,7 @@ class _Run:
             failed.append(culprit[1])
             _assign(self.model, start.clone())
             self.stats, self.bitwise_so_far = stats, bitwise
+            self.seen.clear()
         self.records += [*records, *failed]
         return any(r.status == "applied" for r in records)
 
@@ -229,9 +241,12 @@ class _Run:
         """Run a phase until a pass fails; returns the index and the record of the failing pass."""
         applied: dict[int, PassRecord] = {}
         for index in phase:
-            if index in self.disabled:
+            key = _key(self.manager.passes[index])
+            if index in self.disabled or self.seen.get(key) == self.version:
                 continue
             record = self.run_pass(index, number)
+            self.version += record.status == "applied"
+            self.seen[key] = self.version
             records.append(record)
             if record.status == "applied":
                 applied[index] = record
@@ -331,6 +346,11 @@ def _phases(passes: Sequence[ir.passes.PassBase]) -> list[list[int]]:
             phases.append([index])
         previous = key
     return phases
+
+
+def _key(pass_: ir.passes.PassBase) -> str:
+    options = sorted(pass_.option_values().items()) if isinstance(pass_, Pass) else id(pass_)
+    return f"{_name(pass_)} {options}"
 
 
 def _lossy(pass_: ir.passes.PassBase) -> bool:

@@ -45,6 +45,8 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
 @click.option("--verify", type=click.Choice(["auto", "pass", "phase", "none"]), default="auto", show_default=True,
               help="After each pass, after each phase, whichever is cheap, or never.")  # fmt: skip
 @inputs_option
+@click.option("--calibration", type=MODEL, metavar="FILE", help="Text (.txt or .jsonl) for passes that need data.")
+@click.option("--tokenizer", type=MODEL, metavar="FOLDER", help="Folder of the tokenizer.json for that text.")
 @seed_option
 @click.option("--external-data/--inline", "external_data", default=None,
               help="Weights beside the model or in it  [default: as the input]")  # fmt: skip
@@ -61,6 +63,8 @@ def command(
     target: str,
     verify: str,
     inputs: Path | None,
+    calibration: Path | None,
+    tokenizer: Path | None,
     seed: int,
     external_data: bool | None,
     shard_size: str | None,
@@ -71,6 +75,7 @@ def command(
 ) -> None:
     """Run a recipe of passes on MODEL; verify what each pass did; write the result and say what changed."""
     from graphopt.api import optimize
+    from graphopt.calibration.text import load_text
     from graphopt.report.terminal import print_report
 
     if in_place and output is not None:
@@ -82,8 +87,20 @@ def command(
         if not force:
             raise UsageError(f"{destination} exists; give another output, or --force to overwrite it.")
     shard_bytes = parse_size(shard_size)
+    if tokenizer is not None and calibration is None:
+        raise UsageError("--tokenizer is for the text of --calibration; give both.")
+    data_set = None if calibration is None else load_text(calibration, tokenizer)
     with progress(as_json) as bar:
-        result = optimize(model, recipe, target, verify=verify, inputs=inputs, seed=seed, progress=bar)  # type: ignore[arg-type]
+        result = optimize(
+            model,
+            recipe,
+            target,
+            verify=verify,  # type: ignore[arg-type]
+            inputs=inputs,
+            calibration=data_set,
+            seed=seed,
+            progress=bar,
+        )
         result.save(
             destination,
             external_data=external_data,

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
+from graphopt.calibration.text import TextDataset
 from graphopt.graph.edits import Editor, walk
 
 
@@ -61,6 +62,9 @@ class Pass(ir.passes.InPlacePass):
     bitwise: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
+
+    calibration: TextDataset | None = None
+    """Set by the pass manager on passes that name `needs`."""
 
     def __init__(self) -> None:
         self.sites: list[Site] = []

@@ -1,0 +1,1 @@
+"""Data for passes that need it. Runs models, never edits them."""
