@@ -1,0 +1,199 @@
+"""The pass manager: records, rounds, rollback of passes that break their promise, bisection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import pytest
+from exactness import op_types, parse
+
+from graphopt.errors import UsageError
+from graphopt.graph.edits import Editor
+from graphopt.pass_manager import PassManager, VerifyMode
+from graphopt.passes.base import Guarantee, Pass, RulePass
+from graphopt.passes.clean.eliminate_dead_code import EliminateDeadCode
+from graphopt.passes.clean.eliminate_identities import EliminateIdentities
+from graphopt.verification.compare import Verifier
+from graphopt.verification.probes import make_probes, usable_probes
+
+TEXT = """<ir_version: 10, opset_import: ["": 21]>
+g (float[n, 4] x) => (float[n, 4] y) <float[4] w = {1, 2, 3, 4}> {
+  dead = Abs(x)  i = Identity(x)  a = Mul(i, w)  b = Neg(a)  y = Tanh(b)
+}"""
+
+
+def verifier_of(reference: ir.Model) -> Verifier:
+    return Verifier(reference, usable_probes(reference, make_probes(reference))[0])
+
+
+class Replace(RulePass):
+    """Replace one operator by another one (a test's stand-in for right and wrong rules)."""
+
+    family: ClassVar[str] = "raise"
+
+    def __init__(self, old: str, new: str) -> None:
+        super().__init__()
+        self.old, self.new = old, new
+
+    def rewrite(self, node: ir.Node, edit: Editor) -> bool:
+        if node.op_type != self.old:
+            return False
+        edit.replace(node.outputs[0], edit.op(self.new, list(node.inputs), like=node.outputs[0]))
+        return self.applied(node, f"{self.old} became {self.new}")
+
+
+class NegToAbs(Replace):
+    """Wrong."""
+
+    name: ClassVar[str] = "neg-to-abs"
+    anchors: ClassVar[tuple[str, ...]] = ("Neg",)
+
+    def __init__(self) -> None:
+        super().__init__("Neg", "Abs")
+
+
+class TanhToTanh(Replace):
+    """Right: x·w becomes w·x."""
+
+    name: ClassVar[str] = "commute"
+    anchors: ClassVar[tuple[str, ...]] = ("Mul",)
+
+    def __init__(self) -> None:
+        super().__init__("Mul", "Mul")
+
+    def rewrite(self, node: ir.Node, edit: Editor) -> bool:
+        if node.inputs[0] is not None and node.inputs[0].is_initializer():
+            return False
+        edit.replace(node.outputs[0], edit.op("Mul", [node.inputs[1], node.inputs[0]], like=node.outputs[0]))
+        return self.applied(node, "operands swapped")
+
+
+class LossyNeg(NegToAbs):
+    """A loss that a recipe asked for."""
+
+    name: ClassVar[str] = "lossy-neg"
+    guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
+
+
+class Raises(Pass):
+    """Fails halfway, with the graph already damaged."""
+
+    name: ClassVar[str] = "raises"
+    family: ClassVar[str] = "raise"
+
+    def apply(self, model: ir.Model) -> bool:
+        node = next(n for n in model.graph if n.op_type == "Neg")
+        node.replace_input_with(0, ir.Value(name="nowhere"))
+        raise ValueError("half done")
+
+
+class Dangling(Raises):
+    """Leaves an undefined input behind."""
+
+    name: ClassVar[str] = "dangling"
+
+    def apply(self, model: ir.Model) -> bool:
+        try:
+            return super().apply(model)
+        except ValueError:
+            return True
+
+
+class Needs(EliminateDeadCode):
+    """Asks for data."""
+
+    name: ClassVar[str] = "needs"
+    needs: ClassVar[tuple[str, ...]] = ("absmax",)
+
+
+def test_passes_are_recorded_and_verified() -> None:
+    model = parse(TEXT)
+    report = PassManager([EliminateDeadCode(), EliminateIdentities(), TanhToTanh()], verifier_of=verifier_of)(model)
+    assert op_types(model) == ["Mul", "Neg", "Tanh"]
+    assert [(r.name, r.status, r.round) for r in report.records] == [
+        ("eliminate-dead-code", "applied", 1),
+        ("eliminate-identities", "applied", 1),
+        ("commute", "applied", 1),
+        ("eliminate-dead-code", "unchanged", 2),
+        ("eliminate-identities", "unchanged", 2),
+    ]
+    assert report.verdict is not None
+    assert report.verdict.ok
+    assert (report.before.nodes, report.after.nodes) == (5, 3)
+    assert not report.rolled_back
+
+
+@pytest.mark.parametrize("mode", ["auto", "pass", "phase"])
+@pytest.mark.parametrize("order", range(3))
+def test_the_guilty_pass_is_taken_back_and_the_others_stay(mode: VerifyMode, order: int) -> None:
+    passes: list[ir.passes.PassBase] = [EliminateIdentities(), TanhToTanh()]
+    passes.insert(order, NegToAbs())
+    model = parse(TEXT)
+    report = PassManager([EliminateDeadCode(), *passes], verifier_of=verifier_of, verify=mode)(model)
+    assert sorted(op_types(model)) == ["Mul", "Neg", "Tanh"]
+    (guilty,) = report.rolled_back
+    assert guilty.name == "neg-to-abs"
+    assert "y" in guilty.detail
+    assert guilty.verdict is not None
+    assert report.verdict is not None
+    assert report.verdict.ok
+    assert model.graph.initializers["w"].const_value is not None
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("bad", [Raises, Dangling])
+def test_a_pass_that_breaks_the_graph_is_taken_back(bad: Callable[[], Pass], verify: bool) -> None:
+    model = parse(TEXT)
+    report = PassManager(
+        [EliminateDeadCode(), EliminateIdentities(), bad()], verifier_of=verifier_of if verify else None
+    )(model)
+    assert op_types(model) == ["Mul", "Neg", "Tanh"]
+    (guilty,) = report.rolled_back
+    assert "half done" in guilty.detail or "nowhere" in guilty.detail
+
+
+def test_lossy_passes_become_the_reference() -> None:
+    model = parse(TEXT)
+    report = PassManager([LossyNeg(), EliminateDeadCode(), EliminateIdentities()], verifier_of=verifier_of)(model)
+    assert op_types(model) == ["Mul", "Abs", "Tanh"]
+    assert not report.rolled_back
+    assert [r.round for r in report.records if r.name == "lossy-neg"] == [1]
+
+
+def test_passes_of_onnx_ir_run_too() -> None:
+    model = parse(TEXT)
+    report = PassManager([common.IdentityEliminationPass()], verifier_of=verifier_of)(model)
+    assert "Identity" not in op_types(model)
+    assert report.records[0].guarantee == "unstated"
+
+
+def test_a_pass_runs_in_onnx_irs_manager() -> None:
+    model = parse(TEXT)
+    ir.passes.PassManager([EliminateDeadCode(), EliminateIdentities()])(model)
+    assert op_types(model) == ["Mul", "Neg", "Tanh"]
+
+
+def test_calibration_is_asked_for() -> None:
+    with pytest.raises(UsageError, match="'needs' needs calibration data"):
+        PassManager([Needs()])
+
+
+def test_empty_pipeline() -> None:
+    with pytest.raises(UsageError):
+        PassManager([])
+
+
+def test_progress_and_determinism() -> None:
+    seen: list[Any] = []
+    results = []
+    for _ in range(2):
+        model = parse(TEXT)
+        PassManager([EliminateDeadCode(), TanhToTanh()], progress=lambda *a: seen.append(a))(model)
+        results.append(ir.to_proto(model).SerializeToString(deterministic=True))
+    assert results[0] == results[1]
+    assert seen[0] == ("eliminate-dead-code", 0, 2)
+    assert np.prod([len(s) for s in seen]) > 0

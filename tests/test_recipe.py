@@ -1,0 +1,73 @@
+"""Recipes: files, names, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from graphopt.errors import UsageError
+from graphopt.passes import registry
+from graphopt.recipe import load, shipped
+
+
+def test_shipped_recipes_can_be_made() -> None:
+    assert {"exact", "clean"} <= set(shipped())
+    for name in shipped():
+        recipe = load(name)
+        assert recipe.passes()
+        assert recipe.description
+
+
+def test_file_with_options(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("# mine\npasses:\n  - eliminate-dead-code\n  - fold-constants: {max-bytes: 5}\n  - fold-constants:\n")
+    recipe = load(file)
+    assert recipe.description == "mine"
+    assert recipe.to_data() == {
+        "passes": ["eliminate-dead-code", {"fold-constants": {"max-bytes": 5}}, "fold-constants"]
+    }
+    assert recipe.passes()[1].max_bytes == 5
+
+
+def test_passes_of_other_packages() -> None:
+    made = load({"passes": ["onnx_ir.passes.common:TopologicalSortPass"]}).passes()
+    assert type(made[0]).__name__ == "TopologicalSortPass"
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({}, "no list `passes:`"),
+        ({"passes": "all"}, "no list `passes:`"),
+        ({"passes": [], "other": 1}, "unknown key 'other'"),
+        ({"passes": [1]}, "Entry 1"),
+        ({"passes": [{"a": 1, "b": 2}]}, "Entry 1"),
+        ({"passes": [{"fold-constants": 3}]}, "Entry 1"),
+        ({"passes": ["fold-constant"]}, "did you mean fold-constants"),
+        ({"passes": [{"fold-constants": {"size": 3}}]}, "no option 'size'; it has max_bytes"),
+        ({"passes": [{"lift-constants": {"size": 3}}]}, "no option 'size'; it has none"),
+        ({"passes": ["os:getcwd"]}, "not an onnx_ir pass"),
+        ({"passes": ["nowhere.at_all:Thing"]}, "can't be loaded"),
+    ],
+)
+def test_mistakes(data: dict, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        load(data).passes()
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="can't be read"):
+        load(tmp_path / "none.yaml")
+    with pytest.raises(UsageError, match="did you mean exact"):
+        load("exacty")
+    (tmp_path / "bad.yaml").write_text("passes: [")
+    with pytest.raises(UsageError, match="not valid YAML"):
+        load(tmp_path / "bad.yaml")
+
+
+def test_every_pass_is_described() -> None:
+    for name, cls in registry.builtin().items():
+        assert cls.family, name
+        assert cls.__doc__, name
+        assert "When not to use it" in cls.__doc__, name
