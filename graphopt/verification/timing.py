@@ -1,0 +1,172 @@
+"""Measuring how long models take, against each other, on a machine that is never quiet."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graphopt.errors import UsageError, VerificationError
+from graphopt.verification.session import make_session, release_memory, run
+from graphopt.verification.skeleton import first_line
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+NO_SPINNING = {"session.intra_op.allow_spinning": "0", "session.inter_op.allow_spinning": "0"}
+"""Waiting threads sleep: spinning ones would count as CPU time and would slow down the other models' runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """Time over the time of the first model, round by round.
+
+    Attributes:
+        median: Below 1 is faster.
+        low: The smallest of all rounds.
+        high: The largest of all rounds.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How long one model takes.
+
+    Attributes:
+        name: The model.
+        wall_ms: Median wall-clock time of a run in milliseconds.
+        cpu_ms: Median CPU time of a run over all threads, in milliseconds.
+        wall_ratio: Wall-clock time over that of the first model.
+        cpu_ratio: CPU time over that of the first model. The steadier one where other programs run.
+        load_s: Time to make the session, in seconds.
+    """
+
+    name: str
+    wall_ms: float
+    cpu_ms: float
+    wall_ratio: Ratio
+    cpu_ratio: Ratio
+    load_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchResult:
+    """What `benchmark` measured.
+
+    Attributes:
+        models: The models in the order given.
+        control: The first model once more, in a session of its own, measured like the others: how far its ratios are
+            from 1 is how far two equal models seem apart here.
+        runs: Rounds that were measured.
+        warmup: Rounds before them that weren't.
+        calls: Runs of a model within a round (more than one where a single run is too short for the clock).
+        threads: Threads within an operator; None: ONNX Runtime's choice.
+        feeds: Shapes of the inputs by name.
+    """
+
+    models: list[Timing]
+    control: Timing
+    runs: int
+    warmup: int
+    calls: int
+    threads: int | None
+    feeds: dict[str, list[int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types."""
+        return dataclasses.asdict(self)
+
+
+def benchmark(
+    paths: Sequence[str | os.PathLike[str]],
+    feeds: Mapping[str, Any],
+    runs: int = 30,
+    warmup: int = 5,
+    threads: int | None = None,
+    settings: Mapping[str, str] | None = None,
+    *,
+    min_round_ms: float = 2.0,
+) -> BenchResult:
+    """Time models against each other: in every round each of them runs once, so that noise meets all alike.
+
+    Args:
+        paths: Model files; ratios are to the first.
+        feeds: Inputs by name, the same for all.
+        runs: Rounds that count.
+        warmup: Rounds before them that don't.
+        threads: Threads within an operator; None leaves it to ONNX Runtime.
+        settings: Session config entries; spinning is off unless they say otherwise.
+        min_round_ms: A model runs several times in a round where one run of the first takes less than this.
+
+    Raises:
+        UsageError: No models, or no rounds.
+        VerificationError: A model doesn't load or run.
+    """
+    if not paths or runs < 1 or warmup < 0:
+        raise UsageError("A benchmark needs at least one model, at least one round and no negative number of warmups.")
+    settings = {**NO_SPINNING, **(settings or {})}
+    names = [os.fspath(p) for p in paths]
+    sessions: list[onnxruntime.InferenceSession] = []
+    loads: list[float] = []
+    for path in [*paths, paths[0]]:
+        begin = time.perf_counter()
+        sessions.append(make_session(path, "all", threads=threads, settings=settings))
+        loads.append(time.perf_counter() - begin)
+    for name, session in zip([*names, names[0]], sessions, strict=True):
+        try:
+            run(session, feeds)
+        except Exception as error:
+            raise VerificationError(f"{name} doesn't run on the given inputs: {first_line(error)}") from error
+
+    single = min(_measure(sessions[0], feeds, 1)[0] for _ in range(3))
+    calls = max(1, min(1000, round(min_round_ms / 1e3 / max(single, 1e-7))))
+    wall: list[list[float]] = [[] for _ in sessions]
+    cpu: list[list[float]] = [[] for _ in sessions]
+    for number in range(warmup + runs):
+        # Every other round goes backwards, so that no model always follows the same neighbour.
+        order = list(range(len(sessions)))
+        if number % 2:
+            order.reverse()
+        for index in order:
+            spent = _measure(sessions[index], feeds, calls)
+            if number >= warmup:
+                wall[index].append(spent[0])
+                cpu[index].append(spent[1])
+    timings = [
+        Timing(
+            name,
+            statistics.median(wall[i]) * 1e3,
+            statistics.median(cpu[i]) * 1e3,
+            _ratio(wall[i], wall[0]),
+            _ratio(cpu[i], cpu[0]),
+            loads[i],
+        )
+        for i, name in enumerate([*names, f"{names[0]} (control)"])
+    ]
+    sessions.clear()
+    release_memory()
+    shapes = {name: list(np.shape(array)) for name, array in feeds.items()}
+    return BenchResult(timings[:-1], timings[-1], runs, warmup, calls, threads, shapes)
+
+
+def _measure(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any], calls: int) -> tuple[float, float]:
+    """Seconds of wall-clock and of CPU time for one run, averaged over `calls`."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        run(session, feeds)
+    return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
+
+
+def _ratio(times: list[float], first: list[float]) -> Ratio:
+    # The clock of CPU time may tick too coarsely for a tiny model.
+    ratios = [t / f if f > 0 else 1.0 for t, f in zip(times, first, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))

@@ -1,0 +1,387 @@
+"""Judging whether a rewritten model still computes what the original computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.errors import VerificationError
+from graphopt.graph.edits import nodes
+from graphopt.graph.load import load
+from graphopt.verification.compare import TOLERANCES, OutputComparison, Tolerance, compare, finite
+from graphopt.verification.probes import Probe, load_probes, make_probes
+from graphopt.verification.session import Optimizations, WeightStore, make_session, release_memory, run
+from graphopt.verification.skeleton import first_line
+from graphopt.verification.usable import usable_probes
+
+MODES: tuple[Optimizations, ...] = ("none", "all")
+
+SPREAD_FACTOR = 4.0
+"""An output may be off by this many times what ONNX Runtime's own optimizations do to it in the original."""
+SPREAD_CAP = 1e-2
+"""But not by more than this fraction of its scale."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """One output of one run of the candidate.
+
+    Attributes:
+        optimizations: "all" or "none", see `graphopt.verification.session`.
+        probe: Name of the probe.
+        output: The comparison.
+    """
+
+    optimizations: Optimizations
+    probe: str
+    output: OutputComparison
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether a candidate computes what the original computes.
+
+    Attributes:
+        ok: Everything compared is equal within its tolerance, and something was compared.
+        checked: Every comparison.
+        failures: What failed other than a comparison: doesn't load, doesn't run, lacks an output, ...
+        notes: What was not compared, or with a wider tolerance, and why.
+        seconds: How long the check took.
+    """
+
+    ok: bool
+    checked: list[Checked]
+    failures: list[str]
+    notes: list[str]
+    seconds: float
+
+    @property
+    def worst(self) -> Checked | None:
+        """The comparison with the largest margin (then the largest relative error)."""
+        return max(self.checked, key=lambda c: (c.output.margin, c.output.max_rel), default=None)
+
+    @property
+    def margin(self) -> float:
+        """The largest error over what was allowed; infinite where something can't be compared."""
+        if self.failures:
+            return float("inf")
+        return self.worst.output.margin if self.worst else 0.0
+
+    @property
+    def summary(self) -> str:
+        """One sentence that names the worst output and the probe."""
+        if self.failures:
+            return self.failures[0]
+        worst = self.worst
+        if worst is None:
+            return "Nothing was compared: " + (self.notes[0] if self.notes else "the model has no outputs.")
+        mode = "without" if worst.optimizations == "none" else "with"
+        where = f"on probe {worst.probe!r} ({mode} ONNX Runtime's optimizations)"
+        if not self.ok:
+            return f"Output {worst.output.name!r} {worst.output.reason} {where}."
+        probes = len({c.probe for c in self.checked})
+        outputs = len({c.output.name for c in self.checked})
+        counts = f"{outputs} output{'s' * (outputs != 1)} on {probes} probe{'s' * (probes != 1)}"
+        if worst.output.max_rel == 0:
+            return f"Equal: {counts}, no difference at all."
+        return (
+            f"Equal: {counts}; the worst is {worst.output.name!r} {where}, off by {worst.output.max_rel:.1e} of its "
+            f"scale, {worst.output.margin:.0%} of the tolerance."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types; infinity is written as null."""
+        return {
+            "ok": self.ok,
+            "summary": self.summary,
+            "margin": finite(self.margin),
+            "failures": self.failures,
+            "notes": self.notes,
+            "seconds": round(self.seconds, 3),
+            "outputs": [
+                {"optimizations": c.optimizations, "probe": c.probe, **c.output.to_dict()} for c in self.checked
+            ],
+        }
+
+
+class Verifier:
+    """Keeps what the original computes and compares candidates with it.
+
+    The original runs once for each probe and mode (ONNX Runtime's optimizations "all" and "none"), and a second time
+    without optimizations to find outputs that are random. Candidates run in both modes.
+
+    The tolerance of an output is that of its dtype (`graphopt.verification.compare.TOLERANCES`), or of the coarsest
+    float type that the graph computes in. Where ONNX Runtime's own optimizations change an output of the original by
+    more (they flip levels of quantized models), up to `SPREAD_FACTOR` times their change is allowed, capped at
+    `SPREAD_CAP` of the scale; a note says so.
+
+    Attributes:
+        probes: The probes in use.
+        unusable: Probes on which the original itself doesn't run, with ONNX Runtime's reason.
+        cost_seconds: How long one check takes, as measured on the original.
+        notes: What will not be compared, or with a wider tolerance, and why.
+    """
+
+    def __init__(
+        self,
+        original: ir.Model | str | os.PathLike[str],
+        probes: Sequence[Probe] | None = None,
+        *,
+        seed: int = 0,
+        threads: int | None = None,
+    ) -> None:
+        """Run the original.
+
+        Args:
+            original: The model, or its file.
+            probes: Inputs, or None to make them from the signature. Those made from a signature may get other sizes.
+            seed: Seed of the probes that are made.
+            threads: Threads within an operator; None leaves it to ONNX Runtime.
+
+        Raises:
+            VerificationError: ONNX Runtime doesn't load the original or runs it on no probe.
+        """
+        self._threads = threads
+        self._store = WeightStore()
+        model = original if isinstance(original, ir.Model) else load(original)
+        self._source = original
+        self._outputs = [v.name or "" for v in model.graph.outputs]
+        self._inputs = {v.name or "" for v in model.graph.inputs}
+        self._coarse = coarsest_type(model)
+        self._kept: dict[tuple[Optimizations, str], list[Any]] = {}
+        self._random: set[str] = set()
+        self.notes: list[str] = []
+        self.unusable: list[tuple[Probe, str]] = []
+        self.probes = list(probes) if probes is not None else make_probes(model, seed)
+        self.cost_seconds = 0.0
+        errors = [e for mode in reversed(MODES) if (e := self._run_original(model, mode)) is not None]
+        if not self._kept:
+            raise errors[0]
+        self._note_unusable(errors)
+        self._tolerances = self._allow_spread()
+
+    def check(self, candidate: ir.Model | str | os.PathLike[str], bitwise: bool = False) -> Verdict:
+        """Compare a candidate with the original.
+
+        Args:
+            candidate: A model or its file.
+            bitwise: Without ONNX Runtime's optimizations every bit must be the same. With them the tolerance holds,
+                because ONNX Runtime may fuse another structure differently.
+        """
+        begin = time.perf_counter()
+        checked: list[Checked] = []
+        failures: list[str] = []
+        for mode in MODES:
+            if not any(m == mode for m, _ in self._kept):
+                continue
+            failures += self._check_mode(candidate, mode, bitwise and mode == "none", checked)
+        notes = list(self.notes) + self._tiny(checked)
+        ok = bool(checked) and not failures and all(c.output.ok for c in checked)
+        return Verdict(ok, checked, list(dict.fromkeys(failures)), notes, time.perf_counter() - begin)
+
+    def close(self) -> None:
+        """Remove the temporary file of weights, if one was needed."""
+        self._store.close()
+
+    # ---- the original
+
+    def _run_original(self, model: ir.Model, mode: Optimizations) -> VerificationError | None:
+        begin = time.perf_counter()
+        try:
+            session = make_session(self._source, mode, threads=self._threads, store=self._store)
+        except VerificationError as error:
+            return error
+        spent = time.perf_counter() - begin
+        if not self._kept:
+            try:
+                self.probes, self.unusable = usable_probes(model, self.probes, session)
+            except VerificationError as error:
+                return error
+        names = [o.name for o in session.get_outputs()]
+        for probe in self.probes:
+            begin = time.perf_counter()
+            try:
+                outputs = dict(zip(names, run(session, probe.feeds), strict=True))
+            except Exception as error:
+                self.notes.append(
+                    f"The original doesn't run on probe {probe.name!r} with ONNX Runtime's optimizations "
+                    f"{mode!r}: {first_line(error)}"
+                )
+                continue
+            spent += time.perf_counter() - begin
+            self._kept[mode, probe.name] = [outputs[name] for name in self._outputs]
+            if mode == "none":
+                again = dict(zip(names, run(session, probe.feeds), strict=True))
+                self._find_random(outputs, again)
+        self.cost_seconds += spent
+        del session
+        release_memory()
+        return None
+
+    def _find_random(self, first: dict[str, Any], second: dict[str, Any]) -> None:
+        for name in self._outputs:
+            same = compare([first[name]], [second[name]], [name], bitwise=True)
+            if not all(c.ok for c in same) and name not in self._random:
+                self._random.add(name)
+                self.notes.append(
+                    f"Output {name!r} is not deterministic (two runs of the original differ), so it is not compared."
+                )
+
+    def _note_unusable(self, errors: list[VerificationError]) -> None:
+        self.notes += [f"The original was not run in one mode: {error}" for error in errors]
+        self.notes += [f"Probe {p.name!r} is left out: the original doesn't run on it: {r}" for p, r in self.unusable]
+
+    def _allow_spread(self) -> dict[str, Tolerance]:
+        """The tolerance of each output of a float type, widened by what ONNX Runtime's own optimizations do to it."""
+        result: dict[str, Tolerance] = {}
+        spreads: dict[str, float] = {}
+        for name in self._outputs:
+            if name in self._random:
+                continue
+            index = self._outputs.index(name)
+            worst, dtype = 0.0, None
+            for probe in self.probes:
+                if any((mode, probe.name) not in self._kept for mode in MODES):
+                    continue
+                none, full = (self._kept[mode, probe.name][index] for mode in MODES)
+                for part in compare([none], [full], [name]):
+                    dtype = part.tolerance or dtype
+                    # Errors below the floor say nothing about the scale.
+                    if part.tolerance is not None and part.max_abs > part.tolerance.floor:
+                        worst = max(worst, part.max_rel)
+            if dtype is None:
+                continue
+            base = dtype if self._coarse is None else dtype.widened(TOLERANCES[self._coarse].absolute)
+            allowed = base.widened(min(SPREAD_CAP, SPREAD_FACTOR * worst))
+            result[name] = allowed
+            if allowed.absolute > base.absolute:
+                spreads[name] = worst
+        if self._coarse is not None and result:
+            self.notes.append(f"Float outputs are compared as {self._coarse}, in which the graph computes.")
+        if spreads:
+            name = max(spreads, key=lambda n: spreads[n])
+            others = f" and {len(spreads) - 1} more" if len(spreads) > 1 else ""
+            self.notes.append(
+                f"Output {name!r}{others} may be off by up to {result[name].absolute:.1e} of the scale: ONNX Runtime's "
+                f"own optimizations change the original by {spreads[name]:.1e}."
+            )
+        return result
+
+    # ---- candidates
+
+    def _check_mode(
+        self, candidate: ir.Model | str | os.PathLike[str], mode: Optimizations, bitwise: bool, checked: list[Checked]
+    ) -> Iterator[str]:
+        how = "without" if mode == "none" else "with"
+        try:
+            session = make_session(candidate, mode, threads=self._threads, store=self._store)
+        except VerificationError as error:
+            yield f"{error} ({how} optimizations)"
+            return
+        names = [o.name for o in session.get_outputs()]
+        needed = [i.name for i in session.get_inputs()]
+        if missing := [n for n in self._outputs if n not in names]:
+            yield f"The result lacks the output {missing[0]!r} of the original."
+            return
+        if extra := [n for n in needed if n not in self._inputs]:
+            yield f"The result needs an input {extra[0]!r} that the original doesn't have."
+            return
+        compared = [n for n in self._outputs if n not in self._random]
+        for probe in self.probes:
+            reference = self._kept.get((mode, probe.name))
+            if reference is None:
+                continue
+            try:
+                outputs = dict(zip(names, run(session, probe.feeds), strict=True))
+            except Exception as error:
+                yield (
+                    f"The result doesn't run on probe {probe.name!r} {how} ONNX Runtime's optimizations, although "
+                    f"the original does: {first_line(error)}"
+                )
+                continue
+            expected = dict(zip(self._outputs, reference, strict=True))
+            for part in compare(
+                [expected[n] for n in compared], [outputs[n] for n in compared], compared, bitwise, self._tolerances
+            ):
+                checked.append(Checked(mode, probe.name, part))
+        del session
+        release_memory()
+
+    def _tiny(self, checked: list[Checked]) -> list[str]:
+        """Outputs whose numbers are so small on every probe that the floor hides most errors."""
+        scales: dict[str, tuple[float, Tolerance]] = {}
+        for c in checked:
+            if c.output.tolerance is not None:
+                before = scales.get(c.output.name, (0.0, c.output.tolerance))[0]
+                scales[c.output.name] = (max(before, c.output.scale), c.output.tolerance)
+        return [
+            f"Output {name!r} is at most {scale:.1e} on every probe, so that the comparison says little; "
+            "give inputs that make it larger with --inputs FILE.npz."
+            for name, (scale, tolerance) in scales.items()
+            if scale < 100 * tolerance.floor
+        ]
+
+
+def verify(
+    path_a: str | os.PathLike[str],
+    path_b: str | os.PathLike[str],
+    inputs: str | os.PathLike[str] | None = None,
+    *,
+    seed: int = 0,
+    bitwise: bool = False,
+    threads: int | None = None,
+) -> Verdict:
+    """Compare two model files.
+
+    Args:
+        path_a: The original; its signature gives the probes.
+        path_b: The candidate, with the same inputs and outputs.
+        inputs: An .npz file with an array for each input, in place of probes made from the signature.
+        seed: Seed of the probes.
+        bitwise: See `Verifier.check`.
+        threads: Threads within an operator; None leaves it to ONNX Runtime.
+
+    Raises:
+        VerificationError: The signatures differ, or ONNX Runtime doesn't run the original.
+        ModelError: A file is missing or broken.
+        InputDataError: `inputs` doesn't fit the model.
+    """
+    a, b = load(path_a), load(path_b)
+    for kind, ours, theirs in (("input", a.graph.inputs, b.graph.inputs), ("output", a.graph.outputs, b.graph.outputs)):
+        first, second = {v.name: v for v in ours}, {v.name: v for v in theirs}
+        for name in [*first, *second]:
+            if name not in first or name not in second:
+                lacking, other = (path_b, path_a) if name in first else (path_a, path_b)
+                raise VerificationError(
+                    f"The models can't be compared: {Path(lacking).name} has no {kind} {name!r}, "
+                    f"which {Path(other).name} has."
+                )
+            if first[name].type is not None and second[name].type is not None and first[name].type != second[name].type:
+                raise VerificationError(
+                    f"The models can't be compared: {kind} {name!r} is {first[name].type} in {Path(path_a).name} "
+                    f"and {second[name].type} in {Path(path_b).name}."
+                )
+    verifier = Verifier(path_a, load_probes(inputs, a) if inputs is not None else None, seed=seed, threads=threads)
+    try:
+        return verifier.check(path_b, bitwise)
+    finally:
+        verifier.close()
+
+
+def coarsest_type(model: ir.Model) -> str | None:
+    """ "float16" or "bfloat16" where the graph computes in it (the coarser of both), else None."""
+    found: set[ir.DataType | None] = set()
+    for node in nodes(model):
+        if node.op_type == "Cast":
+            found.add(ir.DataType(node.attributes.get_int("to", 1)))
+        elif node.op_type != "DequantizeLinear":
+            found.update(v.dtype for v in node.inputs if v is not None and v.is_initializer())
+    if ir.DataType.BFLOAT16 in found:
+        return "bfloat16"
+    return "float16" if ir.DataType.FLOAT16 in found else None
