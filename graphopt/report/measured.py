@@ -1,0 +1,192 @@
+"""What a verdict and a benchmark say, as plain rows and sentences.
+
+Functions take the dictionaries of `Verdict.to_dict()` and `BenchResult.to_dict()` and bear missing parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from graphopt.report import units
+
+Data = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Margin:
+    """One output on one probe in one mode of ONNX Runtime.
+
+    Attributes:
+        output: Its name.
+        probe: The probe's name.
+        mode: "all" or "none": ONNX Runtime's own optimizations.
+        error: The largest absolute difference; None where there is no number for it.
+        used: The error as a share of the tolerance (1 is the limit); None where nothing would have been enough.
+        ok: Whether it passed.
+        note: What is wrong, or "".
+    """
+
+    output: str
+    probe: str
+    mode: str
+    error: float | None
+    used: float | None
+    ok: bool
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TimingRow:
+    """One model of a benchmark: medians in seconds, ratio to the reference with its range in words."""
+
+    label: str
+    cpu: float | None
+    wall: float | None
+    ratio: float | None
+    interval: str
+    reference: bool
+
+
+# ---- verdicts
+
+
+def margins(verdict: Data | None) -> list[Margin]:
+    """Every comparison of a verdict: failures first, then the largest share of the tolerance."""
+    found = [
+        Margin(
+            str(output.get("name") or "?"),
+            str(output.get("probe") or "?"),
+            str(output.get("optimizations") or ""),
+            output.get("max_abs"),
+            output.get("margin"),
+            bool(output.get("ok")),
+            str(output.get("reason") or ""),
+        )
+        for output in (verdict or {}).get("outputs") or []
+    ]
+    return sorted(found, key=lambda m: (m.ok, -_share(m), m.output, m.probe, m.mode))
+
+
+def failures(verdict: Data | None) -> list[str]:
+    """What failed other than a comparison: the result doesn't load, doesn't run, lacks an output."""
+    return [str(f) for f in (verdict or {}).get("failures") or []]
+
+
+def notes(verdict: Data | None) -> list[str]:
+    """What was not compared, or with a wider tolerance, and why."""
+    return [str(n) for n in (verdict or {}).get("notes") or []]
+
+
+def worst_by_output(found: list[Margin]) -> list[Margin]:
+    """The worst comparison of each output, in the order of `margins`."""
+    worst: dict[str, Margin] = {}
+    for margin in found:
+        worst.setdefault(margin.output, margin)
+    return list(worst.values())
+
+
+def used_words(margin: Margin) -> str:
+    """The share of the tolerance in words: "3.1 %", "no error", or "beyond" where no tolerance would do."""
+    if margin.used is None:
+        return "beyond"
+    return "no error" if margin.used == 0 else units.percent(margin.used)
+
+
+def verdict_sentence(verdict: Data) -> str:
+    """A verdict as part of a sentence: "equal on 12 probes (worst error 3 % of the tolerance)"."""
+    found = margins(verdict)
+    probes = len({m.probe for m in found})
+    if not verdict.get("ok"):
+        if failed := failures(verdict):
+            return f"NOT equal: {failed[0].rstrip('.')}"
+        bad = {m.output for m in found if not m.ok}
+        if bad:
+            return f"NOT equal: {units.plural(len(bad), 'output')} beyond the tolerance"
+        return f"NOT shown equal: {str(verdict.get('summary') or 'no reason given').rstrip('.')}"
+    if not found:
+        return str(verdict.get("summary") or "equal").rstrip(".")
+    on = f"on {units.plural(probes, 'probe')}"
+    if all(m.used == 0 for m in found):
+        return f"the same numbers {on}"
+    return f"equal {on} (worst error {units.percent(_share(found[0]))} of the tolerance)"
+
+
+def short_verdict(verdict: Data) -> str:
+    """A verdict in a word or a number: "same bits", "3.1 %" (of the tolerance), "failed"."""
+    found = margins(verdict)
+    if not verdict.get("ok"):
+        return "failed"
+    if not found:
+        return "equal"
+    return "same" if all(m.used == 0 for m in found) else units.percent(_share(found[0]))
+
+
+def method(verdict: Data) -> str:
+    """How was compared, in a sentence or two."""
+    found = margins(verdict)
+    modes = {m.mode for m in found}
+    sentences = []
+    if len(modes) > 1:
+        sentences.append("Both models ran in ONNX Runtime with all of its optimizations and with none.")
+    elif modes == {"all"}:
+        sentences.append("Both models ran in ONNX Runtime with all of its optimizations.")
+    elif modes == {"none"}:
+        sentences.append("Both models ran in ONNX Runtime with its optimizations off.")
+    if words := tolerance_words(verdict):
+        sentences.append(words)
+    return " ".join(sentences)
+
+
+def tolerance_words(verdict: Data) -> str:
+    """The tolerances that were in force, in one sentence, or ""."""
+    used = {
+        (float(t.get("absolute") or 0), float(t.get("relative") or 0))
+        for output in verdict.get("outputs") or []
+        if (t := output.get("tolerance"))
+    }
+    if not used:
+        return ""
+    absolute, relative = max(used)
+    least = "" if len(used) == 1 else "up to "
+    return (
+        f"Allowed at each element: {least}{absolute:.0e} of the output's largest magnitude + {relative:.0e} of its own."
+    )
+
+
+def _share(margin: Margin) -> float:
+    return math.inf if margin.used is None else margin.used
+
+
+# ---- benchmarks
+
+
+def timing_rows(timing: Data | None) -> list[TimingRow]:
+    """The models of a benchmark, the reference first."""
+    rows = []
+    for index, model in enumerate((timing or {}).get("models") or []):
+        low, high = model.get("ratio_min"), model.get("ratio_max")
+        interval = "" if low is None or high is None else f"{units.ratio(low)} to {units.ratio(high)}"
+        rows.append(
+            TimingRow(
+                str(model.get("name") or "?"), model.get("cpu_seconds"), model.get("wall_seconds"), model.get("ratio"),
+                interval, not index,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def timing_sentence(timing: Data | None) -> str:
+    return ""
+
+
+def timing_notes(timing: Data | None) -> list[str]:
+    return []
+
+
+def speed(timing: Data | None) -> str:
+    """The ratio of the last model to the reference, "0.93× CPU time", or ""."""
+    rows = [row for row in timing_rows(timing) if not row.reference]
+    return f"{units.ratio(rows[-1].ratio)} CPU time" if rows and rows[-1].ratio is not None else ""

@@ -1,0 +1,233 @@
+"""What a report says, as plain rows and sentences: the terminal and the HTML page print the same ones.
+
+Every function takes the dictionary of `Report.to_dict()` and bears missing parts: a run without verification, without
+timing, of passes that aren't graphopt's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graphopt.report import measured, units
+
+Data = Mapping[str, Any]
+
+_VARYING = re.compile(r"'[^']*'|(?<![\w.])[-−]?\d[\d,]*(?:\.\d+)?(?![\w])")
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeRow:
+    """One figure before and after, in words and as numbers (None where it isn't known)."""
+
+    label: str
+    before: str
+    after: str
+    change: str
+    numbers: tuple[float | None, float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """What one run of a pass did.
+
+    Attributes:
+        name: The pass.
+        family: Its family.
+        guarantee: "exact", "lossy" or "unstated".
+        options: Its options as YAML, or an empty string.
+        round: The round of the pipeline.
+        status: "applied", "unchanged", "rolled back" or "skipped".
+        detail: Why it was rolled back or skipped.
+        sites: How many sites it rewrote; None where it doesn't report sites.
+        nodes: Nodes before and after.
+        bytes: Bytes of used weights before and after.
+        seconds: Wall time of the pass alone.
+        verification: The result of the check after it, in words; "" where there was none of its own.
+        examples: What was done at its first sites.
+    """
+
+    name: str
+    family: str
+    guarantee: str
+    options: str
+    round: int | None
+    status: str
+    detail: str
+    sites: int | None
+    nodes: tuple[int | None, int | None]
+    bytes: tuple[int | None, int | None]
+    seconds: float
+    verification: str
+    examples: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftGroup:
+    """Sites that one pass left alone for one reason.
+
+    Attributes:
+        name: The pass.
+        reason: The reason; where only numbers or quoted names differ between the sites, that of the first one.
+        varies: Whether the sites' reasons differ in numbers or names.
+        sites: (node, operator, reason) of each site.
+    """
+
+    name: str
+    reason: str
+    varies: bool
+    sites: tuple[tuple[str, str, str], ...]
+
+
+def sizes(report: Data) -> list[SizeRow]:
+    """Nodes, parameters, weight bytes, FLOPs and file bytes before and after."""
+    before, after = report.get("before") or {}, report.get("after") or {}
+    files = tuple((report.get(side) or {}).get("bytes") for side in ("source", "output"))
+    figures = [
+        ("Nodes", before.get("nodes"), after.get("nodes"), units.count),
+        ("Parameters", before.get("parameters"), after.get("parameters"), units.count),
+        ("Weight bytes", before.get("weight_bytes"), after.get("weight_bytes"), units.size),
+        ("FLOPs", before.get("flops"), after.get("flops"), units.count),
+        ("File bytes", files[0], files[1], units.size),
+    ]
+    return [SizeRow(label, show(b), show(a), units.change(b, a), (b, a)) for label, b, a, show in figures]
+
+
+def headline(report: Data) -> str:
+    """What came of it, in one sentence without a full stop."""
+    rows = {row.label: row for row in sizes(report)}
+    nodes = rows["Nodes"]
+    parts = [f"{nodes.before} {units.ARROW} {nodes.after} nodes"]
+    for label, noun in (("File bytes", "on disk"), ("Weight bytes", "of weights")):
+        row = rows[label]
+        before, after = row.numbers
+        if before and after is not None and abs(after / before - 1) >= 0.01:
+            parts.append(f"{row.before} {units.ARROW} {row.after} {noun}")
+            break
+    if speed := measured.speed(report.get("timing")):
+        parts.append(speed)
+    verdict = report.get("verification")
+    if verdict:
+        parts.append(measured.verdict_sentence(verdict))
+    elif modified(report):
+        parts.append("not verified")
+    taken_back = [e for e in effects(report) if e.status == "rolled back"]
+    if taken_back:
+        parts.append(f"{units.plural(len(taken_back), 'pass', 'passes')} rolled back")
+    if not modified(report) and not taken_back:
+        return f"Nothing to change: {nodes.after} nodes stay as they are"
+    return ", ".join(parts)
+
+
+def modified(report: Data) -> bool:
+    """Whether any pass changed something."""
+    return any(e.status == "applied" for e in effects(report))
+
+
+def effects(report: Data) -> list[Effect]:
+    """Every run of a pass in order."""
+    return [_effect(record) for record in report.get("passes") or []]
+
+
+def quiet(report: Data) -> str:
+    """The runs that changed nothing, in one sentence; "" where there are none."""
+    runs = [e for e in effects(report) if e.status == "unchanged"]
+    if not runs:
+        return ""
+    passes = len({e.name for e in runs})
+    took = units.seconds(sum(e.seconds for e in runs))
+    return f"{units.plural(len(runs), 'run')} of {units.plural(passes, 'pass', 'passes')} changed nothing ({took})."
+
+
+def left_groups(report: Data) -> list[LeftGroup]:
+    """What was left alone, grouped by pass and reason, the largest groups first."""
+    return group_left(report.get("left_alone") or [])
+
+
+def group_left(sites: Sequence[Data]) -> list[LeftGroup]:
+    """Group sites (`pass`, `node`, `op_type`, `detail`) by pass and by reason up to numbers and quoted names."""
+    groups: dict[tuple[str, str], list[tuple[str, str, str]]] = defaultdict(list)
+    for site in sites:
+        detail = str(site.get("detail") or "no reason given")
+        key = (str(site.get("pass") or "?"), _VARYING.sub("#", detail))
+        groups[key].append((str(site.get("node") or ""), str(site.get("op_type") or "?"), detail))
+    found = [
+        LeftGroup(name, members[0][2], len({m[2] for m in members}) > 1, tuple(members))
+        for (name, _), members in groups.items()
+    ]
+    return sorted(found, key=lambda g: (-len(g.sites), g.name, g.reason))
+
+
+def operators(report: Data) -> list[tuple[str, int, int]]:
+    """(operator, nodes before, nodes after): those that changed first, each part by number of nodes."""
+    rows = [(str(op), int(b), int(a)) for op, (b, a) in (report.get("operators") or {}).items()]
+    return sorted(rows, key=lambda row: (row[1] == row[2], -max(row[1], row[2]), row[0]))
+
+
+def recipe_yaml(report: Data) -> str:
+    """The full recipe as YAML."""
+    import yaml
+
+    steps = (report.get("recipe") or {}).get("passes") or []
+    return str(yaml.safe_dump({"passes": list(steps)}, sort_keys=False, allow_unicode=True, width=100))
+
+
+def command(report: Data) -> str:
+    """The command line that makes the result again."""
+    import shlex
+
+    source = (report.get("source") or {}).get("path") or "MODEL"
+    output = (report.get("output") or {}).get("path") or "OUT"
+    recipe = (report.get("recipe") or {}).get("name") or "exact"
+    parts = ["graphopt", "optimize", str(source), "-o", str(output), "--recipe", str(recipe)]
+    parts += ["--target", str(report.get("target") or "cpu"), "--seed", str(report.get("seed") or 0)]
+    return " ".join(shlex.quote(part) for part in parts)
+
+
+def _effect(record: Data) -> Effect:
+    before, after = record.get("before") or {}, record.get("after") or {}
+    applied = [s for s in record.get("sites") or [] if s.get("outcome") == "applied"]
+    changed = record.get("status") == "applied"
+    verdict = record.get("verdict")
+    return Effect(
+        name=str(record.get("name") or "?"),
+        family=str(record.get("family") or "other"),
+        guarantee=str(record.get("guarantee") or "unstated"),
+        options=_options(record.get("options") or {}),
+        round=record.get("round"),
+        status=str(record.get("status") or "unchanged"),
+        detail=str(record.get("detail") or ""),
+        sites=len(applied) if applied or not changed else None,
+        nodes=(before.get("nodes"), after.get("nodes")),
+        bytes=(before.get("weight_bytes"), after.get("weight_bytes")),
+        seconds=float(record.get("seconds") or 0.0),
+        verification=measured.short_verdict(verdict) if verdict else "",
+        examples=tuple(f"{s.get('op_type')} {s.get('node')}: {s.get('detail')}" for s in applied),
+    )
+
+
+def _options(options: Data) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in options.items())
+
+
+def checks(report: Data) -> list[tuple[str, str]]:
+    """The state of the result as (good, warn or bad; words): what a reader must know before trusting it."""
+    found = []
+    verdict = report.get("verification")
+    if verdict and verdict.get("ok"):
+        found.append(("good", "Verified against the original"))
+    elif verdict:
+        found.append(("bad", "Verification failed"))
+    elif modified(report):
+        found.append(("warn", "Not verified"))
+    taken_back = {e.name for e in effects(report) if e.status == "rolled back"}
+    for name in sorted(taken_back):
+        found.append(("bad", f"{name} rolled back"))
+    if any(e.status == "applied" and e.guarantee == "lossy" for e in effects(report)):
+        found.append(("warn", "Lossy passes ran: the numbers were meant to change"))
+    elif modified(report) and not taken_back:
+        found.append(("good", "Every pass that ran is exact"))
+    return found

@@ -1,0 +1,316 @@
+"""Reports for the terminal: readable at 80 columns, in black and white, and where only ASCII can be printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from graphopt.report import measured, summary, units
+from graphopt.report.summary import Effect, LeftGroup
+
+Data = Mapping[str, Any]
+
+TOP_GROUPS = 10
+"""Reasons for leaving sites alone that are printed."""
+TOP_ROWS = 12
+"""Rows of other long tables that are printed."""
+
+_ASCII = str.maketrans({"→": "->", "−": "-", "×": "x", "–": "-", "…": "...", "µ": "u", "·": "-", "“": '"', "”": '"'})
+
+
+def print_report(report: Data, console: Console) -> None:
+    """Print what `Report.to_dict()` holds."""
+    printer = _Printer(console)
+    printer.title(summary.headline(report))
+    source, output = (report.get("source") or {}).get("path"), (report.get("output") or {}).get("path")
+    if source or output:
+        printer.line(f"{source or 'a model in memory'} → {output or 'not saved'}", style="dim")
+    printer.table(
+        ["", "before", "after", "change"],
+        [[row.label, row.before, row.after, row.change] for row in summary.sizes(report)],
+        right=(1, 2, 3),
+    )
+    _print_passes(report, printer)
+    _print_verification(report, printer)
+    if report.get("timing"):
+        printer.heading("Speed")
+        _print_timing_body(report["timing"], printer)
+    _print_left(summary.left_groups(report), printer)
+    _print_settings(report, printer)
+    printer.line()
+    took = f"Passes {units.seconds(report.get('seconds'))}"
+    if report.get("verification"):
+        took += f", verification {units.seconds(report.get('verify_seconds'))}"
+    printer.line(f"{took}.", style="dim")
+
+
+def print_inspection(data: Data, console: Console) -> None:
+    """Print what `graphopt.inspect` gives."""
+    printer = _Printer(console)
+    printer.title(str(data.get("path") or "a model in memory"))
+    opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in (data.get("opsets") or {}).items())
+    facts = [f"IR {data.get('ir_version', units.MISSING)}", f"opset {opsets or units.MISSING}"]
+    if producer := data.get("producer"):
+        facts.append(f"by {producer}")
+    if (size := data.get("bytes")) is not None:
+        facts.append(f"{units.size(size)} on disk" + (" with external data" if data.get("external_data") else ""))
+    printer.line(", ".join(facts), style="dim")
+    problems = data.get("problems") or []
+    if problems:
+        printer.heading(units.plural(len(problems), "problem"), style="bold red")
+        for problem in problems[:TOP_ROWS]:
+            printer.bullet(str(problem))
+        printer.more(len(problems) - TOP_ROWS, "--json has all")
+    printer.line()
+    weights = f"{units.count(data.get('parameters'))} parameters, {units.size(data.get('weight_bytes'))} of weights"
+    printer.line(
+        f"{units.count(data.get('nodes'))} nodes, {weights}, {units.count(data.get('flops'))} FLOPs{_bound(data)}"
+    )
+    for title, key in (("Inputs", "inputs"), ("Inputs with a default", "overridable"), ("Outputs", "outputs")):
+        values = data.get(key) or []
+        if values:
+            printer.heading(title)
+            rows = [[str(v.get("name")), str(v.get("dtype") or "?"), _shape(v.get("shape"))] for v in values[:TOP_ROWS]]
+            printer.table(["name", "type", "shape"], rows)
+            printer.more(len(values) - TOP_ROWS, "--json has all")
+    _print_counts("Operators", data.get("operators") or {}, printer)
+    _print_counts("Structures found", data.get("structures") or {}, printer)
+    functions = [str(f) for f in data.get("functions") or []]
+    if functions:
+        printer.heading("Functions")
+        printer.line(", ".join(functions[:TOP_ROWS]))
+        printer.more(len(functions) - TOP_ROWS, "--json has all")
+    why = data.get("why")
+    if why is not None:
+        _print_left(summary.group_left(why), printer, everything="--json has all")
+        if not why:
+            printer.heading("Left alone, and why")
+            printer.line("Nothing: the exact passes left no site alone.")
+
+
+def print_verdict(data: Data, console: Console) -> None:
+    """Print what `Verdict.to_dict()` holds."""
+    printer = _Printer(console)
+    printer.line(_capital(measured.verdict_sentence(data)) + ".", style="bold green" if data.get("ok") else "bold red")
+    for failure in measured.failures(data)[1:]:
+        printer.bullet(failure, style="red")
+    if how := measured.method(data):
+        printer.line(how, style="dim")
+    _print_notes(measured.notes(data), printer)
+    found = measured.margins(data)
+    shown = [m for m in found if not m.ok] or measured.worst_by_output(found)
+    if not shown:
+        return
+    rows = [[m.output, m.probe, _mode(m.mode), units.error(m.error), measured.used_words(m)] for m in shown[:TOP_ROWS]]
+    headers = ["output", "probe", "ORT optim.", "error", "of tolerance"]
+    printer.table(headers, rows, right=(3, 4), styles=["" if m.ok else "red" for m in shown])
+    printer.more(len(shown) - TOP_ROWS, "--json has all")
+    for m in [m for m in shown if m.note][:TOP_ROWS]:
+        printer.bullet(f"{m.output} on {m.probe}: {m.note}", style="red")
+
+
+def print_timing(data: Data, console: Console) -> None:
+    """Print what `BenchResult.to_dict()` holds."""
+    _print_timing_body(data, _Printer(console))
+
+
+# ---- parts
+
+
+def _print_passes(report: Data, printer: _Printer) -> None:
+    found = summary.effects(report)
+    if not found:
+        return
+    applied = [e for e in found if e.status == "applied"]
+    printer.heading("Passes")
+    if applied:
+        printer.table(
+            ["pass", "rd", "sites", "nodes", "weights", "time", "check"],
+            [_effect_row(e) for e in applied],
+            right=(1, 2, 3, 4, 5, 6),
+        )
+        if any(e.verification for e in applied):
+            printer.line("check: worst error as a share of the tolerance; same: equal bit for bit", style="dim")
+    for e in found:
+        if e.status == "rolled back":
+            printer.bullet(f"ROLLED BACK {e.name}: {e.detail or 'no reason given'}", style="bold red")
+        elif e.status == "skipped":
+            printer.bullet(f"Skipped {e.name}: {e.detail or 'no reason given'}")
+    if sentence := summary.quiet(report):
+        printer.line(sentence, style="dim")
+
+
+def _effect_row(e: Effect) -> list[str]:
+    before, after = e.nodes
+    nodes = units.count(after) if before == after else f"{units.count(before)} → {units.count(after)}"
+    return [
+        e.name,
+        str(e.round or ""),
+        units.count(e.sites),
+        nodes,
+        units.difference(*e.bytes, in_bytes=True),
+        units.seconds(e.seconds),
+        e.verification,
+    ]
+
+
+def _print_verification(report: Data, printer: _Printer) -> None:
+    verdict = report.get("verification")
+    printer.heading("Verification")
+    if not verdict:
+        changed = summary.modified(report)
+        printer.line("Off: the result was not compared." if changed else "Nothing changed, nothing to compare.")
+        return
+    printer.line(_capital(measured.verdict_sentence(verdict)) + ".", style="green" if verdict.get("ok") else "bold red")
+    found = measured.margins(verdict)
+    if found and found[0].used != 0:
+        worst = found[0]
+        where = f"{worst.output} on probe {worst.probe}, ORT optimizations {_mode(worst.mode)}"
+        error = f", largest error {units.error(worst.error)}" if worst.error is not None else ""
+        printer.line(f"Worst: {where}{error}.")
+    if how := measured.method(verdict):
+        printer.line(how, style="dim")
+    _print_notes(measured.notes(verdict), printer)
+    if skipped := report.get("skipped_probes"):
+        first = skipped[0]
+        probes = units.plural(len(skipped), "probe")
+        printer.line(
+            f"{probes} left out, as the original fails on them: {first.get('name')}: {first.get('reason')}", style="dim"
+        )
+
+
+def _print_notes(notes: Sequence[str], printer: _Printer) -> None:
+    for note in notes[:TOP_ROWS]:
+        printer.bullet(note)
+    printer.more(len(notes) - TOP_ROWS, "--json has all")
+
+
+def _print_left(
+    groups: Sequence[LeftGroup], printer: _Printer, everything: str = "--json or the HTML report has all"
+) -> None:
+    if not groups:
+        return
+    sites = sum(len(g.sites) for g in groups)
+    printer.heading(f"Left alone, and why ({units.plural(sites, 'site')})")
+    for group in groups[:TOP_GROUPS]:
+        node, op, _ = group.sites[0]
+        more = f" and {units.count(len(group.sites) - 1)} more" if len(group.sites) > 1 else ""
+        printer.item(f"{units.count(len(group.sites))}×", f"{group.name}: {group.reason}", f"{op} {node!r}{more}")
+    rest = groups[TOP_GROUPS:]
+    if rest:
+        count = sum(len(g.sites) for g in rest)
+        printer.line(
+            f"and {units.plural(len(rest), 'more reason')} at {units.plural(count, 'site')}: {everything}", style="dim"
+        )
+
+
+def _print_settings(report: Data, printer: _Printer) -> None:
+    settings = report.get("session_settings") or []
+    if not settings:
+        return
+    printer.heading("Set in the session that runs it (graphopt.session does)")
+    for setting in settings:
+        printer.bullet(f"{setting.get('setting')} = {setting.get('value')}: {setting.get('reason')}")
+
+
+def _print_timing_body(timing: Data, printer: _Printer) -> None:
+    rows = [
+        [row.label, units.seconds(row.cpu), units.seconds(row.wall), units.ratio(row.ratio), row.interval]
+        for row in measured.timing_rows(timing)
+    ]
+    if rows:
+        printer.table(["model", "CPU", "wall", "CPU ratio", "range"], rows, right=(1, 2, 3, 4))
+    for line in (measured.timing_sentence(timing), *measured.timing_notes(timing)):
+        if line:
+            printer.line(line)
+
+
+def _print_counts(title: str, counts: Mapping[str, int], printer: _Printer) -> None:
+    if counts:
+        printer.heading(title)
+        printer.line(", ".join(f"{name} {units.count(number)}" for name, number in counts.items()))
+
+
+def _bound(data: Data) -> str:
+    dims = data.get("flops_dims") or {}
+    return f" at {', '.join(f'{name} = {size}' for name, size in dims.items())}" if dims else ""
+
+
+def _shape(shape: Sequence[object] | None) -> str:
+    return "unknown" if shape is None else f"[{', '.join(str(d) for d in shape)}]"
+
+
+def _mode(mode: str) -> str:
+    return {"all": "on", "none": "off"}.get(mode, mode)
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
+class _Printer:
+    """Writes to a console without its markup, so that names from a model are printed as they are."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._ascii = console.options.ascii_only
+
+    def text(self, words: str, style: str = "") -> Text:
+        """Text that the console's encoding can hold; control characters, which could steer the terminal, are shown."""
+        if self._ascii:
+            words = words.translate(_ASCII)
+        words = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+        encoding = "ascii" if self._ascii else "utf-8"
+        return Text(words.encode(encoding, "backslashreplace").decode(encoding), style=style)
+
+    def line(self, words: str = "", style: str = "") -> None:
+        self._console.print(self.text(words, style), soft_wrap=False)
+
+    def title(self, words: str) -> None:
+        self.line(words, style="bold")
+
+    def heading(self, words: str, style: str = "bold") -> None:
+        self.line()
+        self.line(words, style)
+
+    def bullet(self, words: str, style: str = "") -> None:
+        self.item("-", words, style=style)
+
+    def item(self, mark: str, words: str, example: str = "", style: str = "") -> None:
+        """A line with a mark before it; what doesn't fit goes on under the words."""
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_column(justify="right", min_width=4 if example else 1, no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row(self.text(mark), self.text(words, style))
+        if example:
+            grid.add_row("", self.text(example, "dim"))
+        self._console.print(grid)
+
+    def more(self, number: int, where: str) -> None:
+        """Say how much isn't shown."""
+        if number > 0:
+            self.line(f"and {units.count(number)} more: {where}", style="dim")
+
+    def table(
+        self,
+        headers: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        right: Sequence[int] = (),
+        styles: Sequence[str] = (),
+    ) -> None:
+        """A table; columns in `right` hold numbers, the others wrap where the console is narrow."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="")
+        for index, header in enumerate(headers):
+            numeric = index in right
+            table.add_column(
+                self.text(header, "dim"), justify="right" if numeric else "left", no_wrap=numeric, overflow="fold"
+            )
+        for index, row in enumerate(rows):
+            table.add_row(*[self.text(cell) for cell in row], style=styles[index] if index < len(styles) else None)
+        self._console.print(table)
