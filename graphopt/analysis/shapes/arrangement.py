@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import dim_functions as df
-from graphopt.analysis.dims import ONE, ZERO, Dim
+from graphopt.analysis.dims import ONE, ZERO, Dim, as_symbol
 from graphopt.analysis.shapes.elementwise import broadcast_shapes
 from graphopt.analysis.shapes.rule import (
     FLOAT,
@@ -113,7 +113,7 @@ def reshape_target(given: Shape | None, target: list[Dim], allowzero: bool, unkn
         beyond = given is not None and i >= len(given)
         if dim.value == -1:
             result.append(None)
-        elif allowzero or dim.low >= 1 or beyond or dim == copied:
+        elif allowzero or dim.low >= 1 or beyond or (copied is not None and vanishes_with(copied, dim)):
             result.append(dim)
         elif dim.value == 0:
             result.append(copied if copied is not None else Dim.unknown("copied"))
@@ -129,7 +129,34 @@ def reshape_target(given: Shape | None, target: list[Dim], allowzero: bool, unkn
     inferred = unknown
     if size is not None and others.value != 0:
         inferred = size // others
+        if allowzero and given is not None and not _surely_divides(given, [d for d in result if d is not None]):
+            inferred = unknown
     return tuple(inferred if d is None else d for d in result)
+
+
+def vanishes_with(a: Dim, b: Dim) -> bool:
+    """Whether it is proven that `a` is 0 in every run in which `b` is."""
+    if a.exact_div(b) is not None:
+        return True
+    outer, inner = as_symbol(a), as_symbol(b)
+    if outer is None or outer.op != "broadcast":
+        return False
+    return set(inner.args if inner is not None and inner.op == "broadcast" else (b,)) <= set(outer.args)
+
+
+def _surely_divides(given: Shape, others: list[Dim]) -> bool:
+    """Whether -1 beside an empty size still means the quotient: what is left after cancelling sizes isn't 0.
+
+    With allowzero ONNX Runtime accepts -1 beside 0 (the standard doesn't) and divides the products of the sizes that
+    aren't 0.
+    """
+    rest = list(given)
+    for dim in others:
+        if dim in rest:
+            rest.remove(dim)
+        elif dim.low < 1:
+            return False
+    return True
 
 
 @rule("Reshape")

@@ -53,7 +53,7 @@ class ShapeFacts:
         faults: Nodes whose rule failed in an unexpected way (malformed nodes, or faults of a rule), for tests.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, *, believe_names: bool = False) -> None:
         self.model = model
         self.faults: list[str] = []
         self._facts: dict[ir.Value, Fact] = {}
@@ -67,7 +67,7 @@ class ShapeFacts:
             for graph in (function.graph, *function.subgraphs()):
                 self._opsets[graph] = version
         for value in model.graph.inputs:
-            self._facts[value] = _input_fact(value)
+            self._facts[value] = _input_fact(value, believe_names)
 
     # ---- what is known
 
@@ -206,14 +206,19 @@ class ShapeFacts:
         return _padded([frame.get(value, NOTHING) for value in function.outputs], len(op.node.outputs))
 
 
-def infer(model: ir.Model) -> ShapeFacts:
+def infer(model: ir.Model, *, believe_names: bool = False) -> ShapeFacts:
     """Shapes, element types and small contents of all values of `model`, in time linear in its nodes.
+
+    Args:
+        model: The model; it isn't changed.
+        believe_names: Take two input sizes of the same `dim_param` for equal. ONNX Runtime doesn't check that, so the
+            facts are then true only of runs that keep to the names: for finding structure, not for removing nodes.
 
     Works with any order of nodes, in subgraphs (what If branches agree on; Loop and Scan bodies with unknown inputs)
     and in function bodies (with unknown inputs; a call is followed with the facts of its arguments). An operator
     without a rule gives values of which nothing is known.
     """
-    facts = ShapeFacts(model)
+    facts = ShapeFacts(model, believe_names=believe_names)
     for graph in walk(model):
         for node in graph:
             facts.infer_node(node)
@@ -248,13 +253,16 @@ def _source_fact(value: ir.Value) -> Fact:
     return NOTHING
 
 
-def _input_fact(value: ir.Value) -> Fact:
+def _input_fact(value: ir.Value, believe_names: bool) -> Fact:
     if not isinstance(value.type, ir.TensorType):
         return NOTHING
     if value.shape is None or len(value.shape) == 0:
         return Fact(value.type.dtype)
-    dims = [
-        Dim.of(d) if isinstance(d, int) and d > 0 else Dim.symbol(f"{value.name}[{axis}]")
-        for axis, d in enumerate(value.shape)
-    ]
+    dims = []
+    for axis, size in enumerate(value.shape):
+        if isinstance(size, int) and size > 0:
+            dims.append(Dim.of(size))
+        else:
+            name = getattr(size, "value", None) if believe_names else None
+            dims.append(Dim.symbol(name if name and name != "?" else f"{value.name}[{axis}]"))
     return Fact(value.type.dtype, tuple(dims))
