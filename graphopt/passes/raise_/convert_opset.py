@@ -44,9 +44,9 @@ class ConvertOpset(Pass):
        `ScatterElements`; `GroupNormalization` with a scale for each channel; `Scan` without its batch.
 
     Everything is checked before anything is rewritten: an opset holds for a whole model, so one node whose change
-    isn't known leaves the model as it was, and the report names that node. Subgraphs are converted with the model.
-    A function has imports of its own: one that can't be converted keeps its opset, the rest goes on.
-    Weights are neither read nor copied.
+    isn't known leaves the model as it was, and the report names that node. Subgraphs and functions are converted
+    with the model (a function may import an opset of its own, but ONNX Runtime then fails at the first operator that
+    changed in between). Weights are neither read nor copied.
     A few operators have no kernel in ONNX Runtime in the form that opset 22 gave them (`RoiAlign`, the `Random`
     operators, ...): a model with one of those is brought to opset 21 only.
     A model at `version` or above is left: this pass never lowers an opset.
@@ -72,34 +72,32 @@ class ConvertOpset(Pass):
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
-        graph = model.graph
-        current = _imported(graph.opset_imports)
-        if current is None or current >= self.version:
-            return False
-        functions = {f.identifier() for f in model.functions.values()}
         target = self._runnable(model)
-        if current >= target:
-            return False
-        try:
-            plan = self._plan([graph, *graph.subgraphs()], current, target, functions, model)
-        except _NotConverted as refusal:
-            return self.left(refusal.node, f"not converted: {refusal}")
-        edit = Editor(model)
-        self._rewrite(plan, target, edit)
-        self._import(graph, current, target, f"IR {model.ir_version} to {max(model.ir_version, MIN_IR_VERSION)}")
-        model.ir_version = max(model.ir_version, MIN_IR_VERSION)
-        for function in model.functions.values():
-            current = _imported(function.opset_imports)
+        functions = {f.identifier() for f in model.functions.values()}
+        plans: list[tuple[ir.Graph | ir.Function, int, _Plan]] = []
+        parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+        for part in parts:
+            current = _imported(part.opset_imports)
             if current is None or current >= target:
                 continue
+            graphs = [part if isinstance(part, ir.Graph) else part.graph, *part.subgraphs()]
             try:
-                plan = self._plan([function.graph, *function.subgraphs()], current, target, functions, None)
+                # The inference of types covers the main graph only.
+                plan = self._plan(graphs, current, target, functions, model if part is model.graph else None)
             except _NotConverted as refusal:
-                self.left(refusal.node, f"function {function.name} not converted: {refusal}")
-                continue
+                where = "" if part is model.graph else f"in function '{part.name}', "
+                return self.left(refusal.node, f"not converted: {where}{refusal}")
+            plans.append((part, current, plan))
+        edit = Editor(model)
+        for part, current, plan in plans:
             self._rewrite(plan, target, edit)
-            self._import(function, current, target, f"function {function.name}")
-        return True
+            part.opset_imports.pop("ai.onnx", None)
+            part.opset_imports[""] = target
+            what = "model" if part is model.graph else "function"
+            self.sites.append(Site(part.name or "", what, "applied", f"opset {current} to {target}"))
+        if plans and model.ir_version < MIN_IR_VERSION:
+            model.ir_version = MIN_IR_VERSION
+        return bool(plans)
 
     def _runnable(self, model: ir.Model) -> int:
         """The opset to reach: `version`, or less where ONNX Runtime couldn't run the result."""
@@ -159,11 +157,6 @@ class ConvertOpset(Pass):
                 self.applied(node, "rewritten for " + ", ".join(f"{op}-{opset}" for op, opset in adapters))
             if node.version is not None:
                 node.version = None  # the model's import says it
-
-    def _import(self, graph: ir.Graph | ir.Function, current: int, target: int, what: str) -> None:
-        graph.opset_imports.pop("ai.onnx", None)
-        graph.opset_imports[""] = target
-        self.sites.append(Site(graph.name or "", "opset", "applied", f"opset {current} to {target}, {what}"))
 
 
 _Plan = tuple[list[tuple[ir.Node, tuple[Step, ...]]], Known]
