@@ -23,10 +23,10 @@ from graphopt.pass_manager import PassManager, Progress, VerifyMode
 from graphopt.recipe import Recipe
 from graphopt.recipe import load as load_recipe
 from graphopt.report.report import Report
-from graphopt.verification.compare import Verdict, Verifier
-from graphopt.verification.compare import verify as verify_models
-from graphopt.verification.probes import Probe, load_probes, make_probes, usable_probes
+from graphopt.verification.probes import Probe, load_probes, make_probes
 from graphopt.verification.structure import check_structure
+from graphopt.verification.verifier import Verdict, Verifier
+from graphopt.verification.verifier import verify as verify_models
 
 TARGETS = ("cpu", "cuda", "portable")
 
@@ -100,12 +100,12 @@ def optimize(
     def verifier_of(reference: ir.Model) -> Verifier:
         if progress is not None:
             progress("probing the original", 0, len(passes))
+        given = load_probes(inputs, reference) if inputs is not None else []
+        verifier = Verifier(reference, used or [*given, *make_probes(reference, seed)], seed=seed)
         if not used:
-            given = load_probes(inputs, reference) if inputs is not None else []
-            good, bad = usable_probes(reference, [*given, *make_probes(reference, seed=seed)])
-            used.extend(good)
-            unusable.extend(bad)
-        return Verifier(reference, used)
+            used.extend(verifier.probes)
+            unusable.extend(verifier.unusable)
+        return verifier
 
     source = describe_source(model)
     before = Counter(node.op_type for node in nodes(model))

@@ -14,8 +14,8 @@ from graphopt.calibration.text import TextDataset
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.graph.edits import walk
 from graphopt.passes.base import Guarantee, Pass, Site
-from graphopt.verification.compare import Verdict
 from graphopt.verification.structure import check_structure
+from graphopt.verification.verifier import Verdict
 
 VerifyMode = Literal["auto", "pass", "phase", "none"]
 Status = Literal["applied", "unchanged", "rolled back", "skipped"]
@@ -27,7 +27,7 @@ CHEAP_SECONDS = 1.0
 
 
 class ModelVerifier(Protocol):
-    """Judges candidates against a reference model; see `graphopt.verification.compare.Verifier`."""
+    """Judges candidates against a reference model; see `graphopt.verification.verifier.Verifier`."""
 
     cost_seconds: float
 
