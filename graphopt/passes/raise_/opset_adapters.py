@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.constants import constant_array
-from graphopt.passes.raise_.opset_inference import Known
-from graphopt.passes.raise_.opset_steps import Conversion, adapter, obstacle
+from graphopt.passes.raise_.opset_steps import Conversion, adapter, dtype_of, obstacle
 
 
 def _pop(node: ir.Node, name: str, default: Any = None) -> Any:
@@ -89,7 +89,7 @@ def _clip_bounds_to_inputs(node: ir.Node, to: Conversion) -> None:
     data = node.inputs[0]
     assert data is not None
     # The old defaults, the limits of float32, bound float64 only.
-    unbounded = to.known.dtype(data) != ir.DataType.DOUBLE
+    unbounded = dtype_of(data, to.facts) != ir.DataType.DOUBLE
     for index, (name, default) in enumerate((("min", -_FLOAT_MAX), ("max", _FLOAT_MAX)), start=1):
         bound = _pop(node, name, default)
         if not (unbounded and bound == default):
@@ -97,9 +97,9 @@ def _clip_bounds_to_inputs(node: ir.Node, to: Conversion) -> None:
 
 
 @obstacle(("Clip", 11), ("Pad", 11))
-def _number_of_unknown_type(node: ir.Node, known: Known, target: int) -> str | None:
+def _number_of_unknown_type(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
     numbers = {"min", "max"} if node.op_type == "Clip" else {"value"}
-    if target < 15 and numbers & set(node.attributes) and known.dtype(node.inputs[0]) is None:
+    if target < 15 and numbers & set(node.attributes) and dtype_of(node.inputs[0], facts) is None:
         return "needs a constant of its input's element type, which isn't known (opset 15 or later can do without)"
     return None
 
@@ -118,7 +118,7 @@ def _dropout_ratio_to_input(node: ir.Node, to: Conversion) -> None:
 
 
 @obstacle(("Dropout", 10), ("Dropout", 12))
-def _dropout_mask(node: ir.Node, known: Known, target: int) -> str | None:
+def _dropout_mask(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
     if _used_beyond_first(node):
         return "gives out its mask, which has no defined values in inference before opset 12"
     return None
@@ -137,7 +137,7 @@ def _batch_norm_is_spatial(node: ir.Node, to: Conversion) -> None:
 
 
 @obstacle(("BatchNormalization", 9))
-def _batch_norm_per_activation(node: ir.Node, known: Known, target: int) -> str | None:
+def _batch_norm_per_activation(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
     spatial = node.attributes.get("spatial")
     return "has spatial = 0, which opset 9 withdrew" if spatial is not None and spatial.value == 0 else None
 
@@ -148,7 +148,7 @@ def _batch_norm_in_inference(node: ir.Node, to: Conversion) -> None:
 
 
 @obstacle(("BatchNormalization", 14))
-def _batch_norm_in_training(node: ir.Node, known: Known, target: int) -> str | None:
+def _batch_norm_in_training(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
     # Before opset 14 the presence of these outputs, used or not, is what asks for statistics of the batch.
     return "is in training form (it names its statistics outputs)" if any(v.name for v in node.outputs[1:]) else None
 
@@ -167,14 +167,14 @@ def _group_norm_per_channel(node: ir.Node, to: Conversion) -> None:
     for index in (1, 2):
         wide = op("Expand", [op("Reshape", [node.inputs[index], column]), shape])
         to.edit.set_input(node, index, op("Reshape", [wide, channels], like=node.inputs[index]))
-    dtype = to.known.dtype(data)
+    dtype = dtype_of(data, to.facts)
     if dtype is not None and dtype != ir.DataType.FLOAT:
         node.attributes["stash_type"] = ir.AttrInt64("stash_type", int(dtype))
 
 
 @obstacle(("GroupNormalization", 21))
-def _group_norm_of_unknown_type(node: ir.Node, known: Known, target: int) -> str | None:
-    return None if known.dtype(node.inputs[0]) else "is computed in its input's element type, which isn't known"
+def _group_norm_of_unknown_type(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
+    return None if dtype_of(node.inputs[0], facts) else "is computed in its input's element type, which isn't known"
 
 
 # ---- softmax over two dimensions
@@ -189,15 +189,15 @@ def _softmax_of_rows(node: ir.Node, to: Conversion) -> None:
     data, result = node.inputs[0], node.outputs[0]
     assert data is not None
     axis = int(_pop(node, "axis", 1))
-    rank = to.known.rank(data)
-    if axis == -1 or (rank is not None and axis == rank - 1):
+    shape = to.facts.shape(data)
+    if axis == -1 or (shape is not None and axis == len(shape) - 1):
         node.attributes["axis"] = ir.AttrInt64("axis", -1)
         return
     op = to.edit.op
-    shape = op("Shape", [data])
+    sizes = op("Shape", [data])
     rows = op(node.op_type, [op("Flatten", [data], {"axis": axis})], {"axis": -1})
     # allowzero: a 0 in the shape is an empty dimension, not "as in the input".
-    restored = op("Reshape", [rows, shape], {"allowzero": 1} if to.target >= 14 else None, like=result)
+    restored = op("Reshape", [rows, sizes], {"allowzero": 1} if to.target >= 14 else None, like=result)
     to.replace(result, restored)
 
 
@@ -235,7 +235,7 @@ def _resize_mode(node: ir.Node) -> str:
 
 
 @obstacle(("Resize", 11))
-def _resize_both_ways(node: ir.Node, known: Known, target: int) -> str | None:
+def _resize_both_ways(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
     if _resize_mode(node) != "nearest":
         return None
     scales = constant_array(node.inputs[1], 16)
@@ -256,7 +256,7 @@ def _resize_drops_empty_inputs(node: ir.Node, to: Conversion) -> None:
 
 
 @obstacle(("Resize", 13))
-def _resize_grid_withdrawn(node: ir.Node, known: Known, target: int) -> str | None:
+def _resize_grid_withdrawn(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
     grid = node.attributes.get("coordinate_transformation_mode")
     if grid is not None and not grid.is_ref() and grid.as_string() == "tf_half_pixel_for_nn":
         return "uses the coordinates 'tf_half_pixel_for_nn', which opset 13 withdrew"
@@ -305,27 +305,27 @@ def _scan_batches(node: ir.Node, to: Conversion) -> None:
 
 
 @obstacle(("Scan", 9))
-def _scan_lengths(node: ir.Node, known: Known, target: int) -> str | None:
+def _scan_lengths(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
     if node.inputs[0] is not None:
         return "has sequence lengths, which opset 9 withdrew"
     return "omits an input" if any(v is None for v in node.inputs[1:]) else None
 
 
 @obstacle(("QuantizeLinear", 19))
-def _quantize_integers(node: ir.Node, known: Known, target: int) -> str | None:
-    if target < 23 and known.dtype(node.inputs[0]) == ir.DataType.INT32:
+def _quantize_integers(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
+    if target < 23 and dtype_of(node.inputs[0], facts) == ir.DataType.INT32:
         return "quantizes int32 by a float scale, which opsets 19 to 22 don't allow"
     return None
 
 
 @obstacle(("Erf", 13))
-def _erf_of_integers(node: ir.Node, known: Known, target: int) -> str | None:
-    dtype = known.dtype(node.inputs[0])
+def _erf_of_integers(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
+    dtype = dtype_of(node.inputs[0], facts)
     return "takes integers, which opset 13 withdrew" if dtype is not None and not dtype.is_floating_point() else None
 
 
 @obstacle(("Cast", 24))
-def _cast_of_infinity(node: ir.Node, known: Known, target: int) -> str | None:
+def _cast_of_infinity(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
     to = node.attributes.get("to")
     if to is None or to.is_ref() or to.value not in (ir.DataType.FLOAT8E4M3FNUZ, ir.DataType.FLOAT8E5M2FNUZ):
         return None

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.edits import Editor
-from graphopt.passes.raise_.opset_inference import Known
 
 Step = tuple[str, int]
 """An operator and the opset that redefined it."""
@@ -71,10 +71,16 @@ WITHOUT_KERNEL: frozenset[Step] = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What an adapter works with: the editor (its site is the node), what is known of types, the final opset."""
+    """What an adapter works with.
+
+    Attributes:
+        edit: The editor; its site is the node.
+        facts: Shapes and types as they were inferred before the first edit.
+        target: The opset that the model will have in the end.
+    """
 
     edit: Editor
-    known: Known
+    facts: ShapeFacts
     target: int
 
     def integers(self, values: Any, name: str) -> ir.Value:
@@ -83,19 +89,24 @@ class Conversion:
 
     def number_like(self, number: float, value: ir.Value, name: str) -> ir.Value:
         """A scalar constant of the element type of `value`; where that isn't known it is cast at run time."""
-        dtype = self.known.dtype(value)
+        dtype = dtype_of(value, self.facts)
         array: npt.NDArray[Any] = np.asarray(number, dtype=np.float32 if dtype is None else dtype.numpy())
         constant = self.edit.constant(array, name)
         return constant if dtype is not None else self.edit.op("CastLike", [constant, value])
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let `new` take the place of `old`, and be known as well as it."""
-        self.known.same(new, old)
+        self.facts.learn(new, self.facts.fact_if_known(old))
         self.edit.replace(old, new)
 
 
+def dtype_of(value: ir.Value | None, facts: ShapeFacts) -> ir.DataType | None:
+    """The element type of `value`; None where it is omitted, or neither the graph nor the file says it."""
+    return None if value is None else facts.dtype(value) or value.dtype
+
+
 Adapter = Callable[[ir.Node, Conversion], None]
-Obstacle = Callable[[ir.Node, Known, int], "str | None"]
+Obstacle = Callable[[ir.Node, ShapeFacts, int], "str | None"]
 
 ADAPTERS: dict[Step, Adapter] = {}
 OBSTACLES: dict[Step, list[Obstacle]] = {}
@@ -108,10 +119,10 @@ def adapter(*steps: Step, reads: tuple[str, ...] = (), asks_types: bool = False)
     Args:
         steps: What it carries a node over.
         reads: The attributes whose values it has to know (a function's node may take them from a parameter).
-        asks_types: Whether it asks `Known` for element types or ranks.
+        asks_types: Whether it asks for the element type or the rank of the node's first input.
     """
 
-    def by_reference(node: ir.Node, known: Known, target: int) -> str | None:
+    def by_reference(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
         for name in reads:
             if name in node.attributes and node.attributes[name].is_ref():
                 return f"takes its attribute '{name}' from the function that it is in"
