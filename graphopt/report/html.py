@@ -93,24 +93,25 @@ def _timing(timing: Data | None) -> str:
     rows = measured.timing_rows(timing)
     if not rows:
         return ""
-    most = max((row.cpu or row.wall or 0.0 for row in rows), default=0.0) or 1.0
+    most = max(row.cpu or 0.0 for row in rows) or 1.0
+    fills = {"reference": "before", "control": "before"}
     cells = [
         [
             label(row.label, code=True),
             number(units.seconds(row.cpu), row.cpu),
-            number(units.seconds(row.wall), row.wall),
             number(units.ratio(row.ratio), row.ratio),
-            number(row.interval),
-            bars([((row.cpu or row.wall or 0.0) / most, "before" if row.reference else "after")]),
+            number(row.interval, kind="minor"),
+            number(units.seconds(row.wall), row.wall),
+            number(units.ratio(row.wall_ratio), row.wall_ratio),
+            number(units.seconds(row.load), row.load, kind="minor"),
+            bars([((row.cpu or 0.0) / most, fills.get(row.kind, "after"))]),
         ]
         for row in rows
     ]
-    headers = ["model", "CPU time", "wall time", "CPU ratio", "range", ""]
-    return (
-        f"<p>{text(measured.timing_sentence(timing))}</p>"
-        + table("Median of one inference; ratios to the original", headers, cells)
-        + "".join(f'<p class="soft">{text(line)}</p>' for line in measured.timing_notes(timing))
-    )
+    headers = ["model", "CPU time", "ratio", "range", "wall time", "ratio", "load", "CPU time"]
+    caption = "Median time of one inference; ratios to the original"
+    notes = "".join(f'<p class="soft">{text(line)}</p>' for line in measured.timing_notes(timing))
+    return table(caption, headers, cells, sortable=False) + notes
 
 
 def _verification(report: Data) -> str:
@@ -176,15 +177,8 @@ def _margin_table(caption: str, margins: list[measured.Margin]) -> str:
             bars([(share, kind)], limit=True),
         ])  # fmt: skip
         kinds.append("" if m.ok else "bad")
-    result = table(
-        caption,
-        ["output", "probe", "ORT optimizations", "largest error", "of tolerance", "margin"],
-        rows,
-        row_kinds=kinds,
-    )
-    for column in ("probe", "ORT optimizations"):
-        result = result.replace(f'<th scope="col">{column}</th>', f'<th scope="col" class="minor">{column}</th>', 1)
-    return result
+    headers = ["output", "probe", "ORT optimizations", "largest error", "of tolerance", "margin"]
+    return table(caption, headers, rows, row_kinds=kinds)
 
 
 def _passes(report: Data) -> str:

@@ -15,8 +15,9 @@ def text(value: object) -> str:
 
 
 def name(value: object) -> str:
-    """A name of the model, in fixed width, which may break anywhere."""
-    return f"<code>{text(value)}</code>"
+    """A name of the model, in fixed width, which breaks after slashes and underscores first."""
+    shown = text(value).replace("/", "/<wbr>").replace("_", "_<wbr>")
+    return f"<code>{shown}</code>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,10 @@ def table(
     kind: str = "",
 ) -> str:
     """A table. The first cell of each row is its header; headers of columns of numbers are aligned like these."""
-    numeric = [bool(rows) and rows[0][i].kind.startswith("number") for i in range(len(headers))]
+    kinds = [cell.kind for cell in rows[0]] if rows else [""] * len(headers)
     heads = "".join(
-        f'<th scope="col"{" class=number" if right else ""}>{text(h)}</th>'
-        for h, right in zip(headers, numeric, strict=True)
+        f'<th scope="col"{_class(" ".join(k for k in kind.split() if k in _HEAD_KINDS))}>{text(h)}</th>'
+        for h, kind in zip(headers, kinds, strict=True)
     )
     lines = []
     for index, row in enumerate(rows):
@@ -61,10 +62,14 @@ def table(
     classes = " ".join(filter(None, ["sortable" if sortable and len(rows) > 2 else "", kind]))
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}"><table{_class(classes)}>'
-        f"<caption>{text(caption)}</caption><thead><tr>{heads}</tr></thead><tbody>\n"
+        f"<caption><span>{text(caption)}</span></caption><thead><tr>{heads}</tr></thead><tbody>\n"
         + "\n".join(lines)
         + "\n</tbody></table></div>"
     )
+
+
+_HEAD_KINDS = ("number", "minor")
+"""Classes of a cell that its column's header shares: alignment, and whether a narrow page leaves it out."""
 
 
 def _cell(cell: Cell, *, first: bool) -> str:
@@ -83,9 +88,9 @@ def bars(shares: Iterable[tuple[float, str]], *, limit: bool = False) -> Cell:
     The numbers stand in the other cells, so that the picture is hidden from screen readers.
     """
     entries = list(shares)
-    height = 6
+    height, most = 6, 100
     parts = [
-        f'<rect class="{kind}" x="0" y="{i * (height + 1)}" width="{100 * min(max(share, 0), 1):.2f}" height="{height}"/>'
+        f'<rect class="{kind}" x="0" y="{i * (height + 1)}" width="{_within(most * share, most)}" height="{height}"/>'
         for i, (share, kind) in enumerate(entries)
     ]
     total = len(entries) * (height + 1) - 1
@@ -96,6 +101,10 @@ def bars(shares: Iterable[tuple[float, str]], *, limit: bool = False) -> Cell:
         f'focusable="false"><rect class="track" x="0" y="0" width="100" height="{total}"/>{"".join(parts)}</svg>'
     )
     return Cell(svg, max((share for share, _ in entries), default=0.0), "chart")
+
+
+def _within(width: float, most: float) -> str:
+    return f"{min(max(width, 0.0), most):.2f}"
 
 
 def details(summary_html: str, body: str, *, open_: bool = False, kind: str = "") -> str:

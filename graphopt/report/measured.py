@@ -40,14 +40,27 @@ class Margin:
 
 @dataclasses.dataclass(frozen=True)
 class TimingRow:
-    """One model of a benchmark: medians in seconds, ratio to the reference with its range in words."""
+    """One model of a benchmark.
+
+    Attributes:
+        label: The model.
+        cpu: Median CPU time of a run over all threads, in seconds.
+        wall: Median wall-clock time of a run, in seconds.
+        load: Time to make the session, in seconds.
+        ratio: Median CPU time over that of the reference.
+        wall_ratio: The same of the wall-clock time.
+        interval: The smallest and the largest CPU ratio of all rounds, in words.
+        kind: "reference", "model", or "control" (the reference once more).
+    """
 
     label: str
     cpu: float | None
     wall: float | None
+    load: float | None
     ratio: float | None
+    wall_ratio: float | None
     interval: str
-    reference: bool
+    kind: str
 
 
 # ---- verdicts
@@ -164,29 +177,70 @@ def _share(margin: Margin) -> float:
 
 
 def timing_rows(timing: Data | None) -> list[TimingRow]:
-    """The models of a benchmark, the reference first."""
-    rows = []
-    for index, model in enumerate((timing or {}).get("models") or []):
-        low, high = model.get("ratio_min"), model.get("ratio_max")
-        interval = "" if low is None or high is None else f"{units.ratio(low)} to {units.ratio(high)}"
-        rows.append(
-            TimingRow(
-                str(model.get("name") or "?"), model.get("cpu_seconds"), model.get("wall_seconds"), model.get("ratio"),
-                interval, not index,
-            )
-        )  # fmt: skip
+    """The models of a benchmark, the reference first, and the control last."""
+    timing = timing or {}
+    models = list(timing.get("models") or [])
+    rows = [_timing_row(model, "reference" if not index else "model") for index, model in enumerate(models)]
+    if control := timing.get("control"):
+        rows.append(_timing_row(control, "control"))
     return rows
 
 
-def timing_sentence(timing: Data | None) -> str:
-    return ""
+def speed(timing: Data | None) -> str:
+    """The CPU time of the last model over that of the reference, "0.93× CPU time", or "" where nothing was timed."""
+    rows = timing_rows(timing)
+    measured = [row for row in rows if row.kind == "model" and row.ratio is not None]
+    if not measured:
+        return ""
+    ratio = measured[-1].ratio
+    assert ratio is not None
+    return f"{units.ratio(ratio)} CPU time{' (within noise)' if abs(ratio - 1) <= _noise(rows) else ''}"
 
 
 def timing_notes(timing: Data | None) -> list[str]:
-    return []
+    """How a benchmark was made, and how far its ratios can be trusted, in sentences."""
+    timing = timing or {}
+    found = []
+    rows = timing_rows(timing)
+    control = next((row for row in rows if row.kind == "control"), None)
+    if control is not None and control.ratio is not None:
+        found.append(
+            f"Control: the original against itself measures {units.ratio(control.ratio)}; "
+            "ratios no further from 1 than that say nothing."
+        )
+    if timing.get("runs"):
+        threads = timing.get("threads")
+        calls = timing.get("calls") or 1
+        each = f" of {units.plural(calls, 'run')} each" if calls > 1 else ""
+        found.append(
+            f"Medians of {units.plural(timing['runs'], 'round')}{each} after {timing.get('warmup') or 0} to warm up, "
+            f"the models in turn in every round; threads: {threads or 'as ONNX Runtime chooses'}; "
+            "range: smallest to largest round."
+        )
+    if feeds := timing.get("feeds"):
+        shown = ", ".join(f"{name} {list(shape)}" for name, shape in feeds.items())
+        found.append(f"Inputs: {shown}.")
+    return found
 
 
-def speed(timing: Data | None) -> str:
-    """The ratio of the last model to the reference, "0.93× CPU time", or ""."""
-    rows = [row for row in timing_rows(timing) if not row.reference]
-    return f"{units.ratio(rows[-1].ratio)} CPU time" if rows and rows[-1].ratio is not None else ""
+def _timing_row(model: Data, kind: str) -> TimingRow:
+    ratio = model.get("cpu_ratio") or {}
+    low, high = ratio.get("low"), ratio.get("high")
+    interval = "" if low is None or high is None else f"{units.ratio(low)} to {units.ratio(high)}"
+    cpu, wall = model.get("cpu_ms"), model.get("wall_ms")
+    return TimingRow(
+        str(model.get("name") or "?"),
+        None if cpu is None else cpu / 1e3,
+        None if wall is None else wall / 1e3,
+        model.get("load_s"),
+        ratio.get("median"),
+        (model.get("wall_ratio") or {}).get("median"),
+        interval,
+        kind,
+    )
+
+
+def _noise(rows: list[TimingRow]) -> float:
+    """How far from 1 a ratio must be to say something: as far as the control is, and at least 1 %."""
+    control = [abs(row.ratio - 1) for row in rows if row.kind == "control" and row.ratio is not None]
+    return max([0.01, *control])

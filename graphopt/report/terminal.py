@@ -220,14 +220,13 @@ def _print_settings(report: Data, printer: _Printer) -> None:
 
 def _print_timing_body(timing: Data, printer: _Printer) -> None:
     rows = [
-        [row.label, units.seconds(row.cpu), units.seconds(row.wall), units.ratio(row.ratio), row.interval]
+        [row.label, units.seconds(row.cpu), units.ratio(row.ratio), row.interval, units.seconds(row.wall)]
         for row in measured.timing_rows(timing)
     ]
     if rows:
-        printer.table(["model", "CPU", "wall", "CPU ratio", "range"], rows, right=(1, 2, 3, 4))
-    for line in (measured.timing_sentence(timing), *measured.timing_notes(timing)):
-        if line:
-            printer.line(line)
+        printer.table(["model", "CPU time", "ratio", "range", "wall time"], rows, right=(1, 2, 3, 4))
+    for line in measured.timing_notes(timing):
+        printer.line(line, style="dim")
 
 
 def _print_counts(title: str, counts: Mapping[str, int], printer: _Printer) -> None:

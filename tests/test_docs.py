@@ -1,0 +1,139 @@
+"""The documentation is true: its example runs, its commands exist, its links lead somewhere, its pages are up to date."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import shlex
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("passes/*.md")])
+EXAMPLE = "graphopt.passes.clean.merge_transposes"
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[types.ModuleType, types.ModuleType]]:
+    """The pass of docs/write-a-pass.md and its tests, as modules."""
+    pass_code, test_code = blocks(DOCS / "write-a-pass.md", "python")
+    module, tests = types.ModuleType(EXAMPLE), types.ModuleType("test_merge_transposes")
+    monkeypatch.setitem(sys.modules, EXAMPLE, module)
+    exec(compile(pass_code, "merge_transposes.py", "exec"), module.__dict__)
+    exec(compile(test_code, "test_merge_transposes.py", "exec"), tests.__dict__)
+    yield module, tests
+
+
+def test_the_example_pass_holds_its_tests(example: tuple[types.ModuleType, types.ModuleType]) -> None:
+    found = {name: f for name, f in vars(example[1]).items() if name.startswith("test_")}
+    assert len(found) == 5
+    for run in found.values():
+        run()
+
+
+def test_the_example_has_a_page(example: tuple[types.ModuleType, types.ModuleType]) -> None:
+    from graphopt.report.pages import page
+
+    text = page(example[0].MergeTransposes)
+    assert "**Two transposes in a row as one.**" in text
+    assert "| `keep_single` | `bool` | `false` | leave a pair alone where one transpose would remain (boolean) |" in text
+    assert "**Options:**" not in text
+
+
+def test_the_example_runs_in_the_pass_manager(example: tuple[types.ModuleType, types.ModuleType]) -> None:
+    from exactness import parse
+
+    from graphopt.pass_manager import PassManager
+    from graphopt.passes import registry
+
+    model = parse("""<ir_version: 10, opset_import: ["": 21]> g (float[2, 3] x) => (float[2, 3] y) {
+        a = Transpose <perm = [1, 0]> (x)
+        y = Transpose <perm = [1, 0]> (a)
+    }""")
+    made = registry.make(f"{EXAMPLE}:MergeTransposes", {"keep-single": True})
+    run = PassManager([made])(model)
+    assert run.after.nodes == 1  # an Identity: a graph output can't be renamed to an input
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(DOCS)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+        if not target.startswith(("http:", "https:")):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}, which doesn't exist"
+
+
+def test_pages_of_passes_are_up_to_date() -> None:
+    from graphopt.report.pages import check_pages
+
+    assert check_pages(DOCS / "passes") == [], "run `make docs`"
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every command line of ours in the documentation, with the page it stands on."""
+    found = []
+    for path in [*PAGES, ROOT / "README.md"]:
+        text = path.read_text()
+        lines = [line for block in blocks(path, "(?:sh|bash|console|text)?") for line in block.splitlines()]
+        lines += re.findall(r"`(graphopt [^`]+)`", text)
+        for line in lines:
+            line = line.strip().removeprefix("$ ").partition(" #")[0].strip()
+            if line.startswith("graphopt "):
+                found.append((path.name, line))
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), sorted(set(commands())))
+def test_commands_exist(page: str, line: str) -> None:
+    import click
+
+    from graphopt.cli import cli
+
+    words = shlex.split(line.replace("[", "").replace("]", ""))[1:]
+    command: click.Command = cli
+    context = click.Context(cli)
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        following = command.get_command(context, words[0])
+        if following is None:
+            pytest.fail(f"{page}: there is no command {words[0]!r} in `{line}`")
+        command, words = following, words[1:]
+    known = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
+    for word in words:
+        if word.startswith("-"):
+            option = word.partition("=")[0]
+            assert option in {*known, "--help"}, f"{page}: {command.name} has no option {option} (`{line}`)"
+
+
+def test_python_names_exist() -> None:
+    """Dotted names in backticks that begin with `graphopt.` are real."""
+    missing = []
+    for path in PAGES:
+        text = path.read_text()
+        for dotted in re.findall(r"`(graphopt(?:\.\w+)+)", text):
+            if not _exists(dotted):
+                missing.append(f"{path.name}: {dotted}")
+    assert not missing, "\n".join(missing)
+
+
+def _exists(dotted: str) -> bool:
+    parts = dotted.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            thing = importlib.import_module(".".join(parts[:count]))
+        except ImportError:
+            continue
+        for name in parts[count:]:
+            if not hasattr(thing, name):
+                return False
+            thing = inspect.getattr_static(thing, name, None) or getattr(thing, name)
+        return True
+    return False
