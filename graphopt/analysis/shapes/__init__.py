@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Imported for the rules that they register.
-from graphopt.analysis.shapes import arrangement, elementwise, neural, reduction  # noqa: F401
+from graphopt.analysis.shapes import arrangement, elementwise, neural, reduction, views  # noqa: F401
 from graphopt.analysis.shapes.facts import ShapeFacts, infer
 from graphopt.analysis.shapes.rule import Content, Fact, Shape
 

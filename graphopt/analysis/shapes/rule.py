@@ -178,6 +178,11 @@ def constant_of(dim: Dim) -> int:
     return dim.value
 
 
+def static(shape: Shape) -> tuple[int, ...]:
+    """`shape` as numbers (raises where one isn't constant)."""
+    return tuple(constant_of(d) for d in shape)
+
+
 def content_of(dims: Iterable[Dim | int] | Dim | int, shape: tuple[int, ...] | None = None) -> Content:
     """An array of `Dim` from numbers (rank 0 for a single one), reshaped to `shape` where given."""
     array: Content

@@ -10,10 +10,10 @@ import onnx_ir as ir
 
 from graphopt.analysis.dims import ONE, Dim
 from graphopt.analysis.shapes import Shape, ShapeFacts, infer
-from graphopt.analysis.shapes.arrangement import reshape_target
 from graphopt.analysis.shapes.elementwise import broadcast_shapes
 from graphopt.analysis.shapes.rule import SYMBOLIC_TYPES
 from graphopt.analysis.shapes.targets import expand_literal, reshape_literal, unsettled
+from graphopt.analysis.shapes.views import reshape_target
 from graphopt.graph.constants import is_constant
 from graphopt.graph.edits import Editor, subgraphs_of
 from graphopt.passes.base import RulePass, Site
