@@ -23,7 +23,9 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
 
 CHEAP_SECONDS = 1.0
-"""`verify="auto"` verifies after every pass where one verification takes at most this long, else after every phase."""
+"""`verify="auto"` verifies after every pass where one verification takes at most this long, ..."""
+DEAR_SECONDS = 5.0
+"""... after every phase where it takes at most this long, and else once a round, with bisection where that fails."""
 
 
 class ModelVerifier(Protocol):
@@ -205,7 +207,8 @@ class _Run:
 
     def report(self) -> RunReport:
         start, before, setup = time.perf_counter(), self.stats, self.check_seconds
-        phases = _phases(self.manager.passes) if self.verifier is not None else [list(range(len(self.manager.passes)))]
+        dear = self.manager._verify == "auto" and self.verifier is not None and self.verifier.cost_seconds > DEAR_SECONDS
+        phases = _phases(self.manager.passes, whole=dear or self.verifier is None)
         for number in range(1, self.manager._max_rounds + 1):
             # Later rounds repeat exact passes only: a lossy one would lose again.
             changed = False
@@ -334,12 +337,12 @@ class _Run:
         return applied[low]
 
 
-def _phases(passes: Sequence[ir.passes.PassBase]) -> list[list[int]]:
-    """Runs of neighbouring passes of one family, a lossy pass always alone."""
+def _phases(passes: Sequence[ir.passes.PassBase], *, whole: bool) -> list[list[int]]:
+    """Runs of neighbouring passes of one family, or of any where `whole`; a lossy pass always alone."""
     phases: list[list[int]] = []
     previous: object = None
     for index, pass_ in enumerate(passes):
-        key = object() if _lossy(pass_) else getattr(pass_, "family", "other")
+        key = object() if _lossy(pass_) else whole or getattr(pass_, "family", "other")
         if phases and key == previous:
             phases[-1].append(index)
         else:
