@@ -141,7 +141,7 @@ def export_report(
             say("verifying against PyTorch")
             trial = Path(temporary) / "verified.onnx"
             save(model, trial, external_data=external)
-            errors = compare(loaded.label, trial, references, list(outputs), dtype, warned)
+            errors = compare(loaded.label, trial, references, list(outputs), warned)
             files = save(model, path, external_data=external)
             if folder is not None:
                 files += [_copy(companion, folder, Path(temporary)) for companion in loaded.companions]

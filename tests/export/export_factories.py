@@ -89,6 +89,10 @@ def ignores_one():
     return IgnoresOne(), (torch.randn(2, 4), torch.randn(2, 4))
 
 
+def bfloat16():
+    return nn.Linear(4, 4).bfloat16(), (torch.randn(2, 4).bfloat16(),)
+
+
 def not_a_module():
     return "module", None
 

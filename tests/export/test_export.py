@@ -96,6 +96,7 @@ class TestFactories:
         [
             ("export_factories:missing", "no callable export_factories:missing: .*no attribute"),
             ("no_such_module:make", "no callable no_such_module:make: No module named"),
+            ("export_factories:bfloat16", "tensors that ONNX Runtime can't be given .*BFloat16"),
             ("export_factories:value", "is a int, not a callable"),
             ("export_factories:not_a_module", r"must return \(torch.nn.Module.*not \(str, NoneType\)"),
             ("export_factories:fails", r"failed with RuntimeError: no weights here$"),
