@@ -1,0 +1,273 @@
+"""Layers whose weights a per-channel scale or shift can be moved into: Conv, ConvTranspose, Gemm and MatMul.
+
+In all of them a scale of the output channels, or of the input channels, is a product of the weight with an array that
+broadcasts to it: W · `per_output(scale)`, W · `per_input(scale)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.graph.constants import constant_array, constant_tensor
+from graphopt.graph.edits import Editor
+
+Numbers = npt.NDArray[np.float64]
+
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+LAZY_BYTES = 1 << 20
+"""Weights of at least so many bytes are computed when they are saved (or read), so that one at a time is in memory."""
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_CHUNK = 1 << 20
+_SMALLEST_PEAK = {ir.DataType.FLOAT16: 2.0**-15}
+"""Half of the smallest normal number: where the largest weight of a channel is below it, rounding would lose bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A node with constant weights.
+
+    Attributes:
+        node: The Conv, ConvTranspose, Gemm or MatMul.
+        weight: Its weight: [M, C/group, ...], [C, M/group, ...], [K, N] (or [N, K] with transB), [K, N].
+        add: For a MatMul, the Add behind it that holds its bias, where there is one.
+    """
+
+    node: ir.Node
+    weight: ir.TensorProtocol
+    add: ir.Node | None = None
+
+    @property
+    def output(self) -> ir.Value:
+        """What the layer computes, bias included."""
+        return (self.add or self.node).outputs[0]
+
+    @property
+    def rank(self) -> int:
+        """The rank of the weight, which is that of the output of a convolution."""
+        return len(self.weight.shape)
+
+    @property
+    def outputs(self) -> int:
+        """The number of output channels."""
+        return self._dims[self._output_axis] * (self._group if self.node.op_type == "ConvTranspose" else 1)
+
+    @property
+    def inputs(self) -> int:
+        """The number of input channels."""
+        return self._dims[1 - self._output_axis] * (self._group if self.node.op_type == "Conv" else 1)
+
+    def per_output(self, numbers: Numbers) -> Numbers:
+        """Numbers of the output channels, [M] or [1], as an array that broadcasts to the weight."""
+        return self._spread(numbers, self._output_axis, self.node.op_type == "ConvTranspose")
+
+    def per_input(self, numbers: Numbers) -> Numbers:
+        """Numbers of the input channels, [C], as an array that broadcasts to the weight."""
+        return self._spread(numbers, 1 - self._output_axis, self.node.op_type == "Conv")
+
+    def response(self, shift: Numbers) -> Numbers:
+        """What the layer, without its bias, makes of an input that is `shift[c]` everywhere in channel c: [M].
+
+        For a convolution, away from its padding.
+        """
+        products = self.weight.numpy().astype(np.float64) * self.per_input(shift)
+        axes = tuple(axis for axis in range(self.rank) if axis != self._output_axis)
+        return np.asarray(products.sum(axis=axes) * self._number("alpha", 1.0))
+
+    def bias(self) -> Numbers | str:
+        """The constant added to the output: [M], [1] or, for Gemm, [.., M]; [1] zero if none. A reason otherwise."""
+        value = self._bias_value()
+        if value is None:
+            return np.zeros(1)
+        array = constant_array(value)
+        if array is None:
+            return f"the bias of {self.name} isn't constant"
+        numbers = array.astype(np.float64) * self._number("beta", 1.0)
+        if numbers.ndim > 2 or (numbers.ndim and numbers.shape[-1] not in (1, self.outputs)):
+            return f"the bias of {self.name} isn't one number a channel"
+        if numbers.ndim == 2 and numbers.shape[0] > 1 and numbers.shape[1] != self.outputs:
+            return f"the bias of {self.name} has one number a row"
+        if numbers.ndim == 0 or (numbers.ndim == 2 and numbers.shape[0] == 1):
+            numbers = numbers.reshape(-1)
+        return numbers
+
+    @property
+    def name(self) -> str:
+        """For reasons."""
+        return f"{self.node.op_type} {self.node.name!r}"
+
+    def change(self, factor: Numbers, bias: Numbers, edit: Editor) -> ir.Value:
+        """Multiply the weight by `factor`, set the bias, and return the output (a new one where it got a bias).
+
+        Call `problem` first.
+        """
+        edit.at(self.node)
+        value = self.node.inputs[1]
+        assert value is not None
+        new = multiplied(self.weight, factor)
+        if value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output():
+            new.name = value.name
+            value.const_value = new
+        else:
+            edit.set_input(self.node, 1, edit.constant(new, "weight"))
+        return self._set_bias(bias, edit)
+
+    def problem(self, factor: Numbers) -> str | None:
+        """Why the weight can't be multiplied by `factor`."""
+        value = self.node.inputs[1]
+        assert value is not None
+        readers = len(value.uses())
+        if readers > 2:
+            # Two readers cost at most one copy in all: the second to be folded has the original for itself.
+            return f"the weights of {self.name} are shared with {readers - 1} other nodes"
+        axes = tuple(axis for axis in range(self.rank) if axis != self._output_axis)
+        dtype = self.weight.dtype
+        highest = _largest(dtype)
+        peak = np.zeros(1)
+        for start, rows in _chunks(self.weight):
+            products = np.abs(rows.astype(np.float64) * _rows(factor, start, len(rows)))
+            if not (products <= highest).all():
+                return f"the weights of {self.name} would overflow {dtype.name.lower()}"
+            if dtype in _SMALLEST_PEAK:
+                over = products.max(axis=axes, initial=0.0)
+                peak = over if start == 0 else np.maximum(peak, over) if self._output_axis else np.append(peak, over)
+        if dtype in _SMALLEST_PEAK and ((peak > 0) & (peak < _SMALLEST_PEAK[dtype])).any():
+            return f"the weights of {self.name} would lose precision in {dtype.name.lower()}"
+        return None
+
+    # ---- parts
+
+    @property
+    def _dims(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape.numpy())
+
+    @property
+    def _group(self) -> int:
+        return int(self._number("group", 1))
+
+    @property
+    def _output_axis(self) -> int:
+        if self.node.op_type == "Gemm":
+            return 0 if self._number("transB", 0) else 1
+        return 0 if self.node.op_type == "Conv" else 1
+
+    def _number(self, name: str, default: float) -> float:
+        attribute = self.node.attributes.get(name)
+        return default if attribute is None else float(attribute.value)
+
+    def _spread(self, numbers: Numbers, axis: int, grouped: bool) -> Numbers:
+        shape = [1] * self.rank
+        if grouped and numbers.size > 1:
+            # Of the two channel axes of a convolution, axis 0 runs through all groups, and its part in one group
+            # meets the channels of axis 1 in that group only.
+            shape[0], shape[1] = self._dims[:2]
+            return np.repeat(numbers.reshape(self._group, -1), shape[0] // self._group, axis=0).reshape(shape)
+        shape[axis] = numbers.size
+        return numbers.reshape(shape)
+
+    def _bias_value(self) -> ir.Value | None:
+        if self.node.op_type == "MatMul":
+            return None if self.add is None else self.add.inputs[_constant_operand(self.add)]
+        return self.node.inputs[2] if len(self.node.inputs) > 2 else None
+
+    def _set_bias(self, bias: Numbers, edit: Editor) -> ir.Value:
+        if not bias.any() and self._bias_value() is None:
+            return self.output
+        full = np.broadcast_to(bias, (*bias.shape[:-1], self.outputs))
+        with np.errstate(over="ignore"):
+            array = full.astype(self.weight.dtype.numpy())
+        if self.node.op_type != "MatMul":
+            constant = edit.constant(array, "bias")
+            if self.node.op_type == "Gemm":
+                self.node.attributes.pop("beta", None)
+            if len(self.node.inputs) < 3:
+                self.node.resize_inputs(3)
+            edit.set_input(self.node, 2, constant)
+            return self.output
+        if self.add is not None:
+            edit.at(self.add)
+            edit.set_input(self.add, _constant_operand(self.add), edit.constant(array, "bias"))
+            return self.output
+        # New nodes go before the site: compute the product anew, the old node dies with its last reader.
+        product = edit.op("MatMul", self.node.inputs, like=self.output)
+        return edit.op("Add", [product, edit.constant(array, "bias")], like=self.output)
+
+
+def layer_of(node: ir.Node) -> Layer | str:
+    """The layer that `node` is (or, for an Add, ends), or why it is none."""
+    label = f"{node.op_type} {node.name!r}"
+    if (
+        node.op_type == "Add"
+        and node.domain == ""
+        and constant_tensor(node.inputs[_constant_operand(node)]) is not None
+    ):
+        product = node.inputs[1 - _constant_operand(node)]
+        below = None if product is None else product.producer()
+        if product is None or below is None or below.op_type != "MatMul" or below.domain != "":
+            return f"{label} has no weights to fold into"
+        if (why := sole_reader(product)) is not None:
+            return why
+        layer = layer_of(below)
+        return layer if isinstance(layer, str) else dataclasses.replace(layer, add=node)
+    if node.op_type not in LAYERS or node.domain != "":
+        return f"{label} has no weights to fold into"
+    if any(a.is_ref() for a in node.attributes.values()):
+        return f"{label} takes an attribute from the function that it is in"
+    weight = constant_tensor(node.inputs[1])
+    if weight is None:
+        return f"the weights of {label} aren't constant"
+    if weight.dtype not in _FLOATS:
+        return f"the weights of {label} are {weight.dtype.name.lower()}"
+    if len(weight.shape) < 2 or (node.op_type == "MatMul" and len(weight.shape) != 2):
+        return f"the weights of {label} are no matrix"
+    return Layer(node, weight)
+
+
+def sole_reader(value: ir.Value) -> str | None:
+    """Why `value` can't be changed for the sake of its one reader: None where it has one and nothing else sees it."""
+    if value.is_graph_output():
+        return f"{value.name!r} is a graph output"
+    if len(value.uses()) > 1:
+        return f"{value.name!r} is read by {len(value.uses())} nodes"
+    return None
+
+
+def multiplied(tensor: ir.TensorProtocol, factor: Numbers) -> ir.TensorProtocol:
+    """`tensor` · `factor` in float64, rounded once to the type of `tensor`; large ones when they are asked for."""
+
+    def compute() -> ir.TensorProtocol:
+        result = np.empty(tensor.shape.numpy(), dtype=tensor.dtype.numpy())
+        for start, rows in _chunks(tensor):
+            result[start : start + len(rows)] = rows.astype(np.float64) * _rows(factor, start, len(rows))
+        return ir.tensor(result, dtype=tensor.dtype, name=tensor.name)
+
+    if tensor.nbytes < LAZY_BYTES:
+        return compute()
+    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
+
+
+def _chunks(tensor: ir.TensorProtocol) -> list[tuple[int, npt.NDArray[Any]]]:
+    """Views of some rows each, by their first row, so that their copies in float64 stay small."""
+    array = tensor.numpy()
+    rows = max(1, _CHUNK // max(1, array[:1].size))
+    return [(start, array[start : start + rows]) for start in range(0, len(array), rows)]
+
+
+def _rows(factor: Numbers, start: int, count: int) -> Numbers:
+    return factor if factor.shape[0] == 1 else factor[start : start + count]
+
+
+def _largest(dtype: ir.DataType) -> float:
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(dtype.numpy()).max)
+
+
+def _constant_operand(node: ir.Node) -> int:
+    return 0 if constant_tensor(node.inputs[0]) is not None else 1
