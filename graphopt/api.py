@@ -11,7 +11,6 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.analysis.cost import cost
-from graphopt.analysis.shapes import infer
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import ModelError, UsageError
 from graphopt.graph import load
@@ -161,7 +160,7 @@ def inspect(
     """
     model = model_or_path if isinstance(model_or_path, ir.Model) else load(model_or_path)
     problems = check_structure(model)
-    measured = cost(model, infer(model), dims)
+    measured = cost(model, dims=dims)
     operators = Counter(
         node.op_type if node.domain == "" else f"{node.domain}::{node.op_type}" for node in nodes(model)
     )
@@ -173,11 +172,12 @@ def inspect(
         "inputs": [_value(v) for v in model.graph.inputs if not v.is_initializer()],
         "overridable": [_value(v) for v in model.graph.inputs if v.is_initializer()],
         "outputs": [_value(v) for v in model.graph.outputs],
-        "nodes": measured.nodes,
+        "nodes": measured.node_count,
         "parameters": measured.parameters,
         "weight_bytes": measured.weight_bytes,
         "flops": measured.flops,
-        "flops_dims": measured.dims,
+        "flops_dims": dict(measured.sizes),
+        "unknown_flops": measured.unknown_flops,
         "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
         "functions": [":".join(identifier[:2]) for identifier in model.functions],
         "subgraphs": sum(1 for _ in walk(model)) - 1 - len(model.functions),

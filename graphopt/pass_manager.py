@@ -50,7 +50,7 @@ class Stats:
     def of(cls, model: ir.Model) -> Stats:
         """Measure `model` (FLOPs with dynamic dimensions bound as `graphopt.analysis.cost` says)."""
         measured = cost(model)
-        return cls(measured.nodes, measured.parameters, measured.weight_bytes, measured.flops)
+        return cls(measured.node_count, measured.parameters, measured.weight_bytes, measured.flops)
 
 
 @dataclasses.dataclass

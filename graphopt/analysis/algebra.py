@@ -19,6 +19,8 @@ from graphopt.graph.constants import constant_tensor, scalar
 Terms = Mapping[tuple[int, ...], float]
 """A polynomial: the exponents of the atoms, in their order, to the coefficient of that product."""
 
+_Numbers = dict[tuple[int, ...], float]
+
 _MAX_NODES = 24
 _MAX_DEGREE = 4
 
@@ -105,12 +107,6 @@ class Expansion:
         tensors = (constant_tensor(value) for value in self.constants)
         return next((t.dtype for t in tensors if t is not None), None)
 
-    @property
-    def constant_rank(self) -> int:
-        """The highest rank among its constants: an operand of lower rank would be broadcast to it."""
-        tensors = [constant_tensor(value) for value in self.constants]
-        return max((len(t.shape) for t in tensors if t is not None), default=0)
-
     def equals(self, target: Terms) -> bool:
         """Whether the coefficients are those of `target`, each rounded to the type that the graph wrote it in.
 
@@ -127,18 +123,20 @@ def expand(value: ir.Value, atoms: Sequence[ir.Value]) -> Expansion | None:
     """`value` as a polynomial in `atoms`, None where anything else enters or it grows beyond a small formula.
 
     Add, Sub, Mul, Neg, Div by a constant and Pow with a whole constant exponent are multiplied out; constants are
-    scalars of any rank (see `Expansion.constant_rank`).
+    scalars of any rank (see `constant_rank`).
     """
     roots = [source(atom) for atom in atoms]
     result = Expansion({}, {}, [])
-    terms = _expand(value, roots, result)
+    terms = _expand(value, roots, result, {})
     if terms is None:
         return None
     result.terms = {key: number for key, number in terms.items() if number != 0.0}
     return result
 
 
-def _expand(value: ir.Value, atoms: list[ir.Value], result: Expansion) -> dict[tuple[int, ...], float] | None:
+def _expand(
+    value: ir.Value, atoms: list[ir.Value], result: Expansion, known: dict[ir.Value, _Numbers | None]
+) -> _Numbers | None:
     here = source(value)
     for index, atom in enumerate(atoms):
         if here is atom:
@@ -148,11 +146,22 @@ def _expand(value: ir.Value, atoms: list[ir.Value], result: Expansion) -> dict[t
         result.constants.append(value)
         return {(0,) * len(atoms): number}
     node = producer(here, "Add", "Sub", "Mul", "Div", "Neg", "Pow")
-    if node is None or len(result.nodes) >= _MAX_NODES:
+    if node is None:
         return None
-    result.nodes[node] = None
+    # Without this a chain of x + x would be walked once for every path through it.
+    if here not in known:
+        if len(result.nodes) >= _MAX_NODES:
+            return None
+        result.nodes[node] = None
+        known[here] = _arithmetic(node, atoms, result, known)
+    return known[here]
+
+
+def _arithmetic(
+    node: ir.Node, atoms: list[ir.Value], result: Expansion, known: dict[ir.Value, _Numbers | None]
+) -> _Numbers | None:
     operands = [v for v in node.inputs if v is not None]
-    first = _expand(operands[0], atoms, result)
+    first = _expand(operands[0], atoms, result, known)
     if first is None:
         return None
     if node.op_type == "Neg":
@@ -164,32 +173,35 @@ def _expand(value: ir.Value, atoms: list[ir.Value], result: Expansion) -> dict[t
         power = first
         for _ in range(int(exponent) - 1):
             power = _product(power, first)
-        return power
-    second = _expand(operands[1], atoms, result)
+        return _small(power)
+    second = _expand(operands[1], atoms, result, known)
     if second is None:
         return None
     if node.op_type == "Div":
         divisor = second.get((0,) * len(atoms), 0.0)
         return _scaled(first, 1.0 / divisor) if len(second) == 1 and divisor != 0.0 else None
     if node.op_type == "Mul":
-        product = _product(first, second)
-        return product if all(sum(key) <= _MAX_DEGREE for key in product) else None
+        return _small(_product(first, second))
     return _sum(first, second if node.op_type == "Add" else _scaled(second, -1.0))
 
 
-def _scaled(terms: Terms, factor: float) -> dict[tuple[int, ...], float]:
+def _small(terms: _Numbers) -> _Numbers | None:
+    return terms if all(sum(key) <= _MAX_DEGREE for key in terms) else None
+
+
+def _scaled(terms: Terms, factor: float) -> _Numbers:
     return {key: number * factor for key, number in terms.items()}
 
 
-def _sum(a: Terms, b: Terms) -> dict[tuple[int, ...], float]:
+def _sum(a: Terms, b: Terms) -> _Numbers:
     total = dict(a)
     for key, number in b.items():
         total[key] = total.get(key, 0.0) + number
     return total
 
 
-def _product(a: Terms, b: Terms) -> dict[tuple[int, ...], float]:
-    total: dict[tuple[int, ...], float] = {}
+def _product(a: Terms, b: Terms) -> _Numbers:
+    total: _Numbers = {}
     for left, x in a.items():
         for right, y in b.items():
             key = tuple(i + j for i, j in zip(left, right, strict=True))
@@ -240,6 +252,19 @@ def escaping(nodes: Iterable[ir.Node], root: ir.Node) -> ir.Value | None:
             if value.is_graph_output() or any(user not in inside for user, _ in value.uses()):
                 return value
     return None
+
+
+def constant_rank(nodes: Iterable[ir.Node]) -> int:
+    """The highest rank among the one-element constants that arithmetic reads.
+
+    A constant of shape [1, 1] makes a vector a matrix, so a formula may drop it only where the rank is no lower anyway.
+    """
+    rank = 0
+    for node in nodes:
+        if is_op(node, "Add", "Sub", "Mul", "Div", "Pow", "Max", "Min"):
+            tensors = [constant_tensor(value) for value in node.inputs]
+            rank = max([rank, *(len(tensor.shape) for tensor in tensors if tensor is not None and tensor.size == 1)])
+    return rank
 
 
 def as_float32(number: float) -> float | None:

@@ -33,7 +33,7 @@ def command(
 ) -> None:
     """Run MODELS in turn on the same inputs and print medians and ratios of CPU and wall time to the first one."""
     from graphopt.report.terminal import print_timing
-    from graphopt.verification.timing import benchmark_models
+    from graphopt.verification.workload import benchmark_models
 
     with progress(as_json) as bar:
         result = benchmark_models(

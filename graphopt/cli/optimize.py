@@ -109,7 +109,7 @@ def command(
             progress=lambda done, count: bar("saving", done, count),
         )
         if bench and not in_place:
-            from graphopt.verification.timing import benchmark_models
+            from graphopt.verification.workload import benchmark_models
 
             bar("timing", 0, 1)
             result.report.timing = benchmark_models([model, destination], inputs=inputs, seed=seed).to_dict()

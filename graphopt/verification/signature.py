@@ -21,7 +21,6 @@ Kind = Literal["batch", "sequence", "past", "space", "free"]
 """What a dynamic dimension counts. "space" is the height or width of an image, "free" anything else."""
 
 _UNNAMED = re.compile(r"^(|\?|-?\d+|None)$")
-_BATCH = re.compile(r"batch|^(n|b|bs)$", re.IGNORECASE)
 _SEQUENCE = re.compile(r"seq|len|time|frame|sample|token", re.IGNORECASE)
 _PAST = re.compile(r"past|cache|key_values", re.IGNORECASE)
 
@@ -183,7 +182,7 @@ class _Builder:
             key
             for (name, axis), key in keys.items()
             if axis == 0
-            and (_BATCH.search(key) or "#" in key or not _SEQUENCE.search(key))
+            and ("#" in key or "batch" in key.lower() or not _SEQUENCE.search(key))
             and (ranks[name] > 1 or len(ranks) > 1)
         ]
         states = [
@@ -209,7 +208,7 @@ class _Builder:
         ranks = {v.name or "": len(v.shape) for v in self.values if v.shape is not None}
         for (name, axis), key in keys.items():
             kind: Kind = "free"
-            if _BATCH.search(key) and "#" not in key:
+            if "#" not in key and "batch" in key.lower():
                 kind = "batch"
             elif self.roles[name] in ("index", "position", "mask", "length") and axis >= 1:
                 kind = "sequence"

@@ -64,21 +64,11 @@ def usable_probes(
         if reason is None:
             good.append(probe)
             continue
-        tries = _ladder(shape, probe, found) if probe.recipe is not None else iter(())
-        for sizes in itertools.islice(tries, MOST_TRIES):
-            if time.monotonic() > deadline:
-                break
-            other = resized(shape, probe, sizes)
-            assert probe.recipe is not None
-            if _reason(session, other) is None:
-                good.append(other)
-                found.insert(0, (_without_batch(shape, probe.recipe.sizes), _without_batch(shape, sizes)))
-                break
+        other = _search(session, shape, probe, found, deadline) if probe.recipe is not None else None
+        if other is None:
+            bad.append((probe, reason))
         else:
-            bad.append((probe, reason))
-            continue
-        if time.monotonic() > deadline and good[-1].name != probe.name:
-            bad.append((probe, reason))
+            good.append(other)
     if probes and not good:
         raise VerificationError(
             "ONNX Runtime runs the model on none of the inputs made from its signature; give some with "
@@ -93,6 +83,25 @@ def _reason(session: onnxruntime.InferenceSession, probe: Probe) -> str | None:
         run(session, probe.feeds)
     except Exception as error:
         return first_line(error)
+    return None
+
+
+def _search(
+    session: onnxruntime.InferenceSession,
+    shape: Signature,
+    probe: Probe,
+    found: list[tuple[dict[str, int], dict[str, int]]],
+    deadline: float,
+) -> Probe | None:
+    """The probe with sizes on which the model runs; they are put down in `found`."""
+    assert probe.recipe is not None
+    for sizes in itertools.islice(_ladder(shape, probe, found), MOST_TRIES):
+        if time.monotonic() > deadline:
+            return None
+        other = resized(shape, probe, sizes)
+        if _reason(session, other) is None:
+            found.insert(0, (_without_batch(shape, probe.recipe.sizes), _without_batch(shape, sizes)))
+            return other
     return None
 
 
@@ -153,6 +162,8 @@ def _single_dimensions(shape: Signature, sizes: dict[str, int]) -> tuple[list[st
             item = next(i for i in shape.inputs if variable.rpartition("#")[0] == i.name)
             own, kind = item.shape(sizes)[int(variable.rpartition("#")[2])], "sequence"
         for place in where:
+            if kind == "batch" and not place.endswith("#0"):
+                kind = "free"
             names.append(place)
             options.append(list(dict.fromkeys((own, *sorted(set(sizes.values())), *_CANDIDATES[kind]))))
     # A cache of 30 layers has 60 such dimensions; combinations of so many lead nowhere.

@@ -123,6 +123,15 @@ def test_left_where_a_constant_may_add_an_axis() -> None:
     assert "may broadcast x, whose rank isn't known" in reason(model)
 
 
+def test_left_where_an_exponent_may_add_an_axis() -> None:
+    body = "x = Squeeze(i)  q = Pow(x, three)  u = Mul(k, q)  s = Add(x, u)  a = Mul(c, s)  t = Tanh(a)"
+    proto = ir.to_proto(graph(f"{body}  {OUTER}", x="[B] i", y=" y"))
+    for tensor in proto.graph.initializer:
+        if tensor.name == "three":
+            tensor.dims[:] = [1]
+    assert "may broadcast x" in reason(ir.from_proto(proto))
+
+
 def test_left_with_a_short_constant() -> None:
     assert "has the constant 0.707108" in reason(graph(f"a = Div(x, short)  t = Erf(a) {OUTER}", kind="float"))
 
@@ -167,3 +176,10 @@ def test_inside_a_branch() -> None:
     after = assert_exact(parse(text), RaiseGelu())
     branch = after.graph.node(0).attributes["then_branch"].as_graph()
     assert [n.op_type for n in branch] == ["Gelu"]
+
+
+def test_a_long_chain_is_walked_once() -> None:
+    chain = "  ".join(f"v{i + 1} = Add(v{i}, v{i})" for i in range(60))
+    rule = RaiseGelu()
+    assert not rule(graph(f"v0 = Mul(x, half)  {chain}  t = Tanh(v60)  p = Add(t, one)  y = Mul(p, x)")).modified
+    assert rule.sites == []

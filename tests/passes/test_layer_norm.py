@@ -245,6 +245,24 @@ def test_rms_norm_is_no_site_and_the_other_way_round() -> None:
     assert other.sites == []
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        PLAIN.replace("two", "deep"),
+        PLAIN.replace("eps", "deep"),
+        f"t = ReduceSum(x, last)  m = Div(t, deep4)  d = Sub(x, m) {VARIANCE} {ROOT} n = Div(d, s)",
+        f"{MEAN} {VARIANCE} {ROOT} r = Div(deep1, s)  n = Mul(d, r)",
+    ],
+)
+def test_left_where_a_constant_adds_an_axis(body: str) -> None:
+    deep = "float[1,1,1,1] deep = {2}, float[1,1,1,1] deep4 = {4}, float[1,1,1,1] deep1 = {1}>"
+    text = f"""<ir_version: 10, opset_import: ["" : 17]> g (float[B, S, 4] x) => (float[1, B, S, 4] y)
+    {CONSTANTS[:-1]}, {deep} {{ {body}  {AFFINE} }}"""
+    rule = RaiseLayerNorm()
+    assert not rule(parse("\n".join(text.replace("  ", "\n").splitlines()))).modified
+    assert "a constant of rank 4 may broadcast" in rule.sites[0].detail
+
+
 def test_inside_a_branch() -> None:
     text = f"""<ir_version: 10, opset_import: ["" : 17]>
     g (bool c, float[B, S, 4] x) => (float[B, S, 4] y) {CONSTANTS} {{

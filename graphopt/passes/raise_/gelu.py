@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.analysis.algebra import Expansion, Terms, above, below, escaping, expand
+from graphopt.analysis.algebra import Expansion, Terms, above, below, constant_rank, escaping, expand
 from graphopt.graph.edits import Editor
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
@@ -60,10 +60,11 @@ class RaiseGelu(ShapeRulePass):
         root, outer = _find_product(x, node.outputs[0])
         if root is None or outer is None:
             return self.left(node, f"it isn't multiplied to ½·x·(1 + {node.op_type.lower()}(…))")
-        rank = max(inner.constant_rank, outer.constant_rank)
+        nodes = [*inner.nodes, node, *outer.nodes]
+        rank = constant_rank(nodes)
         if not self.has_rank(x, rank):
             return self.left(node, f"a constant of rank {rank} may broadcast x, whose rank isn't known")
-        used = escaping([*inner.nodes, node, *outer.nodes], root)
+        used = escaping(nodes, root)
         if used is not None:
             return self.left(node, f"{used.name!r} inside the GELU is used elsewhere too")
         if edit.opset < OPSET:

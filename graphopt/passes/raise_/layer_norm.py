@@ -39,6 +39,9 @@ class RaiseLayerNorm(ShapeRulePass):
     E[x²] − E[x]², which cancels; axes that aren't the last (channels-first LayerNorm); sites in float64, because
     `LayerNormalization` computes in float32; a variance that something else reads too.
 
+    In half precision the operator computes in float32: where the spelled-out d² overflows, it doesn't. Why not
+    onnxscript's rule: see `raise-rms-norm`.
+
     **When not to use it:** for a runtime without `LayerNormalization` (opset below 17).
     """
 

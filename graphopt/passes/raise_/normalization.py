@@ -20,6 +20,7 @@ import onnx_ir as ir
 from graphopt.analysis.algebra import (
     as_float32,
     cast_target,
+    constant_rank,
     escaping,
     is_op,
     other_operand,
@@ -128,6 +129,7 @@ class Matcher(RootWalk):
         axes = self._last_axes(mean, x)
         if centre is not None:
             self.take(centre.node)
+            self.beside.extend(centre.mean.nodes)
             if self._last_axes(centre.mean, x) != axes:
                 raise NotRaised("the mean and the variance are over different axes")
         dims = self._dims(x, axes)
@@ -261,10 +263,9 @@ class Matcher(RootWalk):
             raise NotRaised("it computes in float64, the operator in float32 (stash_type)")
         if self.epsilon < 0 or as_float32(self.epsilon) is None:
             raise NotRaised(f"epsilon {self.epsilon!r} isn't a float32, which the attribute is")
-        for constant in self.scalars:
-            tensor = constant_tensor(constant)
-            if tensor is not None and len(tensor.shape) > axes and not self.shapes.has_rank(x, len(tensor.shape)):
-                raise NotRaised(f"the scalar constant {constant.name!r} may broadcast the result to a higher rank")
+        rank = constant_rank([*self.inside, *self.beside])
+        if rank > axes and not self.shapes.has_rank(x, rank):
+            raise NotRaised(f"a constant of rank {rank} may broadcast the result, whose rank isn't known")
         if any(node.graph is not root.graph for node in self.inside):
             raise NotRaised("it is spread over an outer graph and a subgraph")
         used = escaping(self.inside, root)

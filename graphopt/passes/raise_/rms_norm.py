@@ -32,6 +32,11 @@ class RaiseRmsNorm(ShapeRulePass):
     max(‖x‖, ε)); axes that aren't the last; sites in float64, because `RMSNormalization` computes in float32; a mean
     square that something else reads too. A centred x is a LayerNorm and no site of this pass.
 
+    In half precision the operator computes in float32: where the spelled-out x² overflows, it doesn't.
+
+    **Why not onnxscript's rules:** they find all 61 sites of SmolLM2 as torch.export spells them and none of the 61 as
+    TorchScript does; those of LayerNorm find none of 13 in MiniLM (TorchScript, opset 14) and none of 5 in PP-OCRv4.
+
     **When not to use it:** for a runtime without `RMSNormalization` (opset below 23).
     """
 

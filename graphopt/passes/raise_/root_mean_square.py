@@ -34,14 +34,14 @@ class RootWalk:
 
     Attributes:
         inside: The nodes that belong to the pattern.
-        scalars: The scalar constants, whose rank could broadcast the result.
+        beside: The nodes of means that the pattern reads, which may stay.
         epsilon: ε, 0 where none is added.
         dtype: The type of ε, which is the type of the computation; None where none is added.
     """
 
     def __init__(self) -> None:
         self.inside: dict[ir.Node, None] = {}
-        self.scalars: list[ir.Value] = []
+        self.beside: list[ir.Node] = []
         self.epsilon = 0.0
         self.dtype: ir.DataType | None = None
 
@@ -76,7 +76,6 @@ class RootWalk:
                 bound = is_op(user, "Clip")
             elif is_op(user, "Add"):
                 self.take(user)
-                self.scalars.append(other)
                 self.epsilon, self.dtype = number, tensor.dtype
                 return user.outputs[0]
             else:
@@ -105,18 +104,14 @@ class RootWalk:
             if is_op(user, "Max", "Clip"):
                 raise NotRaised(f"the root is bounded by {user.op_type} instead of an epsilon added inside it")
 
-    def _is_power(self, node: ir.Node, base: ir.Value | None, exponent: float) -> bool:
-        if not is_op(node, "Pow") or node.inputs[0] is not base or scalar(node.inputs[1]) != exponent:
-            return False
-        self.scalars.extend(v for v in node.inputs[1:] if v is not None)
-        return True
+    @staticmethod
+    def _is_power(node: ir.Node, base: ir.Value | None, exponent: float) -> bool:
+        return is_op(node, "Pow") and node.inputs[0] is base and scalar(node.inputs[1]) == exponent
 
     def _reciprocal(self, value: ir.Value) -> ir.Value | None:
         """1 / value: Reciprocal, Div(1, value) or Pow(value, -1)."""
         for user in users(value):
             divided = is_op(user, "Div") and user.inputs[1] is value and scalar(user.inputs[0]) == 1.0
-            if divided:
-                self.scalars.extend(v for v in user.inputs[:1] if v is not None)
             if divided or is_op(user, "Reciprocal") or self._is_power(user, value, -1.0):
                 self.take(user)
                 return user.outputs[0]
@@ -186,4 +181,5 @@ class RootWalk:
         if (a.axes, a.kept, a.count) != (b.axes, b.kept, b.count):
             return False
         self.take(again.node)
+        self.beside.extend(a.nodes)
         return True

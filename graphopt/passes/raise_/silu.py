@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.analysis.algebra import as_float32, below, escaping, expand, is_op, other_operand, same, users
-from graphopt.graph.constants import constant_tensor, scalar
+from graphopt.analysis.algebra import (
+    as_float32,
+    below,
+    constant_rank,
+    escaping,
+    expand,
+    is_op,
+    other_operand,
+    same,
+    users,
+)
+from graphopt.graph.constants import scalar
 from graphopt.graph.edits import Editor
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
@@ -35,8 +46,8 @@ class RaiseSilu(ShapeRulePass):
     **Left alone, with the reason:** an exponential or gate that something else reads too; an α that is no float32,
     which the attribute is.
 
-    **When not to use it:** on graphs of opset 24 whose runtime has no `Swish` kernel (ONNX Runtime on CPU), unless
-    `expand-swish` follows.
+    **When not to use it:** on graphs of opset 24 whose runtime has no `Swish` kernel, unless `expand-swish` follows:
+    ONNX Runtime 1.31 on CPU takes `Swish` apart after its fusions, and YOLOv8n then takes 1.20 times as long.
     """
 
     name: ClassVar[str] = "raise-silu"
@@ -67,15 +78,13 @@ class RaiseSilu(ShapeRulePass):
         found = self._negated(argument)
         if found is None:
             return self.left(node, "the argument of exp isn't the negative of something")
-        z, factor, nodes, ranked = found
-        ranked += [v for v in plus.inputs if scalar(v) is not None and v is not None]
+        z, factor, nodes = found
+        nodes += [node, plus]
         numerator = divide.inputs[0] if divide.op_type == "Div" else None
-        if numerator is not None and scalar(numerator) == 1.0:
-            ranked.append(numerator)
-            numerator = None
-        if not self._keeps_shape(z, ranked):
+        plain = numerator is None or scalar(numerator) == 1.0
+        if not self.has_rank(z, constant_rank([*nodes, divide] if plain else nodes)):
             return self.left(node, "a constant may broadcast its argument, whose rank isn't known")
-        used = escaping([*nodes, node, plus], divide)
+        used = escaping(nodes, divide)
         if used is not None:
             return self.left(node, f"{used.name!r} inside the sigmoid is used elsewhere too")
         edit.at(divide)
@@ -83,30 +92,24 @@ class RaiseSilu(ShapeRulePass):
         if factor is not None:
             z = edit.op("Mul", [z, edit.constant(factor, "alpha")], like=z)
         gate = edit.op("Sigmoid", [z], like=z)
-        edit.replace(old, gate if numerator is None else edit.op("Mul", [numerator, gate], like=old))
+        edit.replace(old, gate if plain else edit.op("Mul", [numerator, gate], like=old))
         return self.applied(node, "1 / (1 + exp(−z)) as Sigmoid(z)")
 
     @staticmethod
-    def _negated(
-        value: ir.Value,
-    ) -> tuple[ir.Value, np.ndarray | None, list[ir.Node], list[ir.Value]] | None:
-        """z, the constant to multiply it with (None for 1), and what is read on the way, where `value` is −z."""
+    def _negated(value: ir.Value) -> tuple[ir.Value, npt.NDArray[Any] | None, list[ir.Node]] | None:
+        """z, the constant to multiply it with (None for 1), and the nodes on the way, where `value` is −z."""
         for candidate in below(value):
             expansion = None if candidate is value else expand(value, [candidate])
             if expansion is None or expansion.terms.keys() != {(1,)} or expansion.terms[(1,)] >= 0:
                 continue
             alpha = -expansion.terms[(1,)]
             if alpha == 1.0:
-                return candidate, None, list(expansion.nodes), expansion.constants
-            if len(expansion.constants) == 1 and expansion.dtype is not None:
-                dtype = expansion.dtype.numpy()
-                if float(np.asarray(alpha, dtype=dtype)) == alpha:
-                    return candidate, np.asarray(alpha, dtype=dtype), list(expansion.nodes), expansion.constants
+                return candidate, None, list(expansion.nodes)
+            if expansion.dtype is not None:
+                factor = np.asarray(alpha, dtype=expansion.dtype.numpy())
+                if float(factor) == alpha:
+                    return candidate, factor, list(expansion.nodes)
         return None
-
-    def _keeps_shape(self, value: ir.Value, constants: list[ir.Value]) -> bool:
-        tensors = [constant_tensor(constant) for constant in constants]
-        return self.has_rank(value, max((len(t.shape) for t in tensors if t is not None), default=0))
 
     # ---- rules 2 and 3
 
@@ -123,7 +126,7 @@ class RaiseSilu(ShapeRulePass):
                 if expansion is None or expansion.terms.keys() != {(1,)}:
                     continue
                 alpha, nodes = expansion.terms[(1,)], list(expansion.nodes)
-                if not self.has_rank(x, expansion.constant_rank):
+                if not self.has_rank(x, constant_rank(nodes)):
                     return self.left(node, "a constant may broadcast its argument, whose rank isn't known")
             if edit.opset < OPSET:
                 if alpha != 1.0 or not nodes:
