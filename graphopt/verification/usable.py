@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ _CANDIDATES: dict[Kind, tuple[int, ...]] = {
 }
 MOST_TRIES = 200
 """How many sizes are tried for a probe before it is given up."""
+MOST_ELEMENTS = 1 << 22
+"""Sizes that make an input larger than this aren't tried."""
 MOST_SECONDS = 20.0
 """How long the search for sizes takes for all probes of a model together."""
 
@@ -64,7 +67,11 @@ def usable_probes(
         if reason is None:
             good.append(probe)
             continue
-        other = _search(session, shape, probe, found, deadline) if probe.recipe is not None else None
+        other = None
+        if probe.recipe is not None:
+            # Where nothing at all has worked so far, later probes are less likely to.
+            tries = MOST_TRIES if good or not bad else MOST_TRIES // 10
+            other = _search(session, shape, probe, found, deadline, tries)
         if other is None:
             bad.append((probe, reason))
         else:
@@ -92,12 +99,15 @@ def _search(
     probe: Probe,
     found: list[tuple[dict[str, int], dict[str, int]]],
     deadline: float,
+    tries: int,
 ) -> Probe | None:
     """The probe with sizes on which the model runs; they are put down in `found`."""
     assert probe.recipe is not None
-    for sizes in itertools.islice(_ladder(shape, probe, found), MOST_TRIES):
+    for sizes in itertools.islice(_ladder(shape, probe, found), tries):
         if time.monotonic() > deadline:
             return None
+        if any(math.prod(i.shape({**probe.recipe.sizes, **sizes})) > MOST_ELEMENTS for i in shape.inputs):
+            continue
         other = resized(shape, probe, sizes)
         if _reason(session, other) is None:
             found.insert(0, (_without_batch(shape, probe.recipe.sizes), _without_batch(shape, sizes)))
