@@ -342,7 +342,8 @@ def _phases(passes: Sequence[ir.passes.PassBase], *, whole: bool) -> list[list[i
     phases: list[list[int]] = []
     previous: object = None
     for index, pass_ in enumerate(passes):
-        key = object() if _lossy(pass_) else whole or getattr(pass_, "family", "other")
+        family = "any" if whole else getattr(pass_, "family", "other")
+        key = object() if _lossy(pass_) else family
         if phases and key == previous:
             phases[-1].append(index)
         else:

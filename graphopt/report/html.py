@@ -78,7 +78,10 @@ def _sizes(report: Data) -> str:
         rows.append(
             [label(row.label), number(row.before), number(row.after), number(row.change, kind="warn" if larger else "")]
         )
-    note = '<p class="soft">FLOPs of one inference, dynamic dimensions bound as <code>graphopt inspect</code> says.</p>'
+    note = (
+        '<p class="soft">Nodes include those of subgraphs; parameters and weight bytes are those in use. FLOPs of one '
+        "inference; <code>graphopt inspect</code> says at which sizes.</p>"
+    )
     took = [f"Passes {units.seconds(report.get('seconds'))}"]
     if report.get("verification"):
         took.append(f"verification {units.seconds(report.get('verify_seconds'))}")

@@ -180,9 +180,12 @@ def timing_rows(timing: Data | None) -> list[TimingRow]:
     """The models of a benchmark, the reference first, and the control last."""
     timing = timing or {}
     models = list(timing.get("models") or [])
-    rows = [_timing_row(model, "reference" if not index else "model") for index, model in enumerate(models)]
+    names = _short([str(model.get("name") or "?") for model in models])
+    rows = [
+        _timing_row(m, n, "model" if i else "reference") for i, (m, n) in enumerate(zip(models, names, strict=True))
+    ]
     if control := timing.get("control"):
-        rows.append(_timing_row(control, "control"))
+        rows.append(_timing_row(control, f"{names[0] if names else 'the original'} again (control)", "control"))
     return rows
 
 
@@ -223,13 +226,25 @@ def timing_notes(timing: Data | None) -> list[str]:
     return found
 
 
-def _timing_row(model: Data, kind: str) -> TimingRow:
+def _short(paths: list[str]) -> list[str]:
+    """The last parts of the paths, as many as set them apart."""
+    parts = [path.replace("\\", "/").split("/") for path in paths]
+    for count in range(1, max(map(len, parts), default=1)):
+        shown = ["/".join(p[-count:]) for p in parts]
+        if len(set(shown)) == len(set(paths)):
+            return shown
+    return paths
+
+
+def _timing_row(model: Data, label: str, kind: str) -> TimingRow:
     ratio = model.get("cpu_ratio") or {}
     low, high = ratio.get("low"), ratio.get("high")
-    interval = "" if low is None or high is None else f"{units.ratio(low)} to {units.ratio(high)}"
+    interval = (
+        "" if low is None or high is None or kind == "reference" else f"{units.ratio(low)} to {units.ratio(high)}"
+    )
     cpu, wall = model.get("cpu_ms"), model.get("wall_ms")
     return TimingRow(
-        str(model.get("name") or "?"),
+        label,
         None if cpu is None else cpu / 1e3,
         None if wall is None else wall / 1e3,
         model.get("load_s"),

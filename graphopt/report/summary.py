@@ -93,7 +93,11 @@ def sizes(report: Data) -> list[SizeRow]:
         ("FLOPs", before.get("flops"), after.get("flops"), units.count),
         ("File bytes", files[0], files[1], units.size),
     ]
-    return [SizeRow(label, show(b), show(a), units.change(b, a), (b, a)) for label, b, a, show in figures]
+    return [
+        SizeRow(label, show(b), show(a), units.change(b, a), (b, a))
+        for label, first, last, show in figures
+        for b, a in [(_number(first), _number(last))]
+    ]
 
 
 def headline(report: Data) -> str:
@@ -185,6 +189,10 @@ def command(report: Data) -> str:
     parts = ["graphopt", "optimize", str(source), "-o", str(output), "--recipe", str(recipe)]
     parts += ["--target", str(report.get("target") or "cpu"), "--seed", str(report.get("seed") or 0)]
     return " ".join(shlex.quote(part) for part in parts)
+
+
+def _number(figure: object) -> float | None:
+    return figure if isinstance(figure, (int, float)) else None
 
 
 def _effect(record: Data) -> Effect:

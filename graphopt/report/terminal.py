@@ -170,7 +170,7 @@ def _print_verification(report: Data, printer: _Printer) -> None:
     found = measured.margins(verdict)
     if found and found[0].used != 0:
         worst = found[0]
-        where = f"{worst.output} on probe {worst.probe}, ORT optimizations {_mode(worst.mode)}"
+        where = f"{worst.output} on probe {worst.probe!r}, ORT optimizations {_mode(worst.mode)}"
         error = f", largest error {units.error(worst.error)}" if worst.error is not None else ""
         printer.line(f"Worst: {where}{error}.")
     if how := measured.method(verdict):
@@ -237,7 +237,11 @@ def _print_counts(title: str, counts: Mapping[str, int], printer: _Printer) -> N
 
 def _bound(data: Data) -> str:
     dims = data.get("flops_dims") or {}
-    return f" at {', '.join(f'{name} = {size}' for name, size in dims.items())}" if dims else ""
+    # "input[axis]" stands for an axis without a name, or repeats one that has a name.
+    dims = {name: size for name, size in dims.items() if "[" not in name} or dims
+    at = f" at {', '.join(f'{name} = {size}' for name, size in dims.items())}" if dims else ""
+    unknown = data.get("unknown_flops")
+    return at + (f" (without {units.plural(unknown, 'node')} of unknown shape)" if unknown else "")
 
 
 def _shape(shape: Sequence[object] | None) -> str:

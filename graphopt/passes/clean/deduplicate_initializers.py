@@ -93,7 +93,11 @@ def _bytes(tensor: ir.TensorProtocol) -> np.ndarray[tuple[int], np.dtype[np.uint
 
 def _equal(a: ir.TensorProtocol | None, b: ir.TensorProtocol) -> bool:
     assert a is not None
-    mapped = isinstance(a, ir.ExternalTensor) and isinstance(b, ir.ExternalTensor)
-    if mapped and (a.path, a.offset) == (b.path, b.offset):  # type: ignore[union-attr]
+    if _place(a) is not None and _place(a) == _place(b):
         return True
     return bool(np.array_equal(_bytes(a), _bytes(b)))
+
+
+def _place(tensor: ir.TensorProtocol) -> tuple[str, int | None] | None:
+    """Where a tensor lies on disk, if it does."""
+    return (tensor.path, tensor.offset) if isinstance(tensor, ir.ExternalTensor) else None
