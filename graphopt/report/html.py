@@ -195,7 +195,7 @@ def _passes(report: Data) -> str:
         slowest = max(e.seconds for e in found) or 1.0
         parts.append(
             table(
-                "Passes that did something, in order; check: worst error as a share of the tolerance, or the same bits",
+                f"Passes that did something, in order; check: {measured.SHORT_KEY}",
                 ["pass", "round", "sites", "nodes", "weight bytes", "check", "time", ""],
                 [_effect_row(e, slowest) for e in told],
                 row_kinds=["bad" if e.status == "rolled back" else "" for e in told],

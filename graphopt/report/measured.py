@@ -127,8 +127,12 @@ def verdict_sentence(verdict: Data) -> str:
     return f"equal {on} (worst error {units.percent(_share(found[0]))} of the tolerance)"
 
 
+SHORT_KEY = "worst error as a share of the tolerance; same: no difference; empty: checked with a later pass"
+"""What `short_verdict` means, for the legend of a table."""
+
+
 def short_verdict(verdict: Data) -> str:
-    """A verdict in a word or a number: "same bits", "3.1 %" (of the tolerance), "failed"."""
+    """A verdict in a word or a number: "same", "3.1 %" (of the tolerance), "failed"."""
     found = margins(verdict)
     if not verdict.get("ok"):
         return "failed"

@@ -135,7 +135,7 @@ def _print_passes(report: Data, printer: _Printer) -> None:
             right=(1, 2, 3, 4, 5, 6),
         )
         if any(e.verification for e in applied):
-            printer.line("check: worst error as a share of the tolerance; same: equal bit for bit", style="dim")
+            printer.line(f"check: {measured.SHORT_KEY}", style="dim")
     for e in found:
         if e.status == "rolled back":
             printer.bullet(f"ROLLED BACK {e.name}: {e.detail or 'no reason given'}", style="bold red")
