@@ -193,14 +193,18 @@ class Editor:
         return new
 
     def set_input(self, node: ir.Node, index: int, value: ir.Value | None) -> None:
-        """Replace one input of `node`; the old producer is removed where it became dead."""
+        """Replace one input of `node`; the old producer, or the old initializer, is removed where it became dead."""
         old = node.inputs[index]
         node.replace_input_with(index, value)
         self._touched[node] = None
         if value is not None:
             self._touch_around(value)
-        if old is not None and (producer := old.producer()) is not None:
+        if old is None:
+            return
+        if (producer := old.producer()) is not None:
             self.remove_dead(producer)
+        else:
+            self._drop_unused_initializer(old)
 
     def remove_dead(self, node: ir.Node) -> None:
         """Remove `node` and its ancestors as far as nothing uses them (also initializers left unused)."""
@@ -221,10 +225,14 @@ class Editor:
                 if (producer := value.producer()) is not None:
                     stack.append(producer)
                     self._touch_around(value)
-                elif value.is_initializer() and not (value.uses() or value.is_graph_output() or value.is_graph_input()):
-                    owner = value.graph
-                    if owner is not None and value.name is not None:
-                        owner.initializers.pop(value.name, None)
+                else:
+                    self._drop_unused_initializer(value)
+
+    def _drop_unused_initializer(self, value: ir.Value) -> None:
+        if value.is_initializer() and not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+            owner = value.graph
+            if owner is not None and value.name is not None:
+                owner.initializers.pop(value.name, None)
 
     # ---- the work list
 

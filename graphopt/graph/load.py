@@ -40,7 +40,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         ModelError: Missing, empty, truncated, not ONNX, cyclic, or with bad external data.
     """
     path = Path(path)
-    proto, spans = _parse(path)
+    proto, spans = parse(path)
     _make_dense(proto, path)
     for key, what in (("graph", "no graph"), ("ir_version", "no IR version")):
         if not proto.HasField(key):
@@ -71,7 +71,12 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     return model
 
 
-def _parse(path: Path) -> tuple[onnx.ModelProto, list[Span]]:
+def parse(path: Path) -> tuple[onnx.ModelProto, list[Span]]:
+    """Parse a file without its large inline weights, and say where those lie.
+
+    Raises:
+        ModelError: Missing, empty, truncated, or something else than ONNX.
+    """
     if path.is_dir():
         raise ModelError(f"{path} is a folder; give the .onnx file in it.")
     try:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from graphopt.errors import ModelError, UsageError
 from graphopt.graph.edits import walk
-from graphopt.graph.load import EXTERNAL_KEY, PATH_KEY
+from graphopt.graph.load import EXTERNAL_KEY, PATH_KEY, parse
 from graphopt.graph.wire import join
 
 INLINE_LIMIT = 1_900_000_000
@@ -94,9 +94,10 @@ def save(
     except OSError as error:
         raise ModelError(f"{path} couldn't be written: {error.strerror or error}; nothing was changed.") from error
     kept = {path.parent / file.name for file in written}
-    for stale in replaced - {p.resolve() for p in kept} - _weights_elsewhere(path):
+    stale = replaced - {p.resolve() for p in kept}
+    for file in stale - _weights_elsewhere(path) if stale else ():
         with contextlib.suppress(OSError):
-            stale.unlink()
+            file.unlink()
     return [path, *sorted(kept - {path})]
 
 
@@ -231,8 +232,8 @@ def _referenced_files(path: Path) -> set[Path]:
     if not path.is_file():
         return set()
     try:
-        proto = onnx.load(path, load_external_data=False)
-    except Exception:  # whatever stands there is about to be replaced; it need not be a model
+        proto, _ = parse(path)
+    except ModelError:  # whatever stands there is about to be replaced; it need not be a model
         return set()
     found: set[Path] = set()
     for tensor in proto.graph.initializer:

@@ -114,7 +114,7 @@ def _timing(timing: Data | None) -> str:
     headers = ["model", "CPU time", "ratio", "range", "wall time", "ratio", "load", "CPU time"]
     caption = "Median time of one inference; ratios to the original"
     notes = "".join(f'<p class="soft">{text(line)}</p>' for line in measured.timing_notes(timing))
-    return table(caption, headers, cells, sortable=False) + notes
+    return table(caption, headers, cells, sortable=False, kind="wide-first") + notes
 
 
 def _verification(report: Data) -> str:

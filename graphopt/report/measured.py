@@ -213,7 +213,7 @@ def timing_notes(timing: Data | None) -> list[str]:
     if control is not None and control.ratio is not None:
         found.append(
             f"Control: the original against itself measures {units.ratio(control.ratio)}; "
-            "ratios no further from 1 than that say nothing."
+            f"a ratio within {units.percent(_noise(rows))} of 1 says nothing."
         )
     if timing.get("runs"):
         threads = timing.get("threads")

@@ -51,7 +51,7 @@ def compute(function: Callable[..., Any], *contents: Content) -> Content:
 # ---- one operand
 
 SAME = """
-    Acos Acosh Asin Asinh Atan Atanh Bernoulli Ceil Celu Clip Cos Cosh CumSum CumProd Elu Erf Exp Floor Gelu
+    Acos Acosh Asin Asinh Atan Atanh Ceil Celu Clip Cos Cosh CumSum CumProd Elu Erf Exp Floor Gelu
     Hardmax HardSigmoid HardSwish LeakyRelu Log LogSoftmax LpNormalization LRN MeanVarianceNormalization Mish
     Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh
     ThresholdedRelu Trilu InstanceNormalization GroupNormalization RMSNormalization RotaryEmbedding ReverseSequence
@@ -77,7 +77,7 @@ def _test(op: Op) -> Result:
     return op.shape(0)
 
 
-@rule("RandomNormalLike", "RandomUniformLike", "EyeLike", types=None)
+@rule("RandomNormalLike", "RandomUniformLike", "EyeLike", "Bernoulli", types=None)
 def _like(op: Op) -> Result:
     given = op.attribute("dtype")
     return Fact(ir.DataType(given) if given else op.dtype(0), op.fact(0).shape)

@@ -108,14 +108,7 @@ class Layer:
         Call `problem` first.
         """
         edit.at(self.node)
-        value = self.node.inputs[1]
-        assert value is not None
-        new = multiplied(self.weight, factor)
-        if value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output():
-            new.name = value.name
-            value.const_value = new
-        else:
-            edit.set_input(self.node, 1, edit.constant(new, "weight"))
+        _set_constant(self.node, 1, multiplied(self.weight, factor), "weight", edit)
         return self._set_bias(bias, edit)
 
     def problem(self, factor: Numbers) -> str | None:
@@ -183,16 +176,15 @@ class Layer:
         with np.errstate(over="ignore"):
             array = full.astype(self.weight.dtype.numpy())
         if self.node.op_type != "MatMul":
-            constant = edit.constant(array, "bias")
             if self.node.op_type == "Gemm":
                 self.node.attributes.pop("beta", None)
             if len(self.node.inputs) < 3:
                 self.node.resize_inputs(3)
-            edit.set_input(self.node, 2, constant)
+            _set_constant(self.node, 2, ir.tensor(array), "bias", edit)
             return self.output
         if self.add is not None:
             edit.at(self.add)
-            edit.set_input(self.add, _constant_operand(self.add), edit.constant(array, "bias"))
+            _set_constant(self.add, _constant_operand(self.add), ir.tensor(array), "bias", edit)
             return self.output
         # New nodes go before the site: compute the product anew, the old node dies with its last reader.
         product = edit.op("MatMul", self.node.inputs, like=self.output)
@@ -250,6 +242,16 @@ def multiplied(tensor: ir.TensorProtocol, factor: Numbers) -> ir.TensorProtocol:
     if tensor.nbytes < LAZY_BYTES:
         return compute()
     return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
+
+
+def _set_constant(node: ir.Node, index: int, tensor: ir.TensorProtocol, label: str, edit: Editor) -> None:
+    """Give `node` a new constant, under the name of the old one where nothing else reads that."""
+    value = node.inputs[index]
+    if value is not None and value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output():
+        tensor.name = value.name
+        value.const_value, value.shape = tensor, ir.Shape(tensor.shape.numpy())
+    else:
+        edit.set_input(node, index, edit.constant(tensor, label))
 
 
 def _chunks(tensor: ir.TensorProtocol) -> list[tuple[int, npt.NDArray[Any]]]:

@@ -166,7 +166,7 @@ def _group_norm_per_channel(node: ir.Node, to: Conversion) -> None:
     shape = op("Concat", [to.integers([groups], "groups"), per_group], {"axis": 0})
     for index in (1, 2):
         wide = op("Expand", [op("Reshape", [node.inputs[index], column]), shape])
-        to.edit.set_input(node, index, op("Reshape", [wide, channels], like=node.inputs[index]))
+        to.edit.set_input(node, index, op("Reshape", [wide, channels]))
     dtype = dtype_of(data, to.facts)
     if dtype is not None and dtype != ir.DataType.FLOAT:
         node.attributes["stash_type"] = ir.AttrInt64("stash_type", int(dtype))
