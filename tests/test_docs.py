@@ -137,3 +137,25 @@ def _exists(dotted: str) -> bool:
             thing = inspect.getattr_static(thing, name, None) or getattr(thing, name)
         return True
     return False
+
+
+def test_tolerances_are_those_in_force() -> None:
+    from graphopt.verification.compare import TOLERANCES
+
+    rows = [f"| {name} | {t.absolute:g} | {t.relative:g} | {t.floor:g} |" for name, t in TOLERANCES.items()]
+    assert "\n".join(rows) in (DOCS / "verification.md").read_text()
+
+
+def test_recipes_and_exit_codes_of_the_guide_exist() -> None:
+    from graphopt import errors, recipe
+
+    guide = (DOCS / "user-guide.md").read_text()
+    assert "(`clean`, `exact`)" in guide
+    assert {"clean", "exact"} <= set(recipe.shipped())
+    codes = {c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.GraphoptError)}
+    for code in codes:
+        assert f"| {code} |" in guide
+    for text in blocks(DOCS / "user-guide.md", "yaml"):
+        import yaml
+
+        assert recipe.load(yaml.safe_load(text)).passes()

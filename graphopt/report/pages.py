@@ -95,9 +95,9 @@ def index(classes: Sequence[type[Pass]]) -> str:
 
 
 def pages(classes: Sequence[type[Pass]] | None = None) -> dict[str, str]:
-    """Every page by file name, `index.md` among them; of this package's passes unless others are given."""
+    """Every page by file name, the table of contents `README.md` among them; of this package's passes unless others are given."""
     chosen = list(registry.builtin().values()) if classes is None else list(classes)
-    return {"index.md": index(chosen), **{f"{cls.name}.md": page(cls) for cls in chosen}}
+    return {"README.md": index(chosen), **{f"{cls.name}.md": page(cls) for cls in chosen}}
 
 
 def write_pages(folder: str | Path) -> list[Path]:
