@@ -58,7 +58,12 @@ class WeightStore:
         offset = self._end
         try:
             with path.open("ab") as file:
-                file.write(tensor.tobytes())
+                # Not every class of tensor can write itself without making bytes of everything first.
+                write = getattr(tensor, "tofile", None)
+                if write is not None:
+                    write(file)
+                else:
+                    file.write(tensor.tobytes())
                 self._end = file.tell()
                 # ONNX Runtime maps whole pages; aligned tensors also suit its vector instructions.
                 padding = -self._end % 4096
