@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.cost import cost
 from graphopt.calibration.text import TextDataset
-from graphopt.errors import ModelError, UsageError
+from graphopt.errors import ModelError, UsageError, VerificationError
 from graphopt.graph import load
 from graphopt.graph import save as save_model
 from graphopt.graph.edits import nodes, walk
@@ -100,7 +100,10 @@ def optimize(
         if progress is not None:
             progress("probing the original", 0, len(passes))
         given = load_probes(inputs, reference) if inputs is not None else []
-        verifier = Verifier(reference, used or [*given, *make_probes(reference, seed)], seed=seed)
+        try:
+            verifier = Verifier(reference, used or [*given, *make_probes(reference, seed)], seed=seed)
+        except VerificationError as error:
+            raise VerificationError(f"{error} To go on without comparing numbers, use --verify none.") from error
         if not used:
             used.extend(verifier.probes)
             unusable.extend(verifier.unusable)

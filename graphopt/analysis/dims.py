@@ -5,7 +5,8 @@ A `Dim` is a polynomial with integer coefficients over `Symbol`s, kept in canoni
 express is a symbol of its own, interned by its operands: floor division, minimum, maximum, broadcasting, selection and
 comparison of the same operands are the same symbol, and an unknown number is a symbol that equals only itself.
 
-Why not sympy: it needs 0.3 s to import and is about a hundred times slower on the sums and products met here.
+Why not sympy, which onnx_ir uses for its symbolic dimensions: a product or quotient of two sums takes it 1 ms and this
+module 10 to 60 µs, and its simplifications are about real and complex numbers, not about sizes.
 """
 
 from __future__ import annotations

@@ -240,5 +240,8 @@ def _make_dense(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    """The first line of what first went wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")
