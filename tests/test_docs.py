@@ -46,7 +46,9 @@ def test_the_example_has_a_page(example: tuple[types.ModuleType, types.ModuleTyp
 
     text = page(example[0].MergeTransposes)
     assert "**Two transposes in a row as one.**" in text
-    assert "| `keep_single` | `bool` | `false` | leave a pair alone where one transpose would remain (boolean) |" in text
+    assert (
+        "| `keep_single` | `bool` | `false` | leave a pair alone where one transpose would remain (boolean) |" in text
+    )
     assert "**Options:**" not in text
 
 

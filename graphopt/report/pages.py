@@ -31,7 +31,7 @@ FAMILIES = {
 """Families in the order of a pipeline, with their headings; others follow by name."""
 
 _MARK = "<!-- Generated from {source} by `make docs`: change the docstring there, not this page. -->"
-_OPTIONS = re.compile(r"^\*\*Options:\*\*\s*", re.MULTILINE)
+_OPTIONS = re.compile(r"^(?:\*\*Options:\*\*|Options:\n)\s*")
 _DEFAULT = re.compile(r",?\s*default\s+[^,;)]+")
 
 
@@ -59,18 +59,17 @@ def summary(cls: type[Pass]) -> str:
 def option_texts(cls: type[Pass]) -> dict[str, str]:
     """What the docstring's paragraph `**Options:**` says of each option, by name; unknown names are left out.
 
-    The paragraph is a list or running text in which each option opens with its name in backticks:
-    "`max_bytes` (bytes, default 16384): results up to this size are stored".
+    The paragraph is a list or running text in which each option opens with its name, in backticks or at the start of a
+    line: "`max_bytes` (bytes, default 16384): results up to this size are stored".
     """
     _, text = _split_options(cls)
     names = "|".join(re.escape(name) for name in cls.options())
     if not text or not names:
         return {}
-    opening = re.compile(rf"(?:^|(?<=[.;] )|[-*]\s+)`({names})`(?=[\s:(])")
-    flat = " ".join(text.split())
-    found = list(opening.finditer(flat))
-    ends = [m.start() for m in found[1:]] + [len(flat)]
-    return {m[1]: _meaning(flat[m.end() : end]) for m, end in zip(found, ends, strict=True)}
+    start = rf"(?:^[ ]*(?:[-*][ ]+)?|(?<=[.;][ ]))`({names})`(?=[\s:(])|^[ ]*({names})(?=:|[ ]\()"
+    found = list(re.finditer(start, text, re.MULTILINE))
+    ends = [m.start() for m in found[1:]] + [len(text)]
+    return {m[1] or m[2]: _meaning(" ".join(text[m.end() : e].split())) for m, e in zip(found, ends, strict=True)}
 
 
 def index(classes: Sequence[type[Pass]]) -> str:
@@ -89,7 +88,7 @@ def index(classes: Sequence[type[Pass]]) -> str:
             "|---|---|---|",
         ]
         for cls in sorted(families[family], key=lambda c: c.name):
-            lines.append(f"| [{cls.name}]({cls.name}.md) | {_cell(summary(cls))} | {_guarantee(cls)} |")
+            lines.append(f"| [{cls.name}]({cls.name}.md) | {_cell(_capital(summary(cls)))} | {_guarantee(cls)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -152,7 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _facts(cls: type[Pass]) -> str:
     head = "| family | guarantee | source |"
     facts = f"| {cls.family} | {_guarantee(cls)} | {_cell(cls.paper) or '–'} |"
-    lines = [f"**{_sentence(summary(cls))}**", "", head, "|---|---|---|", facts]
+    bold = _sentence(summary(cls))
+    # A docstring may open with the summary itself.
+    lines = [] if _body(cls).replace("\n", " ").startswith(bold) else [f"**{bold}**", ""]
+    lines += [head, "|---|---|---|", facts]
     if anchors := getattr(cls, "anchors", ()):
         lines += ["", f"Looks at: {', '.join(f'`{a}`' for a in anchors)}."]
     return "\n".join(lines)
@@ -241,7 +243,11 @@ def _source(cls: type[Pass]) -> str:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+    return f"{_capital(text)}." if text else ""
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _cell(text: str) -> str:

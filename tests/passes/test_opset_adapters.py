@@ -165,6 +165,11 @@ CASES: dict[str, tuple[int, str, list[str]]] = {
             "GroupNormalization",
         ],
     ),
+    "mean and variance": (
+        9,
+        "(float[N,2,3,4] x) => (float[N,2,3,4] y) { y = MeanVarianceNormalization(x) }",
+        ["MeanVarianceNormalization"],
+    ),
     "lstm": (
         7,
         """(float[5,N,3] x, float[1,8,3] w, float[1,8,2] r) => (float[5,1,N,2] y)

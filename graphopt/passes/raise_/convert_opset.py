@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import ClassVar
 
 import onnx
 import onnx_ir as ir
@@ -29,32 +30,36 @@ MIN_IR_VERSION = 10
 
 
 class ConvertOpset(Pass):
-    """Rewrites a model of opset 7 to 22 into one of opset `version`, and its IR version to at least 10.
+    """Rewrite a model of opset 7 to 22 into one of opset `version`, and its IR version to at least 10.
 
     Later passes then meet one spelling of each operator instead of one for every year.
 
-    For every node of the default domain the pass asks the ONNX operator registry which redefinitions lie between
+    For every node of the default domain the pass asks the operator registry of ONNX which redefinitions lie between
     the two opsets. Each is known to mean the same for a node as written, or has an adapter that rewrites the node,
     for example:
 
-    1. attributes that became inputs: `axes` of Squeeze, Unsqueeze and the Reduce operators, `pads`, `k`, `min`, ...
+    1. Attributes that became inputs: `axes` of Squeeze, Unsqueeze and the Reduce operators, `pads`, `k`, `min`, ...
     2. `Softmax`, `LogSoftmax`, `Hardmax` below opset 13, which took all dimensions from `axis` on as one row:
        the last dimension stays as it is, any other becomes Flatten, Softmax, Reshape.
     3. `Upsample`, and `Resize` of opset 10, to `Resize` with its coordinates spelled out; `Scatter` to
        `ScatterElements`; `GroupNormalization` with a scale for each channel; `Scan` without its batch.
 
     Everything is checked before anything is rewritten: an opset holds for a whole model, so one node whose change
-    isn't known leaves the model as it was, and the report names that node. Subgraphs and functions are converted
-    with the model (a function may import an opset of its own, but ONNX Runtime then fails at the first operator that
-    changed in between). Weights are neither read nor copied.
+    isn't known leaves the model as it was. Subgraphs and functions are converted with the model (a function may import
+    an opset of its own, but ONNX Runtime then fails at the first operator that changed in between).
+
+    **Options:** `version`, the opset to reach, 8 to 24.
+
+    **Needs:** nothing; weights are neither read nor copied. **Guarantees:** the same function, bit for bit in ONNX
+    Runtime but for `AveragePool` and flattened softmaxes, whose kernels add in another order.
+
+    **Left alone, with the reason:** the whole model, where a node's operator or its change isn't known, or where its
+    old form has no new one (the mask of a Dropout, batch normalization in training form, some coordinates of Resize).
     A few operators have no kernel in ONNX Runtime in the form that opset 22 gave them (`RoiAlign`, the `Random`
-    operators, ...): a model with one of those is brought to opset 21 only.
-    A model at `version` or above is left: this pass never lowers an opset.
+    operators, ...): a model with one of those is brought to opset 21 only. A model at `version` or above is left: this
+    pass never lowers an opset.
 
-    Options:
-        version: The opset to reach, 8 to 24.
-
-    When not to use it: when the model is meant for a runtime that doesn't know the opset.
+    **When not to use it:** when the model is meant for a runtime that doesn't know the opset.
     """
 
     # Why not onnx.version_converter (onnx 1.23): it serializes the model with its weights (4.1 GB and 14 s for the
@@ -63,8 +68,8 @@ class ConvertOpset(Pass):
     # (Resize-11 with sizes, Scan-8, RoiAlign). onnxscript's ConvertVersionPass (0.7) knows opset 18 and up and hands
     # older models to that converter: the same 25 break. Their real-model results are right, as far as was tried.
 
-    name = "convert-opset"
-    family = "raise"
+    name: ClassVar[str] = "convert-opset"
+    family: ClassVar[str] = "raise"
 
     def __init__(self, version: int = 23) -> None:
         super().__init__()

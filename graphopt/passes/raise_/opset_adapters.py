@@ -177,6 +177,13 @@ def _group_norm_of_unknown_type(node: ir.Node, facts: ShapeFacts, target: int) -
     return None if dtype_of(node.inputs[0], facts) else "is computed in its input's element type, which isn't known"
 
 
+@adapter(("MeanVarianceNormalization", 13))
+def _mean_variance_states_its_axes(node: ir.Node, to: Conversion) -> None:
+    """The default is the same, but the checker of onnx (1.23) refuses a node of opset 13 and up that leaves it out."""
+    if "axes" not in node.attributes:
+        node.attributes["axes"] = ir.AttrInt64s("axes", [0, 2, 3])
+
+
 # ---- softmax over two dimensions
 
 

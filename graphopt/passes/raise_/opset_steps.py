@@ -39,7 +39,7 @@ _COMPATIBLE_TEXT = """
     Identity 13 14 16 19 21 23 24; If 11 13 16 19 21 23 24; InstanceNormalization 22; IsInf 20; IsNaN 13 20;
     LRN 13; LSTM 14 22; LeakyRelu 16; Less 9 13; LessOrEqual 16; Log 13; LogSoftmax 11; Loop 11 13 16 19 21 23 24;
     LpNormalization 22; LpPool 11 18 22; MatMul 9 13; Max 8 12 13; MaxPool 8 10 11 12 22; MaxRoiPool 22;
-    MaxUnpool 11 22; Mean 8 13; MeanVarianceNormalization 13; Min 8 12 13; Mish 22; Mod 13; Mul 13 14;
+    MaxUnpool 11 22; Mean 8 13; Min 8 12 13; Mish 22; Mod 13; Mul 13 14;
     Multinomial 22; Neg 13; NegativeLogLikelihoodLoss 13 22; NonMaxSuppression 11; NonZero 13; OneHot 11;
     OptionalGetElement 18; OptionalHasElement 18; PRelu 9 16; Pad 13 18 19 21 23 24; Pow 12 13 15;
     QLinearMatMul 21; QuantizeLinear 13 19 21 23 24; RNN 14 22; RandomNormal 22; RandomNormalLike 22;
