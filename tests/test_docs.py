@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,14 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[types.ModuleType, types.ModuleType]]:
+def example(monkeypatch: pytest.MonkeyPatch) -> tuple[types.ModuleType, types.ModuleType]:
     """The pass of docs/write-a-pass.md and its tests, as modules."""
     pass_code, test_code = blocks(DOCS / "write-a-pass.md", "python")
     module, tests = types.ModuleType(EXAMPLE), types.ModuleType("test_merge_transposes")
     monkeypatch.setitem(sys.modules, EXAMPLE, module)
     exec(compile(pass_code, "merge_transposes.py", "exec"), module.__dict__)
     exec(compile(test_code, "test_merge_transposes.py", "exec"), tests.__dict__)
-    yield module, tests
+    return module, tests
 
 
 def test_the_example_pass_holds_its_tests(example: tuple[types.ModuleType, types.ModuleType]) -> None:

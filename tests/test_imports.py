@@ -186,9 +186,6 @@ def test_no_circles() -> None:
     "statement", ["import graphopt", "import graphopt.cli", "import graphopt.passes.registry as r; r.builtin()"]
 )
 def test_heavy_libraries_are_not_loaded(statement: str) -> None:
-    module = statement.split(";")[0].split()[1]
-    if module not in modules():
-        pytest.skip(f"there is no {module}")
     heavy = (*ONLY_IN_EXPORT, *LATE)
     code = f"{statement}\nimport sys\nprint(*[m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

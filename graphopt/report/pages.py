@@ -94,7 +94,7 @@ def index(classes: Sequence[type[Pass]]) -> str:
 
 
 def pages(classes: Sequence[type[Pass]] | None = None) -> dict[str, str]:
-    """Every page by file name, the table of contents `README.md` among them; of this package's passes unless others are given."""
+    """Every page by file name, with the contents `README.md`; of this package's passes unless others are given."""
     chosen = list(registry.builtin().values()) if classes is None else list(classes)
     return {"README.md": index(chosen), **{f"{cls.name}.md": page(cls) for cls in chosen}}
 
