@@ -1,4 +1,4 @@
-"""Bring the default domain of a model to a recent opset."""
+"""convert-opset: the model is brought to a recent opset, so that later passes meet one spelling of each operator."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ConvertOpset(Pass):
     isn't known leaves the model as it was. Subgraphs and functions are converted with the model (a function may import
     an opset of its own, but ONNX Runtime then fails at the first operator that changed in between).
 
-    **Options:** `version`, the opset to reach, 8 to 24.
+    **Options:** `version` (an opset, 8 to 24, default 23): what the model is brought to.
 
     **Needs:** nothing; weights are neither read nor copied. **Guarantees:** the same function, bit for bit in ONNX
     Runtime but for `AveragePool` and flattened softmaxes, whose kernels add in another order.
