@@ -51,7 +51,7 @@ class ConvertOpset(Pass):
     **Options:** `version` (an opset, 8 to 24, default 23): what the model is brought to.
 
     **Needs:** nothing; weights are neither read nor copied. **Guarantees:** the same function, bit for bit in ONNX
-    Runtime but for `AveragePool` and flattened softmaxes, whose kernels add in another order.
+    Runtime but for `AveragePool`, whose newer kernel adds in another order.
 
     **Left alone, with the reason:** the whole model, where a node's operator or its change isn't known, or where its
     old form has no new one (the mask of a Dropout, batch normalization in training form, some coordinates of Resize).
