@@ -12,7 +12,10 @@ from graphopt.analysis.dims import ONE, ZERO, Dim, as_symbol, operation, rank
 
 def ceil_div(a: Dim | int, b: Dim | int) -> Dim:
     """Division rounded towards infinity."""
-    return -((-Dim.of(a)) // b)
+    divisor = Dim.of(b)
+    if divisor.value is not None and divisor.value > 0:  # the form that other floor divisions have
+        return (divisor - 1 + a) // divisor
+    return -(-Dim.of(a) // divisor)
 
 
 def differ(a: Dim, b: Dim) -> bool:
