@@ -69,7 +69,7 @@ def option_texts(cls: type[Pass]) -> dict[str, str]:
     start = rf"(?:^[ ]*(?:[-*][ ]+)?|(?<=[.;][ ]))`({names})`(?=[\s:(])|^[ ]*({names})(?=:|[ ]\()"
     found = list(re.finditer(start, text, re.MULTILINE))
     ends = [m.start() for m in found[1:]] + [len(text)]
-    return {m[1] or m[2]: _meaning(" ".join(text[m.end() : e].split())) for m, e in zip(found, ends, strict=True)}
+    return {m[1] or m[2]: _meaning(" ".join(text[m.end() : e].split())) for m, e in zip(found, ends, strict=False)}
 
 
 def index(classes: Sequence[type[Pass]]) -> str:

@@ -16,7 +16,7 @@ from graphopt.report import measured, units
 
 Data = Mapping[str, Any]
 
-_VARYING = re.compile(r"'[^']*'|(?<![\w.])[-−]?\d[\d,]*(?:\.\d+)?(?![\w])")
+_VARYING = re.compile(r"'[^']*'|(?<!\w)[-−]?\d[\d,]*(?:\.\d+)?(?!\w)")
 
 
 @dataclasses.dataclass(frozen=True)

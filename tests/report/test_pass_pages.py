@@ -64,6 +64,17 @@ def test_the_other_style_of_options() -> None:
     assert pages.option_texts(Listed) == {"ratio": "How many go, in all", "by": "Row or column"}
 
 
+class Silent(Prune):
+    """Remove.
+
+    **Options:** none of the names that it has.
+    """
+
+
+def test_options_that_are_not_described() -> None:
+    assert pages.option_texts(Silent) == {}
+
+
 def test_tables_survive_what_the_docstring_holds() -> None:
     assert "Remove the smallest weights \\| of each layer" in pages.index([Prune])
 

@@ -1,0 +1,73 @@
+"""What a report says, before it is laid out."""
+
+from __future__ import annotations
+
+import sample
+
+from graphopt.report import measured, settings_code, summary
+
+
+def left(details: list[str]) -> list[dict[str, str]]:
+    return [{"pass": "p", "node": f"n{i}", "op_type": "Add", "detail": d} for i, d in enumerate(details)]
+
+
+def test_reasons_that_differ_in_numbers_or_names_are_one_group() -> None:
+    groups = summary.group_left(left([f"past.{i}.value[2] of 'x{i}': {i}.5 times {i},000 bytes" for i in range(40)]))
+    assert [(len(g.sites), g.varies) for g in groups] == [(40, True)]
+    assert groups[0].reason == "past.0.value[2] of 'x0': 0.5 times 0,000 bytes"
+
+
+def test_reasons_that_differ_in_words_are_not() -> None:
+    groups = summary.group_left(left(["type is float16", "type is float32", "type is float16", "axis0"]))
+    assert [(g.reason, len(g.sites)) for g in groups] == [("type is float16", 2), ("axis0", 1), ("type is float32", 1)]
+
+
+def test_headlines() -> None:
+    data = sample.report()
+    assert "1 pass rolled back" in summary.headline(data)
+    assert "not verified" in summary.headline({**data, "verification": None})
+    assert "NOT equal" in summary.headline({**data, "verification": sample.failing_verdict()})
+    assert "the same numbers on 6 probes" in summary.headline({**data, "verification": sample.verdict(0.0)})
+    data["output"]["bytes"] = 45_000_000
+    assert "90.9 MB → 45.0 MB on disk" in summary.headline(data)
+
+
+def test_a_ratio_within_the_noise_says_so() -> None:
+    timing = sample.timing(0.96)
+    assert measured.speed(timing) == "0.96× CPU time"
+    timing["control"]["cpu_ratio"]["median"] = 1.05
+    assert measured.speed(timing) == "0.96× CPU time (within noise)"
+    assert measured.speed(None) == ""
+
+
+def test_models_of_a_benchmark_are_told_apart() -> None:
+    timing = sample.timing()
+    timing["models"][0]["name"], timing["models"][1]["name"] = "old/a/model.onnx", "new/a/model.onnx"
+    assert [r.label for r in measured.timing_rows(timing)][:2] == ["old/a/model.onnx", "new/a/model.onnx"]
+
+
+def test_checks() -> None:
+    data = sample.report()
+    assert ("bad", "fold-batch-norm rolled back") in summary.checks(data)
+    data["passes"] = [p for p in data["passes"] if p["status"] != "rolled back"]
+    assert summary.checks(data) == [("good", "Verified against the original"), ("good", "Every pass that ran is exact")]
+    data["passes"][1]["guarantee"] = "lossy"
+    assert ("warn", "Lossy passes ran: the numbers were meant to change") in summary.checks(data)
+
+
+def test_settings_as_code() -> None:
+    settings = [
+        {"setting": "session.x", "value": 'a"b'},
+        {"setting": "disabled_optimizers", "value": "A, B"},
+        {"setting": "intra_op_num_threads", "value": "4"},
+        {"setting": "graph_optimization_level", "value": "ORT_ENABLE_BASIC"},
+    ]
+    python = settings_code.python_lines(settings, 'm"\n.onnx')
+    compile(python, "settings", "exec")
+    assert "options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC" in python
+    assert "disabled_optimizers=['A', 'B']" in python
+    cpp = settings_code.cpp_lines(settings, "m.onnx")
+    assert 'options.AddConfigEntry("session.x", "a\\"b");' in cpp
+    assert 'options.AddConfigEntry("optimization.disable_specified_optimizers", "A;B");' in cpp
+    assert "options.SetIntraOpNumThreads(4);" in cpp
+    assert "options.SetGraphOptimizationLevel(ORT_ENABLE_BASIC);" in cpp
