@@ -31,7 +31,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     Differences to `onnx_ir.load`: large inline weights aren't read into memory; missing, short or escaping external
     data is an error now and not at first use; sparse initializers are made dense instead of dropped; nodes are put
     in topological order (real files aren't always); initializers of IR versions below 4, which are listed among the
-    inputs although they can't be overridden, are plain initializers afterwards.
+    inputs although they can't be overridden, are plain initializers afterwards, and the model is one of IR version 4.
 
     Args:
         path: The .onnx file.
@@ -60,7 +60,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         model.graph.opset_imports.setdefault("", version)
     external = _check_external_data(model, path)
     if model.ir_version < 4:
-        _plain_initializers(model.graph)
+        _plain_initializers(model)
     for graph in walk(model):
         try:
             graph.sort()
@@ -187,11 +187,16 @@ def _check_external_data(model: ir.Model, path: Path) -> bool:
     return found
 
 
-def _plain_initializers(graph: ir.Graph) -> None:
+def _plain_initializers(model: ir.Model) -> None:
+    """Bring a model to IR version 4, the first in which an initializer needn't be listed among the inputs."""
+    graph = model.graph
     kept = [value for value in graph.inputs if not value.is_initializer()]
     if len(kept) != len(graph.inputs):
         graph.inputs.clear()
         graph.inputs.extend(kept)
+    model.ir_version = 4
+    if not graph.opset_imports:  # IR versions 1 and 2 knew no opsets: it is the first
+        graph.opset_imports[""] = 1
 
 
 def _make_dense(proto: onnx.ModelProto, path: Path) -> None:
