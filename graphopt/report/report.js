@@ -69,4 +69,7 @@ for (const figure of document.querySelectorAll("figure.code")) {
   });
 }
 
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => (part.open = true)));
+// On paper nothing opens on a click; lists of hundreds of sites stay closed.
+addEventListener("beforeprint", () => {
+  for (const part of document.querySelectorAll("details")) part.open ||= part.querySelectorAll("li, tr").length <= 100;
+});
