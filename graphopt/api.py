@@ -16,7 +16,7 @@ from graphopt.errors import ModelError, UsageError, VerificationError
 from graphopt.graph import load
 from graphopt.graph import save as save_model
 from graphopt.graph.edits import nodes, walk
-from graphopt.graph.load import EXTERNAL_KEY, PATH_KEY
+from graphopt.graph.load import EXTERNAL_KEY, PATH_KEY, normalize
 from graphopt.graph.save import Progress as SaveProgress
 from graphopt.pass_manager import PassManager, Progress, VerifyMode
 from graphopt.recipe import Recipe
@@ -92,6 +92,7 @@ def optimize(
     chosen = load_recipe(recipe)
     passes = chosen.passes()
     model = model_or_path if isinstance(model_or_path, ir.Model) else load(model_or_path)
+    normalize(model)  # a model in memory may come from anywhere
     require_valid(model)
     used: list[Probe] = []
     unusable: list[tuple[Probe, str]] = []

@@ -55,20 +55,42 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise ModelError(f"{path} is not a valid ONNX graph: {_first_line(error)}") from error
     ir.external_data.set_base_dir(model.graph, path.parent)
     _map_inline(model, spans, path)
-    if "ai.onnx" in model.graph.opset_imports:  # the same domain under its long name
-        version = model.graph.opset_imports.pop("ai.onnx")
-        model.graph.opset_imports.setdefault("", version)
     external = _check_external_data(model, path)
+    try:
+        normalize(model)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    model.meta[PATH_KEY] = path
+    model.meta[EXTERNAL_KEY] = external
+    return model
+
+
+def normalize(model: ir.Model) -> None:
+    """Bring what old files write differently to one form, in place; `load` has done so.
+
+    The default domain goes by its short name; initializers of IR versions below 4, which are listed among the inputs
+    although they can't be overridden, are plain initializers of IR version 4; nodes are in topological order.
+
+    Raises:
+        ModelError: A graph has a cycle.
+    """
+    for part in (model.graph, *model.functions.values()):
+        if "ai.onnx" in part.opset_imports:
+            part.opset_imports.setdefault("", part.opset_imports.pop("ai.onnx"))
     if model.ir_version < 4:
-        _plain_initializers(model)
+        for graph in walk(model):
+            kept = [value for value in graph.inputs if not value.is_initializer()]
+            if len(kept) != len(graph.inputs):
+                graph.inputs.clear()
+                graph.inputs.extend(kept)
+        if not model.graph.opset_imports:  # IR versions 1 and 2 knew no opsets: theirs is the first
+            model.graph.opset_imports[""] = 1
+        model.ir_version = 4
     for graph in walk(model):
         try:
             graph.sort()
         except ValueError as error:
-            raise ModelError(f"{path}: the graph {graph.name!r} has a cycle, so no order of its nodes runs.") from error
-    model.meta[PATH_KEY] = path
-    model.meta[EXTERNAL_KEY] = external
-    return model
+            raise ModelError(f"the graph {graph.name!r} has a cycle, so no order of its nodes runs.") from error
 
 
 def parse(path: Path) -> tuple[onnx.ModelProto, list[Span]]:
@@ -185,18 +207,6 @@ def _check_external_data(model: ir.Model, path: Path) -> bool:
                     f"{start} to {start + length} of {sizes[file]}."
                 )
     return found
-
-
-def _plain_initializers(model: ir.Model) -> None:
-    """Bring a model to IR version 4, the first in which an initializer needn't be listed among the inputs."""
-    graph = model.graph
-    kept = [value for value in graph.inputs if not value.is_initializer()]
-    if len(kept) != len(graph.inputs):
-        graph.inputs.clear()
-        graph.inputs.extend(kept)
-    model.ir_version = 4
-    if not graph.opset_imports:  # IR versions 1 and 2 knew no opsets: it is the first
-        graph.opset_imports[""] = 1
 
 
 def _make_dense(proto: onnx.ModelProto, path: Path) -> None:

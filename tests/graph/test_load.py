@@ -154,6 +154,8 @@ def test_ir3_initializers_are_no_inputs(tmp_path: Path) -> None:
         model = load(write(tmp_path / f"m{version}.onnx", proto))
         assert [v.name for v in model.graph.inputs] == inputs
         assert "b" in model.graph.initializers
+        assert model.ir_version == max(version, 4)  # in version 3 this would not be a valid model any more
+        onnx.checker.check_model(ir.to_proto(model))
 
 
 def test_long_name_of_the_default_domain(tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ class FoldConstants(Pass):
             return False
         if any(True for _ in subgraphs_of(node)) or any(a.is_ref() for a in node.attributes.values()):
             return False
+        if node.op_type == "Identity" and node.outputs[0].is_graph_output():
+            return False  # how a constant becomes a graph output
         given = [v for v in node.inputs if v is not None]
         return bool(given) and all(constant_tensor(v) is not None for v in given)
 
