@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import sys
@@ -40,6 +41,7 @@ from onnx import numpy_helper
 
 from graphopt.graph import load, save
 from graphopt.pass_manager import PassManager, RunReport
+from graphopt.recipe import Recipe
 from graphopt.recipe import load as load_recipe
 from graphopt.verification.compare import compare
 from graphopt.verification.session import make_session, run
@@ -190,7 +192,8 @@ def _conform(path: Path, original: onnx.ModelProto, feeds: Sequence[dict[str, An
         if fully is None:
             outcome.faults.append(f"refused although onnx.checker takes it: {problems[0]}")
         return
-    report = PassManager(load_recipe().passes(), verifier_of=None)(model)
+    recipe = _recipe()
+    report = PassManager(recipe.passes(), verifier_of=None)(model)
     outcome.modified = report.modified
     outcome.bitwise = _bitwise(report)
     outcome.faults += [f"{r.name} rolled back: {r.detail}" for r in report.rolled_back]
@@ -200,13 +203,18 @@ def _conform(path: Path, original: onnx.ModelProto, feeds: Sequence[dict[str, An
     elif fully is None and (reason := _checked(optimized, True)):
         outcome.faults.append(f"the full onnx.checker refuses the result: {reason}")
     outcome.faults += _interface(original, optimized)
-    again = PassManager(load_recipe().passes(), verifier_of=None)(model)
+    again = PassManager(recipe.passes(), verifier_of=None)(model)
     if again.modified:
         names = {r.name for r in again.records if r.status == "applied"}
         outcome.faults.append(f"a second run changes something: {', '.join(sorted(names))}")
     elif _saved(model, path.with_name("again.onnx")) != optimized:
         outcome.faults.append("a second run says that it changed nothing, but did")
     outcome.compared = _compare(path, original, optimized, feeds, outcome)
+
+
+@functools.cache
+def _recipe() -> Recipe:
+    return load_recipe()
 
 
 def _saved(model: ir.Model, path: Path) -> onnx.ModelProto:
@@ -287,7 +295,7 @@ def _reference(path: Path, proto: onnx.ModelProto) -> _Runner | str:
 
 
 def _bitwise(report: RunReport) -> bool:
-    promised = {p.name for p in load_recipe().passes() if getattr(p, "bitwise", False)}
+    promised = {p.name for p in _recipe().passes() if getattr(p, "bitwise", False)}
     return all(r.name in promised for r in report.records if r.status == "applied")
 
 

@@ -90,7 +90,7 @@ def optimize(
     if target not in TARGETS:
         raise UsageError(f"There is no target {target!r}; the targets are {', '.join(TARGETS)}.")
     chosen = load_recipe(recipe)
-    passes = chosen.passes()
+    passes = chosen.passes(target)
     model = model_or_path if isinstance(model_or_path, ir.Model) else load(model_or_path)
     normalize(model)  # a model in memory may come from anywhere
     require_valid(model)

@@ -53,13 +53,14 @@ class Recipe:
     steps: tuple[Step, ...]
     description: str = ""
 
-    def passes(self) -> list[ir.passes.PassBase]:
-        """Make the passes.
+    def passes(self, target: str | None = None) -> list[ir.passes.PassBase]:
+        """Make the passes, leaving out those that are for other targets than `target` (None: all).
 
         Raises:
             UsageError: An unknown pass or option.
         """
-        return [registry.make(step.name, step.options) for step in self.steps]
+        made = [registry.make(step.name, step.options) for step in self.steps]
+        return [p for p in made if target is None or not getattr(p, "targets", ()) or target in getattr(p, "targets", ())]
 
     def to_data(self) -> dict[str, Any]:
         """The recipe as YAML would hold it."""

@@ -160,7 +160,7 @@ def _input_sizes(model: ir.Model, given: Mapping[str, int]) -> dict[str, int]:
             default = 1 if axis == 0 else 0 if past else IMAGE_SIZE if image and axis >= 2 else DEFAULT_SIZE
             name, declared = f"{value.name}[{axis}]", None if isinstance(size, int) else size.value
             if declared:
-                default = sizes.setdefault(declared, default)
+                default = sizes.setdefault(declared, given.get(name, default))
             sizes.setdefault(name, default)
     return sizes
 

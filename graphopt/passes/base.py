@@ -54,6 +54,7 @@ class Pass(ir.passes.InPlacePass):
         bitwise: True where nothing but structure changes, so that results must be equal bit for bit.
         paper: Title of the source, or an empty string.
         needs: Names of the calibration statistics that the pass asks the pass manager for.
+        targets: The targets that the pass is for; empty: all. Elsewhere a recipe goes on without it.
     """
 
     name: ClassVar[str]
@@ -62,6 +63,7 @@ class Pass(ir.passes.InPlacePass):
     bitwise: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
+    targets: ClassVar[tuple[str, ...]] = ()
 
     calibration: TextDataset | None = None
     """Set by the pass manager on passes that name `needs`."""

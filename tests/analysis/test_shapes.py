@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shape_arithmetic import ShapeArithmetic
 
 from graphopt.analysis import dim_functions as df
 from graphopt.analysis.dims import Dim, as_symbol
@@ -375,101 +376,13 @@ def test_linear_time():
 
 # ---- random shape arithmetic against the reference evaluator
 
-STEPS = ["shape", "gather", "slice", "concat", "add", "sub", "mul", "div", "min", "max", "where", "unsqueeze", "squeeze",
-         "prod", "reshape", "reverse", "tile", "range", "expand", "transpose", "cast", "less"]  # fmt: skip
-
-
-class Builder:
-    """Grows a graph of shape arithmetic from random choices; keeps int64 vectors, scalars and data tensors."""
-
-    def __init__(self, draw):
-        self.draw, self.nodes, self.constants = draw, [], []
-        self.vectors, self.scalars, self.tensors = [], [], ["x", "z"]
-
-    def name(self):
-        return f"v{len(self.nodes) + len(self.constants)}"
-
-    def node(self, op_type, inputs, **attributes):
-        name = self.name()
-        self.nodes.append(onnx.helper.make_node(op_type, inputs, [name], **attributes))
-        return name
-
-    def constant(self, numbers):
-        name = self.name()
-        self.constants.append(onnx.numpy_helper.from_array(np.array(numbers, dtype=np.int64), name))
-        return name
-
-    def pick(self, pool):
-        return self.draw(st.sampled_from(pool))
-
-    def integer(self, low, high):
-        return self.draw(st.integers(low, high))
-
-    def step(self):
-        kind = self.pick(STEPS)
-        if kind == "shape" or not self.vectors or not self.scalars:
-            vector = self.node("Shape", [self.pick(self.tensors)], start=self.integer(0, 1))
-            self.vectors.append(vector)
-            self.scalars.append(self.node("Gather", [vector, self.constant(0)]))
-            return
-        v, w, s, t = (self.pick(p) for p in (self.vectors, self.vectors, self.scalars, self.scalars))
-        match kind:
-            case "gather":
-                self.scalars.append(self.node("Gather", [v, self.constant(self.integer(-1, 0))]))
-            case "slice":
-                bounds = [self.constant([n]) for n in (self.integer(-2, 1), self.integer(-1, 4), 0)]
-                self.vectors.append(self.node("Slice", [v, *bounds]))
-            case "reverse":
-                bounds = [self.constant([n]) for n in (-1, -(2**31), 0, -1)]
-                self.vectors.append(self.node("Slice", [v, *bounds]))
-            case "concat":
-                self.vectors.append(self.node("Concat", [v, w], axis=0))
-            case "add" | "sub" | "mul" | "min" | "max":
-                self.scalars.append(self.node(kind.capitalize(), [s, t]))
-                self.vectors.append(self.node(kind.capitalize(), [v, s]))
-            case "div":
-                self.scalars.append(self.node("Div", [s, self.constant(self.integer(1, 4))]))
-            case "where":
-                other = self.constant(self.integer(-1, 2))
-                self.vectors.append(self.node("Where", [self.node("Equal", [v, other]), s, v]))
-            case "less":
-                self.scalars.append(self.node("Cast", [self.node("Less", [s, t])], to=7))
-            case "unsqueeze":
-                self.vectors.append(self.node("Unsqueeze", [s, self.constant([0])]))
-            case "squeeze":
-                self.scalars.append(self.node("Squeeze", [self.node("Unsqueeze", [s, self.constant([0])])]))
-            case "prod":
-                op_type = self.pick(["ReduceProd", "ReduceSum", "ReduceMin", "ReduceMax"])
-                self.scalars.append(self.node(op_type, [v], keepdims=0))
-            case "cast":
-                self.scalars.append(self.node("Cast", [self.node("Cast", [s], to=6)], to=7))
-            case "reshape":
-                target = self.pick([[-1], [0, -1], [1, -1], [-1, 1]])
-                self.tensors.append(self.node("Reshape", [self.pick(self.tensors), self.constant(target)]))
-            case "tile":
-                self.vectors.append(self.node("Tile", [v, self.constant([self.integer(0, 2)])]))
-            case "range":
-                self.vectors.append(self.node("Range", [self.constant(0), s, self.constant(self.integer(1, 3))]))
-            case "expand":
-                one = self.constant([1])
-                self.tensors.append(self.node("Expand", [one, self.node("Max", [v, self.constant(0)])]))
-            case "transpose":
-                self.tensors.append(self.node("Transpose", [self.pick(self.tensors)]))
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.data(), st.integers(2, 14), st.lists(st.integers(0, 4), min_size=4, max_size=4))
 def test_random_shape_arithmetic(data, steps, sizes):
-    builder = Builder(data.draw)
+    builder = ShapeArithmetic(data.draw)
     for _ in range(steps):
         builder.step()
-    make = onnx.helper.make_tensor_value_info
-    inputs = [make("x", 1, ["n", "n"]), make("z", 1, ["n", 3, "n"])]
-    names = [n.output[0] for n in builder.nodes]
-    graph = onnx.helper.make_graph(
-        builder.nodes, "g", inputs, [onnx.ValueInfoProto(name=n) for n in names], builder.constants
-    )
-    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    proto, names = builder.model(), builder.names
     feeds = {"x": np.zeros(sizes[:2], np.float32), "z": np.zeros((sizes[2], 3, sizes[3]), np.float32)}
     try:
         results = onnx.reference.ReferenceEvaluator(proto).run(None, feeds)

@@ -61,8 +61,8 @@ class SimplifyShapes(RulePass):
 
     The `Shape`, `Gather`, `Concat` and `Where` nodes behind are then dead and go.
 
-    **Needs:** nothing. **Guarantees:** the same numbers bit for bit for every size of the inputs, 0 and 1 included.
-    Declared shapes of intermediate values and outputs are not believed, and two inputs that declare the same dynamic
+    **Needs:** nothing. **Guarantees:** the same numbers bit for bit for every size of the inputs, 0 and 1 included. (One
+    exception: two independent sizes 0 in one run, where ONNX reads a computed 0 in a Reshape target as "copy".) Declared shapes of intermediate values and outputs are not believed, and two inputs that declare the same dynamic
     size aren't taken to have it. Function bodies are simplified as far as nothing of their inputs matters.
 
     **When not to use it:** never. A graph with static shapes has nothing left for it after constant folding.
@@ -79,9 +79,12 @@ class SimplifyShapes(RulePass):
 
     def apply(self, model: ir.Model) -> bool:
         """Apply the local rules and the merging of equal contents in turn until neither finds anything."""
-        self._facts: ShapeFacts = infer(model)
         changed, applied = False, list[Site]()
+        self._sharper = True
         while True:
+            if self._sharper:  # an edit made a shape known better than the facts have it
+                self._facts: ShapeFacts = infer(model)
+                self._sharper = False
             self.sites = []
             local = super().apply(model)
             left = [s for s in self.sites if s.outcome == "left"]
@@ -91,7 +94,7 @@ class SimplifyShapes(RulePass):
             for function in model.functions.values():
                 merged |= self._merge_graph(function.graph, {})
             changed |= local or merged
-            if not merged:
+            if not merged and not self._sharper:
                 self.sites = applied + left
                 return changed
 
@@ -209,6 +212,7 @@ class SimplifyShapes(RulePass):
             node.attributes.pop("allowzero", None)
             if root is not source:
                 self._edit.set_input(node, 0, root)
+            self._sharper |= self._facts.sharpens(node)
             return self.applied(node, detail)
         if root is not source and entries and reshape_target(given, entries, allowzero, ONE) == wanted:
             self._edit.set_input(node, 0, root)

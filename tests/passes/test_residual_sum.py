@@ -1,0 +1,51 @@
+"""residual-sum: residual additions before a LayerNormalization, and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from exactness import assert_exact, op_types, parse
+
+from graphopt.passes.lower.residual_sum import ResidualSum
+from graphopt.recipe import load
+
+TEXT = """<ir_version: 10, opset_import: ["": 21]>
+g (float[b, s, 4] x, float[b, s, 4] r) => (float[b, s, 4] y, float[b, s, 4] a)
+<float[4] w = {1, 2, 3, 4}, float[4] c = {0, 1, 2, 3}> {
+  %s
+  y = LayerNormalization<axis = -1>(a, w, c)
+}"""
+
+
+def test_residual() -> None:
+    after = assert_exact(parse(TEXT % "a = Add(x, r)"), ResidualSum())
+    assert op_types(after) == ["Sum", "LayerNormalization"]
+    assert [v.name for v in after.graph.outputs] == ["y", "a"]
+
+
+@pytest.mark.parametrize("body", ["a = Add(x, c)", "a = Mul(x, r)", "a = Sub(x, r)"])
+def test_left(body: str) -> None:
+    model = parse(TEXT % body)
+    assert not ResidualSum()(model).modified
+
+
+def test_for_the_cpu_only() -> None:
+    assert "residual-sum" in [getattr(p, "name", "") for p in load("exact").passes("cpu")]
+    for target in ("cuda", "portable"):
+        assert "residual-sum" not in [getattr(p, "name", "") for p in load("exact").passes(target)]
+
+
+def test_onnx_runtime_no_longer_fuses_it(tmp_path) -> None:
+    ort = pytest.importorskip("onnxruntime", reason="ONNX Runtime isn't installed")
+    for lower, expected in ((False, "SkipLayerNormalization"), (True, "LayerNormalization")):
+        model = parse(TEXT.replace(", float[b, s, 4] a)", ")") % "a = Add(x, r)")
+        if lower:
+            ResidualSum()(model)
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "o.onnx")
+        options.log_severity_level = 4
+        session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+        feed = np.ones((1, 2, 4), np.float32)
+        session.run(None, {"x": feed, "r": feed})
+        assert expected in [n.op_type for n in ir.load(tmp_path / "o.onnx").graph]
