@@ -32,13 +32,14 @@ def list_(as_json: bool) -> None:
 
 def _list(as_json: bool) -> None:
     from graphopt.passes import registry
+    from graphopt.report.pages import summary
 
     rows = [
         {
             "name": name,
             "family": cls.family,
             "guarantee": cls.guarantee.value,
-            "summary": (cls.__doc__ or "").strip().split("\n\n")[0].replace("\n    ", " "),
+            "summary": summary(cls),
             "paper": cls.paper,
         }
         for name, cls in registry.builtin().items()
@@ -73,4 +74,7 @@ def show(name: str) -> None:
     if not issubclass(cls, Pass):
         raise UsageError(f"{name!r} is not one of graphopt's passes; its own documentation describes it.")
     console = out()
-    console.print(Markdown(page(cls)) if console.is_terminal else page(cls))
+    if console.is_terminal:
+        console.print(Markdown(page(cls)))
+    else:
+        click.echo(page(cls))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 
 from graphopt.analysis.shapes import Shape, ShapeFacts, infer
@@ -25,7 +26,8 @@ LAZY_BYTES = 1 << 20
 NOT_FOLDED = frozenset(
     {"If", "Loop", "Scan", "SequenceMap", "Constant", "Optional", "OptionalGetElement", "OptionalHasElement",
      "StringNormalizer", "TfIdfVectorizer", "ImageDecoder", "QuantizeLinear", "DynamicQuantizeLinear",
-     "DequantizeLinear", "Resize", "Upsample", "AffineGrid", "GridSample", "LSTM", "GRU", "RNN", "Attention"}
+     "DequantizeLinear", "Resize", "Upsample", "AffineGrid", "GridSample", "MaxUnpool", "LSTM", "GRU", "RNN",
+     "Attention"}
 )  # fmt: skip
 
 
@@ -109,19 +111,17 @@ class FoldConstants(Pass):
         results = _evaluate(node, [None if t is None else t.numpy() for t in tensors], version)
         if results is None:
             return self.left(node, "constant, but ONNX's reference implementation can't compute it")
-        for output, result in zip(list(node.outputs), results, strict=False):
+        named = [output for output in node.outputs if output.name]
+        for output, result in zip(named, results, strict=True):
             dtype, shape = facts.dtype(output), facts.shape(output)
-            if not output.name:
-                continue
-            if not isinstance(result, np.ndarray) or dtype is None or ir.DataType.from_numpy(result.dtype) != dtype:
+            if dtype is None or ir.DataType.from_numpy(result.dtype) != dtype:
                 return self.left(node, "constant, but ONNX's reference implementation gives another type")
             if result.shape != _static(shape):
                 return self.left(node, "constant, but ONNX's reference implementation gives another shape")
         self.applied(node, f"computed ({total} bytes)")
-        for output, result in zip(list(node.outputs), results, strict=False):
-            if output.name:
-                edit.at(node)
-                edit.replace(output, edit.constant(result, "folded"))
+        for output, result in zip(named, results, strict=True):
+            edit.at(node)
+            edit.replace(output, edit.constant(result, "folded"))
         return True
 
     def _fold_lazily(
@@ -134,7 +134,7 @@ class FoldConstants(Pass):
         assert dtype is not None
         assert dims is not None
         # The node leaves the graph, so what is needed of it is kept apart from it.
-        frozen = ir.Node("", node.op_type, [], attributes=list(node.attributes.values()))
+        frozen = ir.Node("", node.op_type, [], attributes=list(node.attributes.values()), outputs=[ir.Value(name="o")])
         compute = functools.partial(_evaluate_one, frozen, tuple(tensors), version, dtype, dims)
         tensor = ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(dims), cache=False, name=None)
         value = edit.constant(tensor, "folded")
@@ -214,23 +214,39 @@ def _evaluate_one(
 def _evaluate(
     node: ir.Node, inputs: Sequence[npt.NDArray[Any] | None], version: int
 ) -> Sequence[npt.NDArray[Any]] | None:
-    """Run ONNX's reference implementation of one operator; None where it has none or fails."""
-    from onnx.reference.ops import load_op  # imported late: it takes 0.4 s
+    """Run ONNX's reference implementation of one operator as opset `version` defines it.
 
-    attributes = {
-        name: a.as_tensor().numpy() if a.type == ir.AttributeType.TENSOR else a.value
-        for name, a in node.attributes.items()
-    }
-    while inputs and inputs[-1] is None:
-        inputs = inputs[:-1]
+    Returns:
+        One array for each output that has a name, None where there is no implementation or it fails.
+    """
+    from onnx.reference import ReferenceEvaluator  # imported late: it takes 0.4 s
+
+    if any(i is not None and i.dtype.name in ("bfloat16", "int4", "uint4") for i in inputs):
+        return None  # the reference implementations expect their own layouts of these types
+    feeds = {f"i{k}": array for k, array in enumerate(inputs) if array is not None}
+    outputs = [f"o{k}" if output.name else "" for k, output in enumerate(node.outputs)]
+    wanted = [name for name in outputs if name]
     try:
+        # A graph and not the operator alone: only so are default attributes those of `version`, not of the latest opset.
+        proto = onnx.helper.make_graph(
+            [
+                onnx.NodeProto(
+                    op_type=node.op_type,
+                    input=[f"i{k}" if array is not None else "" for k, array in enumerate(inputs)],
+                    output=outputs,
+                    attribute=[ir.serde.serialize_attribute(a) for a in node.attributes.values()],
+                )
+            ],
+            "constant",
+            [
+                onnx.helper.make_tensor_value_info(name, int(ir.DataType.from_numpy(array.dtype)), array.shape)
+                for name, array in feeds.items()
+            ],
+            [onnx.ValueInfoProto(name=name) for name in wanted],
+        )
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            operator = load_op("", node.op_type, version)
-            if any(i is not None and i.dtype.name in ("bfloat16", "int4", "uint4") for i in inputs):
-                return None  # the reference implementations expect their own layouts of these types
-            result = operator.eval(*inputs, **attributes)
+            results = ReferenceEvaluator(proto, opsets={"": version}).run(None, feeds)
     except Exception:  # whatever the reference evaluator stumbles over is simply not folded
         return None
-    results = result if isinstance(result, (tuple, list)) else (result,)
-    return [np.asarray(r) for r in results]
+    return [np.asarray(r) for r in results] if len(results) == len(wanted) else None
