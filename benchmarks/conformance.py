@@ -1,8 +1,8 @@
 """The exact recipe on the ONNX standard's backend tests: does every model still compute what it computed?
 
-    python benchmarks/conformance.py                                     the tests of the installed onnx package
-    python benchmarks/conformance.py --folder /usr/share/libonnx-testdata   any folder with model.onnx and test_data_set_*
-    python benchmarks/conformance.py --every 10 --variants given constant   a sample
+    python benchmarks/conformance.py                                       tests of the installed onnx package
+    python benchmarks/conformance.py --folder /usr/share/libonnx-testdata  any folder of model.onnx, test_data_set_*
+    python benchmarks/conformance.py --every 10 --variants given constant  a sample
 
 Each model is loaded, optimized by the default recipe without verification, and its outputs on the test's inputs are
 compared with those of the *original* model: in ONNX Runtime without optimizations where that runs the original, else in

@@ -22,6 +22,16 @@ from graphopt.passes.clean.eliminate_common_subexpressions import is_random
 LAZY_BYTES = 1 << 20
 """Results from this size on are computed when the model is saved, one at a time, so that peak memory stays small."""
 
+# What is computed when the model is saved must not fail then: operators and types that were tried one by one.
+LAZY = frozenset(
+    {"Add", "Cast", "Concat", "ConstantOfShape", "Div", "Expand", "Flatten", "Gather", "Identity", "Mul", "Neg",
+     "Reciprocal", "Reshape", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where"}
+)  # fmt: skip
+LAZY_TYPES = frozenset(
+    {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BOOL, ir.DataType.INT8,
+     ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.INT32, ir.DataType.INT64}
+)  # fmt: skip
+
 # Operators whose reference implementation is a stub, approximate, or needs the whole graph.
 NOT_FOLDED = frozenset(
     {"If", "Loop", "Scan", "SequenceMap", "Constant", "Optional", "OptionalGetElement", "OptionalHasElement",
@@ -37,7 +47,7 @@ class FoldConstants(Pass):
     A result is stored where the file doesn't grow by it: results of at most `max_bytes`, and larger ones that are no
     larger than the constants that disappear with their inputs. Large results (a transposed weight) are computed when
     the model is saved, one tensor at a time. Random operators are never folded, nor are quantized weights unpacked
-    (`DequantizeLinear` of a constant is how a file stores int8 weights).
+    (`DequantizeLinear` of a constant is how a file stores int8 weights). Bodies of functions are left alone.
 
     **Needs:** static shapes of results, so that nothing too large is ever computed.
     **Guarantees:** equal up to the rounding of the one evaluation (ONNX's reference implementation of the operator).
@@ -63,11 +73,10 @@ class FoldConstants(Pass):
         changed = self._inline_constant_ifs(model)
         edit = Editor(model)
         facts = infer(model)
-        for graph in walk(model):
-            version = graph.opset_imports.get("", opset(model))
-            in_function = any(graph is f.graph for f in model.functions.values())
+        version = opset(model)
+        for graph in (model.graph, *model.graph.subgraphs()):
             for node in list(graph):
-                if node.graph is not None and not in_function and self._foldable(node, version):
+                if node.graph is not None and self._foldable(node, version):
                     changed |= self._fold(node, version, facts, edit)
         return changed
 
@@ -106,7 +115,7 @@ class FoldConstants(Pass):
         if total > self.max_bytes and total > freed:
             return self.left(node, f"constant, but storing its result would make the file {total - freed} bytes larger")
         edit.at(node)
-        if total >= LAZY_BYTES:
+        if total >= LAZY_BYTES and node.op_type in LAZY and all(t is None or t.dtype in LAZY_TYPES for t in tensors):
             return self._fold_lazily(node, tensors, version, facts, edit)
         results = _evaluate(node, [None if t is None else t.numpy() for t in tensors], version)
         if results is None:
@@ -134,7 +143,8 @@ class FoldConstants(Pass):
         assert dtype is not None
         assert dims is not None
         # The node leaves the graph, so what is needed of it is kept apart from it.
-        frozen = ir.Node("", node.op_type, [], attributes=list(node.attributes.values()), outputs=[ir.Value(name="o")])
+        frozen = ir.node(node.op_type, [], outputs=[ir.Value(name="result")])
+        frozen.attributes.update(node.attributes)
         compute = functools.partial(_evaluate_one, frozen, tuple(tensors), version, dtype, dims)
         tensor = ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(dims), cache=False, name=None)
         value = edit.constant(tensor, "folded")
@@ -227,7 +237,7 @@ def _evaluate(
     outputs = [f"o{k}" if output.name else "" for k, output in enumerate(node.outputs)]
     wanted = [name for name in outputs if name]
     try:
-        # A graph and not the operator alone: only so are default attributes those of `version`, not of the latest opset.
+        # A graph and not the operator alone: only so are default attributes those of `version`, not of the latest.
         proto = onnx.helper.make_graph(
             [
                 onnx.NodeProto(
