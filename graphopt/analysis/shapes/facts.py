@@ -104,13 +104,6 @@ class ShapeFacts:
         """Record a fact proven elsewhere, for example that of a value which `value` replaces."""
         self._facts[value] = fact
 
-    def sharpens(self, node: ir.Node) -> bool:
-        """Whether inferring `node` again, after an edit of its inputs, says more or other than what is recorded."""
-        inputs = [None if v is None else self.fact(v) for v in node.inputs]
-        version = self._opset if node.graph is None else self._opsets.get(node.graph, self._opset)
-        again = self.apply(node, inputs, version, {})
-        return any(self.fact(v).shape != f.shape for v, f in zip(node.outputs, again, strict=True))
-
     def values(self) -> Iterable[tuple[ir.Value, Fact]]:
         """All values met so far with their facts, in the order in which they were met."""
         return self._facts.items()

@@ -75,29 +75,25 @@ class SimplifyShapes(RulePass):
     anchors: ClassVar[tuple[str, ...]] = tuple(sorted(NO_OPS | BROADCASTING | ARITHMETIC))
 
     def prepare(self, model: ir.Model, edit: Editor) -> None:
-        """Infer shapes once; all rules replace values by equal ones, so that the facts stay right."""
+        """Keep the editor for the merging of equal contents, which follows the local rules."""
         self._edit = edit
 
     def apply(self, model: ir.Model) -> bool:
-        """Apply the local rules and the merging of equal contents in turn until neither finds anything."""
-        changed, applied = False, list[Site]()
-        self._sharper = True
+        """Apply the local rules and the merging of equal contents until a fresh analysis finds nothing more."""
+        applied: list[Site] = []
         while True:
-            if self._sharper:  # an edit made a shape known better than the facts have it
-                self._facts: ShapeFacts = infer(model)
-                self._sharper = False
+            # Facts stay true under the rules, but what is left can be known better: an operator whose content isn't
+            # followed may have gone.
+            self._facts: ShapeFacts = infer(model)
             self.sites = []
-            local = super().apply(model)
-            left = [s for s in self.sites if s.outcome == "left"]
-            applied += [s for s in self.sites if s.outcome == "applied"]
-            self.sites = applied
-            merged = self._merge_graph(model.graph, {})
+            changed = super().apply(model)
+            changed |= self._merge_graph(model.graph, {})
             for function in model.functions.values():
-                merged |= self._merge_graph(function.graph, {})
-            changed |= local or merged
-            if not merged and not self._sharper:
-                self.sites = applied + left
-                return changed
+                changed |= self._merge_graph(function.graph, {})
+            if not changed:
+                self.sites = applied + self.sites
+                return bool(applied)
+            applied += [s for s in self.sites if s.outcome == "applied"]
 
     def rewrite(self, node: ir.Node, edit: Editor) -> bool:
         """See the class."""
@@ -213,7 +209,6 @@ class SimplifyShapes(RulePass):
             node.attributes.pop("allowzero", None)
             if root is not source:
                 self._edit.set_input(node, 0, root)
-            self._sharper |= self._facts.sharpens(node)
             return self.applied(node, detail)
         if root is not source and entries and reshape_target(given, entries, allowzero, ONE) == wanted:
             self._edit.set_input(node, 0, root)
