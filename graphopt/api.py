@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from graphopt.analysis.cost import cost
@@ -59,7 +60,7 @@ class Result:
 
 
 def optimize(
-    model_or_path: ir.Model | str | os.PathLike[str],
+    model_or_path: ir.Model | onnx.ModelProto | str | os.PathLike[str],
     recipe: Recipe | str | os.PathLike[str] | dict[str, Any] | None = None,
     target: str = "cpu",
     *,
@@ -72,7 +73,7 @@ def optimize(
     """Run a recipe on a model, verifying as it goes.
 
     Args:
-        model_or_path: A model, which is rewritten in place, or the path of one.
+        model_or_path: An `onnx_ir` model, which is rewritten in place, an `onnx` one, which isn't, or a path.
         recipe: A recipe, its file, the name of one that ships, or parsed YAML; None: every exact pass.
         target: What the result is for: "cpu", "cuda" or "portable".
         verify: "pass", "phase", "auto" or "none"; see `PassManager`.
@@ -91,8 +92,7 @@ def optimize(
         raise UsageError(f"There is no target {target!r}; the targets are {', '.join(TARGETS)}.")
     chosen = load_recipe(recipe)
     passes = chosen.passes(target)
-    model = model_or_path if isinstance(model_or_path, ir.Model) else load(model_or_path)
-    normalize(model)  # a model in memory may come from anywhere
+    model = _model(model_or_path)
     require_valid(model)
     used: list[Probe] = []
     unusable: list[tuple[Probe, str]] = []
@@ -114,7 +114,7 @@ def optimize(
     before = Counter(node.op_type for node in nodes(model))
     manager = PassManager(
         passes,
-        verifier_of=verifier_of if verify != "none" else None,
+        verifier_of=verifier_of,
         verify=verify,
         calibration=calibration,
         progress=progress,
@@ -150,7 +150,7 @@ def verify(
 
 
 def inspect(
-    model_or_path: ir.Model | str | os.PathLike[str], *, why: bool = False, dims: dict[str, int] | None = None
+    model_or_path: ir.Model | onnx.ModelProto | str | os.PathLike[str], *, why: bool = False, dims: dict[str, int] | None = None
 ) -> dict[str, Any]:
     """What a model is: interface, operators, size, FLOPs, and with `why` what the exact passes leave alone and why.
 
@@ -162,7 +162,7 @@ def inspect(
     Raises:
         ModelError: The file can't be loaded at all.
     """
-    model = model_or_path if isinstance(model_or_path, ir.Model) else load(model_or_path)
+    model = _model(model_or_path)
     problems = check_structure(model)
     measured = cost(model, dims=dims)
     operators = Counter(
@@ -191,7 +191,7 @@ def inspect(
     }
     if not problems:
         copy = model.clone()
-        run = PassManager(load_recipe().passes(), verifier_of=None)(copy)
+        run = PassManager(load_recipe().passes(), verify="none")(copy)
         raised = Counter(node.op_type for node in nodes(copy))
         data["structures"] = {name: raised[name] for name in STRUCTURES if raised[name]}
         if why:
@@ -205,6 +205,16 @@ STRUCTURES = (
     "If", "Loop", "Scan",
 )  # fmt: skip
 """Operators of the canonical graph that say what a model is made of."""
+
+
+def _model(given: ir.Model | onnx.ModelProto | str | os.PathLike[str]) -> ir.Model:
+    if isinstance(given, str | os.PathLike):
+        return load(given)
+    if not isinstance(given, ir.Model | onnx.ModelProto):
+        raise UsageError(f"A model must be a path, an onnx_ir.Model or an onnx.ModelProto, not {type(given).__name__}.")
+    model = given if isinstance(given, ir.Model) else ir.from_proto(given)
+    normalize(model)  # a model in memory may come from anywhere
+    return model
 
 
 def require_valid(model: ir.Model) -> None:

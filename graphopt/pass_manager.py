@@ -15,7 +15,7 @@ from graphopt.errors import GraphoptError, UsageError
 from graphopt.graph.edits import walk
 from graphopt.passes.base import Guarantee, Pass, Site
 from graphopt.verification.structure import check_structure
-from graphopt.verification.verifier import Verdict
+from graphopt.verification.verifier import Verdict, Verifier
 
 VerifyMode = Literal["auto", "pass", "phase", "none"]
 Status = Literal["applied", "unchanged", "rolled back", "skipped"]
@@ -133,8 +133,9 @@ class PassManager:
     Args:
         passes: graphopt passes and any other `onnx_ir` passes.
         verifier_of: Makes the judge of the numbers from a reference model: the one given, and after a LOSSY pass the
-            one that this pass made. None turns the comparison off; structure is always checked.
-        verify: "pass" verifies after every pass that changed something, "phase" after every run of passes of one
+            one that this pass made. By default probe inputs are made from the model's signature. None turns the
+            comparison off; structure is always checked.
+        verify: "none" compares nothing, "pass" verifies after every pass that changed something, "phase" after every run of passes of one
             family (a failing phase is bisected to the guilty pass), "auto" chooses by what a verification costs.
         max_rounds: How often the pipeline is run at most; it stops when a round changes nothing.
         calibration: Data for passes that name what they need of it; without it they are refused.
@@ -145,7 +146,7 @@ class PassManager:
         self,
         passes: Sequence[ir.passes.PassBase],
         *,
-        verifier_of: Callable[[ir.Model], ModelVerifier] | None = None,
+        verifier_of: Callable[[ir.Model], ModelVerifier] | None = Verifier,
         verify: VerifyMode = "auto",
         max_rounds: int = 4,
         calibration: TextDataset | None = None,
