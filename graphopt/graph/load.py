@@ -74,7 +74,8 @@ def normalize(model: ir.Model) -> None:
     Raises:
         ModelError: A graph has a cycle.
     """
-    for part in (model.graph, *model.functions.values()):
+    parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for part in parts:
         if "ai.onnx" in part.opset_imports:
             part.opset_imports.setdefault("", part.opset_imports.pop("ai.onnx"))
     if model.ir_version < 4:
