@@ -18,6 +18,7 @@ from graphopt.analysis.dims import Dim, as_symbol
 from graphopt.analysis.shapes import Fact, infer
 from graphopt.analysis.shapes.rule import RULES
 from graphopt.graph.edits import Editor, walk
+from graphopt.models import catalogue
 
 HEADER = '<ir_version: 10, opset_import: ["": 20, "com.microsoft": 1]>'
 
@@ -408,3 +409,16 @@ def test_random_shape_arithmetic(data, steps, sizes):
                 said = dim.evaluate(lambda s: known.get(s.name))
                 assert said is None or said == true, (name, fact.content, result)
                 assert dim.low <= true <= dim.high
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("key", "least"), [("paraphrase-minilm", 1.0), ("ppocr-v4-det", 1.0), ("layout", 1.0), ("silero-vad", 0.7)]
+)
+def test_real_models(key, least):
+    model = ir.load(catalogue.fetch(key))
+    facts = infer(model)
+    values = [v for g in walk(model) for n in g for v in n.outputs]
+    assert not facts.faults
+    assert all(facts.dtype(v) is not None for v in values)
+    assert sum(facts.shape(v) is not None for v in values) >= least * len(values)

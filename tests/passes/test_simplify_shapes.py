@@ -18,6 +18,7 @@ from shape_arithmetic import ShapeArithmetic
 
 from graphopt.graph.constants import constant_array
 from graphopt.graph.edits import walk
+from graphopt.models import catalogue
 from graphopt.passes.clean.simplify_shapes import SimplifyShapes
 
 HEAD = '<ir_version: 10, opset_import: ["": 20]>'
@@ -460,3 +461,28 @@ def test_linear_time():
     SimplifyShapes()(model)
     assert time.process_time() - start < 2
     assert op_types(model) == ["Neg"] * 1_000 + ["Relu"]
+
+
+REAL = {  # the most nodes that may be left of what shape arithmetic left of them, and the inputs' shapes
+    "paraphrase-minilm": (130, [(1, 7), (3, 1), (0, 4), (2, 0)]),
+    "ppocr-v6-rec": (470, [(1, 3, 48, 96), (3, 3, 48, 320)]),
+    "ppocr-v4-det": (330, [(1, 3, 64, 96), (0, 3, 64, 64)]),
+}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("key", sorted(REAL))
+def test_real_models(key):
+    most, shapes = REAL[key]
+    path = catalogue.fetch(key)
+    model = ir.load(path)
+    SimplifyShapes()(model)
+    assert sum(n.op_type != "Constant" for g in walk(model) for n in g) <= most
+    first, second = session(ir.load(path)), session(model)
+    rng = np.random.default_rng(0)
+    for shape in shapes:
+        number = rng.normal(size=shape).astype(np.float32) if len(shape) == 4 else rng.integers(1, 1000, size=shape)
+        feeds = {i.name: np.ones_like(number) if "mask" in i.name else number for i in first.get_inputs()}
+        for x, y in zip(first.run(None, feeds), second.run(None, feeds), strict=True):
+            assert x.shape == y.shape
+            assert x.tobytes() == y.tobytes()

@@ -61,8 +61,8 @@ class SimplifyShapes(RulePass):
 
     The `Shape`, `Gather`, `Concat` and `Where` nodes behind are then dead and go.
 
-    **Needs:** nothing. **Guarantees:** the same numbers bit for bit for every size of the inputs, 0 and 1 included. (One
-    exception: two independent sizes 0 in one run, where ONNX reads a computed 0 in a Reshape target as "copy".)
+    **Needs:** nothing. **Guarantees:** the same numbers bit for bit for every size of the inputs, 0 and 1 included.
+    (One exception: two independent sizes 0 in one run, where ONNX reads a computed 0 in a Reshape target as "copy".)
     Declared shapes of intermediate values and outputs are not believed, and two inputs that declare the same dynamic
     size aren't taken to have it. Function bodies are simplified as far as nothing of their inputs matters.
 
