@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.analysis.cost import cost
+from graphopt.analysis.layers import stacks
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import ModelError, UsageError, VerificationError
 from graphopt.graph import load
@@ -186,6 +187,7 @@ def inspect(
         "functions": [":".join(identifier[:2]) for identifier in model.functions],
         "subgraphs": sum(1 for _ in walk(model)) - 1 - len(model.functions),
         "structures": {},
+        "layers": [],
         "problems": problems,
         "why": None,
     }
@@ -193,6 +195,7 @@ def inspect(
         copy = model.clone()
         run = PassManager(load_recipe().passes(), verify="none")(copy)
         raised = Counter(node.op_type for node in nodes(copy))
+        data["layers"] = [stack.to_dict() for stack in stacks(copy)]
         data["structures"] = {name: raised[name] for name in STRUCTURES if raised[name]}
         if why:
             data["why"] = [{"pass": name, **dataclasses.asdict(site)} for name, site in run.left()]

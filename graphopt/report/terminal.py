@@ -80,6 +80,12 @@ def print_inspection(data: Data, console: Console) -> None:
             printer.more(len(values) - TOP_ROWS, "--json has all")
     _print_counts("Operators", data.get("operators") or {}, printer)
     _print_counts("Structures found", data.get("structures") or {}, printer)
+    if layers := data.get("layers") or []:
+        printer.heading("Layers found")
+        for stack in layers:
+            weights = stack["weights"]
+            more = f" and {len(weights) - TOP_ROWS} more" if len(weights) > TOP_ROWS else ""
+            printer.line(f"{stack['count']} × [{', '.join(weights[:TOP_ROWS])}{more}]")
     functions = [str(f) for f in data.get("functions") or []]
     if functions:
         printer.heading("Functions")

@@ -214,12 +214,7 @@ class SimplifyShapes(RulePass):
             self._edit.set_input(node, 0, root)
             return self.applied(node, "merged with the views before it")
         if computed:
-            sizes = ", ".join(_short(d) for d in unsettled(given, wanted))
-            return self.left(
-                node,
-                f"target stays computed: a constant one can't say {sizes} (-1 would fail for empty inputs); "
-                "fix one of these sizes in the inputs",
-            )
+            return self.left(node, _stays_computed(unsettled(given, wanted)))
         return False
 
     def _expand(self, node: ir.Node) -> bool:
@@ -353,6 +348,15 @@ def _permutation(node: ir.Node, rank: int) -> list[int] | None:
     if attribute is None:
         return list(reversed(range(rank)))
     return None if attribute.is_ref() else list(attribute.as_ints())
+
+
+def _stays_computed(sizes: list[Dim]) -> str:
+    inputs = sorted({s.name for dim in sizes for s in dim.symbols() if not s.op and "[" in s.name})
+    named = f" ({', '.join(inputs[:4])}{', ...' if len(inputs) > 4 else ''})" if inputs else ""
+    return (
+        f"its target stays computed: it depends on {len(inputs) or 'several'} sizes of the inputs{named}, of which a "
+        "constant can leave one open and none where an input may be empty; fixed sizes would make it constant"
+    )
 
 
 def _short(dim: Dim) -> str:
