@@ -189,7 +189,8 @@ class Editor:
         name = old.name
         old.name = self.names.fresh(f"{name}/replaced")
         new.name = name
-        new.type, new.shape = old.type or new.type, old.shape if old.shape is not None else new.shape
+        # Not the shape that `new` declares where `old` declares none: in real files such shapes are false at times.
+        new.type, new.shape = old.type or new.type, old.shape
         return new
 
     def set_input(self, node: ir.Node, index: int, value: ir.Value | None) -> None:

@@ -48,6 +48,11 @@ def test_spellings_below_opset_24(body: str) -> None:
     assert op_types(assert_exact(graph(body, opset=17), RaiseSilu())) == ["Sigmoid", "Mul"]
 
 
+@pytest.mark.parametrize("body", SPELLINGS)
+def test_no_operator_where_it_would_be_expanded_again(body: str) -> None:
+    assert op_types(assert_exact(graph(body), RaiseSilu(operator=False))) == ["Sigmoid", "Mul"]
+
+
 @pytest.mark.parametrize("body", SCALED)
 def test_alpha_at_opset_24(body: str) -> None:
     after = assert_exact(graph(body), RaiseSilu())

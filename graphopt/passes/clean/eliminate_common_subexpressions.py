@@ -68,6 +68,8 @@ class EliminateCommonSubexpressions(Pass):
                 changed |= self._visit(subgraph, known, edit, version)
             if inner or node.domain not in ("", "ai.onnx") or is_random(node, version) or node.op_type == "Constant":
                 continue
+            if node.op_type == "Identity" and node.outputs[0].is_graph_output():
+                continue  # it could only become an Identity of another output
             key = self._key(node)
             if key is None:
                 continue

@@ -13,11 +13,13 @@ import onnx_ir.passes.common as common
 from graphopt.graph.edits import opset, subgraphs_of
 from graphopt.passes.base import Pass
 
+
 class EliminateDeadCode(Pass):
     """Remove nodes, initializers, functions and opset imports that no output depends on, and optional outputs unused.
 
-    In subgraphs and function bodies too. Empty inputs at the end of a node's list go as well. Also removes the `value_info` of values that are gone. Graph inputs stay, used
-    or not: they are the interface. Outputs of `Loop` and `Scan` stay, because their number is that of the body.
+    In subgraphs and function bodies too. Empty inputs at the end of a node's list go as well, and the `value_info` of
+    values that are gone. Graph inputs stay, used or not: they are the interface. Outputs of `Loop` and `Scan` stay,
+    because their number is that of the body.
 
     **Needs:** nothing. **Guarantees:** the same numbers, bit for bit.
 

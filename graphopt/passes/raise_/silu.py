@@ -38,7 +38,10 @@ class RaiseSilu(ShapeRulePass):
     2. `Sigmoid(x · 1)` → `Sigmoid(x)` where x is what it is multiplied with (PaddlePaddle writes swish so).
     3. Opset 24 and up: `x · Sigmoid(α x)` → `Swish(x)` with alpha = α. α = 1.702 is the sigmoid form of GELU.
 
-    Below opset 24 `x · Sigmoid(α x)` is the canonical form itself.
+    Below opset 24, and without `operator`, `x · Sigmoid(α x)` is the canonical form itself.
+
+    **Options:** `operator` (default true): write `Swish` where the opset has it. A recipe that ends in `expand-swish`
+    switches it off, so that a second run finds nothing to do.
 
     **Needs:** the rank of x where a constant isn't a rank-0 scalar. **Guarantees:** the same function. Where exp(−z)
     overflows, n / ∞ and n · 0 are the same zero.
@@ -54,6 +57,10 @@ class RaiseSilu(ShapeRulePass):
     family: ClassVar[str] = "raise"
     paper: ClassVar[str] = "Searching for Activation Functions"
     anchors: ClassVar[tuple[str, ...]] = ("Sigmoid", "Exp")
+
+    def __init__(self, operator: bool = True) -> None:
+        super().__init__()
+        self.operator = operator
 
     def rewrite(self, node: ir.Node, edit: Editor) -> bool:
         """See the class."""
@@ -128,7 +135,7 @@ class RaiseSilu(ShapeRulePass):
                 alpha, nodes = expansion.terms[(1,)], list(expansion.nodes)
                 if not self.has_rank(x, constant_rank(nodes)):
                     return self.left(node, "a constant may broadcast its argument, whose rank isn't known")
-            if edit.opset < OPSET:
+            if edit.opset < OPSET or not self.operator:
                 if alpha != 1.0 or not nodes:
                     return False
                 edit.set_input(node, 0, x)
