@@ -135,6 +135,18 @@ def test_identities(body: str, expected: list[str]) -> None:
     assert op_types(assert_exact(model, EliminateIdentities())) == expected
 
 
+@pytest.mark.parametrize(
+    ("inputs", "body", "expected"),
+    [
+        ("float[2] x, int64[1] l", "h = CastLike(x, l) y = Neg(h)", ["Cast", "Neg"]),
+        ("int64[2] x, int64[1] l", "h = CastLike(x, l) y = Neg(h)", ["Neg"]),
+    ],
+)
+def test_cast_like(inputs: str, body: str, expected: list[str]) -> None:
+    model = parse(f"{HEAD} g ({inputs}) => (int64[2] y) {{ {body} }}")
+    assert op_types(assert_exact(model, EliminateIdentities())) == expected
+
+
 def test_one_that_broadcasts_stays() -> None:
     model = parse(f"{HEAD} g (float[3] x) => (float[1, 3] y) <float[1, 1] one = {{1}}> {{ y = Mul(x, one) }}")
     assert op_types(assert_exact(model, EliminateIdentities())) == ["Mul"]

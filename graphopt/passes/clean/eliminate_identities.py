@@ -17,7 +17,8 @@ class EliminateIdentities(RulePass):
 
     1. `Identity`.
     2. `Dropout` at inference (no training mode, mask unused).
-    3. `Cast` to the type that its input has.
+    3. `Cast` and `CastLike` to the type that the input has. A `CastLike` to another known type becomes a `Cast`, which
+       doesn't wait for the value whose type it takes (torch.export casts the 0 and 1 of each `arange` like its end).
     4. `Sum`, `Max`, `Min`, `Mean` and `Concat` of one input.
     5. `Mul` or `Div` by exactly 1, and `Sub` of exactly 0, where broadcasting can't change the shape.
 
@@ -37,7 +38,7 @@ class EliminateIdentities(RulePass):
     family: ClassVar[str] = "clean"
     bitwise: ClassVar[bool] = True
     anchors: ClassVar[tuple[str, ...]] = (
-        "Identity", "Dropout", "Cast", "Sum", "Max", "Min", "Mean", "Concat", "Mul", "Div", "Sub",
+        "Identity", "Dropout", "Cast", "CastLike", "Sum", "Max", "Min", "Mean", "Concat", "Mul", "Div", "Sub",
     )  # fmt: skip
 
     def prepare(self, model: ir.Model, edit: Editor) -> None:
@@ -48,7 +49,7 @@ class EliminateIdentities(RulePass):
         """See the class."""
         passed_on = self._passed_on(node, edit)
         if passed_on is None:
-            return False
+            return node.op_type == "CastLike" and self._cast(node, edit)
         output = node.outputs[0]
         if output.is_graph_output() and (
             passed_on.is_graph_input()
@@ -78,6 +79,9 @@ class EliminateIdentities(RulePass):
                 to = node.attributes["to"]
                 same = not to.is_ref() and self._facts.dtype(first) == ir.DataType(to.as_int())
                 return first if same else None
+            case "CastLike":
+                wanted = self._facts.dtype(node.inputs[1])
+                return first if wanted is not None and wanted == self._facts.dtype(first) else None
             case "Sum" | "Max" | "Min" | "Mean" | "Concat":
                 return first if len(inputs) == 1 else None
             case "Mul" | "Div" | "Sub":
@@ -91,6 +95,14 @@ class EliminateIdentities(RulePass):
                     ):
                         return kept
         return None
+
+    def _cast(self, node: ir.Node, edit: Editor) -> bool:
+        wanted = self._facts.dtype(node.inputs[1])
+        if wanted is None or any(a.is_ref() for a in node.attributes.values()):
+            return self.left(node, "the type of its second input isn't known")
+        attributes = {"to": wanted.value, **{name: a.value for name, a in node.attributes.items()}}
+        edit.replace(node.outputs[0], edit.op("Cast", [node.inputs[0]], attributes, like=node.outputs[0]))
+        return self.applied(node, f"made a Cast to {wanted.name}")
 
     def _rank_at_most(self, constant: ir.Value | None, kept: ir.Value) -> bool:
         """Whether the one-element constant can't add dimensions to the other operand."""
