@@ -39,18 +39,22 @@ class ModelVerifier(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Size of a model: nodes over all graphs, parameters and bytes of used weights, FLOPs of one inference."""
+    """Size of a model: nodes over all graphs, parameters and bytes of used weights, FLOPs of one inference.
+
+    `unknown_flops` counts the nodes whose operations aren't in `flops`, because a shape isn't known.
+    """
 
     nodes: int
     parameters: int
     weight_bytes: int
     flops: int
+    unknown_flops: int
 
     @classmethod
     def of(cls, model: ir.Model) -> Stats:
         """Measure `model` (FLOPs with dynamic dimensions bound as `graphopt.analysis.cost` says)."""
         measured = cost(model)
-        return cls(measured.node_count, measured.parameters, measured.weight_bytes, measured.flops)
+        return cls(measured.node_count, measured.parameters, measured.weight_bytes, measured.flops, measured.unknown_flops)
 
 
 @dataclasses.dataclass

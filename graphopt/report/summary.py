@@ -93,11 +93,21 @@ def sizes(report: Data) -> list[SizeRow]:
         ("FLOPs", before.get("flops"), after.get("flops"), units.count),
         ("File bytes", files[0], files[1], units.size),
     ]
-    return [
+    rows = [
         SizeRow(label, show(b), show(a), units.change(b, a), (b, a))
         for label, first, last, show in figures
         for b, a in [(_number(first), _number(last))]
     ]
+    unknown = [bool(side.get("unknown_flops")) for side in (before, after)]
+    if any(unknown):
+        # Nodes of unknown shape aren't counted, and a pass may make a shape known: that is no change of the work.
+        rows = [_at_least(row, unknown) if row.label == "FLOPs" else row for row in rows]
+    return rows
+
+
+def _at_least(row: SizeRow, unknown: Sequence[bool]) -> SizeRow:
+    texts = [f"over {text}" if lacks else text for text, lacks in zip((row.before, row.after), unknown, strict=True)]
+    return dataclasses.replace(row, before=texts[0], after=texts[1], change="")
 
 
 def headline(report: Data) -> str:
