@@ -25,7 +25,8 @@ from graphopt.recipe import Recipe
 from graphopt.recipe import load as load_recipe
 from graphopt.report.report import Report
 from graphopt.verification.probes import Probe, load_probes, make_probes
-from graphopt.verification.structure import check_structure
+from graphopt.verification.session import make_session
+from graphopt.verification.structure import check_structure, is_inference
 from graphopt.verification.verifier import Verdict, Verifier
 from graphopt.verification.verifier import verify as verify_models
 
@@ -191,7 +192,7 @@ def inspect(
         "problems": problems,
         "why": None,
     }
-    if not problems:
+    if all(map(is_inference, problems)):
         copy = model.clone()
         run = PassManager(load_recipe().passes(), verify="none")(copy)
         raised = Counter(node.op_type for node in nodes(copy))
@@ -221,12 +222,25 @@ def _model(given: ir.Model | onnx.ModelProto | str | os.PathLike[str]) -> ir.Mod
 
 
 def require_valid(model: ir.Model) -> None:
-    """Raise ModelError with the first problem of an invalid graph."""
-    if problems := check_structure(model):
-        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-        raise ModelError(
-            f"{model.meta.get(PATH_KEY, 'the model')} is not a valid model: {problems[0].rstrip('.')}{more}."
-        )
+    """Raise ModelError with the first problem of an invalid graph.
+
+    A model on which only shape inference stumbles is valid if ONNX Runtime loads it.
+    """
+    problems = check_structure(model)
+    if not problems or (all(map(is_inference, problems)) and _runs(model)):
+        return
+    more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+    raise ModelError(
+        f"{model.meta.get(PATH_KEY, 'the model')} is not a valid model: {problems[0].rstrip('.')}{more}."
+    )
+
+
+def _runs(model: ir.Model) -> bool:
+    try:
+        make_session(model, "none")
+    except VerificationError:
+        return False
+    return True
 
 
 def describe_source(model: ir.Model) -> dict[str, Any]:

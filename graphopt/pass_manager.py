@@ -14,7 +14,7 @@ from graphopt.calibration.text import TextDataset
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.graph.edits import walk
 from graphopt.passes.base import Guarantee, Pass, Site
-from graphopt.verification.structure import check_structure
+from graphopt.verification.structure import new_problems
 from graphopt.verification.verifier import Verdict, Verifier
 
 VerifyMode = Literal["auto", "pass", "phase", "none"]
@@ -258,7 +258,7 @@ class _Run:
             records.append(record)
             if record.status == "applied":
                 applied[index] = record
-                if self.each and (problem := self.judge(record, lossy=_lossy(self.manager.passes[index]))):
+                if self.each and (problem := self.judge(start, record, lossy=_lossy(self.manager.passes[index]))):
                     return index, _taken_back(record, problem)
                 if _lossy(self.manager.passes[index]):
                     self.new_reference()
@@ -267,7 +267,7 @@ class _Run:
         if not applied or self.each:
             return None
         last = next(reversed(applied.values()))
-        problem = self.judge(last, lossy=any(_lossy(self.manager.passes[i]) for i in applied))
+        problem = self.judge(start, last, lossy=any(_lossy(self.manager.passes[i]) for i in applied))
         if problem is None:
             return None
         guilty = self.bisect(start, list(applied))
@@ -312,11 +312,11 @@ class _Run:
             record.after = self.stats = Stats.of(self.model)
         return record
 
-    def judge(self, record: PassRecord, *, lossy: bool) -> str | None:
+    def judge(self, before: ir.Model, record: PassRecord, *, lossy: bool) -> str | None:
         """Check structure and, unless a loss is meant, numbers; returns what is wrong, and notes the verdict."""
         start = time.perf_counter()
         try:
-            if problems := check_structure(self.model):
+            if problems := new_problems(self.model, before):
                 return problems[0]
             if self.verifier is None or lossy:
                 return None
@@ -337,7 +337,7 @@ class _Run:
                 self.manager.passes[index](trial)
             for graph in walk(trial):
                 graph.sort()
-            bad = bool(check_structure(trial))
+            bad = bool(new_problems(trial, start))
             if not bad and self.verifier is not None:
                 verdict = self.verifier.check(trial, bitwise=False)
                 bad = bool(verdict.failures) or not all(c.output.ok for c in verdict.checked)

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from graphopt.verification.structure import check_structure
+from graphopt.verification.structure import check_structure, is_inference, new_problems
 
 
 def parse(text: str, imports: str = '"": 17') -> ir.Model:
@@ -145,3 +145,13 @@ def test_overridable_initializer() -> None:
     weight.const_value = ir.tensor(np.ones(1000, np.float32), name="w")
     model.graph.register_initializer(weight)
     assert check_structure(model) == []
+
+
+def test_what_the_original_had_is_not_new() -> None:
+    wrong = "g (float[2, 3] x, float[4] b) => (float[2, 3] y) { h = Add(x, b) y = Relu(h) }"
+    right = wrong.replace("float[4]", "float[3]")
+    cyclic = "g (float[2, 3] x, float[4] b) => (float[2, 3] y) { h = Add(h, b) y = Relu(h) }"
+    assert is_inference(check_structure(parse(wrong))[0])
+    assert new_problems(parse(wrong), parse(wrong)) == []
+    assert new_problems(parse(wrong), parse(right)) != []
+    assert new_problems(parse(cyclic), parse(wrong)) != []

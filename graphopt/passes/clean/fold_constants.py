@@ -103,6 +103,8 @@ class FoldConstants(Pass):
             dims = _static(shape)
             if dims is None or dtype is None or dtype == ir.DataType.STRING:
                 return self.left(node, "constant, but the shape or type of its result isn't known before computing it")
+            if dtype.bitwidth < 8 and output.is_graph_output():
+                return self.left(node, f"constant, but a graph output, and runtimes have no Identity of type {dtype}")
             sizes.append(math.ceil(math.prod(dims) * dtype.bitwidth / 8))
         freed = sum(
             tensor.nbytes
