@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 import threading
+import tomllib
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -64,10 +65,11 @@ class TestTable:
                 assert file.size > 0
 
     def test_versions_agree_with_the_models_extra(self) -> None:
-        text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-        for model in catalogue.MODELS.values():
-            names = {model.package.lower(), model.package.lower().replace("_", "-")}
-            assert any(f'"{name}=={model.version}"' in text.lower() for name in names), model.package
+        extra = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+        pinned = [f"{m.package}=={m.version}".lower() for m in catalogue.MODELS.values()]
+        assert extra["optional-dependencies"]["models"]
+        for requirement in extra["optional-dependencies"]["models"]:
+            assert requirement.lower() in pinned
 
     def test_the_first_file_has_the_weights(self) -> None:
         for model in catalogue.MODELS.values():
