@@ -66,10 +66,10 @@ class TestTable:
 
     def test_versions_agree_with_the_models_extra(self) -> None:
         extra = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-        pinned = [f"{m.package}=={m.version}".lower() for m in catalogue.MODELS.values()]
+        pinned = [f"{m.package}=={m.version}".lower().replace("_", "-") for m in catalogue.MODELS.values()]
         assert extra["optional-dependencies"]["models"]
         for requirement in extra["optional-dependencies"]["models"]:
-            assert requirement.lower() in pinned
+            assert requirement.lower().replace("_", "-") in pinned
 
     def test_the_first_file_has_the_weights(self) -> None:
         for model in catalogue.MODELS.values():
