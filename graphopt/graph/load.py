@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -154,10 +155,11 @@ def _map_inline(model: ir.Model, spans: list[Span], path: Path) -> None:
 
 
 class MappedTensor(ir.ExternalTensor):
-    """A weight that lies inside the .onnx file itself.
+    """A weight in a file, in the model's or beside it, that is mapped only while somebody holds its array.
 
-    The file's name comes from the user and not from the model, so the containment checks that `onnx_ir` makes for
-    external data (which would refuse a hard-linked file) don't apply.
+    `ir.ExternalTensor` keeps its mapping for good, so that every weight that a pass has looked at stays resident; here
+    the memory goes with the last array. Its place was checked when the model was loaded; the checks that `onnx_ir`
+    makes for external data (which would refuse a hard-linked .onnx file) aren't made again.
     """
 
     __slots__ = ()
@@ -165,9 +167,25 @@ class MappedTensor(ir.ExternalTensor):
     def _check_path_containment(self) -> None:
         return
 
+    def numpy(self) -> np.ndarray:
+        """The weight, mapped into memory; the mapping lasts as long as the array."""
+        self._array = None
+        array = super().numpy()
+        self._array, self.raw = None, None
+        return array
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.numpy().__array__(dtype)
+
+    def tobytes(self) -> bytes:
+        """The bytes as they are stored."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset or 0)
+            return file.read(self.nbytes)
+
 
 def _check_external_data(model: ir.Model, path: Path) -> bool:
-    """Check every external tensor's file, range and place; return whether there is any."""
+    """Check every external tensor's file, range and place, and let it be mapped; return whether there is any."""
     found = False
     sizes: dict[str, int] = {}
     for graph in walk(model):
@@ -206,6 +224,18 @@ def _check_external_data(model: ir.Model, path: Path) -> bool:
                 raise ModelError(
                     f"{path}: the external data file {tensor.location!r} is truncated: {name!r} needs bytes "
                     f"{start} to {start + length} of {sizes[file]}."
+                )
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and not isinstance(tensor, MappedTensor):
+                value.const_value = MappedTensor(
+                    tensor.location,
+                    tensor.offset,
+                    tensor.length,
+                    tensor.dtype,
+                    shape=tensor.shape,
+                    name=tensor.name,
+                    base_dir=tensor.base_dir,
                 )
     return found
 
