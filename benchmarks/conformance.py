@@ -295,9 +295,16 @@ def _reference(path: Path, proto: onnx.ModelProto) -> _Runner | str:
 
     def call(feeds: dict[str, Any]) -> Any:
         try:
-            return evaluator.run(None, dict(feeds))
+            outputs = evaluator.run(None, dict(feeds))
         except Exception as error:
             return _line(error)
+        for output, value in zip(outputs, proto.graph.output, strict=True):
+            declared = value.type.tensor_type.elem_type
+            if isinstance(output, np.ndarray) and declared and output.dtype.kind not in "OU":
+                given = ir.DataType.from_numpy(output.dtype)
+                if int(given) != declared:  # its CastLike of opset 15 makes integers of bfloat16, for example
+                    return f"the evaluator gives {given} for {value.name!r}"
+        return outputs
 
     return call
 

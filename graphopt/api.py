@@ -26,7 +26,7 @@ from graphopt.recipe import load as load_recipe
 from graphopt.report.report import Report
 from graphopt.verification.probes import Probe, load_probes, make_probes
 from graphopt.verification.session import make_session
-from graphopt.verification.structure import check_structure, is_inference
+from graphopt.verification.structure import check_structure, found_by_onnx
 from graphopt.verification.verifier import Verdict, Verifier
 from graphopt.verification.verifier import verify as verify_models
 
@@ -192,7 +192,7 @@ def inspect(
         "problems": problems,
         "why": None,
     }
-    if all(map(is_inference, problems)):
+    if all(map(found_by_onnx, problems)):
         copy = model.clone()
         run = PassManager(load_recipe().passes(), verify="none")(copy)
         raised = Counter(node.op_type for node in nodes(copy))
@@ -224,10 +224,10 @@ def _model(given: ir.Model | onnx.ModelProto | str | os.PathLike[str]) -> ir.Mod
 def require_valid(model: ir.Model) -> None:
     """Raise ModelError with the first problem of an invalid graph.
 
-    A model on which only shape inference stumbles is valid if ONNX Runtime loads it.
+    A model on which only onnx's checker or shape inference stumbles is valid if ONNX Runtime loads it.
     """
     problems = check_structure(model)
-    if not problems or (all(map(is_inference, problems)) and _runs(model)):
+    if not problems or (all(map(found_by_onnx, problems)) and _runs(model)):
         return
     more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
     raise ModelError(

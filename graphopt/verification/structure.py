@@ -12,6 +12,7 @@ from graphopt.graph.edits import subgraphs_of
 from graphopt.verification.skeleton import first_line, serialized, skeleton
 
 _STANDARD = ("", "ai.onnx", "ai.onnx.ml")
+_CHECKER = "onnx.checker: "
 _INFERENCE = "Shape inference: "
 MOST_PROBLEMS = 50
 """A broken graph can be broken everywhere; the list ends here."""
@@ -39,18 +40,20 @@ def check_structure(model: ir.Model) -> list[str]:
 def new_problems(candidate: ir.Model, original: ir.Model) -> list[str]:
     """The structural problems of `candidate` that aren't inherited from `original`.
 
-    Shape inference is stricter than runtimes and has faults of its own (onnx 1.23 refuses every
-    `MeanVarianceNormalization`), so where it already fails on the original, its word on the candidate counts nothing.
+    onnx is stricter than runtimes and has faults of its own (shape inference of onnx 1.23 refuses every
+    `MeanVarianceNormalization`, its checker the experimental operators of old files), so where the checker or shape
+    inference already fails on the original, its word on the candidate counts nothing.
     """
     problems = check_structure(candidate)
-    if problems and all(map(is_inference, problems)) and any(map(is_inference, check_structure(original))):
-        return []
+    if problems and all(map(found_by_onnx, problems)):
+        inherited = {p.split(":")[0] for p in check_structure(original) if found_by_onnx(p)}
+        return [p for p in problems if p.split(":")[0] not in inherited]
     return problems
 
 
-def is_inference(problem: str) -> bool:
-    """Whether a problem found by `check_structure` is one of shape inference only."""
-    return problem.startswith(_INFERENCE)
+def found_by_onnx(problem: str) -> bool:
+    """Whether a problem found by `check_structure` is one that only onnx's checker or shape inference sees."""
+    return problem.startswith((_CHECKER, _INFERENCE))
 
 
 def _walk_model(model: ir.Model) -> Iterator[str]:
@@ -155,7 +158,7 @@ def _check_proto(model: ir.Model) -> Iterator[str]:
     try:
         onnx.checker.check_model(data)
     except Exception as error:
-        yield f"onnx.checker: {_message(error)}"
+        yield f"{_CHECKER}{_message(error)}"
         return
     # Declared types and shapes of values may be false; what the operators say can't be.
     for value in proto.graph.output:

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from graphopt.verification.structure import check_structure, is_inference, new_problems
+from graphopt.verification.structure import check_structure, found_by_onnx, new_problems
 
 
 def parse(text: str, imports: str = '"": 17') -> ir.Model:
@@ -151,7 +151,11 @@ def test_what_the_original_had_is_not_new() -> None:
     wrong = "g (float[2, 3] x, float[4] b) => (float[2, 3] y) { h = Add(x, b) y = Relu(h) }"
     right = wrong.replace("float[4]", "float[3]")
     cyclic = "g (float[2, 3] x, float[4] b) => (float[2, 3] y) { h = Add(h, b) y = Relu(h) }"
-    assert is_inference(check_structure(parse(wrong))[0])
+    assert found_by_onnx(check_structure(parse(wrong))[0])
     assert new_problems(parse(wrong), parse(wrong)) == []
     assert new_problems(parse(wrong), parse(right)) != []
     assert new_problems(parse(cyclic), parse(wrong)) != []
+    unknown = wrong.replace("Relu", "Relux")
+    assert found_by_onnx(check_structure(parse(unknown))[0])
+    assert new_problems(parse(unknown), parse(unknown)) == []
+    assert new_problems(parse(unknown), parse(wrong)) != []
