@@ -93,6 +93,10 @@ def _tokenizer(path: Path) -> Any:
     except ImportError as error:
         raise UsageError("The package tokenizers is missing; install graphopt[export].") from error
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception
         raise InputDataError(f"{file} is not a tokenizer: {str(error).splitlines()[0]}.") from error
+    # The file may ask for both, and a text would be cut off, or filled up, to the length of one input.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

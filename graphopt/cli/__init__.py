@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import signal
 import sys
 from types import FrameType
@@ -77,6 +78,9 @@ def main() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is still printed
     try:
         status: Any = cli.main(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -88,15 +92,17 @@ def main() -> None:
     except click.ClickException as error:
         fail(error.format_message(), 2)
     except (KeyboardInterrupt, click.Abort):
-        fail("interrupted; nothing was written.", 130)
+        fail("interrupted; no file is left half-written.", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1)
     except MemoryError:
         fail("out of memory; try --verify none, which needs no session of the model.", 1)
 
 
 def fail(message: str, code: int) -> None:
     """Print one sentence to standard error and exit."""
-    click.echo(f"graphopt: {message}", err=True)
+    click.echo(f"graphopt: {message if message.endswith(('.', '?')) else message + '.'}", err=True)
     sys.exit(code)

@@ -19,7 +19,7 @@ Examples:
 @click.option("--runs", default=30, show_default=True, type=click.IntRange(min=3), help="Rounds that are counted.")
 @click.option("--threads", default=0, type=click.IntRange(min=0), help="Threads of each session  [default: all cores]")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=N", help="Size of a dynamic dimension of the inputs.")
-@inputs_option
+@inputs_option(instead=True)
 @seed_option
 @json_option
 def command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,24 +14,32 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from graphopt.errors import GraphoptError, ModelError
+from graphopt.errors import GraphoptError, ModelError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 MODEL = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
-seed_option = click.option("--seed", default=0, show_default=True, help="Seed of the generated probe inputs.")
-inputs_option = click.option(
-    "--inputs",
-    type=MODEL,
-    metavar="FILE.npz",
-    help="Inputs of your own, one array an input, besides the generated ones.",
+seed_option = click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the generated probe inputs."
 )
+LIST_COLUMNS = 200
+"""Width of a list that no terminal shows, so that a line is one entry for `grep`."""
 
 
-def out() -> Console:
-    """The console for results."""
-    return Console(highlight=False)
+def inputs_option(instead: bool) -> Callable[[F], F]:
+    """`--inputs`, in place of the generated inputs (`instead`) or besides them."""
+    place = "instead of" if instead else "besides"
+    help_text = f"Inputs of your own, one array an input, {place} the generated ones."
+    return click.option("--inputs", type=MODEL, metavar="FILE.npz", help=help_text)
+
+
+def out(wide: bool = False) -> Console:
+    """The console for results; `wide` for lists, which are as wide as they need where no terminal shows them."""
+    console = Console(highlight=False)
+    if wide and not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = LIST_COLUMNS
+    return console
 
 
 def print_json(data: Any) -> None:
@@ -43,7 +52,7 @@ def print_json(data: Any) -> None:
 def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on standard error, as `progress(what, done, total)`; silent where nobody looks."""
     console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    if quiet or not console.is_terminal or console.is_dumb_terminal:
         yield lambda what, done, total: None
         return
     with Progress(
@@ -60,14 +69,45 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ModelError: The folder isn't writable or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ModelError(f"{path} couldn't be written: {error.strerror}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a place where no file can be written before the work, and not after it.
+
+    Raises:
+        UsageError: `path` is a folder, or would lie in something else than one.
+        ModelError: The folder isn't writable.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of a file in it.")
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir():
+        raise UsageError(f"{path} can't be written, because {folder} is not a folder.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ModelError(f"{path} can't be written, because the folder {folder} is read-only.")
+
+
+class OutputPath(click.Path):
+    """A file to write; one that ends in a slash is a folder, even where there is none yet."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See the class."""
+        if isinstance(value, str) and value.endswith(("/", os.sep)):
+            self.fail(f"{value!r} is a folder; give the name of a file in it.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+OUTPUT = OutputPath(path_type=Path)
 
 
 def parse_size(text: str | None) -> int | None:
@@ -82,9 +122,12 @@ def parse_size(text: str | None) -> int | None:
     number = text.strip().lower().rstrip("bkmgi")
     unit = text.strip().lower()[len(number) :]
     try:
-        return int(float(number) * units[unit.strip()])
-    except (KeyError, ValueError) as error:
+        size = int(float(number) * units[unit.strip()])
+    except (KeyError, ValueError, OverflowError) as error:
         raise click.BadParameter(f"{text!r} is not a size such as 2GB or 500MiB.") from error
+    if size <= 0:
+        raise click.BadParameter(f"{text!r} must be more than nothing, such as 2GB.")
+    return size
 
 
 def parse_dims(pairs: tuple[str, ...]) -> dict[str, int]:

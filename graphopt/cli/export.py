@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from graphopt.cli.console import MODEL, json_option, out, print_json
+from graphopt.cli.console import MODEL, json_option, out, print_json, require_writable
 from graphopt.errors import UsageError
 
 
@@ -35,6 +35,7 @@ def command(
     from graphopt.export.exporter import export_report
 
     target = output if output.suffix == ".onnx" else output / "model.onnx"
+    require_writable(target)
     if target.exists() and not force:
         raise UsageError(f"{target} exists; give another output, or --force to overwrite it.")
     errors = Console(stderr=True)
@@ -52,7 +53,8 @@ def command(
         print_json({**dataclasses.asdict(report), "max_relative_error": report.max_relative_error})
         return
     console = out()
-    console.print(f"{report.path}: {report.nodes} nodes, opset {report.opset}, {report.seconds:.1f} s", soft_wrap=True)
+    what = f"{report.nodes} nodes, opset {report.opset}, {report.seconds:.1f} s"
+    console.print(f"{report.path}: {what}", markup=False, soft_wrap=True)
     for name, dims in report.inputs.items():
         console.print(f"  input  {name} {list(dims)}", markup=False, soft_wrap=True)
     for name, dims in report.outputs.items():

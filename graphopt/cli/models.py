@@ -53,10 +53,10 @@ def _list(as_json: bool) -> None:
         table.add_column(column, no_wrap=column != "what it is good for")
     for row in rows:
         table.add_row(row["name"], row["kind"], "yes" if row["path"] else "", row["use"])
-    out().print(table)
+    out(wide=True).print(table)
 
 
-@command.command()
+@command.command(short_help="Fetch a model and print its path.")
 @click.argument("name")
 def fetch(name: str) -> None:
     """Fetch the model NAME and print its path."""

@@ -9,12 +9,14 @@ import click
 
 from graphopt.cli.console import (
     MODEL,
+    OUTPUT,
     inputs_option,
     json_option,
     out,
     parse_size,
     print_json,
     progress,
+    require_writable,
     seed_option,
     write_text,
 )  # fmt: skip
@@ -37,21 +39,21 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
 6 done, but a pass failed its verification and was taken back."""
 )
 @click.argument("model", type=MODEL)
-@click.option("-o", "--output", type=MODEL, help="Where to write the result  [default: MODEL.opt.onnx]")
+@click.option("-o", "--output", type=OUTPUT, help="File of the result  [default: model.opt.onnx for model.onnx]")
 @click.option("--in-place", is_flag=True, help="Replace the input, atomically.")
 @click.option("--recipe", metavar="NAME|FILE", help="A recipe that ships, or a YAML file  [default: exact]")
 @click.option("--target", type=click.Choice(["cpu", "cuda", "portable"]), default="cpu", show_default=True,
               help="What the result runs on.")  # fmt: skip
 @click.option("--verify", type=click.Choice(["auto", "pass", "phase", "none"]), default="auto", show_default=True,
               help="After each pass, after each phase, whichever is cheap, or never.")  # fmt: skip
-@inputs_option
+@inputs_option(instead=False)
 @click.option("--calibration", type=MODEL, metavar="FILE", help="Text (.txt or .jsonl) for passes that need data.")
 @click.option("--tokenizer", type=MODEL, metavar="FOLDER", help="Folder of the tokenizer.json for that text.")
 @seed_option
 @click.option("--external-data/--inline", "external_data", default=None,
               help="Weights beside the model or in it  [default: as the input]")  # fmt: skip
 @click.option("--shard-size", metavar="SIZE", help="Split external data into files of at most this size, e.g. 2GB.")
-@click.option("--report", "report_path", type=MODEL, metavar="FILE.html", help="Write a self-contained HTML report.")
+@click.option("--report", "report_path", type=OUTPUT, metavar="FILE.html", help="Write a self-contained HTML report.")
 @click.option("--bench", is_flag=True, help="Time the result against the original.")
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @json_option
@@ -76,15 +78,26 @@ def command(
     """Run a recipe of passes on MODEL; verify what each pass did; write the result and say what changed."""
     from graphopt.api import optimize
     from graphopt.calibration.text import load_text
+    from graphopt.graph.save import same_file
     from graphopt.report.terminal import print_report
 
     if in_place and output is not None:
         raise UsageError("Give either --in-place or an output, not both.")
-    destination = model if in_place else output or model.with_name(f"{model.stem}.opt{model.suffix}")
-    if destination.exists() and not in_place:
-        if model.exists() and destination.samefile(model):
+    if in_place and bench:
+        raise UsageError("--bench needs the original, which --in-place replaces; give an output, then compare.")
+    if shard_size is not None and external_data is False:
+        raise UsageError("--shard-size splits external data; give either it or --inline.")
+    # In place means the file itself, also where a link leads to it.
+    destination = model.resolve() if in_place else output or model.parent / f"{model.stem}.opt{model.suffix}"
+    for path in (destination, report_path):
+        if path is not None and path != model.resolve():
+            require_writable(path)
+    if report_path is not None and report_path.resolve() in (model.resolve(), destination.resolve()):
+        raise UsageError(f"The report can't be written to {report_path}, which is a model; give another file.")
+    if not in_place:
+        if same_file(destination, model):
             raise UsageError(f"{destination} is the input; give another output, or --in-place to replace it.")
-        if not force:
+        if destination.exists() and not force:
             raise UsageError(f"{destination} exists; give another output, or --force to overwrite it.")
     shard_bytes = parse_size(shard_size)
     if tokenizer is not None and calibration is None:
@@ -123,6 +136,6 @@ def command(
     else:
         print_report(data, out())
         if report_path is not None:
-            out().print(f"Report: {report_path}")
+            out().print(f"Report: {report_path}", markup=False, soft_wrap=True)
     if not result.report.ok:
         sys.exit(ROLLED_BACK)

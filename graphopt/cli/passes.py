@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 from rich.table import Table
+from rich.text import Text
 
 from graphopt.cli.console import json_option, out, print_json
+from graphopt.errors import UsageError
 
 
 @click.group(
@@ -23,7 +27,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
         _list(as_json)
 
 
-@command.command("list")
+@command.command("list", short_help="List every pass.")
 @json_option
 def list_(as_json: bool) -> None:
     """List every pass with its family, its guarantee and what it does."""
@@ -44,28 +48,40 @@ def _list(as_json: bool) -> None:
         }
         for name, cls in registry.builtin().items()
     ]
-    offered = [
-        {"name": n, "family": "other", "guarantee": "", "summary": e.value, "paper": ""}
-        for n, e in registry.offered().items()
-    ]
+    rows += [_offered(name) for name in sorted(registry.offered()) if name not in registry.builtin()]
     if as_json:
-        print_json(rows + offered)
+        print_json(rows)
         return
     table = Table(box=None, pad_edge=False)
     for column in ("pass", "family", "guarantee", "what it does"):
         table.add_column(column, no_wrap=column != "what it does")
-    for row in rows + offered:
-        table.add_row(row["name"], row["family"], row["guarantee"], row["summary"])
-    out().print(table)
+    for row in rows:
+        table.add_row(*(Text(row[key]) for key in ("name", "family", "guarantee", "summary")))
+    out(wide=True).print(table)
 
 
-@command.command()
+def _offered(name: str) -> dict[str, str]:
+    """The row of a pass of another package."""
+    from graphopt.passes import registry
+    from graphopt.passes.base import Pass
+    from graphopt.report.pages import summary
+
+    row = {"name": name, "family": "other", "guarantee": "unstated", "summary": "", "paper": ""}
+    try:
+        cls = registry.find(name)
+    except UsageError as error:
+        return {**row, "guarantee": "", "summary": str(error)}
+    if not issubclass(cls, Pass):
+        return {**row, "summary": registry.offered()[name].value}
+    return {**row, "family": cls.family, "guarantee": cls.guarantee.value, "summary": summary(cls), "paper": cls.paper}
+
+
+@command.command(short_help="Show the page of a pass.")
 @click.argument("name")
 def show(name: str) -> None:
     """Show the page of the pass NAME: what it does, formula, source, options, when not to use it."""
     from rich.markdown import Markdown
 
-    from graphopt.errors import UsageError
     from graphopt.passes import registry
     from graphopt.passes.base import Pass
     from graphopt.report.pages import page
@@ -73,8 +89,9 @@ def show(name: str) -> None:
     cls = registry.find(name)
     if not issubclass(cls, Pass):
         raise UsageError(f"{name!r} is not one of graphopt's passes; its own documentation describes it.")
+    text = re.sub(r"\A<!--.*?-->\s*", "", page(cls))  # what it is generated from concerns who changes the page
     console = out()
     if console.is_terminal:
-        console.print(Markdown(page(cls)))
+        console.print(Markdown(text))
     else:
-        click.echo(page(cls))
+        click.echo(text.rstrip())

@@ -25,11 +25,16 @@ def command(name: str, as_json: bool) -> None:
         found = facts(name)
     except ImportError as error:
         raise UsageError("ONNX Runtime is missing; install graphopt[cpu] or graphopt[gpu].") from error
+    needed = f"{name.upper()}ExecutionProvider"
+    if needed not in found.providers:
+        raise UsageError(f"ONNX Runtime {found.version} as installed has no {needed}; install graphopt[gpu].")
     if as_json:
         print_json(found.to_dict())
         return
     console = out()
-    console.print(f"{found.runtime} {found.version} on {found.machine}; providers {', '.join(found.providers)}")
+    console.print(
+        f"{found.runtime} {found.version} on {found.machine}; providers {', '.join(found.providers)}", soft_wrap=True
+    )
     console.print(f"loads opset up to {found.highest_opset}, IR up to {found.highest_ir}")
     table = Table(box=None, pad_edge=False)
     for column in ("operator", "float32", "float16"):
@@ -41,3 +46,4 @@ def command(name: str, as_json: bool) -> None:
     for operator, dtypes in by_operator.items():
         table.add_row(operator, dtypes["float32"], dtypes["float16"])
     console.print(table)
+    console.print("expanded: no kernel of its own, ONNX Runtime runs the operators it stands for", style="dim")

@@ -21,7 +21,7 @@ Exit codes: 0 equal within the tolerances; 5 different, or not comparable."""
 )
 @click.argument("reference", type=MODEL)
 @click.argument("candidate", type=MODEL)
-@inputs_option
+@inputs_option(instead=True)
 @seed_option
 @json_option
 def command(reference: Path, candidate: Path, inputs: Path | None, seed: int, as_json: bool) -> None:

@@ -201,6 +201,11 @@ def _check_external_data(model: ir.Model, path: Path) -> bool:
             try:
                 tensor._check_path_containment()
             except ValueError as error:
+                if Path(tensor.path).is_symlink():
+                    raise ModelError(
+                        f"{path}: its external data {tensor.location!r} is a symbolic link that leads out of the "
+                        "model's folder; copy both files with `cp -L` and give the copy."
+                    ) from error
                 raise ModelError(
                     f"{path}: the external data of {name!r} lies outside of the model's folder ({tensor.location}); "
                     "put the data file beside the model."

@@ -63,7 +63,7 @@ def save(
     path = Path(path)
     source = model.meta.get(PATH_KEY)
     replaced = _referenced_files(path)
-    if source is not None and path.exists() and os.path.samefile(source, path):
+    if source is not None and same_file(path, Path(source)):
         if not in_place:
             raise UsageError(f"{path} is the input; give another output, or --in-place to replace it.")
     elif path.exists() and _weights_in(model) & {path.resolve()}:
@@ -84,6 +84,8 @@ def save(
             else:
                 _write_inline(model, folder / path.name, progress)
             written = sorted(folder.iterdir())
+            if path.exists():
+                shutil.copymode(path, folder / path.name)
             for file in written:
                 _synchronize(file)
             for file in written:
@@ -99,6 +101,11 @@ def save(
         with contextlib.suppress(OSError):
             file.unlink()
     return [path, *sorted(kept - {path})]
+
+
+def same_file(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file, also where a folder on the way is yet to be made ("new/../model.onnx")."""
+    return a.resolve() == b.resolve() or (a.exists() and b.exists() and os.path.samefile(a, b))
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -6,6 +6,7 @@ fetched without its dependencies, and nothing of it is imported or executed.
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from graphopt.errors import UsageError
@@ -19,12 +20,14 @@ def find(key: str) -> Model:
     """The row of `MODELS` under `key`.
 
     Raises:
-        UsageError: There is none; the message lists the keys.
+        UsageError: There is none; the message suggests near names.
     """
     try:
         return MODELS[key]
     except KeyError:
-        raise UsageError(f"there is no model {key!r} in the catalogue; it has {', '.join(MODELS)}") from None
+        near = difflib.get_close_matches(key, MODELS, n=3) or [name for name in MODELS if key and key in name][:3]
+        hint = f"did you mean {' or '.join(near)}?" if near else "`graphopt models` lists them."
+        raise UsageError(f"There is no model {key!r}; {hint}") from None
 
 
 def fetch(key: str, cache: Path | str | None = None, progress: Notify | None = None) -> Path:

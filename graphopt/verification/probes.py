@@ -102,9 +102,14 @@ def load_probes(path: str | os.PathLike[str], model: ir.Model) -> list[Probe]:
     """
     path = Path(path)
     try:
+        if not zipfile.is_zipfile(path):  # numpy.load takes other files for pickled objects
+            with path.open("rb"):
+                raise InputDataError(f"{path} is not an .npz file; write it with numpy.savez.")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except OSError as error:
+        raise InputDataError(f"{path} can't be read: {error.strerror or error}.") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise InputDataError(
             f"{path} can't be read as an .npz file of arrays ({error}); write it with numpy.savez."
         ) from error

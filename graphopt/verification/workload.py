@@ -65,12 +65,14 @@ def benchmark_models(
         progress: Called before the timing starts.
 
     Raises:
-        UsageError: An unknown dimension.
+        UsageError: An unknown dimension, or dimensions besides `inputs`.
         InputDataError: `inputs` doesn't fit the first model.
         VerificationError: A model doesn't load or run.
     """
     if progress is not None:
         progress("timing", 0, 1)
+    if inputs is not None and dims:
+        raise UsageError("Inputs of your own have their sizes already; give either them or sizes of dimensions.")
     if inputs is not None:
         feeds = load_probes(inputs, load(paths[0]))[0].feeds
     else:

@@ -29,6 +29,18 @@ def test_windows(tmp_path: Path, tokenizer: Path) -> None:
     assert len(data) == 2
 
 
+def test_truncation_and_padding_of_the_tokenizer_are_for_inputs_not_for_a_text(tmp_path: Path, tokenizer: Path) -> None:
+    loaded = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    loaded.enable_truncation(4)
+    loaded.enable_padding(length=4)
+    loaded.save(str(tokenizer / "tokenizer.json"))
+    (tmp_path / "t.txt").write_text("a b c a b c a b")
+    assert len(load_text(tmp_path / "t.txt", tokenizer, window=3).tokens) == 8
+    (tmp_path / "short.txt").write_text("a")
+    with pytest.raises(InputDataError, match="holds 1 tokens"):
+        load_text(tmp_path / "short.txt", tokenizer, window=3)
+
+
 def test_json_lines(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "a b"}\n\n{"prompt": "c"}\n')
     assert load_text(tmp_path / "t.jsonl", tokenizer, window=3).tokens.tolist() == [1, 2, 3]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from test_pass_manager import Replace
 
 import graphopt.cli
+from graphopt.passes import registry
 
 TEXT = """<ir_version: 8, opset_import: ["": 17]>
 g (float[n, 4] x) => (float[n, 4] y) <float[4] w = {1, 2, 3, 4}> {
@@ -251,7 +254,7 @@ def test_broken_models(run: Run, tmp_path: Path, kind: str, command: str) -> Non
 def test_declared_output_shape_that_lies_is_no_reason_to_fail(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     BROKEN["shapes"][0](path)
-    code, out, err = run("optimize", path)
+    code, _, err = run("optimize", path)
     assert code in (0, 3), err
     if code == 3:
         assert "y" in err
@@ -259,7 +262,7 @@ def test_declared_output_shape_that_lies_is_no_reason_to_fail(run: Run, tmp_path
 
 def test_nan_weights_are_no_crash(run: Run, tmp_path: Path) -> None:
     nan_weights(tmp_path / "model.onnx")
-    code, out, err = run("optimize", tmp_path / "model.onnx")
+    code, _, err = run("optimize", tmp_path / "model.onnx")
     assert code == 0, err
 
 
@@ -304,6 +307,73 @@ def test_other_mistakes(run: Run, model: Path, tmp_path: Path) -> None:
     assert run("optimize", model, "--inputs", tmp_path / "not.npz")[0] == 4
     assert run("optimize")[0] == 2
     assert not (tmp_path / "model.opt.onnx").exists()
+
+
+def test_places_where_nothing_can_be_written_are_refused_before_the_work(run: Run, model: Path, tmp_path: Path) -> None:
+    before = model.read_bytes()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("no folder")
+    for output, says in (
+        (tmp_path / "folder", "is a folder"),
+        (f"{tmp_path}/new/", "is a folder"),
+        (tmp_path / "file" / "o.onnx", "is not a folder"),
+        (tmp_path / "missing" / ".." / "model.onnx", "is the input"),  # no such folder yet: the input all the same
+    ):
+        for arguments in (("-o", output, "--force"), ("-o", tmp_path / "o.onnx", "--report", output)):
+            code, _, err = run("optimize", model, *arguments)
+            assert code == 2
+            assert says in err or "which is a model" in err
+    assert run("optimize", model, "-o", tmp_path / "o.onnx", "--shard-size", "0")[0] == 2
+    assert run("optimize", model, "-o", tmp_path / "o.onnx", "--shard-size", "1MB", "--inline")[0] == 2
+    assert run("optimize", model, "--in-place", "--bench")[0] == 2
+    assert model.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "model.onnx"]
+
+
+@pytest.mark.parametrize("arguments", [("optimize", "."), ("optimize", ".."), ("inspect", "."), ("optimize", "")])
+def test_a_folder_is_no_model(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*arguments)
+    assert code == 3
+    assert "is a folder" in err
+
+
+def test_in_place_through_a_link_replaces_the_file_and_keeps_its_mode(run: Run, model: Path, tmp_path: Path) -> None:
+    link = tmp_path / "elsewhere" / "link.onnx"
+    link.parent.mkdir()
+    link.symlink_to(model)
+    model.chmod(0o640)
+    assert run("optimize", link, "--in-place")[0] == 0
+    assert link.is_symlink()
+    assert len(onnx.load(model).graph.node) == 3
+    assert model.stat().st_mode & 0o777 == 0o640
+
+
+def test_names_are_printed_as_they_are(run: Run, model: Path, tmp_path: Path) -> None:
+    code, out, _ = run("optimize", model, "--report", tmp_path / "[b]é 模.html")
+    assert code == 0
+    assert "[b]é 模.html" in out
+
+
+def test_an_encoding_that_lacks_characters(model: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    command = [sys.executable, "-m", "graphopt", "optimize", model, "--report", tmp_path / "r.html"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "→" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_passes_of_other_packages_are_listed_with_what_they_say(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = registry.ENTRY_POINTS
+    offered = {
+        "tanh-to-sin": EntryPoint("tanh-to-sin", "cli.test_cli:TanhToSin", group),
+        "lost": EntryPoint("lost", "nowhere:Lost", group),
+    }
+    monkeypatch.setattr(registry, "offered", lambda: offered)
+    rows = {row["name"]: row for row in json.loads(run("passes", "--json")[1])}
+    assert rows["tanh-to-sin"]["guarantee"] == "exact"
+    assert "can't be loaded" in rows["lost"]["summary"]
+    assert run("passes", "show", "tanh-to-sin")[1].startswith("# tanh-to-sin")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

