@@ -22,11 +22,14 @@ from graphopt.passes.clean.eliminate_common_subexpressions import is_random
 LAZY_BYTES = 1 << 20
 """Results from this size on are computed when the model is saved, one at a time, so that peak memory stays small."""
 
-# What is computed when the model is saved must not fail then: operators and types that were tried one by one.
-LAZY = frozenset(
-    {"Add", "Cast", "Concat", "ConstantOfShape", "Div", "Expand", "Flatten", "Gather", "Identity", "Mul", "Neg",
-     "Reciprocal", "Reshape", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where"}
+MOVES = frozenset(
+    {"Concat", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze",
+     "Tile", "Transpose", "Unsqueeze"}
 )  # fmt: skip
+"""Operators that move elements about and never look at them."""
+
+# What is computed when the model is saved must not fail then: operators and types that were tried one by one.
+LAZY = MOVES | {"Add", "Cast", "Div", "Mul", "Neg", "Reciprocal", "Sqrt", "Sub", "Where"}
 LAZY_TYPES = frozenset(
     {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BOOL, ir.DataType.INT8,
      ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.INT32, ir.DataType.INT64}
@@ -37,7 +40,7 @@ NOT_FOLDED = frozenset(
     {"If", "Loop", "Scan", "SequenceMap", "Constant", "Optional", "OptionalGetElement", "OptionalHasElement",
      "StringNormalizer", "TfIdfVectorizer", "ImageDecoder", "QuantizeLinear", "DynamicQuantizeLinear",
      "DequantizeLinear", "Resize", "Upsample", "AffineGrid", "GridSample", "MaxUnpool", "LSTM", "GRU", "RNN",
-     "Attention"}
+     "Attention", "BatchNormalization", "RoiAlign", "Shrink"}
 )  # fmt: skip
 
 
@@ -72,18 +75,26 @@ class FoldConstants(Pass):
         """See the class."""
         changed = self._inline_constant_ifs(model)
         edit = Editor(model)
-        facts = infer(model)
         version = opset(model)
-        for graph in (model.graph, *model.graph.subgraphs()):
-            for node in list(graph):
-                if node.graph is not None and self._foldable(node, version):
-                    changed |= self._fold(node, version, facts, edit)
-        return changed
+        while True:
+            # A result that became constant may tell the shape of another, so the last walk is one that changes nothing.
+            facts = infer(model)
+            self.sites = [site for site in self.sites if site.outcome == "applied"]
+            folded = False
+            for graph in (model.graph, *model.graph.subgraphs()):
+                for node in list(graph):
+                    if node.graph is not None and self._foldable(node, version):
+                        folded |= self._fold(node, version, facts, edit)
+            if not folded:
+                return changed
+            changed = True
 
     @staticmethod
     def _foldable(node: ir.Node, version: int) -> bool:
         if node.domain not in ("", "ai.onnx") or node.op_type in NOT_FOLDED or is_random(node, version):
             return False
+        if version < 13 and node.op_type in ("Softmax", "LogSoftmax", "Hardmax"):
+            return False  # over several dimensions; the reference implementation knows the later form only
         if any(True for _ in subgraphs_of(node)) or any(a.is_ref() for a in node.attributes.values()):
             return False
         if node.op_type == "Identity" and node.outputs[0].is_graph_output():
@@ -119,7 +130,10 @@ class FoldConstants(Pass):
         edit.at(node)
         if total >= LAZY_BYTES and node.op_type in LAZY and all(t is None or t.dtype in LAZY_TYPES for t in tensors):
             return self._fold_lazily(node, tensors, version, facts, edit)
-        results = _evaluate(node, [None if t is None else t.numpy() for t in tensors], version)
+        arrays = [None if t is None else t.numpy() for t in tensors]
+        if node.op_type.startswith("Reduce") and any(a is not None and a.size == 0 for a in arrays[:1]):
+            return self.left(node, "constant, but runtimes disagree on what an empty tensor reduces to")
+        results = _evaluate(node, arrays, version)
         if results is None:
             return self.left(node, "constant, but ONNX's reference implementation can't compute it")
         named = [output for output in node.outputs if output.name]
@@ -129,6 +143,8 @@ class FoldConstants(Pass):
                 return self.left(node, "constant, but ONNX's reference implementation gives another type")
             if result.shape != _static(shape):
                 return self.left(node, "constant, but ONNX's reference implementation gives another shape")
+        if node.op_type not in MOVES and any(_has_nan(array) for array in (*arrays, *results)):
+            return self.left(node, "constant, but with a NaN, on which runtimes disagree")
         self.applied(node, f"computed ({total} bytes)")
         for output, result in zip(named, results, strict=True):
             edit.at(node)
@@ -181,13 +197,16 @@ def _inline_branch(node: ir.Node, branch: ir.Graph, edit: Editor) -> None:
     assert outer is not None
     edit.at(node)
     results = list(branch.outputs)
+    branch.outputs.clear()
     for value in list(branch.initializers.values()):
         assert value.name is not None
+        assert value.const_value is not None
         branch.initializers.pop(value.name)
-        value.name = edit.names.fresh(f"{node.name}/{value.name}")
-        outer.register_initializer(value)
+        # Not registered as it is: in a function it has to become a Constant node.
+        constant = edit.constant(value.const_value, value.name)
+        value.replace_all_uses_with(constant)
+        results = [constant if result is value else result for result in results]
     moved = list(branch)
-    branch.outputs.clear()
     branch.remove(moved)
     for inner in moved:
         inner.name = edit.names.fresh(f"{node.name}/{inner.name or inner.op_type}")
@@ -200,6 +219,10 @@ def _inline_branch(node: ir.Node, branch: ir.Graph, edit: Editor) -> None:
         edit.replace(old, new)
     if node.graph is not None:
         edit.remove_dead(node)
+
+
+def _has_nan(array: npt.NDArray[Any] | None) -> bool:
+    return array is not None and array.dtype.kind in "fc" and bool(np.isnan(array).any())
 
 
 def _static(shape: Shape | None) -> tuple[int, ...] | None:
