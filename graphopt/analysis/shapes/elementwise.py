@@ -83,9 +83,11 @@ def _like(op: Op) -> Result:
     return Fact(ir.DataType(given) if given else op.dtype(0), op.fact(0).shape)
 
 
-@rule("Dropout", types=(0, BOOL))
+@rule("Dropout", types=None)
 def _dropout(op: Op) -> list[Result]:
-    return [op.shape(0)] * 2
+    data = op.fact(0)
+    # The mask has the type of the data before opset 10.
+    return [Fact(data.dtype, data.shape), Fact(BOOL if op.opset >= 10 else data.dtype, data.shape)]
 
 
 @rule("BatchNormalization")

@@ -237,9 +237,22 @@ def _fact(result: Result, source: TypeSource, op: Op) -> Fact:
 
 
 def _small(fact: Fact) -> Fact:
-    if fact.content is not None and fact.content.size > MAX_CONTENT:
+    if fact.content is not None and (fact.content.size > MAX_CONTENT or not _fits(fact.content, fact.dtype)):
         return Fact(fact.dtype, fact.shape)
     return fact
+
+
+def _fits(content: Content, dtype: ir.DataType | None) -> bool:
+    """Whether every constant is in the range of its type; one that isn't would have wrapped round in a run."""
+    low, high = _RANGES.get(dtype, _RANGES[None])
+    return all(d.value is None or low <= d.value <= high for d in content.flat)
+
+
+_RANGES: dict[ir.DataType | None, tuple[int, int]] = {
+    None: (-(1 << 63), (1 << 63) - 1),
+    ir.DataType.INT32: (-(1 << 31), (1 << 31) - 1),
+    ir.DataType.UINT64: (0, (1 << 64) - 1),
+}
 
 
 def _padded(facts: Sequence[Fact], count: int) -> list[Fact]:

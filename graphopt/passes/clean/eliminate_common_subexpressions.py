@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.graph.constants import constant_tensor
@@ -100,6 +101,8 @@ class EliminateCommonSubexpressions(Pass):
                 if tensor.size > SMALL_CONSTANT or tensor.dtype == ir.DataType.STRING:
                     return None
                 value = (tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
+            elif attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
+                value = np.asarray(value, dtype=np.float32).tobytes()  # 0.0 and -0.0 are equal and not the same
             elif isinstance(value, (list, tuple)):
                 value = tuple(value)
             elif not isinstance(value, (int, float, str, bytes)):

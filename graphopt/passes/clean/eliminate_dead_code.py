@@ -54,7 +54,7 @@ class EliminateDeadCode(Pass):
             for inner in subgraphs_of(node):
                 modified |= self._clean(inner, version)
             if node.domain in ("", "ai.onnx"):
-                modified |= self._drop_outputs(node, version) | self._drop_inputs(node)
+                modified |= self._drop_outputs(node, version) | self._drop_inputs(node, version)
         for name, value in list(graph.initializers.items()):
             if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
                 del graph.initializers[name]
@@ -81,9 +81,9 @@ class EliminateDeadCode(Pass):
         return self.applied(node, f"outputs that nothing uses dropped: {', '.join(dropped)}")
 
 
-    def _drop_inputs(self, node: ir.Node) -> bool:
-        count = len(node.inputs)
-        while count and node.inputs[count - 1] is None:
+    def _drop_inputs(self, node: ir.Node, version: int) -> bool:
+        count, least = len(node.inputs), _least_inputs(node.op_type, version)
+        while count > least and node.inputs[count - 1] is None:
             count -= 1
         if count == len(node.inputs):
             return False
@@ -113,3 +113,12 @@ def _optional_outputs(op_type: str, version: int) -> frozenset[int]:
         return frozenset()
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
     return frozenset(index for index, output in enumerate(schema.outputs) if output.option == optional)
+
+
+@functools.cache
+def _least_inputs(op_type: str, version: int) -> int:
+    """How many inputs an operator of the default domain must list, empty ones among them (Loop: both optional ones)."""
+    try:
+        return int(onnx.defs.get_schema(op_type, version, "").min_input)
+    except onnx.defs.SchemaError:
+        return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -89,7 +90,8 @@ class EliminateIdentities(RulePass):
                 for index in (1, 0) if node.op_type == "Mul" else (1,):
                     kept = node.inputs[1 - index]
                     if (
-                        scalar(node.inputs[index]) == neutral
+                        (number := scalar(node.inputs[index])) == neutral
+                        and math.copysign(1.0, number) > 0  # x - (-0.0) turns -0 into +0
                         and kept is not None
                         and self._rank_at_most(node.inputs[index], kept)
                     ):

@@ -114,7 +114,7 @@ class SimplifyShapes(RulePass):
             numbers = [d.value for d in fact.content.flat]
             if any(n is None for n in numbers):
                 continue
-            array = np.array(numbers, dtype=np.int64).reshape(fact.content.shape).astype(fact.dtype.numpy())
+            array = np.array(numbers, dtype=object).reshape(fact.content.shape).astype(fact.dtype.numpy())
             self.applied(node, f"computes nothing but the constant {array.tolist()}")
             self._edit.replace(output, self._edit.constant(array))
             changed = True
