@@ -188,3 +188,11 @@ def test_simplified_layer_normalization_whose_root_is_used() -> None:
     rule = RaiseRmsNorm()
     assert not rule(model).modified
     assert "inverse root is used too" in rule.sites[0].detail
+
+
+def test_bfloat16_without_a_gain_stays_in_float32() -> None:
+    """ONNX Runtime's CPU provider has no bfloat16 product, and only the gain would need one."""
+    body = f"x = Cast<to=1>(h)  {SQUARE}  {RSQRT}  c = Cast<to=16>(n)  y = Cast<to=1>(c)"
+    after = graph(body, x="bfloat16[B, S, 4] h")
+    assert RaiseRmsNorm()(after).modified
+    assert op_types(after) == ["Cast", "RMSNormalization", "Cast", "Cast"]

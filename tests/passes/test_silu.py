@@ -150,3 +150,18 @@ def test_inside_a_branch() -> None:
     after = assert_exact(parse(text), RaiseSilu())
     branch = after.graph.node(0).attributes["then_branch"].as_graph()
     assert [n.op_type for n in branch] == ["Swish"]
+
+
+def test_argument_is_not_taken_from_a_later_copy() -> None:
+    """The copy that the product reads is made after the Sigmoid, or in a subgraph, so the Sigmoid can't read it."""
+    body = "u = Mul(x, one)  s = Sigmoid(u)  c = Identity(x)  y = Mul(c, s)"
+    assert op_types(assert_exact(graph(body, opset=17), RaiseSilu())) == ["Sigmoid", "Identity", "Mul"]
+
+
+@pytest.mark.parametrize("outer", ["y = Div(e, p)", "y = Div(p, p)", "f = Exp(m)  y = Div(f, p)"])
+def test_left_where_an_exponential_is_divided(outer: str) -> None:
+    """e^80 / (1 + e^80) is 1, but e^80 · Sigmoid(-80) is 0 in float32 kernels."""
+    rule = RaiseSilu()
+    model = graph(f"m = Neg(x)  e = Exp(m)  p = Add(e, one)  {outer}")
+    assert not rule(model).modified
+    assert "an exponential is divided" in rule.sites[0].detail

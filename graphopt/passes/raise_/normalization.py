@@ -213,6 +213,10 @@ class Matcher(RootWalk):
                     break
                 if gain is not None or dtype != ir.DataType.FLOAT:
                     break
+                after = self._sole_user(user)
+                if target == ir.DataType.BFLOAT16 and not self.centre and (after is None or not is_op(after, "Mul")):
+                    # Without a kernel for bfloat16 a runtime multiplies by the gain, which the graph so far didn't.
+                    break
                 x, dtype, root = wide, target, user
                 self.take(user, *passed)
                 passed = []

@@ -16,7 +16,9 @@ from graphopt.analysis.algebra import (
     expand,
     is_op,
     other_operand,
+    producer,
     same,
+    source,
     users,
 )
 from graphopt.graph.constants import scalar
@@ -89,6 +91,8 @@ class RaiseSilu(ShapeRulePass):
         nodes += [node, plus]
         numerator = divide.inputs[0] if divide.op_type == "Div" else None
         plain = numerator is None or scalar(numerator) == 1.0
+        if numerator is plus.outputs[0] or (numerator is not None and producer(source(numerator), "Exp") is not None):
+            return self.left(node, "an exponential is divided: the product with the sigmoid would be ∞ · 0")
         if not self.has_rank(z, constant_rank([*nodes, divide] if plain else nodes)):
             return self.left(node, "a constant may broadcast its argument, whose rank isn't known")
         used = escaping(nodes, divide)
@@ -138,7 +142,8 @@ class RaiseSilu(ShapeRulePass):
             if edit.opset < OPSET or not self.operator:
                 if alpha != 1.0 or not nodes:
                     return False
-                edit.set_input(node, 0, x)
+                # Not x itself: a copy of the value that the argument is made of may be made later, or in a subgraph.
+                edit.set_input(node, 0, source(x))
                 return self.applied(node, "Sigmoid(1 · x) as Sigmoid(x)")
             if as_float32(alpha) is None:
                 return self.left(node, f"alpha {alpha!r} isn't a float32, which the attribute is")
