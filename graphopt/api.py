@@ -33,12 +33,16 @@ from graphopt.verification.verifier import verify as verify_models
 TARGETS = ("cpu", "cuda", "portable")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Result:
     """An optimized model and the report about it."""
 
     model: ir.Model
     report: Report
+
+    def __repr__(self) -> str:
+        before, after = self.report.run.before.nodes, self.report.run.after.nodes
+        return f"<Result: {before} -> {after} nodes{'' if self.report.ok else ', passes rolled back'}>"
 
     def save(
         self,
@@ -152,7 +156,10 @@ def verify(
 
 
 def inspect(
-    model_or_path: ir.Model | onnx.ModelProto | str | os.PathLike[str], *, why: bool = False, dims: dict[str, int] | None = None
+    model_or_path: ir.Model | onnx.ModelProto | str | os.PathLike[str],
+    *,
+    why: bool = False,
+    dims: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """What a model is: interface, operators, size, FLOPs, and with `why` what the exact passes leave alone and why.
 
@@ -163,8 +170,10 @@ def inspect(
 
     Raises:
         ModelError: The file can't be loaded at all.
+        UsageError: A name in `dims` is no dynamic dimension of the inputs.
     """
     model = _model(model_or_path)
+    _require_dims(model, dims or {})
     problems = check_structure(model)
     measured = cost(model, dims=dims)
     operators = Counter(
@@ -205,8 +214,8 @@ def inspect(
 
 STRUCTURES = (
     "LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization",
-    "Attention", "Softmax", "Gelu", "Swish", "RotaryEmbedding", "MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU",
-    "If", "Loop", "Scan",
+    "Attention", "Softmax", "Gelu", "Swish", "RotaryEmbedding", "MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM",
+    "GRU", "If", "Loop", "Scan",
 )  # fmt: skip
 """Operators of the canonical graph that say what a model is made of."""
 
@@ -230,9 +239,7 @@ def require_valid(model: ir.Model) -> None:
     if not problems or (all(map(found_by_onnx, problems)) and _runs(model)):
         return
     more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-    raise ModelError(
-        f"{model.meta.get(PATH_KEY, 'the model')} is not a valid model: {problems[0].rstrip('.')}{more}."
-    )
+    raise ModelError(f"{model.meta.get(PATH_KEY, 'the model')} is not a valid model: {problems[0].rstrip('.')}{more}.")
 
 
 def _runs(model: ir.Model) -> bool:
@@ -258,6 +265,21 @@ def describe_source(model: ir.Model) -> dict[str, Any]:
         "bytes": sum(f.stat().st_size for f in sorted(files)),
         "external_data": bool(model.meta.get(EXTERNAL_KEY)),
     }
+
+
+def _require_dims(model: ir.Model, dims: dict[str, int]) -> None:
+    """Raise UsageError for a name that is no dynamic dimension of the inputs: its own, or "input[axis]"."""
+    known: dict[str, None] = {}
+    places = set()
+    for value in model.graph.inputs:
+        for axis, size in enumerate(value.shape or ()):
+            if not isinstance(size, int) or size <= 0:
+                place = f"{value.name}[{axis}]"
+                places.add(place)
+                known[place if isinstance(size, int) or not size.value else size.value] = None
+    for name in dims:
+        if name not in known and name not in places:
+            raise UsageError(f"The inputs have no dynamic dimension {name!r}; they have {', '.join(known) or 'none'}.")
 
 
 def _value(value: ir.Value) -> dict[str, Any]:

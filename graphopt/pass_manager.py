@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import onnx_ir as ir
 
@@ -53,8 +53,8 @@ class Stats:
     @classmethod
     def of(cls, model: ir.Model) -> Stats:
         """Measure `model` (FLOPs with dynamic dimensions bound as `graphopt.analysis.cost` says)."""
-        measured = cost(model)
-        return cls(measured.node_count, measured.parameters, measured.weight_bytes, measured.flops, measured.unknown_flops)
+        found = cost(model)
+        return cls(found.node_count, found.parameters, found.weight_bytes, found.flops, found.unknown_flops)
 
 
 @dataclasses.dataclass
@@ -139,8 +139,8 @@ class PassManager:
         verifier_of: Makes the judge of the numbers from a reference model: the one given, and after a LOSSY pass the
             one that this pass made. By default probe inputs are made from the model's signature. None turns the
             comparison off; structure is always checked.
-        verify: "none" compares nothing, "pass" verifies after every pass that changed something, "phase" after every run of passes of one
-            family (a failing phase is bisected to the guilty pass), "auto" chooses by what a verification costs.
+        verify: "none" compares nothing, "pass" verifies after every pass that changed something, "phase" after every
+            run of passes of one family (and bisects to the guilty pass), "auto" chooses by what a verification costs.
         max_rounds: How often the pipeline is run at most; it stops when a round changes nothing.
         calibration: Data for passes that name what they need of it; without it they are refused.
         progress: Called before each pass.
@@ -156,8 +156,10 @@ class PassManager:
         calibration: TextDataset | None = None,
         progress: Progress | None = None,
     ) -> None:
-        if not passes:
-            raise UsageError("A pipeline needs at least one pass.")
+        if not passes or not all(isinstance(pass_, ir.passes.PassBase) for pass_ in passes):
+            raise UsageError("A pipeline needs at least one pass, and passes only; a recipe makes them from names.")
+        if verify not in get_args(VerifyMode):
+            raise UsageError(f"Verification has no mode {verify!r}; it has {', '.join(get_args(VerifyMode))}.")
         self.passes = list(passes)
         for pass_ in self.passes:
             if isinstance(pass_, Pass) and pass_.needs:
@@ -212,8 +214,8 @@ class _Run:
 
     def report(self) -> RunReport:
         start, before, setup = time.perf_counter(), self.stats, self.check_seconds
-        dear = self.manager._verify == "auto" and self.verifier is not None and self.verifier.cost_seconds > DEAR_SECONDS
-        phases = _phases(self.manager.passes, whole=dear or self.verifier is None)
+        dear = self.verifier is not None and self.verifier.cost_seconds > DEAR_SECONDS
+        phases = _phases(self.manager.passes, whole=self.verifier is None or (dear and self.manager._verify == "auto"))
         for number in range(1, self.manager._max_rounds + 1):
             # Later rounds repeat exact passes only: a lossy one would lose again.
             changed = False

@@ -60,7 +60,9 @@ class Recipe:
             UsageError: An unknown pass or option.
         """
         made = [registry.make(step.name, step.options) for step in self.steps]
-        return [p for p in made if target is None or not getattr(p, "targets", ()) or target in getattr(p, "targets", ())]
+        return [
+            p for p in made if target is None or not getattr(p, "targets", ()) or target in getattr(p, "targets", ())
+        ]
 
     def to_data(self) -> dict[str, Any]:
         """The recipe as YAML would hold it."""
@@ -87,12 +89,18 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe | None = No
         return source
     if isinstance(source, Mapping):
         return _from_data(source, "inline", "")
+    if not isinstance(source, str | os.PathLike | None):
+        raise UsageError(
+            f"A recipe must be a name, a file or a mapping such as {{'passes': [...]}}, not {type(source).__name__}."
+        )
     name = os.fspath(source) if source is not None else DEFAULT
     if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
         try:
-            text = Path(name).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"The recipe {name} can't be read: {error}.") from error
+            text = Path(name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"The recipe {name} can't be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"The recipe {name} isn't text in UTF-8.") from error
     else:
         known = shipped()
         if name not in known:
@@ -110,8 +118,10 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe | None = No
 def _from_data(data: Any, name: str, description: str) -> Recipe:
     if not isinstance(data, Mapping) or not isinstance(data.get("passes"), list):
         raise UsageError(f"The recipe {name} has no list `passes:`.")
-    if unknown := sorted(set(data) - {"passes"}):
+    if unknown := sorted(set(data) - {"passes"}, key=str):
         raise UsageError(f"The recipe {name} has the unknown key {unknown[0]!r}; it holds `passes:` only.")
+    if not data["passes"]:
+        raise UsageError(f"The list `passes:` of the recipe {name} is empty; `graphopt passes` lists what there is.")
     return Recipe(name, tuple(_steps(data["passes"], name)), description)
 
 
@@ -121,9 +131,11 @@ def _steps(items: list[Any], name: str) -> Iterator[Step]:
             yield Step(item)
         elif isinstance(item, Mapping) and len(item) == 1:
             ((key, options),) = item.items()
-            if not isinstance(key, str) or not isinstance(options or {}, Mapping):
+            options = {} if options is None else options
+            named = isinstance(options, Mapping) and all(isinstance(option, str) for option in options)
+            if not isinstance(key, str) or not named:
                 raise UsageError(f"Entry {number} of the recipe {name} must be `name` or `name: {{option: value}}`.")
-            yield Step(key, dict(options or {}))
+            yield Step(key, dict(options))
         else:
             raise UsageError(f"Entry {number} of the recipe {name} must be `name` or `name: {{option: value}}`.")
 

@@ -17,8 +17,8 @@ from graphopt.pass_manager import PassManager, VerifyMode
 from graphopt.passes.base import Guarantee, Pass, RulePass
 from graphopt.passes.clean.eliminate_dead_code import EliminateDeadCode
 from graphopt.passes.clean.eliminate_identities import EliminateIdentities
-from graphopt.verification.verifier import Verifier
 from graphopt.verification.probes import make_probes
+from graphopt.verification.verifier import Verifier
 
 TEXT = """<ir_version: 10, opset_import: ["": 21]>
 g (float[n, 4] x) => (float[n, 4] y) <float[4] w = {1, 2, 3, 4}> {
@@ -185,6 +185,13 @@ def test_calibration_is_asked_for() -> None:
 def test_empty_pipeline() -> None:
     with pytest.raises(UsageError):
         PassManager([])
+
+
+def test_other_mistakes() -> None:
+    with pytest.raises(UsageError, match="passes only"):
+        PassManager(["fold-constants"])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match="no mode False"):
+        PassManager([EliminateDeadCode()], verify=False)  # type: ignore[arg-type]
 
 
 def test_progress_and_determinism() -> None:

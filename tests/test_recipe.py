@@ -21,7 +21,9 @@ def test_shipped_recipes_can_be_made() -> None:
 
 def test_file_with_options(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
-    file.write_text("# mine\npasses:\n  - eliminate-dead-code\n  - fold-constants: {max-bytes: 5}\n  - fold-constants:\n")
+    file.write_text(
+        "# mine\npasses:\n  - eliminate-dead-code\n  - fold-constants: {max-bytes: 5}\n  - fold-constants:\n"
+    )
     recipe = load(file)
     assert recipe.description == "mine"
     assert recipe.to_data() == {
@@ -41,6 +43,15 @@ def test_passes_of_other_packages() -> None:
         ({}, "no list `passes:`"),
         ({"passes": "all"}, "no list `passes:`"),
         ({"passes": [], "other": 1}, "unknown key 'other'"),
+        ({"passes": []}, "is empty"),
+        ({"passes": ["fold-constants"], 3: 4, "a": 5}, "unknown key"),
+        ({"passes": [{"fold-constants": 0}]}, "Entry 1"),
+        ({"passes": [{"fold-constants": {1: 2}}]}, "Entry 1"),
+        ({"passes": [{"fold-constants": {"max_bytes": "lots"}}]}, "must be int, not 'lots'"),
+        ({"passes": [{"fold-constants": {"max_bytes": 4.5}}]}, "must be int, not 4.5"),
+        ({"passes": [{"fold-constants": {"max_bytes": True}}]}, "must be int, not True"),
+        ({"passes": [{"raise-silu": {"operator": 1}}]}, "must be bool, not 1"),
+        (["fold-constants"], "must be a name, a file or a mapping"),
         ({"passes": [1]}, "Entry 1"),
         ({"passes": [{"a": 1, "b": 2}]}, "Entry 1"),
         ({"passes": [{"fold-constants": 3}]}, "Entry 1"),
@@ -51,7 +62,7 @@ def test_passes_of_other_packages() -> None:
         ({"passes": ["nowhere.at_all:Thing"]}, "can't be loaded"),
     ],
 )
-def test_mistakes(data: dict, says: str) -> None:
+def test_mistakes(data: object, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         load(data).passes()
 
@@ -64,6 +75,9 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("passes: [")
     with pytest.raises(UsageError, match="not valid YAML"):
         load(tmp_path / "bad.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"passes:\n  - \xff\xfe")
+    with pytest.raises(UsageError, match="isn't text in UTF-8"):
+        load(tmp_path / "bytes.yaml")
 
 
 def test_every_pass_is_described() -> None:

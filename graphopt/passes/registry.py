@@ -88,7 +88,23 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> ir.passes.PassB
                 raise UsageError(
                     f"The pass {name!r} has no option {key!r}; it has {', '.join(known) if known else 'none'}."
                 )
+            if not _fits(options[key], str(known[key].annotation)):
+                kind = str(known[key].annotation).replace(" | ", " or ")
+                raise UsageError(f"The option {key!r} of the pass {name!r} must be {kind}, not {options[key]!r}.")
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"The pass {name!r} can't be made with these options: {error}.") from error
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a value from YAML is of an option's type; where the type is none of YAML's, the pass itself judges."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "None": (type(None),)
+    }  # fmt: skip
+    allowed = [kind.strip() for kind in annotation.split("|")]
+    if not set(allowed) <= set(kinds):
+        return True
+    if isinstance(value, bool):  # which Python counts among the integers
+        return "bool" in allowed
+    return any(isinstance(value, kinds[kind]) for kind in allowed)

@@ -147,6 +147,7 @@ def test_inspect(run: Run, model: Path) -> None:
     assert data["operators"]["Mul"] == 2
     assert data["flops"] > 0
     assert run("inspect", model, "--dim", "n")[0] == 2
+    assert "no dynamic dimension 'm'; they have n" in run("inspect", model, "--dim", "m=7")[2]
 
 
 def test_bench(run: Run, model: Path) -> None:
@@ -267,9 +268,9 @@ def test_nan_weights_are_no_crash(run: Run, tmp_path: Path) -> None:
 
 
 def test_unknown_custom_operator(run: Run, tmp_path: Path) -> None:
-    written('<ir_version: 8, opset_import: ["": 17, "acme": 1]> g (float[2] x) => (float[2] y) { i = Identity(x) y = acme.Foo(i) }')(
-        tmp_path / "model.onnx"
-    )
+    written(
+        '<ir_version: 8, opset_import: ["": 17, "acme": 1]> g (float[2] x) => (float[2] y) { i = Identity(x) y = acme.Foo(i) }'
+    )(tmp_path / "model.onnx")
     code, _, err = run("optimize", tmp_path / "model.onnx")
     assert code == 5
     assert "Foo" in err
@@ -287,7 +288,9 @@ def test_unknown_custom_operator(run: Run, tmp_path: Path) -> None:
         ({"x": np.zeros(4, np.float32)}, "x"),
     ],
 )
-def test_inputs_that_do_not_fit(run: Run, model: Path, tmp_path: Path, arrays: dict[str, np.ndarray], says: str) -> None:
+def test_inputs_that_do_not_fit(
+    run: Run, model: Path, tmp_path: Path, arrays: dict[str, np.ndarray], says: str
+) -> None:
     np.savez(tmp_path / "in.npz", **arrays)
     code, _, err = run("optimize", model, "--inputs", tmp_path / "in.npz")
     assert code == 4
