@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def normalize(model: ir.Model) -> None:
     """Bring what old files write differently to one form, in place; `load` has done so.
 
     The default domain goes by its short name; initializers of IR versions below 4, which are listed among the inputs
-    although they can't be overridden, are plain initializers of IR version 4; nodes are in topological order.
+    although they can't be overridden, are plain initializers of IR version 4; nodes of one graph have different names
+    (the name means nothing, but ONNX Runtime refuses a name met twice) and are in topological order.
 
     Raises:
         ModelError: A graph has a cycle.
@@ -89,10 +91,25 @@ def normalize(model: ir.Model) -> None:
             model.graph.opset_imports[""] = 1
         model.ir_version = 4
     for graph in walk(model):
+        _name_apart(graph)
         try:
             graph.sort()
         except ValueError as error:
             raise ModelError(f"the graph {graph.name!r} has a cycle, so no order of its nodes runs.") from error
+
+
+def _name_apart(graph: ir.Graph) -> None:
+    counts = Counter(node.name for node in graph if node.name)
+    if len(counts) == sum(counts.values()):
+        return
+    met: set[str] = set()
+    for node in graph:
+        name, number = node.name, 1
+        while node.name in met or (number > 1 and node.name in counts):
+            number += 1
+            node.name = f"{name}_{number}"
+        if node.name:
+            met.add(node.name)
 
 
 def parse(path: Path) -> tuple[onnx.ModelProto, list[Span]]:

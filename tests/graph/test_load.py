@@ -134,6 +134,15 @@ def test_unsorted_nodes_are_sorted(tmp_path: Path) -> None:
     assert [n.op_type for n in load(write(tmp_path / "m.onnx", proto)).graph] == ["Relu", "Neg"]
 
 
+def test_names_of_nodes_are_made_different(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) {
+        [n] a = Relu(x) [n_2] b = Neg(a) [n] c = Neg(b) d = Neg(c) e = Neg(d) [n] y = Neg(e) }"""
+    )
+    names = [n.name or "" for n in load(write(tmp_path / "m.onnx", proto)).graph]
+    assert names == ["n", "n_2", "n_3", "", "", "n_4"]
+
+
 def test_sparse_initializer_becomes_dense(tmp_path: Path) -> None:
     proto = onnx.parser.parse_model(
         """<ir_version: 8, opset_import: ["": 17]> g (float[2, 3] x) => (float[2, 3] y) { y = Add(x, s) }"""
