@@ -123,6 +123,8 @@ def export_report(
     start = time.perf_counter()
     say = progress or (lambda _: None)
     name = str(source)
+    if _is_factory(name) and (dtype, attention) != ("float32", "sdpa"):
+        raise UsageError(f"dtype and attention are for Hugging Face models; {name} makes its module as it wants it")
     path, folder = _target(output)
     for module in ("torch", "onnxruntime"):
         require(module)
@@ -252,10 +254,11 @@ def _export(
             f"PyTorch couldn't export {source.label} with {exporter} at opset {opset} ({first_line(error)}); "
             f"try the exporter {other}"
         ) from error
-    if model.graph.opset_imports.get("") != opset:
+    written = model.graph.opset_imports.get("", 0)
+    if written != opset:
         raise ModelError(
             f"PyTorch couldn't write {source.label} at opset {opset} with {exporter}; ask for "
-            f"{model.graph.opset_imports.get('')} or a newer one"
+            + (f"{written} or a newer one" if opset < written else "an older one")
         )
     _without_traces(model)
     for value in model.graph.outputs:

@@ -123,7 +123,7 @@ def from_factory(name: str) -> Source:
         input_names += [f"input_{i}" for i in range(len(input_names), len(tensors))]
     if len(input_names) != len(tensors) or len(set(input_names)) != len(input_names):
         raise UsageError(f"{name} gives {len(tensors)} example inputs, but the input names are {input_names}")
-    symbols = _symbols(name, input_names, tensors, axes)
+    symbols = _symbols(name, input_names, outputs, tensors, axes)
     dims = [
         tuple(symbols.get((input_name, axis), size) for axis, size in enumerate(tensor.shape))
         for input_name, tensor in zip(input_names, tensors, strict=True)
@@ -183,7 +183,9 @@ def _parameters(module: Any) -> list[str]:
     return [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
 
 
-def _symbols(name: str, names: Sequence[str], tensors: Sequence[Any], axes: Any) -> dict[tuple[str, int], str]:
+def _symbols(
+    name: str, names: Sequence[str], outputs: Sequence[str] | None, tensors: Sequence[Any], axes: Any
+) -> dict[tuple[str, int], str]:
     """The name of each dynamic dimension, by input and axis."""
     if axes is None:
         first = tensors[0].shape[0] if tensors[0].dim() else None
@@ -193,7 +195,11 @@ def _symbols(name: str, names: Sequence[str], tensors: Sequence[Any], axes: Any)
     found: dict[tuple[str, int], str] = {}
     for input_name, dims in axes.items():
         if input_name not in names:
-            continue  # An output: its dynamic dimensions are found out.
+            if input_name in (outputs or ()):
+                continue  # Its dynamic dimensions are found out.
+            raise UsageError(
+                f"{name}: dynamic axes are given for {input_name!r}, but the inputs are {', '.join(names)}"
+            )
         rank = tensors[names.index(input_name)].dim()
         named = dims if isinstance(dims, Mapping) else {axis: f"{input_name}_dim_{axis}" for axis in dims}
         for axis, symbol in named.items():

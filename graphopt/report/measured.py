@@ -222,7 +222,7 @@ def timing_notes(timing: Data | None) -> list[str]:
         found.append(
             f"Medians of {units.plural(timing['runs'], 'round')}{each} after {timing.get('warmup') or 0} to warm up, "
             f"the models in turn in every round; threads: {threads or 'as ONNX Runtime chooses'}; "
-            "range: smallest to largest round."
+            "ratio and range: over the rounds."
         )
     if feeds := timing.get("feeds"):
         shown = ", ".join(f"{name} {list(shape)}" for name, shape in feeds.items())

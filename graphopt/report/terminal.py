@@ -20,6 +20,9 @@ TOP_GROUPS = 10
 TOP_ROWS = 12
 """Rows of other long tables that are printed."""
 
+NAME_COLUMNS = 12
+"""What a column with names has at least; a table that needs more than the terminal's width is wider than that."""
+
 _ASCII = str.maketrans({"→": "->", "−": "-", "×": "x", "–": "-", "…": "...", "µ": "u", "·": "-", "“": '"', "”": '"'})
 
 
@@ -318,8 +321,15 @@ class _Printer:
         for index, header in enumerate(headers):
             numeric = index in right
             table.add_column(
-                self.text(header, "dim"), justify="right" if numeric else "left", no_wrap=numeric, overflow="fold"
+                self.text(header, "dim"),
+                justify="right" if numeric else "left",
+                no_wrap=numeric,
+                overflow="fold",
             )
         for index, row in enumerate(rows):
             table.add_row(*[self.text(cell) for cell in row], style=styles[index] if index < len(styles) else None)
-        self._console.print(table)
+        widest = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+        needed = sum(2 + (w if i in right else min(w, NAME_COLUMNS)) for i, w in enumerate(widest))
+        if needed > self._console.width:
+            table.width = needed
+        self._console.print(table, crop=False)

@@ -77,6 +77,8 @@ def usable_probes(
         else:
             good.append(other)
     if probes and not good:
+        if not any(probe.recipe is not None for probe in probes):
+            raise VerificationError(f"ONNX Runtime doesn't run the model on the inputs given. It says: {bad[0][1]}")
         raise VerificationError(
             "ONNX Runtime runs the model on none of the inputs made from its signature; give some with "
             f"--inputs FILE.npz. It says: {bad[0][1]}"

@@ -27,6 +27,10 @@ def fully_convolutional():
     return module, torch.randn(1, 3, 32, 32), ["image"], ["map"], axes
 
 
+def bad_axes():
+    return nn.ReLU(), torch.randn(1, 3), ["image"], ["map"], {"map": {0: "batch"}, "picture": {0: "batch"}}
+
+
 class ViT(nn.Module):
     def __init__(self):
         super().__init__()

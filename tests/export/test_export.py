@@ -100,12 +100,18 @@ class TestFactories:
             ("export_factories:value", "is a int, not a callable"),
             ("export_factories:not_a_module", r"must return \(torch.nn.Module.*not \(str, NoneType\)"),
             ("export_factories:fails", r"failed with RuntimeError: no weights here$"),
+            ("export_factories:bad_axes", "dynamic axes are given for 'picture', but the inputs are image"),
             ("export_factories:bad_names", r"gives 1 example inputs, but the input names are \['a', 'b'\]"),
         ],
     )
     def test_wrong_factories(self, tmp_path: Path, name: str, message: str) -> None:
         with pytest.raises(UsageError, match=message):
             export_model(name, tmp_path / "m.onnx")
+
+    def test_what_a_factory_cannot_be_told(self, tmp_path: Path) -> None:
+        for option in ({"dtype": "float16"}, {"attention": "eager"}):
+            with pytest.raises(UsageError, match="are for Hugging Face models"):
+                export_model("export_factories:cnn", tmp_path / "m.onnx", **option)
 
     def test_large_weights_go_beside_the_model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(exporter_module, "INLINE_BYTES", 1000)

@@ -48,6 +48,12 @@ def test_any_width(width: int) -> None:
     assert "fold-constants" in printed(terminal.print_report, sample.report(), width).replace("\n", "")
 
 
+def test_no_column_vanishes_where_the_terminal_is_narrow() -> None:
+    lines = printed(terminal.print_timing, sample.report()["timing"], 40).splitlines()
+    assert lines[0].split() == ["model", "CPU", "time", "ratio", "range", "wall", "time"]
+    assert all(len(line) <= 40 for line in lines if "Medians" in line)
+
+
 def test_where_only_ascii_can_be_printed() -> None:
     data = sample.report()
     data["left_alone"][0]["node"] = "größe→"
