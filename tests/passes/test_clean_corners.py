@@ -64,6 +64,16 @@ def test_mask_of_an_old_dropout_is_cast(rule: type[Pass]) -> None:
     assert op_types(same_bits(model, rule(), {"x": np.ones(3, np.float32)})) == ["Dropout", "Cast"]
 
 
+@pytest.mark.parametrize("rule", [EliminateIdentities, SimplifyShapes])
+def test_statistics_of_batch_norm_have_a_type_of_their_own(rule: type[Pass]) -> None:
+    model = parse(
+        '<ir_version: 10, opset_import: ["": 15]> g (float[2, 3, 4] x) => (float16[2, 3, 4] y, float16[3] m) '
+        "<float[3] s = {1, 1, 1}> { h = Cast<to = 10>(x) y, a, b = BatchNormalization<training_mode = 1>(h, s, s, s, s) "
+        "m = Cast<to = 10>(a) }"
+    )
+    same_bits(model, rule(), {"x": np.ones((2, 3, 4), np.float32)})
+
+
 def test_loop_keeps_the_empty_inputs_that_it_must_list() -> None:
     model = parse(
         f'{HEAD} g (int64 n) => (int64[k] y) {{ y = Loop(n, "") <body = b (int64 i, bool c) => (bool d, int64 o) '
@@ -96,6 +106,26 @@ def test_softmax_over_two_dimensions_isnt_folded(op: str) -> None:
         f"<float[1, 2, 2] w = {{1, 2, 3, 4}}> {{ s = {op}<axis = 1>(w) y = Add(x, s) }}"
     )
     assert op in op_types(same_bits(model, FoldConstants(), {"x": np.zeros((1, 2, 2), np.float32)}))
+
+
+def test_local_response_normalization_isnt_folded() -> None:
+    """ONNX's reference implementation sums over other channels at the border."""
+    w = np.random.default_rng(0).normal(size=(2, 4, 3, 2)).astype(np.float32)
+    model = parse(f"{HEAD} g (float[2, 4, 3, 2] x) => (float[2, 4, 3, 2] y) {{ y = LRN<size = 3>(x) }}")
+    x = model.graph.inputs[0]
+    model.graph.inputs.clear()
+    x.const_value = ir.tensor(w, name="x")
+    model.graph.register_initializer(x)
+    assert op_types(same_bits(model, FoldConstants())) == ["LRN"]
+
+
+def test_squeeze_of_an_empty_list_of_axes() -> None:
+    """The standard's shape inference removes no axis, ONNX Runtime every one of length 1."""
+    proto = onnx.parser.parse_model(
+        '<ir_version: 6, opset_import: ["": 11]> g (float[1, 3] x) => (float[n] y) '
+        "{ s = Squeeze<axes : ints = []>(x) y = Neg(s) }"
+    )
+    assert not SimplifyShapes()(ir.from_proto(proto)).modified
 
 
 # ---- scopes

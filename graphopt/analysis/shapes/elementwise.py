@@ -90,20 +90,21 @@ def _dropout(op: Op) -> list[Result]:
     return [Fact(data.dtype, data.shape), Fact(BOOL if op.opset >= 10 else data.dtype, data.shape)]
 
 
-@rule("BatchNormalization")
+@rule("BatchNormalization", types=(0, 3, 4, 3, 4))
 def _batch_normalization(op: Op) -> list[Result]:
     shape = op.fact(0).shape
     per_channel = (shape[1],) if shape is not None and len(shape) > 1 else op.unknowns(1)
     return [shape, *[per_channel] * 4]
 
 
-@rule("LayerNormalization", types=(0, FLOAT))
+@rule("LayerNormalization", types=(0, None))
 def _layer_normalization(op: Op) -> list[Result]:
     shape = op.shape(0)
+    stash = ir.DataType(op.integer("stash_type", FLOAT))
     axis = op.integer("axis", -1)
     axis += len(shape) if axis < 0 else 0
     reduced = tuple(d if i < axis else ONE for i, d in enumerate(shape))
-    return [shape, reduced, reduced]
+    return [shape, Fact(stash, reduced), Fact(stash, reduced)]
 
 
 UNARY = {"Neg": lambda a: -a, "Not": lambda a: ONE - a, "Abs": lambda a: df.maximum(a, -a)}

@@ -113,6 +113,8 @@ def _flatten(op: Op) -> Result:
 def _squeeze(op: Op) -> Result:
     shape = op.shape(0)
     axes = op.axes("axes", 1)
+    if axes is not None and not axes:
+        raise UnknownShapeError  # numpy removes none, ONNX Runtime every axis of length 1
     if axes is None:
         if any(d.value is None and not df.differ(d, ONE) for d in shape):
             raise UnknownShapeError

@@ -39,7 +39,8 @@ LAZY_TYPES = frozenset(
 NOT_FOLDED = frozenset(
     {"If", "Loop", "Scan", "SequenceMap", "Constant", "Optional", "OptionalGetElement", "OptionalHasElement",
      "StringNormalizer", "TfIdfVectorizer", "ImageDecoder", "QuantizeLinear", "DynamicQuantizeLinear",
-     "DequantizeLinear", "Resize", "Upsample", "AffineGrid", "GridSample", "MaxUnpool", "LSTM", "GRU", "RNN",
+     "DequantizeLinear", "Resize", "Upsample", "AffineGrid", "GridSample", "MaxUnpool", "LRN", "GroupNormalization",
+     "LSTM", "GRU", "RNN",
      "Attention", "BatchNormalization", "RoiAlign", "Shrink"}
 )  # fmt: skip
 

@@ -42,8 +42,9 @@ def _set_input(node: ir.Node, index: int, value: ir.Value | None, to: Conversion
     reads=("axes",),
 )
 def _axes_to_input(node: ir.Node, to: Conversion) -> None:
-    # An empty list means the same as none in both forms.
-    if axes := _pop(node, "axes"):
+    # An empty list means the same as none in both forms; Unsqueeze must have one.
+    axes = _pop(node, "axes")
+    if axes or (axes is not None and node.op_type == "Unsqueeze"):
         _set_input(node, 1, to.integers(axes, "axes"), to)
 
 
