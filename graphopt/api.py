@@ -98,6 +98,11 @@ def optimize(
         raise UsageError(f"There is no target {target!r}; the targets are {', '.join(TARGETS)}.")
     chosen = load_recipe(recipe)
     passes = chosen.passes(target)
+    if isinstance(model_or_path, onnx.ModelProto):  # onnx_ir renames its tensors in place
+        given, model_or_path = model_or_path, onnx.ModelProto()
+        model_or_path.CopyFrom(given)
+    if calibration is not None and not any(getattr(p, "needs", ()) for p in passes):
+        raise UsageError(f"No pass of the recipe {chosen.name} needs calibration data; leave it out.")
     model = _model(model_or_path)
     require_valid(model)
     used: list[Probe] = []

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import pytest
@@ -13,6 +14,7 @@ from exactness import op_types, parse
 
 from graphopt.errors import UsageError
 from graphopt.graph.edits import Editor
+from graphopt.api import optimize
 from graphopt.pass_manager import PassManager, VerifyMode
 from graphopt.passes.base import Guarantee, Pass, RulePass
 from graphopt.passes.clean.eliminate_dead_code import EliminateDeadCode
@@ -204,3 +206,14 @@ def test_progress_and_determinism() -> None:
     assert results[0] == results[1]
     assert seen[0] == ("eliminate-dead-code", 0, 2)
     assert np.prod([len(s) for s in seen]) > 0
+
+
+def test_a_proto_given_by_the_caller_stays_as_it_is() -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 21]> g (float[3] x) => (float[3] y) <bool c = {1}> { y = If(c) <'
+        "then_branch = t () => (float[3] p) <float[3] w = {1, 2, 3}> { p = Mul(x, w) }, "
+        "else_branch = e () => (float[3] q) { q = Neg(x) }> }"
+    )
+    before = proto.SerializeToString(deterministic=True)
+    assert optimize(proto, verify="none").report is not None
+    assert proto.SerializeToString(deterministic=True) == before
