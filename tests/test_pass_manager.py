@@ -12,9 +12,9 @@ import onnx_ir.passes.common as common
 import pytest
 from exactness import op_types, parse
 
+from graphopt.api import optimize
 from graphopt.errors import UsageError
 from graphopt.graph.edits import Editor
-from graphopt.api import optimize
 from graphopt.pass_manager import PassManager, VerifyMode
 from graphopt.passes.base import Guarantee, Pass, RulePass
 from graphopt.passes.clean.eliminate_dead_code import EliminateDeadCode
