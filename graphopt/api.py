@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
 import onnx_ir as ir
@@ -14,7 +15,7 @@ import onnx_ir as ir
 from graphopt.analysis.cost import cost
 from graphopt.analysis.layers import stacks
 from graphopt.calibration.text import TextDataset
-from graphopt.errors import ModelError, UsageError, VerificationError
+from graphopt.errors import InputDataError, ModelError, UsageError, VerificationError
 from graphopt.graph import load
 from graphopt.graph import save as save_model
 from graphopt.graph.edits import nodes, walk
@@ -26,11 +27,15 @@ from graphopt.recipe import load as load_recipe
 from graphopt.report.report import Report
 from graphopt.verification.probes import Probe, load_probes, make_probes
 from graphopt.verification.session import make_session
-from graphopt.verification.structure import check_structure, found_by_onnx
+from graphopt.verification.structure import check_structure, found_by_onnx, nan_weight
 from graphopt.verification.verifier import Verdict, Verifier
 from graphopt.verification.verifier import verify as verify_models
 
 TARGETS = ("cpu", "cuda", "portable")
+Source: TypeAlias = ir.Model | onnx.ModelProto | str | os.PathLike[str]
+"""What a model can be given as."""
+Inputs: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
+"""Inputs of the user's own: one array for each input by name, or an .npz file of them."""
 
 
 @dataclasses.dataclass(repr=False)
@@ -66,12 +71,12 @@ class Result:
 
 
 def optimize(
-    model_or_path: ir.Model | onnx.ModelProto | str | os.PathLike[str],
+    model_or_path: Source,
     recipe: Recipe | str | os.PathLike[str] | dict[str, Any] | None = None,
     target: str = "cpu",
     *,
     verify: VerifyMode = "auto",
-    inputs: str | os.PathLike[str] | None = None,
+    inputs: Inputs | None = None,
     calibration: TextDataset | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -83,7 +88,7 @@ def optimize(
         recipe: A recipe, its file, the name of one that ships, or parsed YAML; None: every exact pass.
         target: What the result is for: "cpu", "cuda" or "portable".
         verify: "pass", "phase", "auto" or "none"; see `PassManager`.
-        inputs: An .npz file with one array an input, used besides the generated probe inputs.
+        inputs: One array for each input, or an .npz file of them, used besides the generated probe inputs.
         calibration: Text for passes that need data; see `graphopt.calibration.text.load_text`.
         seed: Seed of the generated probe inputs.
         progress: Called before each pass.
@@ -98,13 +103,12 @@ def optimize(
         raise UsageError(f"There is no target {target!r}; the targets are {', '.join(TARGETS)}.")
     chosen = load_recipe(recipe)
     passes = chosen.passes(target)
-    if isinstance(model_or_path, onnx.ModelProto):  # onnx_ir renames its tensors in place
-        given, model_or_path = model_or_path, onnx.ModelProto()
-        model_or_path.CopyFrom(given)
     if calibration is not None and not any(getattr(p, "needs", ()) for p in passes):
         raise UsageError(f"No pass of the recipe {chosen.name} needs calibration data; leave it out.")
     model = _model(model_or_path)
     require_valid(model)
+    if inputs is not None:
+        load_probes(inputs, model)  # a mistake in them is told before the work, and also where nothing is compared
     used: list[Probe] = []
     unusable: list[tuple[Probe, str]] = []
 
@@ -116,6 +120,14 @@ def optimize(
             verifier = Verifier(reference, used or [*given, *make_probes(reference, seed)], seed=seed)
         except VerificationError as error:
             raise VerificationError(f"{error} To go on without comparing numbers, use --verify none.") from error
+        for probe, reason in verifier.unusable:
+            if probe.recipe is None:
+                raise InputDataError(f"The original doesn't run on {probe.name}: {reason}")
+        if (names := verifier.nan_outputs()) and (weight := nan_weight(reference)) is not None:
+            raise ModelError(
+                f"The weight {weight!r} holds NaN, and the output {names[0]!r} of the original is NaN on every probe, "
+                "so nothing can be compared; mend the weight, or use --verify none."
+            )
         if not used:
             used.extend(verifier.probes)
             unusable.extend(verifier.unusable)
@@ -145,23 +157,26 @@ def optimize(
 
 
 def verify(
-    reference: str | os.PathLike[str],
-    candidate: str | os.PathLike[str],
+    reference: Source | Result,
+    candidate: Source | Result,
     *,
-    inputs: str | os.PathLike[str] | None = None,
+    inputs: Inputs | None = None,
     seed: int = 0,
 ) -> Verdict:
-    """Compare two models on probe inputs made from the first one's signature.
+    """Compare two models (paths, models in memory, or a `Result`) on probe inputs made from the first one's signature.
 
     Raises:
         ModelError: One of them is broken.
         VerificationError: Their inputs or outputs differ, or no probe runs.
     """
-    return verify_models(reference, candidate, inputs=inputs, seed=seed)
+    given = [m.model if isinstance(m, Result) else m for m in (reference, candidate)]
+    # A file stays a file, so that messages name it.
+    first, second = (_model(m) if isinstance(m, ir.Model | onnx.ModelProto) else m for m in given)
+    return verify_models(first, second, inputs=inputs, seed=seed)
 
 
 def inspect(
-    model_or_path: ir.Model | onnx.ModelProto | str | os.PathLike[str],
+    model_or_path: Source,
     *,
     why: bool = False,
     dims: dict[str, int] | None = None,
@@ -225,12 +240,16 @@ STRUCTURES = (
 """Operators of the canonical graph that say what a model is made of."""
 
 
-def _model(given: ir.Model | onnx.ModelProto | str | os.PathLike[str]) -> ir.Model:
+def _model(given: Source) -> ir.Model:
     if isinstance(given, str | os.PathLike):
         return load(given)
     if not isinstance(given, ir.Model | onnx.ModelProto):
         raise UsageError(f"A model must be a path, an onnx_ir.Model or an onnx.ModelProto, not {type(given).__name__}.")
-    model = given if isinstance(given, ir.Model) else ir.from_proto(given)
+    if isinstance(given, onnx.ModelProto):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(given)  # onnx_ir renames tensors of the proto in place
+        given = ir.from_proto(copy)
+    model = given
     normalize(model)  # a model in memory may come from anywhere
     return model
 

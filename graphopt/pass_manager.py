@@ -323,9 +323,8 @@ class _Run:
             if self.verifier is None or lossy:
                 return None
             self.verdict = record.verdict = self.verifier.check(self.model, bitwise=self.bitwise_so_far)
-            # Where every output is random there is nothing to compare; the verdict says so, and no pass is to blame.
-            compared = self.verdict.checked or self.verdict.failures
-            return self.verdict.summary if compared and not self.verdict.ok else None
+            # Where every output is random or empty nothing is compared; the verdict says so, and no pass is to blame.
+            return self.verdict.summary if self.verdict.differs else None
         finally:
             self.check_seconds += time.perf_counter() - start
 
@@ -341,8 +340,7 @@ class _Run:
                 graph.sort()
             bad = bool(new_problems(trial, start))
             if not bad and self.verifier is not None:
-                verdict = self.verifier.check(trial, bitwise=False)
-                bad = bool(verdict.failures) or not all(c.output.ok for c in verdict.checked)
+                bad = self.verifier.check(trial, bitwise=False).differs
             low, high = (low, middle) if bad else (middle + 1, high)
         return applied[low]
 

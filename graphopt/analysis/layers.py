@@ -51,7 +51,8 @@ def stacks(model: ir.Model) -> list[Stack]:
     for node in nodes(model):
         if node.op_type not in WEIGHTED:
             continue
-        shapes = [tuple(t.shape.numpy()) for v in node.inputs if (t := constant_tensor(v)) is not None and len(t.shape) > 1]
+        tensors = [t for v in node.inputs if (t := constant_tensor(v)) is not None]
+        shapes = [tuple(t.shape.numpy()) for t in tensors if len(t.shape) > 1]
         if shapes:
             sites.append((f"{node.op_type} {'×'.join(map(str, shapes[0]))}", node))
     return _find(sites)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from graphopt.cli.console import MODEL, exit_with, inputs_option, json_option, out, print_json, seed_option
+from graphopt.cli.console import MODEL, exit_with, inputs_option, json_option, out, print_json, progress, seed_option
 from graphopt.errors import VerificationError
 
 
@@ -29,7 +29,9 @@ def command(reference: Path, candidate: Path, inputs: Path | None, seed: int, as
     from graphopt.api import verify
     from graphopt.report.terminal import print_verdict
 
-    verdict = verify(reference, candidate, inputs=inputs, seed=seed)
+    with progress(as_json) as bar:
+        bar("comparing", 0, 1)
+        verdict = verify(reference, candidate, inputs=inputs, seed=seed)
     if as_json:
         print_json(verdict.to_dict())
     else:

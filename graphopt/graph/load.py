@@ -215,18 +215,7 @@ def _check_external_data(model: ir.Model, path: Path) -> bool:
             if not isinstance(tensor, ir.ExternalTensor) or isinstance(tensor, MappedTensor):
                 continue
             found = True
-            try:
-                tensor._check_path_containment()
-            except ValueError as error:
-                if Path(tensor.path).is_symlink():
-                    raise ModelError(
-                        f"{path}: its external data {tensor.location!r} is a symbolic link that leads out of the "
-                        "model's folder; copy both files with `cp -L` and give the copy."
-                    ) from error
-                raise ModelError(
-                    f"{path}: the external data of {name!r} lies outside of the model's folder ({tensor.location}); "
-                    "put the data file beside the model."
-                ) from error
+            _check_place(path, name, tensor)
             file = tensor.path
             if file not in sizes:
                 try:
@@ -260,6 +249,26 @@ def _check_external_data(model: ir.Model, path: Path) -> bool:
                     base_dir=tensor.base_dir,
                 )
     return found
+
+
+def _check_place(path: Path, name: str | None, tensor: ir.ExternalTensor) -> None:
+    """Refuse external data outside of the model's folder, by name or through a symbolic link.
+
+    One kind of link is followed: that to the folder in which the .onnx file itself really lies. Download caches keep
+    both files so, as links from a snapshot into a folder of blobs.
+    """
+    folder = path.parent
+    if not Path(os.path.abspath(tensor.path)).is_relative_to(os.path.abspath(folder)):
+        raise ModelError(
+            f"{path}: the external data of {name!r} lies outside of the model's folder ({tensor.location}); "
+            "put the data file beside the model."
+        )
+    real = Path(tensor.path).resolve()
+    if not (real.is_relative_to(folder.resolve()) or real.is_relative_to(path.resolve().parent)):
+        raise ModelError(
+            f"{path}: its external data {tensor.location!r} is a symbolic link that leads out of the "
+            "model's folder; copy both files with `cp -L` and give the copy."
+        )
 
 
 def _make_dense(proto: onnx.ModelProto, path: Path) -> None:

@@ -62,7 +62,6 @@ def save(
     """
     path = Path(path)
     source = model.meta.get(PATH_KEY)
-    replaced = _referenced_files(path)
     if source is not None and same_file(path, Path(source)):
         if not in_place:
             raise UsageError(f"{path} is the input; give another output, or --in-place to replace it.")
@@ -78,9 +77,9 @@ def save(
     external_data = external_data or size > INLINE_LIMIT
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary_folder(path.parent) as folder:
-            if external_data:
-                _write_external(model, folder, path, shard_bytes, progress)
+        with _temporary_folder(path.parent) as folder, _data_name(path, shard_bytes is not None, external_data) as name:
+            if name is not None:
+                _write_external(model, folder, path, name, shard_bytes, progress)
             else:
                 _write_inline(model, folder / path.name, progress)
             written = sorted(folder.iterdir())
@@ -88,6 +87,7 @@ def save(
                 shutil.copymode(path, folder / path.name)
             for file in written:
                 _synchronize(file)
+            replaced = _referenced_files(path)
             for file in written:
                 if file.name != path.name:
                     os.replace(file, path.parent / file.name)
@@ -119,7 +119,7 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def _write_external(
-    model: ir.Model, folder: Path, path: Path, shard_bytes: int | None, progress: Progress | None
+    model: ir.Model, folder: Path, path: Path, data_name: str, shard_bytes: int | None, progress: Progress | None
 ) -> None:
     def report(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
         if progress is not None:
@@ -130,7 +130,7 @@ def _write_external(
         model,
         folder / path.name,
         format="protobuf",
-        external_data=_free_data_name(path, sharded=shard_bytes is not None),
+        external_data=data_name,
         size_threshold_bytes=STREAMED_BYTES,
         max_shard_size_bytes=shard_bytes,
         callback=report,
@@ -222,16 +222,33 @@ def _attributes_in_memory(model: ir.Model) -> None:
                         node.attributes[name] = ir.AttrTensor(name, in_memory(held))
 
 
-def _free_data_name(path: Path, sharded: bool) -> str:
-    """A data file name that no file has yet, so that a crash can't separate an old model from its data."""
+@contextlib.contextmanager
+def _data_name(path: Path, sharded: bool, external_data: bool) -> Iterator[str | None]:
+    """A data file name that no file has yet, so that a crash can't separate an old model from its data.
+
+    The name is taken by an empty file at once, so that two runs with the same output can't choose the same one.
+    """
+    if not external_data:
+        yield None
+        return
     count = 1
     while True:
         name = f"{path.name}.data" if count == 1 else f"{path.stem}.{count}{path.suffix}.data"
-        stem = name.removesuffix(".data")
-        clash = (path.parent / name).exists() or (sharded and any(path.parent.glob(f"{stem}-*-of-*.data")))
-        if not clash:
-            return name
         count += 1
+        if sharded and any(path.parent.glob(f"{name.removesuffix('.data')}-*-of-*.data")):
+            continue
+        try:
+            (path.parent / name).touch(exist_ok=False)
+            break
+        except FileExistsError:
+            continue
+    try:
+        yield name
+    finally:
+        # Still empty: the run failed, or the data went to shards or (there being none) nowhere.
+        with contextlib.suppress(OSError):
+            if (path.parent / name).stat().st_size == 0:
+                (path.parent / name).unlink()
 
 
 def _referenced_files(path: Path) -> set[Path]:

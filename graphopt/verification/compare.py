@@ -66,6 +66,7 @@ class OutputComparison:
         tolerance: What was allowed; None where the elements had to be equal.
         reason: Why it failed, or an empty string.
         scale: Largest magnitude of the reference's finite elements (floats only).
+        elements: How many elements were compared; none says nothing.
     """
 
     name: str
@@ -76,6 +77,7 @@ class OutputComparison:
     tolerance: Tolerance | None
     reason: str = ""
     scale: float = 0.0
+    elements: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types; infinity is written as null."""
@@ -88,6 +90,7 @@ class OutputComparison:
             "tolerance": dataclasses.asdict(self.tolerance) if self.tolerance else None,
             "reason": self.reason,
             "scale": finite(self.scale),
+            "elements": self.elements,
         }
 
 
@@ -138,7 +141,8 @@ def _compare_any(
     elif isinstance(reference, str | bytes) or isinstance(candidate, str | bytes):
         yield _equal(name) if reference == candidate else _different(name, f"is {candidate!r}, not {reference!r}")
     else:
-        yield _compare_arrays(name, np.asarray(reference), np.asarray(candidate), bitwise, tolerance)
+        first, second = np.asarray(reference), np.asarray(candidate)
+        yield dataclasses.replace(_compare_arrays(name, first, second, bitwise, tolerance), elements=first.size)
 
 
 def _compare_arrays(name: str, a: Array, b: Array, bitwise: bool, tolerance: Tolerance | None) -> OutputComparison:

@@ -87,11 +87,11 @@ def make_probes(
     ]
 
 
-def load_probes(path: str | os.PathLike[str], model: ir.Model) -> list[Probe]:
-    """Read a probe from an .npz file that holds one array for each input, under the input's name.
+def load_probes(given: str | os.PathLike[str] | Mapping[str, Array], model: ir.Model) -> list[Probe]:
+    """Make a probe of arrays given by the user, or of an .npz file that holds one for each input, under its name.
 
     Args:
-        path: The file, as `numpy.savez(path, **feeds)` writes it.
+        given: The arrays, or the file, as `numpy.savez(path, **feeds)` writes it.
         model: The model that the arrays must fit. Inputs that have a default (initializers) may be left out.
 
     Returns:
@@ -100,7 +100,9 @@ def load_probes(path: str | os.PathLike[str], model: ir.Model) -> list[Probe]:
     Raises:
         InputDataError: The file can't be read, or names, dtypes, ranks or static dimensions don't fit.
     """
-    path = Path(path)
+    if isinstance(given, Mapping):
+        return [_given(Path("the inputs given"), {n: np.asarray(a) for n, a in given.items()}, model)]
+    path = Path(given)
     try:
         if not zipfile.is_zipfile(path):  # numpy.load takes other files for pickled objects
             with path.open("rb"):
@@ -113,6 +115,10 @@ def load_probes(path: str | os.PathLike[str], model: ir.Model) -> list[Probe]:
         raise InputDataError(
             f"{path} can't be read as an .npz file of arrays ({error}); write it with numpy.savez."
         ) from error
+    return [_given(path, arrays, model)]
+
+
+def _given(path: Path, arrays: dict[str, Array], model: ir.Model) -> Probe:
     inputs = {v.name or "": v for v in model.graph.inputs}
     if unknown := sorted(set(arrays) - set(inputs)):
         raise InputDataError(f"{path} holds {_list(unknown)}, but the model's inputs are {_list(inputs)}.")
@@ -121,7 +127,7 @@ def load_probes(path: str | os.PathLike[str], model: ir.Model) -> list[Probe]:
         raise InputDataError(f"{path} lacks the input {_list(missing)}; it must hold an array for each of them.")
     feeds = {name: _checked(path, inputs[name], array) for name, array in arrays.items()}
     shapes = ", ".join(f"{n} {list(a.shape)}" for n, a in feeds.items())
-    return [Probe(path.name, feeds, f"from {path.name}: {shapes}")]
+    return Probe(path.name, feeds, f"from {path.name}: {shapes}")
 
 
 def _checked(path: Path, value: ir.Value, array: Array) -> Array:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
-from graphopt.graph.edits import subgraphs_of
+from graphopt.graph.edits import subgraphs_of, walk
 from graphopt.verification.skeleton import first_line, serialized, skeleton
 
 _STANDARD = ("", "ai.onnx", "ai.onnx.ml")
@@ -16,6 +17,20 @@ _CHECKER = "onnx.checker: "
 _INFERENCE = "Shape inference: "
 MOST_PROBLEMS = 50
 """A broken graph can be broken everywhere; the list ends here."""
+
+
+def nan_weight(model: ir.Model) -> str | None:
+    """The name of the first weight that holds NaN, None where none does; reads the weights one by one."""
+    step = 1 << 22
+    for graph in walk(model):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or not tensor.dtype.is_floating_point():
+                continue
+            flat = np.asarray(tensor.numpy()).reshape(-1)
+            if any(np.isnan(flat[i : i + step].astype(np.float32)).any() for i in range(0, flat.size, step)):
+                return str(value.name)
+    return None
 
 
 def check_structure(model: ir.Model) -> list[str]:

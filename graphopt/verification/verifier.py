@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import VerificationError
@@ -67,6 +68,11 @@ class Verdict:
         return max(self.checked, key=lambda c: (c.output.margin, c.output.max_rel), default=None)
 
     @property
+    def differs(self) -> bool:
+        """Whether anything was found to be different. False beside `ok` False: nothing could be compared."""
+        return bool(self.failures) or not all(c.output.ok for c in self.checked)
+
+    @property
     def margin(self) -> float:
         """The largest error over what was allowed; infinite where something can't be compared."""
         if self.failures:
@@ -79,6 +85,8 @@ class Verdict:
         if self.failures:
             return self.failures[0]
         worst = self.worst
+        if worst is not None and not any(c.output.elements for c in self.checked):
+            return "Nothing was compared: every output is empty on every probe."
         if worst is None:
             return "Nothing was compared: " + (self.notes[0] if self.notes else "the model has no outputs.")
         mode = "without" if worst.optimizations == "none" else "with"
@@ -182,8 +190,18 @@ class Verifier:
                 continue
             failures += self._check_mode(candidate, mode, bitwise and mode == "none", checked)
         notes = list(self.notes) + self._tiny(checked)
-        ok = bool(checked) and not failures and all(c.output.ok for c in checked)
+        ok = any(c.output.elements for c in checked) and not failures and all(c.output.ok for c in checked)
         return Verdict(ok, checked, list(dict.fromkeys(failures)), notes, time.perf_counter() - begin)
+
+    def nan_outputs(self) -> list[str]:
+        """Outputs in which the original gives NaN on every probe."""
+        found = []
+        for index, name in enumerate(self._outputs):
+            arrays = [kept[index] for kept in self._kept.values() if isinstance(kept[index], np.ndarray)]
+            floats = [a for a in arrays if a.size and a.dtype.kind in "fV"]
+            if floats and all(np.isnan(a.astype(np.float64)).any() for a in floats):
+                found.append(name)
+        return found
 
     def close(self) -> None:
         """Remove the temporary file of weights, if one was needed."""
@@ -329,20 +347,20 @@ class Verifier:
 
 
 def verify(
-    path_a: str | os.PathLike[str],
-    path_b: str | os.PathLike[str],
-    inputs: str | os.PathLike[str] | None = None,
+    path_a: ir.Model | str | os.PathLike[str],
+    path_b: ir.Model | str | os.PathLike[str],
+    inputs: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
     bitwise: bool = False,
     threads: int | None = None,
 ) -> Verdict:
-    """Compare two model files.
+    """Compare two models.
 
     Args:
-        path_a: The original; its signature gives the probes.
+        path_a: The original, or its file; its signature gives the probes.
         path_b: The candidate, with the same inputs and outputs.
-        inputs: An .npz file with an array for each input, in place of probes made from the signature.
+        inputs: An array for each input, or an .npz file of them, in place of probes made from the signature.
         seed: Seed of the probes.
         bitwise: See `Verifier.check`.
         threads: Threads within an operator; None leaves it to ONNX Runtime.
@@ -352,26 +370,30 @@ def verify(
         ModelError: A file is missing or broken.
         InputDataError: `inputs` doesn't fit the model.
     """
-    a, b = load(path_a), load(path_b)
+    a, b = (m if isinstance(m, ir.Model) else load(m) for m in (path_a, path_b))
     for kind, ours, theirs in (("input", a.graph.inputs, b.graph.inputs), ("output", a.graph.outputs, b.graph.outputs)):
         first, second = {v.name: v for v in ours}, {v.name: v for v in theirs}
         for name in [*first, *second]:
             if name not in first or name not in second:
                 lacking, other = (path_b, path_a) if name in first else (path_a, path_b)
                 raise VerificationError(
-                    f"The models can't be compared: {Path(lacking).name} has no {kind} {name!r}, "
-                    f"which {Path(other).name} has."
+                    f"The models can't be compared: {_label(lacking)} has no {kind} {name!r}, "
+                    f"which {_label(other)} has."
                 )
             if first[name].type is not None and second[name].type is not None and first[name].type != second[name].type:
                 raise VerificationError(
-                    f"The models can't be compared: {kind} {name!r} is {first[name].type} in {Path(path_a).name} "
-                    f"and {second[name].type} in {Path(path_b).name}."
+                    f"The models can't be compared: {kind} {name!r} is {first[name].type} in {_label(path_a)} "
+                    f"and {second[name].type} in {_label(path_b)}."
                 )
     verifier = Verifier(path_a, load_probes(inputs, a) if inputs is not None else None, seed=seed, threads=threads)
     try:
         return verifier.check(path_b, bitwise)
     finally:
         verifier.close()
+
+
+def _label(model: ir.Model | str | os.PathLike[str]) -> str:
+    return f"the graph {model.graph.name!r}" if isinstance(model, ir.Model) else Path(model).name
 
 
 def coarsest_type(model: ir.Model) -> str | None:

@@ -261,10 +261,43 @@ def test_declared_output_shape_that_lies_is_no_reason_to_fail(run: Run, tmp_path
         assert "y" in err
 
 
-def test_nan_weights_are_no_crash(run: Run, tmp_path: Path) -> None:
+def test_nan_weights(run: Run, tmp_path: Path) -> None:
     nan_weights(tmp_path / "model.onnx")
     code, _, err = run("optimize", tmp_path / "model.onnx")
-    assert code == 0, err
+    assert code == 3
+    assert "'w' holds NaN" in err
+    assert not (tmp_path / "model.opt.onnx").exists()
+    assert run("optimize", tmp_path / "model.onnx", "--verify", "none")[0] == 0
+
+
+def test_inputs_on_which_the_original_fails(run: Run, model: Path, tmp_path: Path) -> None:
+    text = TEXT.replace("i = Identity(x)", "s = Reshape(x, t) i = Reshape(s, u)").replace(
+        "<float[4] w", "<int64[2] t = {2, 4}, int64[2] u = {-1, 4}, float[4] w"
+    )
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "two.onnx")
+    np.savez(tmp_path / "in.npz", x=np.zeros((3, 4), np.float32))
+    code, _, err = run("optimize", tmp_path / "two.onnx", "--inputs", tmp_path / "in.npz")
+    assert code == 4
+    assert "doesn't run on in.npz" in err
+
+
+def test_empty_outputs_prove_nothing(run: Run, model: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", x=np.zeros((0, 4), np.float32))
+    code, out, _ = run("verify", model, model, "--inputs", tmp_path / "in.npz")
+    assert code == 5
+    assert "empty" in out
+
+
+def test_calibration_that_nobody_needs(run: Run, model: Path, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers isn't installed")
+    words = tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]")
+    made = tokenizers.Tokenizer(words)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "t.txt").write_text("a " * 600)
+    code, _, err = run("optimize", model, "--calibration", tmp_path / "t.txt", "--tokenizer", tmp_path)
+    assert code == 2
+    assert "needs calibration data" in err
 
 
 def test_unknown_custom_operator(run: Run, tmp_path: Path) -> None:

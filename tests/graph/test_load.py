@@ -116,6 +116,23 @@ def test_external_data_escapes(tmp_path: Path, location: str) -> None:
         load(path)
 
 
+def test_links_of_a_download_cache(tmp_path: Path) -> None:
+    """A snapshot whose two files are links into one folder of blobs."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    path = external(tmp_path)
+    path.rename(blobs / "aaa")
+    (tmp_path / "m.data").rename(blobs / "bbb")
+    (snapshot / "m.onnx").symlink_to(blobs / "aaa")
+    (snapshot / "m.data").symlink_to(blobs / "bbb")
+    assert load(snapshot / "m.onnx").graph.initializers["w"].const_value.numpy().shape == (256, 256)
+    (snapshot / "m.onnx").unlink()
+    (snapshot / "m.onnx").write_bytes((blobs / "aaa").read_bytes())
+    with pytest.raises(ModelError, match="symbolic link"):
+        load(snapshot / "m.onnx")
+
+
 def test_cycle(tmp_path: Path) -> None:
     proto = onnx.parser.parse_model(TEXT)
     proto.graph.node.append(onnx.helper.make_node("Add", ["q", "x"], ["p"]))

@@ -169,6 +169,13 @@ def test_killed_while_saving_in_place(tmp_path: Path, external: bool) -> None:
         )
 
 
+def test_a_data_name_in_use_is_not_taken(tmp_path: Path) -> None:
+    source = write(tmp_path / "m.onnx", big_model())
+    (tmp_path / "o.onnx.data").write_bytes(b"")  # another run is about to write it
+    assert [f.name for f in save(load(source), tmp_path / "o.onnx", external_data=True)] == ["o.onnx", "o.2.onnx.data"]
+    same_model(source, tmp_path / "o.onnx")
+
+
 def test_small_text_model(tmp_path: Path) -> None:
     source = write(tmp_path / "m.onnx", onnx.parser.parse_model(TEXT))
     files = save(load(source), tmp_path / "o.onnx")

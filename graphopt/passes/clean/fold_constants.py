@@ -127,7 +127,8 @@ class FoldConstants(Pass):
         )
         total = sum(sizes)
         if total > self.max_bytes and total > freed:
-            return self.left(node, f"constant, but storing its result would make the file {total - freed} bytes larger")
+            growth = f"{(total - freed) / 1e6:.3g} MB"
+            return self.left(node, f"constant, but storing its result would make the file {growth} larger")
         edit.at(node)
         if total >= LAZY_BYTES and node.op_type in LAZY and all(t is None or t.dtype in LAZY_TYPES for t in tensors):
             return self._fold_lazily(node, tensors, version, facts, edit)
