@@ -26,7 +26,7 @@ class Recipe:
     """From what a probe is made; the same recipe makes the same numbers.
 
     Attributes:
-        sizes: Sizes by variable of the signature, or by "input#axis" for one dimension alone.
+        sizes: Sizes by variable of the signature, or by "input[axis]" for one dimension alone.
         content: "noise" (normal, mean 0, variance 1) or "zeros" (silence) for floats.
         padding: The side on which masks are 0 in all rows but the first.
         values: Numbers of scalar inputs.

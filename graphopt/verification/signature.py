@@ -25,6 +25,11 @@ _SEQUENCE = re.compile(r"seq|len|time|frame|sample|token", re.IGNORECASE)
 _PAST = re.compile(r"past|cache|key_values", re.IGNORECASE)
 
 
+def _single(variable: str) -> bool:
+    """Whether a variable stands for one dimension of one input ("input[axis]"), because that has no name of its own."""
+    return variable.endswith("]")
+
+
 @dataclasses.dataclass(frozen=True)
 class Expression:
     """A dimension that is computed from variables, such as "past + sequence"."""
@@ -58,10 +63,10 @@ class Input:
     use: IntegerUse
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The input's shape; `sizes` may name a single dimension as "input#axis" to set it apart from its variable."""
+        """The input's shape; `sizes` may name a single dimension as "input[axis]" to set it apart from its variable."""
         result = []
         for axis, dim in enumerate(self.dims):
-            own = sizes.get(f"{self.name}#{axis}")
+            own = sizes.get(f"{self.name}[{axis}]")
             if own is not None:
                 result.append(own)
             elif isinstance(dim, int):
@@ -131,7 +136,7 @@ class _Builder:
                 for part in parts:
                     self.parent.setdefault(part, part)
             else:
-                keys[name, axis] = symbol if symbol is not None else f"{name}#{axis}"
+                keys[name, axis] = symbol if symbol is not None else f"{name}[{axis}]"
                 self.parent.setdefault(keys[name, axis], keys[name, axis])
         self._join(keys)
         self._name_kinds(keys, [part for _, parts in expressions.values() for part in parts])
@@ -182,13 +187,13 @@ class _Builder:
             key
             for (name, axis), key in keys.items()
             if axis == 0
-            and ("#" in key or "batch" in key.lower() or not _SEQUENCE.search(key))
+            and (_single(key) or "batch" in key.lower() or not _SEQUENCE.search(key))
             and (ranks[name] > 1 or len(ranks) > 1)
         ]
         states = [
             key
             for (name, axis), key in keys.items()
-            if axis == 1 and "#" in key and (name, 0) not in keys and ranks[name] >= 3 and first
+            if axis == 1 and _single(key) and (name, 0) not in keys and ranks[name] >= 3 and first
         ]
         self._merge(first + states)
         if first:
@@ -208,13 +213,13 @@ class _Builder:
         ranks = {v.name or "": len(v.shape) for v in self.values if v.shape is not None}
         for (name, axis), key in keys.items():
             kind: Kind = "free"
-            if "#" not in key and "batch" in key.lower():
+            if not _single(key) and "batch" in key.lower():
                 kind = "batch"
             elif self.roles[name] in ("index", "position", "mask", "length") and axis >= 1:
                 kind = "sequence"
             elif self.roles[name] == "float" and ranks[name] == 4:
                 kind = "space"
-            elif self.roles[name] == "float" and ranks[name] == 3 and _SEQUENCE.search(key) and "#" not in key:
+            elif self.roles[name] == "float" and ranks[name] == 3 and _SEQUENCE.search(key) and not _single(key):
                 kind = "sequence"
             self.kinds.setdefault(self._find(key), kind)
         for part in parts:
@@ -238,7 +243,7 @@ class _Builder:
             name = value.name or ""
             role = self.roles[name]
             if (axis == 1 and role == "index") or (axis == 1 and role == "float" and len(value.shape or ()) == 3):
-                yield symbol if symbol is not None else f"{name}#{axis}"
+                yield symbol if symbol is not None else f"{name}[{axis}]"
 
 
 def _role(value: ir.Value, use: IntegerUse) -> Role:

@@ -161,9 +161,9 @@ def _single_dimensions(shape: Signature, sizes: dict[str, int]) -> tuple[list[st
         for axis, dim in enumerate(item.dims):
             variable = dim if isinstance(dim, str) else None
             if variable is not None:
-                places.setdefault(variable, []).append(f"{item.name}#{axis}")
+                places.setdefault(variable, []).append(f"{item.name}[{axis}]")
             elif not isinstance(dim, int) and dim is not None:
-                places.setdefault(f"{item.name}#{axis}", []).append(f"{item.name}#{axis}")
+                places.setdefault(f"{item.name}[{axis}]", []).append(f"{item.name}[{axis}]")
     names: list[str] = []
     options: list[list[int]] = []
     for variable, where in places.items():
@@ -171,10 +171,10 @@ def _single_dimensions(shape: Signature, sizes: dict[str, int]) -> tuple[list[st
             kind, own = shape.variables[variable], sizes[variable]
             where = where[1:]
         else:  # a dimension given by an expression: it may really be one of its parts
-            item = next(i for i in shape.inputs if variable.rpartition("#")[0] == i.name)
-            own, kind = item.shape(sizes)[int(variable.rpartition("#")[2])], "sequence"
+            item = next(i for i in shape.inputs if variable.rpartition("[")[0] == i.name)
+            own, kind = item.shape(sizes)[int(variable.rpartition("[")[2].rstrip("]"))], "sequence"
         for place in where:
-            if kind == "batch" and not place.endswith("#0"):
+            if kind == "batch" and not place.endswith("[0]"):
                 kind = "free"
             names.append(place)
             options.append(list(dict.fromkeys((own, *sorted(set(sizes.values())), *_CANDIDATES[kind]))))
