@@ -126,6 +126,11 @@ def command(
 
             bar("timing", 0, 1)
             result.report.timing = benchmark_models([model, destination], inputs=inputs, seed=seed).to_dict()
+    given = {"--verify": verify, "--inputs": inputs, "--calibration": calibration, "--tokenizer": tokenizer}
+    given |= {"--shard-size": shard_size}
+    result.report.arguments = [str(part) for pair in given.items() if pair[1] is not None for part in pair]
+    if external_data is not None:
+        result.report.arguments.append("--external-data" if external_data else "--inline")
     data = result.report.to_dict()
     if report_path is not None:
         from graphopt.report.html import render_html

@@ -31,6 +31,7 @@ class Report:
         skipped_probes: Probes that the original itself doesn't run on, with the reason.
         session_settings: What the file can't carry and a session should set: (setting, value, reason).
         timing: Result of a benchmark against the original, where one was run.
+        arguments: Further command line arguments that the output depends on.
     """
 
     source: dict[str, Any]
@@ -44,6 +45,7 @@ class Report:
     session_settings: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     output: dict[str, Any] | None = None
     timing: dict[str, Any] | None = None
+    arguments: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -80,6 +82,7 @@ class Report:
             "skipped_probes": self.skipped_probes,
             "session_settings": [{"setting": s, "value": v, "reason": r} for s, v, r in self.session_settings],
             "timing": self.timing,
+            "arguments": self.arguments,
         }
 
 

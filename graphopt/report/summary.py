@@ -198,6 +198,7 @@ def command(report: Data) -> str:
     recipe = (report.get("recipe") or {}).get("name") or "exact"
     parts = ["graphopt", "optimize", str(source), "-o", str(output), "--recipe", str(recipe)]
     parts += ["--target", str(report.get("target") or "cpu"), "--seed", str(report.get("seed") or 0)]
+    parts += [str(part) for part in report.get("arguments") or []]
     return " ".join(shlex.quote(part) for part in parts)
 
 
