@@ -51,6 +51,7 @@ class TimingRow:
         wall_ratio: The same of the wall-clock time.
         interval: The smallest and the largest CPU ratio of all rounds, in words.
         kind: "reference", "model", or "control" (the reference once more).
+        uncertainty: Half the width of the confidence interval of `ratio`.
     """
 
     label: str
@@ -61,6 +62,7 @@ class TimingRow:
     wall_ratio: float | None
     interval: str
     kind: str
+    uncertainty: float = 0.0
 
 
 # ---- verdicts
@@ -256,10 +258,11 @@ def _timing_row(model: Data, label: str, kind: str) -> TimingRow:
         (model.get("wall_ratio") or {}).get("median"),
         interval,
         kind,
+        float(ratio.get("uncertainty") or 0.0),
     )
 
 
 def _noise(rows: list[TimingRow]) -> float:
-    """How far from 1 a ratio must be to say something: as far as the control is, and at least 1 %."""
-    control = [abs(row.ratio - 1) for row in rows if row.kind == "control" and row.ratio is not None]
-    return max([0.01, *control])
+    """How far from 1 a ratio must be to say something: beyond the control and the uncertainty of both, at least 1 %."""
+    control = [abs(row.ratio - 1) + row.uncertainty for row in rows if row.kind == "control" and row.ratio is not None]
+    return max([0.01, *control, *(row.uncertainty for row in rows)])

@@ -30,11 +30,14 @@ class Ratio:
         median: Below 1 is faster.
         low: The smallest of all rounds.
         high: The largest of all rounds.
+        uncertainty: Half the width of the median's confidence interval of about 95 %, 1.57 · (interquartile range) / √n
+            ("Variations of Box Plots").
     """
 
     median: float
     low: float
     high: float
+    uncertainty: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,4 +172,6 @@ def _measure(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any], ca
 def _ratio(times: list[float], first: list[float]) -> Ratio:
     # The clock of CPU time may tick too coarsely for a tiny model.
     ratios = [t / f if f > 0 else 1.0 for t, f in zip(times, first, strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+    lower, median, upper = np.quantile(ratios, (0.25, 0.5, 0.75))
+    uncertainty = 1.57 * (upper - lower) / np.sqrt(len(ratios))
+    return Ratio(float(median), min(ratios), max(ratios), float(uncertainty))
