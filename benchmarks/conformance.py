@@ -145,9 +145,7 @@ def _light_case(path: Path) -> Case:
         model = onnx.load(path)
         given = {t.name for t in model.graph.initializer}
         rng = np.random.default_rng(0)
-        shapes = [
-            [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input if v.name not in given
-        ]
+        shapes = [[d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input if v.name not in given]
         return [[rng.random(shape, dtype=np.float32) for shape in shapes]]
 
     return Case(f"light/{path.stem}", lambda: onnx.load(path), inputs)

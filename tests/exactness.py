@@ -115,8 +115,13 @@ def random_feeds(model: ir.Model, seed: int = 0, dims: Mapping[str, int] | None 
 
 
 def assert_exact(
-    before: ir.Model, run: Callable[[ir.Model], Any], *, seeds: int = 3, dims: Mapping[str, int] | None = None,
-    rtol: float = RTOL_FLOAT64, feeds: Mapping[str, np.ndarray] | None = None,
+    before: ir.Model,
+    run: Callable[[ir.Model], Any],
+    *,
+    seeds: int = 3,
+    dims: Mapping[str, int] | None = None,
+    rtol: float = RTOL_FLOAT64,
+    feeds: Mapping[str, np.ndarray] | None = None,
 ) -> ir.Model:
     """Run a pass on a copy of `before`, prove it exact in float64 and idempotent, and return the result.
 
@@ -128,7 +133,9 @@ def assert_exact(
     again = after.clone()
     result = run(again)
     assert not result.modified, "a second run changed something"
-    assert ir.to_proto(again).SerializeToString(deterministic=True) == ir.to_proto(after).SerializeToString(deterministic=True)
+    assert ir.to_proto(again).SerializeToString(deterministic=True) == ir.to_proto(after).SerializeToString(
+        deterministic=True
+    )
     double_before, double_after = to_float64(before), to_float64(after)
     for seed in range(seeds):
         inputs = dict(feeds) if feeds is not None else random_feeds(before, seed, dims)

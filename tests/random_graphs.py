@@ -138,6 +138,105 @@ class _Builder:
                 self.add(self.node("Mul", [product, self.scalar(0.5)]), shape)
             case "silu":
                 self.add(self.node("Mul", [name, self.node("Sigmoid", [name])]), shape)
+            case "concat":
+                axis = argument % len(shape)
+                size = shape[axis]
+                if isinstance(size, int) and len(shape) > 1:
+                    wide = self.node("Concat", [name, self.node("Neg", [name]), name][: 1 + argument % 3], axis=axis - len(shape))
+                    self.add(wide, (*shape[:axis], size * (1 + argument % 3), *shape[axis + 1 :]))
+            case "split" if isinstance(last, int) and last >= 2:
+                parts = [1, last - 1] if argument % 2 else [last - 1, 1]
+                first = self.node("Split", [name, self.const(np.array(parts))], outputs=2, axis=-1)
+                chosen = argument % 3 % 2
+                self.add(first[:-1] + str(chosen), (*shape[:-1], parts[chosen]))
+            case "where":
+                condition = self.node("Greater", [name, self.scalar(0.0)])
+                other = (self.scalar(-1.0), self.node("Neg", [name]), self.scalar(0.0))[argument % 3]
+                self.add(self.node("Where", [condition, name, other]), shape)
+            case "softmax":
+                self.add(self.node("Softmax", [name], axis=argument % len(shape) - len(shape)), shape)
+            case "clip":
+                low = self.scalar(-0.5) if argument % 2 else ""
+                self.add(self.node("Clip", [name, low, self.scalar(0.5)] if argument % 3 else [name, low]), shape)
+            case "dropout":
+                dropped = self.node("Dropout", [name, self.scalar(0.5)][: 1 + argument % 2], outputs=1 + argument % 2)
+                self.add(dropped, shape)
+            case "batch_norm" if len(shape) >= 2 and isinstance(shape[1], int):
+                channels = shape[1]
+                gain, bias, mean = (self.const(self.rng.normal(size=channels).astype(np.float32)) for _ in range(3))
+                variance = self.const(self.rng.uniform(0.5, 2, size=channels).astype(np.float32))
+                self.add(self.node("BatchNormalization", [name, gain, bias, mean, variance]), shape)
+            case "conv" if len(shape) == 3 and isinstance(shape[1], int):
+                weight = self.const(self.rng.normal(size=(WIDTH, shape[1], 1)).astype(np.float32))
+                bias = [self.const(self.rng.normal(size=WIDTH).astype(np.float32))] if argument % 2 else []
+                self.add(self.node("Conv", [name, weight, *bias]), (shape[0], WIDTH, shape[2]))
+            case "mask":  # ones of a computed shape, the way exporters make masks
+                target = self.node("Concat", self.shape_of(name, shape), axis=0)
+                value = numpy_helper.from_array(np.array([1.0], dtype=np.float32))
+                ones = self.node("ConstantOfShape", [target], value=value)
+                if argument % 2:
+                    ones = self.node("Where", [self.node("Equal", [ones, self.scalar(0.0)]), self.scalar(-1e9), ones])
+                self.add(self.node("Mul", [name, ones]), shape)
+            case "positions" if len(shape) >= 2:  # arange(size of an axis) broadcast along it
+                axis = argument % len(shape)
+                whole = self.node("Shape", [name])
+                size = self.node("Gather", [whole, self.const(np.array(axis))], axis=0)
+                steps = self.node("Range", [self.const(np.array(0)), size, self.const(np.array(1))])
+                column = self.const(np.array([-1] + [1] * (len(shape) - axis - 1)))
+                grid = self.node("Reshape", [self.node("Cast", [steps], to=TensorProto.FLOAT), column])
+                self.add(self.node("Add", [name, grid]), shape)
+            case "flatten" if len(shape) >= 3:  # [a, b, ...] to [a·b, ...] and back
+                parts = self.shape_of(name, shape)
+                merged = self.node("Mul", parts[:2])
+                flat = self.node("Reshape", [name, self.node("Concat", [merged, *parts[2:]], axis=0)])
+                back = [*parts[:2], self.const(np.array([-1]))] if isinstance(last, int) and len(shape) == 3 else parts
+                if argument % 2:
+                    flat = self.node("Tanh", [flat])
+                self.add(self.node("Reshape", [flat, self.node("Concat", back, axis=0)]), shape)
+            case "heads" if len(shape) == 3 and last == WIDTH:  # [b, s, 4] to [b, 2, s, 2] and back, as in attention
+                b, s, _ = self.shape_of(name, shape)
+                two = self.const(np.array([2]))
+                four = self.const(np.array([WIDTH])) if argument % 2 else self.node("Mul", [two, two])
+                split = self.node("Reshape", [name, self.node("Concat", [b, s, two, two], axis=0)])
+                heads = self.node("Transpose", [split], perm=[0, 2, 1, 3])
+                scores = self.node("MatMul", [heads, self.node("Transpose", [heads], perm=[0, 1, 3, 2])])
+                mixed = self.node("MatMul", [self.node("Softmax", [scores], axis=-1), heads])
+                merged = self.node("Transpose", [mixed], perm=[0, 2, 1, 3])
+                self.add(self.node("Reshape", [merged, self.node("Concat", [b, s, four], axis=0)]), shape)
+            case "repeat" if len(shape) >= 2:  # the repeat_kv of grouped-query attention
+                parts = self.shape_of(name, shape)
+                wide = self.node("Unsqueeze", [name, self.const(np.array([1]))])
+                parts.insert(1, self.const(np.array([1 + argument % 2])))
+                wide = self.node("Expand", [wide, self.node("Concat", parts, axis=0)])
+                self.add(self.node("ReduceSum", [wide, self.const(np.array([1]))], keepdims=0), shape)
+            case "constants":  # arithmetic on constants
+                a, b = (self.const(self.rng.normal(size=WIDTH).astype(np.float32)) for _ in range(2))
+                value = self.node(("Add", "Mul", "Sub")[argument % 3], [a, b])
+                if last == WIDTH:
+                    self.add(self.node("Add", [name, self.node("Neg", [value])]), shape)
+            case "loop":
+                bound = self.const(np.array(1 + argument % 3))
+                i, c, v, d, w, o = (f"loop{self.count}_{n}" for n in "icvdwo")
+                body = helper.make_graph(
+                    [
+                        helper.make_node("Identity", [c], [d]),
+                        helper.make_node("Add", [v, name], [f"{w}_sum"]),
+                        helper.make_node("Tanh", [f"{w}_sum"], [w]),
+                        helper.make_node("Neg", [v], [o]),
+                    ],
+                    "body",
+                    [
+                        helper.make_tensor_value_info(i, TensorProto.INT64, []),
+                        helper.make_tensor_value_info(c, TensorProto.BOOL, []),
+                        helper.make_tensor_value_info(v, TensorProto.FLOAT, None),
+                    ],
+                    [
+                        helper.make_tensor_value_info(d, TensorProto.BOOL, []),
+                        helper.make_tensor_value_info(w, TensorProto.FLOAT, None),
+                    ]
+                    + [helper.make_tensor_value_info(o, TensorProto.FLOAT, None)] * (argument % 2),
+                )
+                self.add(self.node("Loop", [bound, self.const(np.array(True)), name], outputs=1 + argument % 2, body=body), shape)
             case "if":
                 condition = self.const(np.array(bool(argument % 2)))
                 if argument % 3 == 0:
@@ -147,8 +246,15 @@ class _Builder:
                 for branch, op in (("then_branch", "Neg"), ("else_branch", "Identity")):
                     out = f"{branch}_{self.count}"
                     info = helper.make_tensor_value_info(out, TensorProto.FLOAT, None)
-                    body = helper.make_node(op, [name], [out], name=f"{out}_node")
-                    branches[branch] = helper.make_graph([body], branch, [], [info])
+                    body = [helper.make_node(op, [name], [out], name=f"{out}_node")]
+                    weights = []
+                    if argument % 5 == 0:  # with a weight of its own
+                        weights = [numpy_helper.from_array(np.array(0.5, dtype=np.float32), f"{out}_weight")]
+                        body = [
+                            helper.make_node("Mul", [name, f"{out}_weight"], [f"{out}_scaled"], name=f"{out}_mul"),
+                            helper.make_node(op, [f"{out}_scaled"], [out], name=f"{out}_node"),
+                        ]
+                    branches[branch] = helper.make_graph(body, branch, [], [info], weights)
                 self.add(self.node("If", [condition], **branches), shape)
 
     def model(self, outputs: Sequence[int]) -> ir.Model:
@@ -168,7 +274,8 @@ class _Builder:
 
 KINDS = (
     "unary", "affine", "binary", "twice", "cast", "transpose", "reshape", "expand", "unsqueeze", "squeeze", "slice",
-    "matmul", "layer_norm", "rms_norm", "gelu", "silu", "if",
+    "matmul", "layer_norm", "rms_norm", "gelu", "silu", "concat", "split", "where", "softmax", "clip", "dropout",
+    "batch_norm", "conv", "mask", "positions", "flatten", "heads", "repeat", "constants", "loop", "if",
 )  # fmt: skip
 
 
@@ -180,4 +287,4 @@ def models(draw: st.DrawFn, max_steps: int = 14) -> ir.Model:
     builder = _Builder(draw(st.integers(0, 3)))
     for step in steps:
         builder.step(*step)
-    return builder.model(draw(st.lists(st.integers(0, 60), min_size=1, max_size=3)) + [len(builder.values) - 1])
+    return builder.model([*draw(st.lists(st.integers(0, 60), min_size=1, max_size=3)), len(builder.values) - 1])

@@ -16,7 +16,7 @@ from graphopt.passes.base import Guarantee
 from graphopt.recipe import load
 from graphopt.verification.structure import check_structure
 
-SIZES = ((1, 1), (3, 2), (2, 5))
+SIZES = ((1, 1), (3, 2), (2, 5), (0, 3), (2, 0))
 # Constants are rounded to float32 in the graph, and folding them rounds once more where float64 would not: so folded
 # arithmetic is compared at float32's precision, everything else at float64's.
 ROUNDED = {"fold-constants", "raise-gelu"}
@@ -27,7 +27,12 @@ def agree(before: ir.Model, after: ir.Model, rtol: float) -> None:
     for batch, sequence in SIZES:
         feeds = {"x": np.random.default_rng(batch).normal(size=(batch, sequence, WIDTH))}
         with np.errstate(all="ignore"):
-            expected, got = reference_outputs(first, feeds), reference_outputs(second, feeds)
+            try:
+                expected = reference_outputs(first, feeds)
+            except ValueError:
+                assert 0 in (batch, sequence)  # a computed size 0 in the target of a Reshape means "copy"
+                continue
+            got = reference_outputs(second, feeds)
         for e, g in zip(expected, got, strict=True):
             assert e.shape == g.shape
             np.testing.assert_array_equal(np.isfinite(e), np.isfinite(g))

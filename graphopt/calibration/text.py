@@ -39,9 +39,7 @@ class TextDataset:
             yield self.tokens[None, i * self.window : (i + 1) * self.window]
 
 
-def load_text(
-    path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None, window: int = 512
-) -> TextDataset:
+def load_text(path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None, window: int = 512) -> TextDataset:
     """Read a text file, or a .jsonl file with a string under "text", "content" or "prompt" in each line.
 
     Args:

@@ -173,9 +173,7 @@ def _compare_arrays(name: str, a: Array, b: Array, bitwise: bool, tolerance: Tol
     wide_a, wide_b = _wide(a), _wide(b)
     finite_a, finite_b = np.isfinite(wide_a), np.isfinite(wide_b)
     with np.errstate(invalid="ignore"):
-        special = (finite_a != finite_b) | (
-            ~finite_a & (wide_a != wide_b) & ~(np.isnan(wide_a) & np.isnan(wide_b))
-        )
+        special = (finite_a != finite_b) | (~finite_a & (wide_a != wide_b) & ~(np.isnan(wide_a) & np.isnan(wide_b)))
     if wrong := int(np.count_nonzero(special)):
         at = tuple(int(i) for i in np.argwhere(special)[0])
         return _different(

@@ -157,9 +157,7 @@ class _Builder:
                     dim = self._find(keys[name, axis])
                 dims.append(self._total(value, axis, dim, variables))
             assert value.dtype is not None
-            inputs.append(
-                Input(name, value.dtype, tuple(dims), self.roles[name], self.uses.get(name, IntegerUse()))
-            )
+            inputs.append(Input(name, value.dtype, tuple(dims), self.roles[name], self.uses.get(name, IntegerUse())))
         used = {d for i in inputs for d in i.dims if isinstance(d, str)}
         used |= {v for i in inputs for d in i.dims if isinstance(d, Expression) for _, v in d.variables}
         return Signature(tuple(inputs), {k: v for k, v in variables.items() if k in used})

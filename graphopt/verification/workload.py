@@ -17,9 +17,7 @@ USUAL: dict[Kind, int] = {"batch": 1, "sequence": 128, "past": 0, "space": 320, 
 """Sizes of dynamic dimensions by what they count."""
 
 
-def typical_feeds(
-    path: str | os.PathLike[str], dims: Mapping[str, int] | None = None, seed: int = 0
-) -> dict[str, Any]:
+def typical_feeds(path: str | os.PathLike[str], dims: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Any]:
     """Inputs of usual sizes; the nearest sizes that the model runs with, where it doesn't take those.
 
     Args:

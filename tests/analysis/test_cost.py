@@ -87,7 +87,9 @@ def test_weights_count_once():
 
 def test_packed_weights_take_half_a_byte():
     model = load("g (float[b, 4] x) => (float[?] y) { y = Identity(x) }")
-    value = ir.Value(name="w", const_value=ir.Tensor(np.zeros((3, 5), dtype=ir.DataType.INT4.numpy()), dtype=ir.DataType.INT4))
+    value = ir.Value(
+        name="w", const_value=ir.Tensor(np.zeros((3, 5), dtype=ir.DataType.INT4.numpy()), dtype=ir.DataType.INT4)
+    )
     model.graph.register_initializer(value)
     node = ir.node("DequantizeLinear", [value, model.graph.inputs[0]])
     model.graph.append(node)

@@ -228,7 +228,10 @@ def test_padding_of_torchscript():
     [
         ("y = Conv<strides=[2, 2], pads=[1, 1, 1, 1]>(x, w)", "[x[0], 8, (x[2] + 1) // 2, (x[3] + 1) // 2]"),
         ('y = Conv<strides=[2, 2], auto_pad="SAME_UPPER">(x, w)', "[x[0], 8, (x[2] + 1) // 2, (x[3] + 1) // 2]"),
-        ("y = ConvTranspose<strides=[2, 2], output_padding=[1, 1], pads=[1, 1, 1, 1]>(x, v)", "[x[0], 5, 2*x[2], 2*x[3]]"),
+        (
+            "y = ConvTranspose<strides=[2, 2], output_padding=[1, 1], pads=[1, 1, 1, 1]>(x, v)",
+            "[x[0], 5, 2*x[2], 2*x[3]]",
+        ),
         ("y = MaxPool<kernel_shape=[2, 2], strides=[2, 2]>(x)", "[x[0], 4, (x[2]) // 2, (x[3]) // 2]"),
         ("y = GlobalAveragePool(x)", "[x[0], 4, 1, 1]"),
         ("y = Flatten(x)", "[x[0], 4*x[2]*x[3]]"),
@@ -376,6 +379,7 @@ def test_linear_time():
 
 
 # ---- random shape arithmetic against the reference evaluator
+
 
 @settings(max_examples=100, deadline=None)
 @given(st.data(), st.integers(2, 14), st.lists(st.integers(0, 4), min_size=4, max_size=4))

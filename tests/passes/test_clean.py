@@ -59,7 +59,9 @@ def test_function_of_another_opset_stays() -> None:
 
 
 def test_dead_code() -> None:
-    model = parse(f"{HEAD} g (float[3] x, float[3] unused) => (float[3] y) <float[1] w = {{1}}> {{ d = Add(x, w) y = Neg(x) }}")
+    model = parse(
+        f"{HEAD} g (float[3] x, float[3] unused) => (float[3] y) <float[1] w = {{1}}> {{ d = Add(x, w) y = Neg(x) }}"
+    )
     after = assert_exact(model, EliminateDeadCode())
     assert op_types(after) == ["Neg"]
     assert not after.graph.initializers
@@ -120,7 +122,10 @@ def test_overridable_initializers_stay_apart() -> None:
         ("h = Neg(x) y = Add(h, tiny)", ["Neg", "Add"]),
         ("h = Neg(x) y = Mul(h, near)", ["Neg", "Mul"]),
         ("h = Neg(x) y = Dropout(h)", ["Neg"]),
-        ("h = Neg(x) t = Constant<value_float = 0.5>() b = Cast<to = 9>(t) y = Dropout(h, t, b)", ["Neg", "Cast", "Dropout"]),
+        (
+            "h = Neg(x) t = Constant<value_float = 0.5>() b = Cast<to = 9>(t) y = Dropout(h, t, b)",
+            ["Neg", "Cast", "Dropout"],
+        ),
     ],
 )
 def test_identities(body: str, expected: list[str]) -> None:

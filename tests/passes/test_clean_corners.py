@@ -153,9 +153,7 @@ def test_inlined_loops_dont_hide_names_with_their_inputs() -> None:
         f'<domain: "local", opset_import: ["": 21]> h (a, n, k) => (b) {{ {loop} '
         "{ w = Constant<value_float = 0.5>() d = Identity(c) o = Mul(acc, w) }> }"
     )
-    after = same_bits(
-        model, InlineFunctions(), {"x": np.ones(3, np.float32), "n": np.array(2), "k": np.array(True)}
-    )
+    after = same_bits(model, InlineFunctions(), {"x": np.ones(3, np.float32), "n": np.array(2), "k": np.array(True)})
     assert op_types(after) == ["Abs", "Loop", "Loop"]
 
 

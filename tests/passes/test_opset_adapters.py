@@ -37,7 +37,11 @@ CASES: dict[str, tuple[int, str, list[str]]] = {
         "(float[N,4] x) => (float[N,P] y) <int64[1] k = {3}> { y, i = TopK(x, k) }",
         ["TopK"],
     ),
-    "unsqueeze by no axis": (11, "(float[N,4] x) => (float[N,4] y) { y = Unsqueeze<axes : ints = []>(x) }", ["Unsqueeze"]),
+    "unsqueeze by no axis": (
+        11,
+        "(float[N,4] x) => (float[N,4] y) { y = Unsqueeze<axes : ints = []>(x) }",
+        ["Unsqueeze"],
+    ),
     "squeeze": (12, "(float[N,1,4,1] x) => (float[N,4] y) { y = Squeeze<axes = [1,-1]>(x) }", ["Squeeze"]),
     "squeeze all": (12, "(float[2,1,4,1] x) => (float[2,4] y) { y = Squeeze(x) }", ["Squeeze"]),
     "unsqueeze": (7, "(float[N,4] x) => (float[1,N,4,1] y) { y = Unsqueeze<axes = [0,3]>(x) }", ["Unsqueeze"]),

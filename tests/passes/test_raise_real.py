@@ -56,7 +56,10 @@ def test_real_model(key: str, expected: dict[str, int], data: np.ndarray) -> Non
     ]
     feed = {i.name: data for i in sessions[0].get_inputs()}
     if key == "paraphrase-minilm":
-        feed = {name: np.ones_like(IDS) if "mask" in name else np.zeros_like(IDS) if "type" in name else IDS for name in feed}
+        feed = {
+            name: np.ones_like(IDS) if "mask" in name else np.zeros_like(IDS) if "type" in name else IDS
+            for name in feed
+        }
     before, after = (session.run(None, feed) for session in sessions)
     for one, other in zip(before, after, strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=2e-5)

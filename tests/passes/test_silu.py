@@ -112,7 +112,9 @@ def test_left_where_a_constant_may_add_an_axis() -> None:
     assert "rank isn't known" in rule.sites[0].detail
 
 
-@pytest.mark.parametrize("body", ["y = Sigmoid(x)", "y = Exp(x)", "s = Sigmoid(x)  y = Mul(z, s)", "s = Sigmoid(x)  y = Mul(s, s)"])
+@pytest.mark.parametrize(
+    "body", ["y = Sigmoid(x)", "y = Exp(x)", "s = Sigmoid(x)  y = Mul(z, s)", "s = Sigmoid(x)  y = Mul(s, s)"]
+)
 def test_other_gates_are_no_sites(body: str) -> None:
     rule = RaiseSilu()
     assert not rule(graph(body, x="float[B, 4] x, float[B, 4] z")).modified

@@ -45,7 +45,9 @@ def simplified(text, head=HEAD, sizes=(0, 1, 2, 3), **other):
         for value in first.get_inputs():
             shape = [d if isinstance(d, int) else {"a": a, "b": b}[d] for d in value.shape]
             array = rng.normal(size=shape)
-            feeds[value.name] = array.astype(np.float32) if "float" in value.type else np.abs(array * 2).astype(np.int64)
+            feeds[value.name] = (
+                array.astype(np.float32) if "float" in value.type else np.abs(array * 2).astype(np.int64)
+            )
         try:
             expected = first.run(None, feeds)
         except Exception:  # a run that fails before may do anything
@@ -80,7 +82,9 @@ def test_static_shape_becomes_a_constant():
 
 
 def test_large_constants_stay():
-    after, _ = simplified("g (float[65] x) => (int64[65] y) <int64[1] n = {65}> { y = ConstantOfShape<value = int64[1] {3}>(n) }")
+    after, _ = simplified(
+        "g (float[65] x) => (int64[65] y) <int64[1] n = {65}> { y = ConstantOfShape<value = int64[1] {3}>(n) }"
+    )
     assert op_types(after) == ["ConstantOfShape"]
 
 
@@ -240,7 +244,8 @@ def test_allowzero_goes_with_its_target():
 
 def test_shift_by_padding_stays():
     model = parse(
-        HEAD + """g (float[a, a] x) => (float[c, d] y) <int64[4] shift = {1, 0, -1, 0}> { h = Pad(x, shift)  y = Relu(h) }"""
+        HEAD
+        + """g (float[a, a] x) => (float[c, d] y) <int64[4] shift = {1, 0, -1, 0}> { h = Pad(x, shift)  y = Relu(h) }"""
     )
     assert not SimplifyShapes()(model).modified
 
@@ -395,7 +400,8 @@ def test_functions_know_nothing_of_their_inputs():
 def test_false_declarations_are_not_believed():
     """Declared shapes of intermediate values and outputs, and one name for two sizes, as real files have them."""
     proto = onnx.parser.parse_model(
-        HEAD + """g (float[n, 4] x, float[n, 4] z) => (float[5, 5] y) <float[2, 3] h> {
+        HEAD
+        + """g (float[n, 4] x, float[n, 4] z) => (float[5, 5] y) <float[2, 3] h> {
         h = Relu(x)  s = Shape(z)  y = Expand(h, s) }"""
     )
     model = ir.from_proto(proto)

@@ -201,7 +201,9 @@ class TestProbes:
         assert not probes[2].feeds["x"].any()
 
     def test_compared_scalar_gets_a_probe_for_each_branch(self) -> None:
-        m = model("g (float[n] x, int64 sr) => (float[n] y) <int64 k = {16000}> { b = Equal(sr, k) y = Where(b, x, x) }")
+        m = model(
+            "g (float[n] x, int64 sr) => (float[n] y) <int64 k = {16000}> { b = Equal(sr, k) y = Where(b, x, x) }"
+        )
         assert {int(p.feeds["sr"]) for p in make_probes(m)} == {16000, 8000}
 
     def test_positions_count_on_from_the_past(self) -> None:

@@ -127,11 +127,13 @@ def test_time_grows_with_the_nodes_only() -> None:
 
 
 def test_functions_are_checked_too() -> None:
-    model = ir.from_proto(onnx.parser.parse_model("""
+    model = ir.from_proto(
+        onnx.parser.parse_model("""
 <ir_version: 8, opset_import: ["": 17, "local": 1]>
 g (float[n] x) => (float[n] y) { y = local.twice(x) }
 <domain: "local", opset_import: ["": 17]> twice (a) => (b) { b = Add(a, a) }
-"""))
+""")
+    )
     assert check_structure(model) == []
     function = next(iter(model.functions.values()))
     function.graph.node(0).replace_input_with(0, ir.Value(name="ghost"))

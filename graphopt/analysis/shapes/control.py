@@ -26,8 +26,10 @@ def join(a: Fact, b: Fact, op: Op) -> Fact:
     dtype = a.dtype if a.dtype == b.dtype else None
     if a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
         return Fact(dtype)
-    shape = tuple(x if x == y else op.unknown(int(min(x.low, y.low, 1)) if min(x.low, y.low) > 0 else 0)
-                  for x, y in zip(a.shape, b.shape, strict=True))
+    shape = tuple(
+        x if x == y else op.unknown(int(min(x.low, y.low, 1)) if min(x.low, y.low) > 0 else 0)
+        for x, y in zip(a.shape, b.shape, strict=True)
+    )
     same = (
         a.content is not None
         and b.content is not None

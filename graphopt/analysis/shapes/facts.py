@@ -185,9 +185,7 @@ class ShapeFacts:
             result = None
         results = result if isinstance(result, list) else [result]
         results = results[:count] + [None] * (count - len(results))
-        return [
-            _fact(single, entry.types[min(i, len(entry.types) - 1)], op) for i, single in enumerate(results)
-        ]
+        return [_fact(single, entry.types[min(i, len(entry.types) - 1)], op) for i, single in enumerate(results)]
 
     def _call(self, op: Op, function: ir.Function) -> list[Fact]:
         """A call of a model-local function: its body on the facts of the arguments, in a frame of its own."""
@@ -196,9 +194,7 @@ class ShapeFacts:
         if self._calls > MAX_CALLS or any(True for node in body for _ in subgraphs_of(node)):
             raise UnknownShapeError
         attributes = {**function.attributes, **op.node.attributes}
-        frame: dict[ir.Value, Fact] = {
-            formal: op.fact(i) for i, formal in enumerate(function.inputs)
-        }
+        frame: dict[ir.Value, Fact] = {formal: op.fact(i) for i, formal in enumerate(function.inputs)}
         for node in body:
             inputs = [None if v is None else frame.get(v, NOTHING) for v in node.inputs]
             outputs = self.apply(node, inputs, function.opset_imports.get("", self._opset), attributes)

@@ -349,5 +349,3 @@ def _center_crop_pad(op: Op) -> Result:
 def _max_unpool(op: Op) -> Result:
     x = op.shape(0)
     return tuple(op.content(2).flat) if op.has(2) else (*x[:2], *op.unknowns(len(x) - 2))
-
-

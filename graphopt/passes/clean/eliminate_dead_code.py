@@ -80,7 +80,6 @@ class EliminateDeadCode(Pass):
         node.resize_outputs(count)
         return self.applied(node, f"outputs that nothing uses dropped: {', '.join(dropped)}")
 
-
     def _drop_inputs(self, node: ir.Node, version: int) -> bool:
         count, least = len(node.inputs), _least_inputs(node.op_type, version)
         while count > least and node.inputs[count - 1] is None:
