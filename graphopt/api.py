@@ -25,11 +25,11 @@ from graphopt.pass_manager import PassManager, Progress, VerifyMode
 from graphopt.recipe import Recipe
 from graphopt.recipe import load as load_recipe
 from graphopt.report.report import Report
+from graphopt.verification.equivalence import verify as verify_models
 from graphopt.verification.probes import Probe, load_probes, make_probes
 from graphopt.verification.session import make_session
 from graphopt.verification.structure import check_structure, found_by_onnx, nan_weight
 from graphopt.verification.verifier import Verdict, Verifier
-from graphopt.verification.verifier import verify as verify_models
 
 TARGETS = ("cpu", "cuda", "portable")
 Source: TypeAlias = ir.Model | onnx.ModelProto | str | os.PathLike[str]

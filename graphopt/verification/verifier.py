@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from graphopt.errors import VerificationError
 from graphopt.graph.edits import nodes
 from graphopt.graph.load import load
 from graphopt.verification.compare import TOLERANCES, OutputComparison, Tolerance, compare, finite
-from graphopt.verification.probes import Probe, load_probes, make_probes
+from graphopt.verification.probes import Probe, make_probes
 from graphopt.verification.session import Optimizations, WeightStore, make_session, release_memory, run
 from graphopt.verification.skeleton import first_line
 from graphopt.verification.usable import usable_probes
@@ -344,56 +343,6 @@ class Verifier:
             for name, (scale, tolerance) in scales.items()
             if scale < 100 * tolerance.floor
         ]
-
-
-def verify(
-    path_a: ir.Model | str | os.PathLike[str],
-    path_b: ir.Model | str | os.PathLike[str],
-    inputs: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-    *,
-    seed: int = 0,
-    bitwise: bool = False,
-    threads: int | None = None,
-) -> Verdict:
-    """Compare two models.
-
-    Args:
-        path_a: The original, or its file; its signature gives the probes.
-        path_b: The candidate, with the same inputs and outputs.
-        inputs: An array for each input, or an .npz file of them, in place of probes made from the signature.
-        seed: Seed of the probes.
-        bitwise: See `Verifier.check`.
-        threads: Threads within an operator; None leaves it to ONNX Runtime.
-
-    Raises:
-        VerificationError: The signatures differ, or ONNX Runtime doesn't run the original.
-        ModelError: A file is missing or broken.
-        InputDataError: `inputs` doesn't fit the model.
-    """
-    a, b = (m if isinstance(m, ir.Model) else load(m) for m in (path_a, path_b))
-    for kind, ours, theirs in (("input", a.graph.inputs, b.graph.inputs), ("output", a.graph.outputs, b.graph.outputs)):
-        first, second = {v.name: v for v in ours}, {v.name: v for v in theirs}
-        for name in [*first, *second]:
-            if name not in first or name not in second:
-                lacking, other = (path_b, path_a) if name in first else (path_a, path_b)
-                raise VerificationError(
-                    f"The models can't be compared: {_label(lacking)} has no {kind} {name!r}, "
-                    f"which {_label(other)} has."
-                )
-            if first[name].type is not None and second[name].type is not None and first[name].type != second[name].type:
-                raise VerificationError(
-                    f"The models can't be compared: {kind} {name!r} is {first[name].type} in {_label(path_a)} "
-                    f"and {second[name].type} in {_label(path_b)}."
-                )
-    verifier = Verifier(path_a, load_probes(inputs, a) if inputs is not None else None, seed=seed, threads=threads)
-    try:
-        return verifier.check(path_b, bitwise)
-    finally:
-        verifier.close()
-
-
-def _label(model: ir.Model | str | os.PathLike[str]) -> str:
-    return f"the graph {model.graph.name!r}" if isinstance(model, ir.Model) else Path(model).name
 
 
 def coarsest_type(model: ir.Model) -> str | None:

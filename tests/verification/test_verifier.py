@@ -8,7 +8,8 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.errors import InputDataError, VerificationError
-from graphopt.verification.verifier import Verifier, coarsest_type, verify
+from graphopt.verification.equivalence import verify
+from graphopt.verification.verifier import Verifier, coarsest_type
 
 
 def mlp(seed: int = 0) -> ir.Model:
