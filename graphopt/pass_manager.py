@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol, get_args
 import onnx_ir as ir
 
 from graphopt.analysis.cost import cost
+from graphopt.analysis.shapes import ShapeFacts
+from graphopt.analysis.shapes.facts import KEPT_KEY, MADE_KEY
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.graph.edits import walk
@@ -187,6 +189,8 @@ class _Run:
         self.disabled: set[int] = set()
         # A pass that saw the model at this version has nothing to do on it again: passes are idempotent.
         self.version = 0
+        # Shapes that still hold, so that passes that change nothing don't infer them again and again.
+        self.facts: ShapeFacts | None = None
         self.seen: dict[str, int] = {}
         self.records: list[PassRecord] = []
         self.verdict: Verdict | None = None
@@ -240,6 +244,7 @@ class _Run:
             self.disabled.add(culprit[0])
             failed.append(culprit[1])
             _assign(self.model, start.clone())
+            self.facts = None
             self.stats, self.bitwise_so_far = stats, bitwise
             self.seen.clear()
         self.records += [*records, *failed]
@@ -292,6 +297,9 @@ class _Run:
             after=self.stats,
         )
         start = time.perf_counter()
+        self.model.meta.pop(MADE_KEY, None)
+        if (known := self.facts) is not None:
+            self.model.meta[KEPT_KEY] = known
         try:
             result = pass_(self.model)
             if result.model is not self.model:
@@ -307,6 +315,11 @@ class _Run:
             return record
         finally:
             record.seconds = time.perf_counter() - start
+            self.model.meta.pop(KEPT_KEY, None)
+            made = self.model.meta.pop(MADE_KEY, None)
+            self.facts = None
+        if not result.modified:
+            self.facts = made or known
         record.sites = list(getattr(pass_, "sites", []))
         if result.modified:
             record.status = "applied"

@@ -39,6 +39,12 @@ from graphopt.graph.edits import opset, subgraphs_of, walk
 MAX_CALLS = 2_000
 """Nodes of function bodies that are followed through their calls; further calls are unknown."""
 
+KEPT_KEY = "graphopt.shapes.kept"
+"""`model.meta` key of facts that are known to hold still. The next `infer` takes and returns them: whoever changes the
+model and asks again gets new ones."""
+MADE_KEY = "graphopt.shapes.made"
+"""`model.meta` key of the facts that were made last, for whoever knows that the model has not changed since."""
+
 RULE_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 """What a rule may meet in a malformed node (missing inputs, wrong ranks, bad attributes): the node is then unknown."""
 
@@ -214,7 +220,12 @@ def infer(model: ir.Model, *, believe_names: bool = False) -> ShapeFacts:
     and in function bodies (with unknown inputs; a call is followed with the facts of its arguments). An operator
     without a rule gives values of which nothing is known.
     """
+    kept: ShapeFacts | None = None if believe_names else model.meta.pop(KEPT_KEY, None)
+    if kept is not None:
+        return kept
     facts = ShapeFacts(model, believe_names=believe_names)
+    if not believe_names:
+        model.meta[MADE_KEY] = facts
     for graph in walk(model):
         for node in graph:
             facts.infer_node(node)
