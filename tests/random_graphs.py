@@ -150,7 +150,7 @@ class _Builder:
                 chosen = argument % 3 % 2
                 self.add(first[:-1] + str(chosen), (*shape[:-1], parts[chosen]))
             case "where":
-                condition = self.node("Greater", [name, self.scalar(0.0)])
+                condition = self.node("Greater", [name, self.scalar(0.1234567)])
                 other = (self.scalar(-1.0), self.node("Neg", [name]), self.scalar(0.0))[argument % 3]
                 self.add(self.node("Where", [condition, name, other]), shape)
             case "softmax":
@@ -241,7 +241,8 @@ class _Builder:
                 condition = self.const(np.array(bool(argument % 2)))
                 if argument % 3 == 0:
                     total = self.node("ReduceSum", [name], keepdims=0)
-                    condition = self.node("Greater", [total, self.scalar(0.0)])
+                    # Not 0: sums of centred values are 0 but for rounding, which would choose the branch.
+                    condition = self.node("Greater", [total, self.scalar(0.1234567)])
                 branches = {}
                 for branch, op in (("then_branch", "Neg"), ("else_branch", "Identity")):
                     out = f"{branch}_{self.count}"

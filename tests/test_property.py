@@ -29,7 +29,7 @@ def agree(before: ir.Model, after: ir.Model, rtol: float) -> None:
         with np.errstate(all="ignore"):
             try:
                 expected = reference_outputs(first, feeds)
-            except ValueError:
+            except (ValueError, IndexError):
                 assert 0 in (batch, sequence)  # a computed size 0 in the target of a Reshape means "copy"
                 continue
             got = reference_outputs(second, feeds)
