@@ -206,6 +206,22 @@ def test_draws_are_never_merged(body: str) -> None:
     assert not EliminateCommonSubexpressions()(model).modified
 
 
+def test_zeros_of_different_sign_are_different() -> None:
+    model = parse(
+        f"{HEAD} g (float[3] x) => (float[3] y) {{ a = LeakyRelu<alpha = 0.0>(x) b = LeakyRelu<alpha = -0.0>(x)"
+        " c = LeakyRelu<alpha = 0.0>(x) p = Div(x, a) q = Div(x, b) r = Sub(p, q) y = Sub(r, c) }"
+    )
+    after = model.clone()
+    assert EliminateCommonSubexpressions()(after).modified
+    assert op_types(after).count("LeakyRelu") == 2
+
+
+def test_equal_identities_of_outputs_stay() -> None:
+    """Each could only become an Identity of another output."""
+    text = f"{HEAD} g (float[3] x) => (float[3] a, float[3] b) {{ a = Identity(x) b = Identity(x) }}"
+    assert not EliminateCommonSubexpressions()(parse(text)).modified
+
+
 def test_both_copies_are_outputs() -> None:
     model = parse(f"{HEAD} g (float[3] x) => (float[3] y, float[3] z) {{ y = Exp(x) z = Exp(x) }}")
     after = assert_exact(model, EliminateCommonSubexpressions())

@@ -104,8 +104,10 @@ class EliminateCommonSubexpressions(Pass):
             elif attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
                 value = np.asarray(value, dtype=np.float32).tobytes()  # 0.0 and -0.0 are equal and not the same
             elif isinstance(value, (list, tuple)):
-                value = tuple(value)
-            elif not isinstance(value, (int, float, str, bytes)):
+                value = tuple(v.hex() if isinstance(v, float) else v for v in value)
+            elif isinstance(value, float):
+                value = value.hex()  # 0.0 and -0.0 are equal to each other, but not the same
+            elif not isinstance(value, (int, str, bytes)):
                 return None
             attributes.append((name, attribute.type, value))
         inputs: list[Hashable] = []

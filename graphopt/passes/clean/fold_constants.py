@@ -30,6 +30,9 @@ MOVES = frozenset(
 
 # What is computed when the model is saved must not fail then: operators and types that were tried one by one.
 LAZY = MOVES | {"Add", "Cast", "Div", "Mul", "Neg", "Reciprocal", "Sqrt", "Sub", "Where"}
+# ONNX's reference implementation knows few operators as old opsets had them (it has the Softmax of opset 13 only).
+OLDEST, OLDEST_OF_ALL = 7, 13
+
 LAZY_TYPES = frozenset(
     {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BOOL, ir.DataType.INT8,
      ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.INT32, ir.DataType.INT64}
@@ -93,6 +96,8 @@ class FoldConstants(Pass):
     @staticmethod
     def _foldable(node: ir.Node, version: int) -> bool:
         if node.domain not in ("", "ai.onnx") or node.op_type in NOT_FOLDED or is_random(node, version):
+            return False
+        if version < OLDEST or (version < OLDEST_OF_ALL and node.op_type not in LAZY):
             return False
         if version < 13 and node.op_type in ("Softmax", "LogSoftmax", "Hardmax"):
             return False  # over several dimensions; the reference implementation knows the later form only
