@@ -234,24 +234,25 @@ class _Run:
     def run_phase(self, phase: list[int], number: int) -> bool:
         """Run the passes of one phase; on a failure, again from its start without the guilty one."""
         start = self.model.clone()
-        stats, bitwise = self.stats, self.bitwise_so_far
+        stats, bitwise, verdict = self.stats, self.bitwise_so_far, self.verdict
         failed: list[PassRecord] = []
         while True:
             records: list[PassRecord] = []
-            culprit = self.attempt(start, phase, number, records)
+            culprit = self.attempt(start, phase, number, records, bitwise=bitwise)
             if culprit is None:
                 break
             self.disabled.add(culprit[0])
             failed.append(culprit[1])
             _assign(self.model, start.clone())
             self.facts = None
-            self.stats, self.bitwise_so_far = stats, bitwise
+            # What was found wrong is gone; the verdict is again that of the model at the start of the phase.
+            self.stats, self.bitwise_so_far, self.verdict = stats, bitwise, verdict
             self.seen.clear()
         self.records += [*records, *failed]
         return any(r.status == "applied" for r in records)
 
     def attempt(
-        self, start: ir.Model, phase: list[int], number: int, records: list[PassRecord]
+        self, start: ir.Model, phase: list[int], number: int, records: list[PassRecord], *, bitwise: bool
     ) -> tuple[int, PassRecord] | None:
         """Run a phase until a pass fails; returns the index and the record of the failing pass."""
         applied: dict[int, PassRecord] = {}
@@ -277,7 +278,7 @@ class _Run:
         problem = self.judge(start, last, lossy=any(_lossy(self.manager.passes[i]) for i in applied))
         if problem is None:
             return None
-        guilty = self.bisect(start, list(applied))
+        guilty = self.bisect(start, list(applied), bitwise=bitwise)
         applied[guilty].verdict = last.verdict
         return guilty, _taken_back(applied[guilty], problem)
 
@@ -341,19 +342,21 @@ class _Run:
         finally:
             self.check_seconds += time.perf_counter() - start
 
-    def bisect(self, start: ir.Model, applied: list[int]) -> int:
-        """The first pass of a failing phase after which the model is wrong."""
+    def bisect(self, start: ir.Model, applied: list[int], *, bitwise: bool) -> int:
+        """The first pass of a failing phase after which the model is wrong; `bitwise`: so it was at the start."""
         low, high = 0, len(applied) - 1  # the prefix of `high + 1` passes is wrong
         while low < high:
             middle = (low + high) // 2
             trial = start.clone()
-            for index in applied[: middle + 1]:
-                self.manager.passes[index](trial)
+            prefix = [self.manager.passes[index] for index in applied[: middle + 1]]
+            for pass_ in prefix:
+                pass_(trial)
             for graph in walk(trial):
                 graph.sort()
             bad = bool(new_problems(trial, start))
             if not bad and self.verifier is not None:
-                bad = self.verifier.check(trial, bitwise=False).differs
+                same_bits = bitwise and all(getattr(pass_, "bitwise", False) for pass_ in prefix)
+                bad = self.verifier.check(trial, bitwise=same_bits).differs
             low, high = (low, middle) if bad else (middle + 1, high)
         return applied[low]
 

@@ -146,6 +146,42 @@ def test_the_guilty_pass_is_taken_back_and_the_others_stay(mode: VerifyMode, ord
     assert model.graph.initializers["w"].const_value is not None
 
 
+class RoundsAnew(Replace):
+    """Claims to keep every bit, but rounds otherwise: x·w becomes x/(1/w)."""
+
+    name: ClassVar[str] = "rounds-anew"
+    bitwise: ClassVar[bool] = True
+    anchors: ClassVar[tuple[str, ...]] = ("Mul",)
+
+    def __init__(self) -> None:
+        super().__init__("Mul", "Div")
+
+    def rewrite(self, node: ir.Node, edit: Editor) -> bool:
+        inverse = edit.op("Reciprocal", [node.inputs[1]])
+        edit.replace(node.outputs[0], edit.op("Div", [node.inputs[0], inverse], like=node.outputs[0]))
+        return self.applied(node, "divided by the reciprocal")
+
+
+@pytest.mark.parametrize("mode", ["pass", "phase"])
+def test_a_bit_that_changes_where_none_may(mode: VerifyMode) -> None:
+    model = parse(TEXT)
+    passes = [RoundsAnew(), EliminateDeadCode(), EliminateIdentities()]
+    report = PassManager(passes, verifier_of=verifier_of, verify=mode)(model)
+    assert [r.name for r in report.rolled_back] == ["rounds-anew"]
+    assert op_types(model) == ["Mul", "Neg", "Tanh"]
+
+
+@pytest.mark.parametrize("mode", ["pass", "phase"])
+def test_the_verdict_is_that_of_the_result(mode: VerifyMode) -> None:
+    model = parse(TEXT)
+    report = PassManager([EliminateIdentities(), NegToAbs()], verifier_of=verifier_of, verify=mode)(model)
+    assert report.verdict is not None
+    assert report.verdict.ok
+    alone = PassManager([NegToAbs()], verifier_of=verifier_of, verify=mode)(parse(TEXT))
+    assert alone.rolled_back
+    assert alone.verdict is None
+
+
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("bad", [Raises, Dangling])
 def test_a_pass_that_breaks_the_graph_is_taken_back(bad: Callable[[], Pass], verify: bool) -> None:
