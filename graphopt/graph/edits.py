@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-
 _WITH_GRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 """Operators of the default domain that hold graphs; those of other domains may too."""
 
