@@ -17,7 +17,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import conformance
-from conformance import VARIANTS, Case, conform, conform_all, package_cases, table
+from backend_tests import Case, package_cases
+from conformance import VARIANTS, conform, conform_all, table
 
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import RulePass
