@@ -13,7 +13,7 @@ Variants of a test: `given`, the model as it is; `integers`, its small integer a
 shapes and axes are known; `constant`, all inputs made constants, so that folding meets every operator; `dynamic`, the
 declared sizes of inputs and outputs replaced by symbols.
 
-Exit status 1 where there is a fault. Downloads nothing. The full run takes about five minutes.
+Exit status 1 where there is a fault. Downloads nothing. The full run takes two to three minutes.
 """
 
 from __future__ import annotations
