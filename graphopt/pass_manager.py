@@ -5,22 +5,21 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import onnx_ir as ir
 
-from graphopt.analysis.cost import cost
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.analysis.shapes.facts import KEPT_KEY, MADE_KEY
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.graph.edits import walk
-from graphopt.passes.base import Guarantee, Pass, Site
+from graphopt.passes.base import Guarantee, Pass
+from graphopt.run_report import PassRecord, RunReport, Stats
 from graphopt.verification.structure import new_problems
 from graphopt.verification.verifier import Verdict, Verifier
 
 VerifyMode = Literal["auto", "pass", "phase", "none"]
-Status = Literal["applied", "unchanged", "rolled back", "skipped"]
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
 
@@ -37,95 +36,6 @@ class ModelVerifier(Protocol):
 
     def check(self, candidate: ir.Model, *, bitwise: bool = False) -> Verdict:
         """Compare `candidate` with the reference on every probe."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """Size of a model: nodes over all graphs, parameters and bytes of used weights, FLOPs of one inference.
-
-    `unknown_flops` counts the nodes whose operations aren't in `flops`, because a shape isn't known.
-    """
-
-    nodes: int
-    parameters: int
-    weight_bytes: int
-    flops: int
-    unknown_flops: int
-
-    @classmethod
-    def of(cls, model: ir.Model) -> Stats:
-        """Measure `model` (FLOPs with dynamic dimensions bound as `graphopt.analysis.cost` says)."""
-        found = cost(model)
-        return cls(found.node_count, found.parameters, found.weight_bytes, found.flops, found.unknown_flops)
-
-
-@dataclasses.dataclass
-class PassRecord:
-    """What one run of one pass did.
-
-    Attributes:
-        name: The pass.
-        family: Its family; "other" for passes that aren't graphopt's.
-        guarantee: "exact" or "lossy"; "unstated" for others' passes.
-        options: The options in force.
-        round: The round of the pipeline, from 1.
-        seconds: Wall time of the pass alone.
-        status: "applied", "unchanged", "rolled back" or "skipped".
-        detail: Why it was rolled back or skipped.
-        before: Size before.
-        after: Size after.
-        sites: What was done at each site, or why not.
-        verdict: The verification that the pass was checked by, where there was one.
-    """
-
-    name: str
-    family: str
-    guarantee: str
-    options: dict[str, Any]
-    round: int
-    seconds: float = 0.0
-    status: Status = "unchanged"
-    detail: str = ""
-    before: Stats | None = None
-    after: Stats | None = None
-    sites: list[Site] = dataclasses.field(default_factory=list)
-    verdict: Verdict | None = None
-
-
-@dataclasses.dataclass
-class RunReport:
-    """What a pipeline did.
-
-    Attributes:
-        records: One for each run of a pass, in order.
-        before: Size of the model given.
-        after: Size of the result.
-        verdict: The last verification of the result, None where verification was off.
-        seconds: Wall time of the passes, without verification.
-        verify_seconds: Wall time of verification and structural checks.
-    """
-
-    records: list[PassRecord]
-    before: Stats
-    after: Stats
-    verdict: Verdict | None
-    seconds: float
-    verify_seconds: float
-
-    @property
-    def rolled_back(self) -> list[PassRecord]:
-        """The passes that failed and were taken back."""
-        return [r for r in self.records if r.status == "rolled back"]
-
-    @property
-    def modified(self) -> bool:
-        """Whether anything was changed."""
-        return any(r.status == "applied" for r in self.records)
-
-    def left(self) -> list[tuple[str, Site]]:
-        """Sites left alone, each with its pass: those of the last run of every pass, whose word is final."""
-        last = {r.name: r for r in self.records if r.status in ("applied", "unchanged")}
-        return [(name, site) for name, r in last.items() for site in r.sites if site.outcome == "left"]
 
 
 class PassManager:

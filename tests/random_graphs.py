@@ -72,7 +72,9 @@ class _Builder:
                 op = ("Add", "Mul", "Sub", "Div")[argument % 4]
                 number = (1.0, 0.0, 0.5, 1.000001, 1e-10)[argument % 5]
                 operands = [name, self.scalar(1.0 if op == "Div" and not number else number)]
-                self.add(self.node(op, operands[::-1] if argument % 3 == 0 and op in ("Add", "Mul") else operands), shape)
+                self.add(
+                    self.node(op, operands[::-1] if argument % 3 == 0 and op in ("Add", "Mul") else operands), shape
+                )
             case "binary":
                 other = next((n for n, s in reversed(self.values) if s == shape), name)
                 self.add(self.node(("Add", "Mul", "Sub")[argument % 3], [name, other]), shape)
@@ -122,7 +124,9 @@ class _Builder:
             case "layer_norm":
                 axes = self.const(np.array([-1]))
                 centred = self.node("Sub", [name, self.node("ReduceMean", [name, axes], keepdims=1)])
-                square = self.node("Pow", [centred, self.scalar(2.0)]) if argument % 2 else self.node("Mul", [centred] * 2)
+                square = (
+                    self.node("Pow", [centred, self.scalar(2.0)]) if argument % 2 else self.node("Mul", [centred] * 2)
+                )
                 variance = self.node("ReduceMean", [square, axes], keepdims=1)
                 deviation = self.node("Sqrt", [self.node("Add", [variance, self.scalar(1e-5)])])
                 self.add(self.node("Div", [centred, deviation]), shape)
@@ -142,7 +146,9 @@ class _Builder:
                 axis = argument % len(shape)
                 size = shape[axis]
                 if isinstance(size, int) and len(shape) > 1:
-                    wide = self.node("Concat", [name, self.node("Neg", [name]), name][: 1 + argument % 3], axis=axis - len(shape))
+                    wide = self.node(
+                        "Concat", [name, self.node("Neg", [name]), name][: 1 + argument % 3], axis=axis - len(shape)
+                    )
                     self.add(wide, (*shape[:axis], size * (1 + argument % 3), *shape[axis + 1 :]))
             case "split" if isinstance(last, int) and last >= 2:
                 parts = [1, last - 1] if argument % 2 else [last - 1, 1]
@@ -236,7 +242,10 @@ class _Builder:
                     ]
                     + [helper.make_tensor_value_info(o, TensorProto.FLOAT, None)] * (argument % 2),
                 )
-                self.add(self.node("Loop", [bound, self.const(np.array(True)), name], outputs=1 + argument % 2, body=body), shape)
+                self.add(
+                    self.node("Loop", [bound, self.const(np.array(True)), name], outputs=1 + argument % 2, body=body),
+                    shape,
+                )
             case "if":
                 condition = self.const(np.array(bool(argument % 2)))
                 if argument % 3 == 0:

@@ -81,7 +81,9 @@ def test_faults_are_seen(fault: type[Wrong], words: str, monkeypatch: pytest.Mon
             return [fault()]
 
     monkeypatch.setattr(conformance, "_recipe", Recipe)
-    proto = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 17]> g (float[3] x) => (float[3] y) { y = Neg(x) }')
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[3] x) => (float[3] y) { y = Neg(x) }'
+    )
     case = Case("neg", lambda: proto, lambda: [[np.array([1, -2, 3], np.float32)]])
     outcome = conform(case)
     assert outcome is not None

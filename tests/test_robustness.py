@@ -185,4 +185,8 @@ def test_metadata_stays(tmp_path: Path) -> None:
     after = through(proto, tmp_path, X)
     assert {p.key: p.value for p in after.metadata_props} == {"names": "{0: 'cat'}", "stride": "32"}
     assert (after.model_version, after.domain, after.doc_string) == (7, "org.example", "about")
-    assert (after.graph.name, after.graph.doc_string, after.graph.input[0].doc_string) == ("g", "the graph", "the input")
+    assert (after.graph.name, after.graph.doc_string, after.graph.input[0].doc_string) == (
+        "g",
+        "the graph",
+        "the input",
+    )

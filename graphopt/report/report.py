@@ -9,8 +9,8 @@ from collections import Counter
 from typing import Any
 
 import graphopt
-from graphopt.pass_manager import PassRecord, RunReport
 from graphopt.recipe import Recipe
+from graphopt.run_report import PassRecord, RunReport
 
 LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 

@@ -56,7 +56,11 @@ def test_a_constant_output_is_not_computed_again() -> None:
 def test_nan_stays_where_it_is_looked_at() -> None:
     """ONNX Runtime's Sign gives 0 for a NaN in float16, the standard's evaluator gives NaN."""
     for op, folded in (("Sign", False), ("Transpose", True)):
-        model = parse(f"{HEAD} g (float[1] x) => (float[1] y) {{ s = {op}(c) y = Add(x, s) }}".replace("(float[1] x)", "(float[1] x, float[1] c)"))
+        model = parse(
+            f"{HEAD} g (float[1] x) => (float[1] y) {{ s = {op}(c) y = Add(x, s) }}".replace(
+                "(float[1] x)", "(float[1] x, float[1] c)"
+            )
+        )
         model.graph.inputs.pop()
         constant = next(v for v in model.graph.node(0).inputs)
         constant.const_value = ir.tensor(np.array([np.nan], np.float32), name="c")
@@ -68,9 +72,7 @@ def test_nan_stays_where_it_is_looked_at() -> None:
 
 def test_empty_reductions_stay() -> None:
     pass_ = FoldConstants()
-    model = parse(
-        f"{HEAD} g (float[1] x) => (float[1] y) <float[0] e = {{}}> {{ m = ReduceMean(e) y = Add(x, m) }}"
-    )
+    model = parse(f"{HEAD} g (float[1] x) => (float[1] y) <float[0] e = {{}}> {{ m = ReduceMean(e) y = Add(x, m) }}")
     assert not pass_(model).modified
     assert "empty" in left(pass_)[0]
 
