@@ -58,7 +58,8 @@ def _list(as_json: bool) -> None:
 
 @command.command(short_help="Fetch a model and print its path.")
 @click.argument("name")
-def fetch(name: str) -> None:
+@json_option
+def fetch(name: str, as_json: bool) -> None:
     """Fetch the model NAME and print its path."""
     from rich.console import Console
 
@@ -66,4 +67,7 @@ def fetch(name: str) -> None:
 
     with Console(stderr=True).status(f"fetching {name}"):
         path = catalogue.fetch(name)
-    click.echo(path)
+    if as_json:
+        print_json({"name": name, "path": str(path)})
+    else:
+        click.echo(path)
