@@ -78,7 +78,8 @@ def _offered(name: str) -> dict[str, str]:
 
 @command.command(short_help="Show the page of a pass.")
 @click.argument("name")
-def show(name: str) -> None:
+@json_option
+def show(name: str, as_json: bool) -> None:
     """Show the page of the pass NAME: what it does, formula, source, options, when not to use it."""
     from rich.markdown import Markdown
 
@@ -91,7 +92,9 @@ def show(name: str) -> None:
         raise UsageError(f"{name!r} is not one of graphopt's passes; its own documentation describes it.")
     text = re.sub(r"\A<!--.*?-->\s*", "", page(cls))  # what it is generated from concerns who changes the page
     console = out()
-    if console.is_terminal:
+    if as_json:
+        print_json({"name": name, "family": cls.family, "guarantee": cls.guarantee.value, "page": text.rstrip()})
+    elif console.is_terminal:
         console.print(Markdown(text))
     else:
         click.echo(text.rstrip())

@@ -170,6 +170,7 @@ def test_passes(run: Run) -> None:
     code, out, _ = run("passes", "show", "fold-constants")
     assert code == 0
     assert "max_bytes" in out
+    assert "max_bytes" in json.loads(run("passes", "show", "fold-constants", "--json")[1])["page"]
     code, _, err = run("passes", "show", "fold-constant")
     assert code == 2
     assert "fold-constants" in err
