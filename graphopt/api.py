@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.cost import cost
 from graphopt.analysis.layers import stacks
+from graphopt.analysis.target import TARGETS
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import InputDataError, ModelError, UsageError, VerificationError
 from graphopt.graph import load
@@ -31,7 +32,6 @@ from graphopt.verification.session import make_session
 from graphopt.verification.structure import check_structure, found_by_onnx, nan_weight
 from graphopt.verification.verifier import Verdict, Verifier
 
-TARGETS = ("cpu", "cuda", "portable")
 Source: TypeAlias = ir.Model | onnx.ModelProto | str | os.PathLike[str]
 """What a model can be given as."""
 Inputs: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]

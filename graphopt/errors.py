@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class GraphoptError(Exception):
     """Base of every error that graphopt raises on purpose; the CLI prints it without a traceback."""
@@ -31,3 +33,15 @@ class VerificationError(GraphoptError):
     """Two models that should be equal are not, or one of them doesn't run."""
 
     exit_code = 5
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that says something, at most 300 characters.
+
+    Of an exception raised from another it is the innermost one's, which says what went wrong.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".:;")

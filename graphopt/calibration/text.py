@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from graphopt.errors import InputDataError, UsageError
+from graphopt.errors import InputDataError, UsageError, first_line
 
 TEXT_KEYS = ("text", "content", "prompt")
 
@@ -93,7 +93,7 @@ def _tokenizer(path: Path) -> Any:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception
-        raise InputDataError(f"{file} is not a tokenizer: {str(error).splitlines()[0]}.") from error
+        raise InputDataError(f"{file} is not a tokenizer: {first_line(error)}.") from error
     # The file may ask for both, and a text would be cut off, or filled up, to the length of one input.
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from graphopt.errors import UsageError, VerificationError
-from graphopt.export.dependencies import first_line, quiet, require
+from graphopt.errors import UsageError, VerificationError, first_line
+from graphopt.export.dependencies import quiet, require
 from graphopt.export.source import Source
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}

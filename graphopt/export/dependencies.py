@@ -7,7 +7,6 @@ import importlib
 import io
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -78,15 +77,3 @@ def _silent_descriptors() -> Iterator[None]:
         for descriptor, copy in saved:
             os.dup2(copy, descriptor)
             os.close(copy)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that says something, at most 300 characters.
-
-    Of an exception raised from another it is the innermost one's, which says what went wrong.
-    """
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".:;")

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from graphopt.errors import ModelError, UsageError
+from graphopt.errors import ModelError, UsageError, first_line
 from graphopt.export.compare import Reference, compare, run_torch
-from graphopt.export.dependencies import first_line, quiet, require
+from graphopt.export.dependencies import quiet, require
 from graphopt.export.huggingface import from_pretrained
 from graphopt.export.source import Source, from_factory
 from graphopt.graph.edits import nodes, walk

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.errors import ModelError, UsageError
-from graphopt.export.dependencies import first_line, quiet, require
+from graphopt.errors import ModelError, UsageError, first_line
+from graphopt.export.dependencies import quiet, require
 from graphopt.export.source import Input, Source, wrap
 
 COMPANIONS = (

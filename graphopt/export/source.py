@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.errors import UsageError
-from graphopt.export.dependencies import first_line, require
+from graphopt.errors import UsageError, first_line
+from graphopt.export.dependencies import require
 
 Sizes = Mapping[str, int]
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from graphopt.errors import ModelError
+from graphopt.errors import ModelError, first_line
 from graphopt.graph.edits import walk
 from graphopt.graph.wire import Span, WireError, split
 
@@ -54,7 +54,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:
-        raise ModelError(f"{path} is not a valid ONNX graph: {_first_line(error)}") from error
+        raise ModelError(f"{path} is not a valid ONNX graph: {first_line(error)}") from error
     ir.external_data.set_base_dir(model.graph, path.parent)
     _map_inline(model, spans, path)
     external = _check_external_data(model, path)
@@ -140,11 +140,11 @@ def parse(path: Path) -> tuple[onnx.ModelProto, list[Span]]:
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror}.") from error
     except (WireError, ValueError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is truncated or not an ONNX model ({_first_line(error)}).") from error
+        raise ModelError(f"{path} is truncated or not an ONNX model ({first_line(error)}).") from error
     except Exception as error:
         if type(error).__name__ != "DecodeError":  # protobuf's, whose module differs between its implementations
             raise
-        raise ModelError(f"{path} is truncated or not an ONNX model ({_first_line(error)}).") from error
+        raise ModelError(f"{path} is truncated or not an ONNX model ({first_line(error)}).") from error
 
 
 def _map_inline(model: ir.Model, spans: list[Span], path: Path) -> None:
@@ -314,11 +314,3 @@ def _make_dense(proto: onnx.ModelProto, path: Path) -> None:
     visit(proto.graph)
     for function in proto.functions:
         visit_nodes(function.node)
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of what first went wrong."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -6,7 +6,6 @@ import abc
 import dataclasses
 import enum
 import inspect
-from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
@@ -157,9 +156,3 @@ class RulePass(Pass):
 def qualified(node: ir.Node) -> str:
     """The operator of `node` as written in `RulePass.anchors`."""
     return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
-
-
-def describe_sites(sites: list[Site]) -> Iterator[str]:
-    """One line a site, for terminals and logs."""
-    for site in sites:
-        yield f"{site.outcome:>7}  {site.op_type} {site.node!r}: {site.detail}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import ModelError, UsageError
+from graphopt.errors import ModelError, UsageError, first_line
 from graphopt.graph.load import load
 
 if TYPE_CHECKING:
@@ -75,4 +75,4 @@ def session(
             disabled_optimizers=settings.get("disabled_optimizers") or None,
         )
     except Exception as error:  # ONNX Runtime has a class of exception for each reason
-        raise ModelError(f"ONNX Runtime can't load {path}: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"ONNX Runtime can't load {path}: {first_line(error)}") from error

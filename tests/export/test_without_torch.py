@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from graphopt.errors import UsageError
+from graphopt.errors import UsageError, first_line
 from graphopt.export import export_model
 from graphopt.export.compare import relative_error
-from graphopt.export.dependencies import first_line, quiet, require
+from graphopt.export.dependencies import quiet, require
 from graphopt.export.exporter import _is_factory, _output_dims, _target
 from graphopt.export.huggingface import _height_width
 from graphopt.export.source import _probes
