@@ -140,7 +140,6 @@ def _write_external(
 def _write_inline(model: ir.Model, file: Path, progress: Progress | None) -> None:
     streamed: list[tuple[onnx.TensorProto, int, Callable[[BinaryIO], None]]] = []
     total = sum(1 for v in model.graph.initializers.values() if _streamable(v))
-    withheld: list[tuple[ir.Value, ir.TensorProtocol]] = []
 
     def write(tensor: ir.TensorProtocol, index: int, out: BinaryIO) -> None:
         if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor | ir.Tensor | ir.PackedTensor):
@@ -150,24 +149,13 @@ def _write_inline(model: ir.Model, file: Path, progress: Progress | None) -> Non
         if progress is not None:
             progress(index + 1, total)
 
-    try:
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if tensor is not None and _streamable(value):
-                header = onnx.TensorProto(name=value.name, data_type=tensor.dtype.value, dims=tensor.shape.numpy())
-                streamed.append((header, tensor.nbytes, functools.partial(write, tensor, len(streamed))))
-                withheld.append((value, tensor))
-                value.const_value = None
-        _attributes_in_memory(model)
-        inlined = _external_made_inline(model)
-        try:
-            proto = _serialize_without(model, {value.name for value, _ in withheld})
-        finally:
-            for restored, tensor in inlined:
-                restored.const_value = tensor
-    finally:
-        for value, tensor in withheld:
-            value.const_value = tensor
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and _streamable(value):
+            header = onnx.TensorProto(name=value.name, data_type=tensor.dtype.value, dims=tensor.shape.numpy())
+            streamed.append((header, tensor.nbytes, functools.partial(write, tensor, len(streamed))))
+    _attributes_in_memory(model)
+    proto = _serialize_without(model, {header.name for header, _, _ in streamed})
     with file.open("wb") as out:
         join(proto, streamed, out)
 
@@ -177,17 +165,19 @@ def _streamable(value: ir.Value) -> bool:
     return tensor is not None and tensor.dtype != ir.DataType.STRING and tensor.nbytes >= STREAMED_BYTES
 
 
-def _serialize_without(model: ir.Model, names: set[str | None]) -> onnx.ModelProto:
-    """Serialize, leaving out the main graph's initializers of these names (their tensors are withheld)."""
-    held = {name: value for name, value in model.graph.initializers.items() if name in names}
-    order = list(model.graph.initializers.items())
-    for name in held:
+def _serialize_without(model: ir.Model, names: set[str]) -> onnx.ModelProto:
+    """Serialize, leaving out the main graph's initializers of these names, and all others with their data inside."""
+    order = list(model.graph.initializers.values())
+    for name in names:
         del model.graph.initializers[name]
+    inlined = _external_made_inline(model)
     try:
         return ir.serde.serialize_model(model)
     finally:
+        for value, tensor in inlined:
+            value.const_value = tensor
         model.graph.initializers.clear()
-        for _, value in order:
+        for value in order:
             model.graph.initializers.add(value)
 
 
