@@ -202,6 +202,8 @@ def _collect(space: FeatureSpace, carried: dict[ir.Node, dict[Slot, int] | None]
         for user, index in value.uses():
             if user.graph is not value.graph:
                 space.readers.append(Reader(value, axis, "subgraph", user, index))
+            elif is_op(user, "Shape", "Size"):
+                continue  # what is asked for isn't the features
             elif ("in", index) not in (carried.get(user) or {}):
                 space.readers.append(Reader(value, axis, _reader_kind(user, index, axis), user, index))
         if value.is_graph_output():

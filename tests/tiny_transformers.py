@@ -1,0 +1,124 @@
+"""Tiny transformers with random weights, exported by torch.export or TorchScript, for tests of what stands on structure."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
+_WHISPER = {
+    "encoder_layers": 3, "decoder_layers": 2, "d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 16, "max_source_positions": 20, "vocab_size": 101,
+    "max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "use_cache": False,
+}  # fmt: skip
+
+
+def _build(name: str) -> Any:
+    import transformers as t
+
+    wide = {**SIZE, "intermediate_size": 64}
+    cached = {"use_cache": False}
+    match name:
+        case "gpt2":
+            return t.GPT2LMHeadModel(t.GPT2Config(n_layer=3, n_embd=32, n_head=4, vocab_size=101, **cached))
+        case "opt":
+            return t.OPTForCausalLM(
+                t.OPTConfig(**SIZE, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, **cached)
+            )
+        case "llama":
+            return t.LlamaForCausalLM(t.LlamaConfig(**wide, num_key_value_heads=2, **cached))
+        case "gemma":
+            return t.GemmaForCausalLM(t.GemmaConfig(**wide, num_key_value_heads=2, head_dim=8, **cached))
+        case "gemma2":
+            return t.Gemma2ForCausalLM(t.Gemma2Config(**wide, num_key_value_heads=2, head_dim=8, **cached))
+        case "neox":
+            return t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**wide, **cached))
+        case "bert":
+            return t.BertModel(t.BertConfig(**wide, max_position_embeddings=64))
+        case "vit":
+            sizes = {key: value for key, value in wide.items() if key != "vocab_size"}
+            return t.ViTForImageClassification(t.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=10))
+        case "whisper":
+            return t.WhisperForConditionalGeneration(t.WhisperConfig(**_WHISPER))
+        case "resnet":
+            return t.ResNetForImageClassification(
+                t.ResNetConfig(
+                    embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic", num_labels=5
+                )
+            )
+    raise KeyError(name)
+
+
+def feeds(name: str, batch: int = 2, tokens: int = 9) -> dict[str, np.ndarray]:
+    """Inputs of the model `name`."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, 100, size=(batch, tokens))
+    if name in ("vit", "resnet"):
+        return {"pixel_values": rng.normal(size=(batch, 3, 32, 32)).astype(np.float32)}
+    if name == "whisper":
+        return {
+            "input_features": rng.normal(size=(batch, 16, 40)).astype(np.float32),
+            "decoder_input_ids": rng.integers(3, 100, size=(batch, 7)),
+        }
+    return {"input_ids": ids, "attention_mask": np.ones((batch, tokens), dtype=np.int64)}
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def exported(name: str, exporter: str = "dynamo") -> Path:
+    """The model `name` as "dynamo" (torch.export, opset 18) or "torchscript" (opset 17) writes it; made once a process.
+
+    Every gain and bias is random, so that a rewrite that forgets one is seen.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    model = _build(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (0.5 if parameter.ndim == 1 else 0.0))
+
+    class Positional(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: Any) -> Any:
+            return self.model(**dict(zip(inputs, tensors, strict=True)))[0]
+
+    inputs = list(feeds(name))
+    arguments = tuple(torch.from_numpy(array) for array in feeds(name).values())
+    module = Positional().eval()
+    model.set_attn_implementation("eager")
+    path = _folder() / f"{name}-{exporter}.onnx"
+    tokens = inputs[0] == "input_ids"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if exporter == "dynamo":
+            free = torch.export.Dim.DYNAMIC
+            shapes = (tuple({0: free, 1: free} for _ in inputs),) if tokens else None
+            torch.onnx.export(
+                module, arguments, path, dynamo=True, dynamic_shapes=shapes, opset_version=18, external_data=False,
+                input_names=inputs, output_names=["out"], verbose=False,
+            )  # fmt: skip
+        else:
+            axes = {key: {0: "batch", 1: "tokens"} for key in inputs} if tokens else None
+            torch.onnx.export(
+                module, arguments, path, dynamo=False, opset_version=17, dynamic_axes=axes,
+                input_names=inputs, output_names=["out"],
+            )  # fmt: skip
+    return path
