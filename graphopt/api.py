@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.analysis.cost import cost
-from graphopt.analysis.layers import stacks
+from graphopt.analysis.structure import structure
 from graphopt.analysis.target import TARGETS
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import InputDataError, ModelError, UsageError, VerificationError
@@ -218,16 +218,24 @@ def inspect(
         "subgraphs": sum(1 for _ in walk(model)) - 1 - len(model.functions),
         "structures": {},
         "layers": [],
+        "residual_streams": [],
+        "no_residual_stream": None,
+        "attention": {},
+        "linear": {},
         "problems": problems,
         "why": None,
     }
     if all(map(found_by_onnx, problems)):
         copy = model.clone()
-        run = PassManager(load_recipe().passes(), verify="none")(copy)
+        passes = load_recipe().passes()
+        # Structure is read off the canonical graph: what a target runs fastest is spelled in its own way.
+        canonical = [pass_ for pass_ in passes if getattr(pass_, "family", "") != "lower"]
+        run = PassManager(canonical, verify="none")(copy)
         raised = Counter(node.op_type for node in nodes(copy))
-        data["layers"] = [stack.to_dict() for stack in stacks(copy)]
         data["structures"] = {name: raised[name] for name in STRUCTURES if raised[name]}
+        data |= structure(copy)
         if why:
+            run = PassManager(passes, verify="none")(model.clone())
             data["why"] = [{"pass": name, **dataclasses.asdict(site)} for name, site in run.left()]
     return data
 

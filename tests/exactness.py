@@ -24,6 +24,21 @@ def parse(text: str) -> ir.Model:
     return ir.from_proto(proto)
 
 
+def parse_weighted(text: str, seed: int = 0) -> ir.Model:
+    """As `parse`; names declared without a value that no node makes become initializers of random numbers."""
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(seed)
+    made = {name for node in proto.graph.node for name in node.output}
+    for info in list(proto.graph.value_info):
+        if info.name not in made:
+            kind = onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
+            shape = [d.dim_value for d in info.type.tensor_type.shape.dim]
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(size=shape).astype(kind), info.name))
+            proto.graph.value_info.remove(info)
+    onnx.checker.check_model(proto, full_check=True)
+    return ir.from_proto(proto)
+
+
 def op_types(model: ir.Model) -> list[str]:
     """The operators of the main graph in order, Constant left out."""
     return [n.op_type for n in model.graph if n.op_type != "Constant"]
@@ -31,7 +46,7 @@ def op_types(model: ir.Model) -> list[str]:
 
 def to_float64(model: ir.Model) -> ir.Model:
     """A copy of `model` that computes in float64 wherever it computed in float32."""
-    proto = ir.to_proto(model)
+    proto = ir.to_proto(ir.external_data.load_to_model(model.clone()))
 
     def tensor(t: onnx.TensorProto) -> None:
         if t.data_type == onnx.TensorProto.FLOAT:

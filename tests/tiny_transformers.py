@@ -50,9 +50,7 @@ def _build(name: str) -> Any:
             return t.WhisperForConditionalGeneration(t.WhisperConfig(**_WHISPER))
         case "resnet":
             return t.ResNetForImageClassification(
-                t.ResNetConfig(
-                    embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic", num_labels=5
-                )
+                t.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic", num_labels=5)
             )
     raise KeyError(name)
 

@@ -24,8 +24,8 @@ FUSED = {
 }
 """Operators that compute attention, with the places of q, k and v among their inputs."""
 
-_ON_SCORES = ("Add", "Mul", "Div", "Sub", "Where", "Cast", "Identity", "Dropout", "Tanh", "Clip", "Max", "Reshape")
-_ON_PROBABILITIES = ("Cast", "Identity", "Dropout", "Where", "Reshape", "Mul")
+_PLAIN = ("Cast", "Identity", "Dropout", "Where", "Reshape", "Mul", "QuantizeLinear", "DequantizeLinear")
+_ON_SCORES = (*_PLAIN, "Add", "Div", "Sub", "Tanh", "Clip", "Max")
 _MAX_STEPS = 12
 
 
@@ -146,7 +146,7 @@ def _weighted(value: ir.Value) -> ir.Node | None:
         for user, index in readers:
             if index == 0 and (is_op(user, "MatMul") or user.op_type == "FusedMatMul"):
                 return user if not is_constant(user.inputs[1]) else None
-        onward = [user for user, _ in readers if is_op(user, *_ON_PROBABILITIES)]
+        onward = [user for user, _ in readers if is_op(user, *_PLAIN)]
         if not onward:
             return None
         current = onward[0].outputs[0]

@@ -15,10 +15,27 @@ import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int, is_op, source
 from graphopt.analysis.attention_sites import AttentionSite
-from graphopt.graph.constants import constant_tensor, is_constant
+from graphopt.graph.constants import constant_tensor, is_constant, stored_weight
 from graphopt.graph.edits import nodes
 
-Role = Literal["q", "k", "v", "qkv", "kv", "o", "gate", "up", "gate_up", "down", "fc1", "fc2", "embed", "head", "other"]
+Role = Literal[
+    "q",
+    "k",
+    "v",
+    "qkv",
+    "kv",
+    "o",
+    "gate",
+    "up",
+    "gate_up",
+    "down",
+    "fc1",
+    "fc2",
+    "embed",
+    "head",
+    "conv",
+    "other",
+]
 
 _ACTIVATIONS = (
     "Relu", "Gelu", "Sigmoid", "Tanh", "Swish", "HardSwish", "HardSigmoid", "LeakyRelu", "Elu", "Selu", "Softplus",
@@ -27,7 +44,7 @@ _ACTIVATIONS = (
 _LIGHT = (
     "Add", "Mul", "Div", "Sub", "Cast", "Identity", "Dropout", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split",
     "Slice", "Concat", "Expand", "Gather", "Neg", "RotaryEmbedding", "Where", "RMSNormalization", "LayerNormalization",
-    "Flatten", "Tile",
+    "Flatten", "Tile", "QuantizeLinear", "DequantizeLinear",
 )  # fmt: skip
 """What may lie between a linear site and the attention that it serves."""
 _MAX_VISITED = 64
@@ -39,7 +56,7 @@ class LinearSite:
 
     Attributes:
         node: MatMul, Gemm, a 1×1 Conv, or for an embedding the Gather.
-        weight: The weight.
+        weight: The weight as it is stored, below a DequantizeLinear where it is quantized.
         orientation: "in,out" ([K, N]) or "out,in" ([N, K]); an embedding is "in,out" (rows are tokens).
         inputs: Input features K.
         outputs: Output features N.
@@ -91,17 +108,19 @@ def linear_sites(model: ir.Model, attention: list[AttentionSite]) -> list[Linear
     for one in attention:
         _attention_roles(one, by_node)
     for site in sites:
-        if site.role == "other" and not is_op(site.node, "Gather"):
+        if site.role == "other" and not is_op(site.node, "Gather", "Conv"):
             _mlp_role(site, by_node)
     for site in sites:
         if site.role == "other" and _reaches_output(site):
             site.role = "head"
+        if site.role == "other" and is_op(site.node, "Conv"):
+            site.role = "conv"
     groups: dict[ir.Value, int] = {}
     for site in sites:
         if (x := site.x) is not None:
             site.group = groups.setdefault(source(x), len(groups))
-        readers = dict.fromkeys(user for user, _ in site.weight.uses() if user is not site.node)
-        site.shared = tuple(_through_transpose(user).name or "" for user in readers)
+        readers = dict.fromkeys(_reader(user) for user, _ in site.weight.uses())
+        site.shared = tuple(user.name or "" for user in readers if user is not site.node)
     return sites
 
 
@@ -120,9 +139,11 @@ def _site(node: ir.Node) -> LinearSite | None:
         inner = transpose.inputs[0]
         if inner is not None and (perm is None or list(perm.as_ints()) == [1, 0]):
             weight, turned = inner, True
-    tensor = constant_tensor(weight)
-    if weight is None or tensor is None or not tensor.dtype.is_floating_point():
+    stored = stored_weight(weight)
+    tensor = constant_tensor(stored)
+    if stored is None or tensor is None or (stored is weight and not tensor.dtype.is_floating_point()):
         return None
+    weight = stored
     shape = tuple(tensor.shape.numpy())
     if is_op(node, "Conv"):
         if any(n != 1 for n in shape[2:]) or attribute_int(node, "group", 1) != 1:
@@ -144,9 +165,10 @@ def _site(node: ir.Node) -> LinearSite | None:
     return LinearSite(node, weight, "out,in" if flipped else "in,out", inputs, outputs, bias)
 
 
-def _through_transpose(node: ir.Node) -> ir.Node:
+def _reader(node: ir.Node) -> ir.Node:
+    """The node that reads a weight, or its transpose, or what it is dequantized to."""
     users = [user for user, _ in node.outputs[0].uses()]
-    return users[0] if is_op(node, "Transpose") and len(users) == 1 else node
+    return users[0] if is_op(node, "Transpose", "DequantizeLinear") and len(users) == 1 else node
 
 
 def _attention_roles(one: AttentionSite, by_node: dict[ir.Node, LinearSite]) -> None:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from graphopt.analysis.algebra import is_op
 from graphopt.analysis.feature_space import FeatureSpace, feature_space
 from graphopt.analysis.shapes import ShapeFacts
-from graphopt.graph.constants import is_constant
+from graphopt.graph.constants import is_constant, stored_weight
 from graphopt.graph.edits import captured_values
 
 Placement = Literal["pre", "post", "sandwich", "both", "none"]
@@ -280,7 +280,7 @@ def _placement(branch: Branch) -> Placement:
 def _kind(nodes: list[ir.Node]) -> BranchKind | None:
     """What a branch computes; None where it does no real work."""
     attends = any(n.op_type == "Softmax" or n.op_type in FUSED_ATTENTION for n in nodes)
-    linear = [n for n in nodes if n.op_type in WEIGHTED and any(is_constant(v) for v in n.inputs)]
+    linear = [n for n in nodes if n.op_type in WEIGHTED and any(stored_weight(v) is not None for v in n.inputs)]
     if attends:
         return "attention+mlp" if _parallel_mlp(nodes, linear) else "attention"
     if any(n.op_type in RECURRENT for n in nodes):
@@ -304,7 +304,7 @@ def _parallel_mlp(nodes: list[ir.Node], linear: list[ir.Node]) -> bool:
         if any(v.producer() in below for v in _reads(node)):
             below.add(node)
     # Values don't feed the softmax, but they meet its output in a MatMul with it.
-    mixed = {n for n in nodes if n in below and n.op_type == "MatMul" and not any(is_constant(v) for v in n.inputs)}
+    mixed = {n for n in nodes if n in below and n.op_type == "MatMul" and n not in linear}
     feeds = set(mixed)
     for node in reversed(nodes):
         if node in feeds:

@@ -46,3 +46,11 @@ def scalar(value: ir.Value | None) -> float | None:
 def is_constant(value: ir.Value | None) -> bool:
     """Whether `value` can never change."""
     return constant_tensor(value) is not None
+
+
+def stored_weight(value: ir.Value | None) -> ir.Value | None:
+    """The constant behind `value`: itself, or what a DequantizeLinear makes it of; None where it isn't constant."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type == "DequantizeLinear" and node.domain in ("", "ai.onnx", "com.microsoft"):
+        value = node.inputs[0]
+    return value if is_constant(value) else None

@@ -152,6 +152,25 @@ def test_inspection() -> None:
         "operators": {"MatMul": 48, "com.x::Foo": 1},
         "functions": ["f:g"],
         "structures": {"LayerNormalization": 13},
+        "residual_streams": [
+            {
+                "origin": "e",
+                "final": "s",
+                "features": 384,
+                "placement": "post",
+                "layers": 6,
+                "shortcuts": 1,
+                "branches": {"attention": 6, "mlp": 6},
+                "writers": {"norm": 1},
+                "readers": {"linear": 1},
+            }
+        ],
+        "no_residual_stream": None,
+        "attention": {
+            "summary": [{"count": 6, "operator": "Softmax", "heads": 12, "head_size": None, "masked": True}],
+            "sites": [],
+        },
+        "linear": {"roles": {"q": 6, "o": 6}, "groups": 8, "shared": ["wte"], "sites": []},
         "problems": ["node 'x' reads 'y', which nothing makes"],
         "why": [{"pass": "raise-gelu", "node": "Erf_1", "op_type": "Erf", "detail": "the factor isn't 0.5"}],
     }
@@ -161,7 +180,15 @@ def test_inspection() -> None:
     assert "1 problem - node 'x' reads 'y'" in text
     assert "[batch, 128]" in text
     assert "and 8 more: --json has all" in text
+    assert (
+        "residual stream: 6 layers of 384 features, normalised after each addition; branches: 6 attention, 6 mlp, "
+        "1 shortcut through a layer; written by 1 norm; read by 1 linear" in text
+    )
+    assert "attention: 6 × 12 heads of ?, masked (Softmax)" in text
+    assert "linear layers: 6 q, 6 o, reading 8 inputs; used in several places: wte" in text
     assert "1× raise-gelu: the factor isn't 0.5" in text
     for key in data:
         assert printed(terminal.print_inspection, {**data, key: None})
+    none = {**data, "residual_streams": [], "no_residual_stream": "no addition", "linear": {}, "attention": {}}
+    assert "residual stream: none (no addition)" in printed(terminal.print_inspection, none)
     assert "left no site alone" in printed(terminal.print_inspection, {**data, "why": []})

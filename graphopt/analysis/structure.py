@@ -1,0 +1,49 @@
+"""What a model is made of: the structural analyses together, as JSON data for `graphopt inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.analysis.attention_sites import attention_sites
+from graphopt.analysis.layers import stacks
+from graphopt.analysis.linear_sites import linear_sites, roles
+from graphopt.analysis.residual import residual_streams
+from graphopt.analysis.shapes import infer
+
+WHY_NONE = "no addition whose one operand is computed from the other through weights"
+
+
+def structure(model: ir.Model) -> dict[str, Any]:
+    """The structures of a canonical model (raised and folded, not yet lowered).
+
+    Returns:
+        "layers" (stacks of equal layers), "residual_streams", "no_residual_stream" (why there is none, or None),
+        "attention" and "linear" (each: a summary, and the sites one by one).
+    """
+    # The names of sizes may be believed: nothing is rewritten by what is found here.
+    facts = infer(model, believe_names=True)
+    streams = residual_streams(model, facts)
+    attention = attention_sites(model, facts)
+    linear = linear_sites(model, attention)
+    kinds = Counter((a.operator, a.heads, a.head_size, a.masked) for a in attention)
+    return {
+        "layers": [stack.to_dict() for stack in stacks(model)],
+        "residual_streams": [stream.to_dict() for stream in streams],
+        "no_residual_stream": None if streams else WHY_NONE,
+        "attention": {
+            "summary": [
+                {"count": n, "operator": operator, "heads": heads, "head_size": size, "masked": masked}
+                for (operator, heads, size, masked), n in kinds.most_common()
+            ],
+            "sites": [site.to_dict() for site in attention],
+        },
+        "linear": {
+            "roles": roles(linear),
+            "groups": len({site.group for site in linear}),
+            "shared": sorted({str(site.weight.name) for site in linear if site.shared}),
+            "sites": [site.to_dict() for site in linear],
+        },
+    }
