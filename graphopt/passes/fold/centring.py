@@ -21,6 +21,8 @@ from graphopt.passes.fold.layers import LAZY_BYTES
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _CHUNK = 1 << 20
+COPIED_BYTES = 1 << 14
+"""A constant of at most so many bytes (a bias) that something else reads too is copied."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +65,11 @@ def plan_centring(space: FeatureSpace) -> Plan | str:
     for value, shared in list(plan.constants.items()):
         known = {(use.node, use.index) for use in shared}
         tied = [user for user, index in value.uses() if (user, index) not in known] or value.is_graph_output()
-        if not tied and len({use.axis for use in shared}) == 1:
-            continue
+        if len({use.axis for use in shared}) == 1:
+            tensor = constant_tensor(value)
+            assert tensor is not None
+            if not tied or tensor.nbytes <= COPIED_BYTES:
+                continue
         # Something else reads the same numbers, and a second copy of a weight makes the model larger.
         del plan.constants[value]
         writers = [w for w in space.writers if _reads_constant(w, value)]
@@ -75,18 +80,16 @@ def plan_centring(space: FeatureSpace) -> Plan | str:
     return plan
 
 
-def centre(plan: Plan, edit: Editor) -> None:
-    """Carry out `plan`."""
+Rewritten = Callable[[ir.TensorProtocol, int], ir.TensorProtocol]
+"""Makes a constant's new tensor from the old one and its feature axis, counted from the end."""
+
+
+def centre(plan: Plan, edit: Editor, rewritten: Rewritten | None = None) -> None:
+    """Carry out `plan`; `rewritten` makes the new constants (by default `centred`)."""
     for value, uses in plan.constants.items():
         tensor = constant_tensor(value)
         assert tensor is not None
-        new = centred(tensor, uses[0].axis)
-        if value.is_initializer():
-            value.const_value = new
-            continue
-        for use in uses:
-            edit.at(use.node)
-            edit.set_input(use.node, use.index, edit.constant(new, "centred"))
+        set_constant(value, [(use.node, use.index) for use in uses], (rewritten or centred)(tensor, uses[0].axis), edit)
     for writer in plan.at_run_time:
         value, axis = (writer.value, writer.axis)
         if writer.kind == "constant":
@@ -94,6 +97,17 @@ def centre(plan: Plan, edit: Editor) -> None:
             value = writer.node.outputs[0]
             axis = plan.space.axes[value]
         _centre_at_run_time(value, axis, edit)
+
+
+def set_constant(value: ir.Value, readers: list[tuple[ir.Node, int]], tensor: ir.TensorProtocol, edit: Editor) -> None:
+    """Let `readers` read `tensor` from now on, in place of the constant `value`."""
+    if value.is_initializer() and len(readers) == len(value.uses()) and not value.is_graph_output():
+        value.const_value, value.shape = tensor, ir.Shape(tensor.shape.numpy())
+        return
+    edit.at(readers[0][0])
+    new = edit.constant(tensor, "centred")
+    for node, index in readers:
+        edit.set_input(node, index, new)
 
 
 def centred(tensor: ir.TensorProtocol, axis: int) -> ir.TensorProtocol:
@@ -122,11 +136,17 @@ def centred(tensor: ir.TensorProtocol, axis: int) -> ir.TensorProtocol:
     return lazily(tensor, compute)
 
 
-def lazily(tensor: ir.TensorProtocol, compute: Callable[[], ir.TensorProtocol]) -> ir.TensorProtocol:
-    """What `compute` makes of `tensor` (same shape and type): now where it is small, else when it is asked for."""
+def lazily(
+    tensor: ir.TensorProtocol, compute: Callable[[], ir.TensorProtocol], shape: tuple[int, ...] | None = None
+) -> ir.TensorProtocol:
+    """What `compute` makes of `tensor`, of the same type and by default the same shape.
+
+    Now where it is small, else when it is asked for.
+    """
     if tensor.nbytes < LAZY_BYTES:
         return compute()
-    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
+    new = ir.Shape(tensor.shape.numpy() if shape is None else shape)
+    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=new, name=tensor.name)
 
 
 def _uses(writer: Writer) -> list[_Use] | str | None:

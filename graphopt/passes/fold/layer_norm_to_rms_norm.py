@@ -14,8 +14,6 @@ from graphopt.graph.edits import Editor, opset, walk
 from graphopt.passes.base import Pass
 from graphopt.passes.fold.centring import Plan, centre, plan_centring
 
-OPSET = 23
-
 
 class LayerNormToRmsNorm(Pass):
     """Re-centre everything that is written into a residual stream, and turn its LayerNorms into RMSNorms.
@@ -56,6 +54,8 @@ class LayerNormToRmsNorm(Pass):
     family: ClassVar[str] = "fold"
     paper: ClassVar[str] = "Pre-RMSNorm and Pre-CRMSNorm Transformers: Equivalent and Efficient Pre-LN Transformers"
 
+    opset: ClassVar[int] = 23
+
     def __init__(self, min_norms: int = 2, add_bias: bool = True) -> None:
         super().__init__()
         self.min_norms = min_norms
@@ -77,17 +77,22 @@ class LayerNormToRmsNorm(Pass):
     def _rewrite(self, space: FeatureSpace, model: ir.Model, edit: Editor) -> bool:
         norms = [r.node for r in space.readers if r.kind == "norm" and r.node is not None]
         norms = [norm for norm in norms if is_op(norm, "LayerNormalization")]
-        plan = self._plan(space, norms, model)
+        plan = self.plan(space, norms, model)
         if isinstance(plan, str):
             for norm in norms:
                 self.left(norm, plan)
             return False
+        self.carry_out(plan, norms, edit)
+        return True
+
+    def carry_out(self, plan: Plan, norms: list[ir.Node], edit: Editor) -> None:
+        """Centre the writers and replace the norms."""
         centre(plan, edit)
         for norm in norms:
             self._replace(norm, edit)
-        return True
 
-    def _plan(self, space: FeatureSpace, norms: list[ir.Node], model: ir.Model) -> Plan | str:
+    def plan(self, space: FeatureSpace, norms: list[ir.Node], model: ir.Model) -> Plan | str:
+        """How the space of these norms is centred, or why it can't be."""
         if space.conflict is not None:
             return space.conflict
         for reader in space.readers:
@@ -100,10 +105,10 @@ class LayerNormToRmsNorm(Pass):
                 return f"the mean or deviation that {norm.name!r} gives out is used"
             if any(a.is_ref() for a in norm.attributes.values()):
                 return f"{norm.name!r} takes an attribute from the function that it is in"
-            if not self.add_bias and _has_bias(norm):
+            if not self.add_bias and has_bias(norm):
                 return f"the bias of {norm.name!r} would stay as an Add: run fold-norm-affine first, or set add_bias"
-        if opset(model) < OPSET:
-            return f"needs opset {OPSET}, the model has {opset(model)}: run convert-opset first"
+        if opset(model) < self.opset:
+            return f"needs opset {self.opset}, the model has {opset(model)}: run convert-opset first"
         plan = plan_centring(space)
         if isinstance(plan, Plan) and len(plan.at_run_time) > len(norms) // 4:
             writer = plan.at_run_time[0]
@@ -117,7 +122,7 @@ class LayerNormToRmsNorm(Pass):
     def _replace(self, norm: ir.Node, edit: Editor) -> None:
         edit.at(norm)
         x, gain = norm.inputs[:2]
-        bias = norm.inputs[2] if _has_bias(norm) else None
+        bias = norm.inputs[2] if has_bias(norm) else None
         epsilon = norm.attributes.get_float("epsilon", 1e-5)
         old = norm.outputs[0]
         stash = norm.attributes.get_int("stash_type", 1)
@@ -128,7 +133,8 @@ class LayerNormToRmsNorm(Pass):
         edit.replace(old, new)
 
 
-def _has_bias(norm: ir.Node) -> bool:
+def has_bias(norm: ir.Node) -> bool:
+    """Whether a LayerNormalization adds a bias that isn't zero."""
     if len(norm.inputs) < 3 or norm.inputs[2] is None:
         return False
     array = constant_array(norm.inputs[2])
