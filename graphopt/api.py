@@ -220,6 +220,7 @@ def inspect(
         "layers": [],
         "residual_streams": [],
         "no_residual_stream": None,
+        "long_skips": [],
         "attention": {},
         "linear": {},
         "problems": problems,

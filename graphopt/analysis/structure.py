@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.analysis.attention_sites import attention_sites
+from graphopt.analysis.branches import long_skips
 from graphopt.analysis.layers import stacks
 from graphopt.analysis.linear_sites import linear_sites, roles
 from graphopt.analysis.residual import residual_streams
@@ -21,7 +22,7 @@ def structure(model: ir.Model) -> dict[str, Any]:
 
     Returns:
         "layers" (stacks of equal layers), "residual_streams", "no_residual_stream" (why there is none, or None),
-        "attention" and "linear" (each: a summary, and the sites one by one).
+        "long_skips" (concatenated ones), "attention" and "linear" (each: a summary, and the sites one by one).
     """
     # The names of sizes may be believed: nothing is rewritten by what is found here.
     facts = infer(model, believe_names=True)
@@ -33,6 +34,7 @@ def structure(model: ir.Model) -> dict[str, Any]:
         "layers": [stack.to_dict() for stack in stacks(model)],
         "residual_streams": [stream.to_dict() for stream in streams],
         "no_residual_stream": None if streams else WHY_NONE,
+        "long_skips": [{"concat": s.concat.name, "skip": s.skip.name, "nodes": s.length} for s in long_skips(model)],
         "attention": {
             "summary": [
                 {"count": n, "operator": operator, "heads": heads, "head_size": size, "masked": masked}

@@ -130,6 +130,8 @@ def _streams(data: Data) -> list[str]:
     more = len(data.get("residual_streams") or []) - TOP_ROWS
     if more > 0:
         lines.append(f"and {units.plural(more, 'more residual stream')} (--json has all)")
+    if skips := data.get("long_skips"):
+        lines.append(f"{units.plural(len(skips), 'long skip')}: an earlier value is concatenated to a later one")
     if reason := data.get("no_residual_stream"):
         lines.append(f"residual stream: none ({reason})")
     return lines

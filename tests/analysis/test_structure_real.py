@@ -7,6 +7,7 @@ import pytest
 from tiny_transformers import exported
 
 from graphopt.analysis.attention_sites import attention_sites
+from graphopt.analysis.branches import long_skips
 from graphopt.analysis.linear_sites import linear_sites, roles
 from graphopt.analysis.residual import residual_streams
 from graphopt.analysis.shapes import infer
@@ -83,6 +84,59 @@ def test_resnet() -> None:
     (stream,) = residual_streams(model, infer(model, believe_names=True))
     data = stream.to_dict()
     assert (data["branches"], data["placement"], data["shortcuts"], data["layers"]) == ({"conv": 4}, "none", 2, 4)
+
+
+def unet():
+    """Two levels of residual blocks with GroupNorm and SiLU, the way down concatenated to the way up."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.n1, self.n2 = nn.GroupNorm(2, inputs), nn.GroupNorm(2, outputs)
+            self.c1, self.c2 = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(outputs, outputs, 3, padding=1)
+            self.short = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.c2(torch.nn.functional.silu(self.n2(self.c1(torch.nn.functional.silu(self.n1(x))))))
+            return self.short(x) + y
+
+    class UNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3, padding=1)
+            self.down1, self.down2 = Block(8, 8), Block(8, 16)
+            self.smaller = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+            self.middle = Block(16, 16)
+            self.larger = nn.ConvTranspose2d(16, 8, 2, stride=2)
+            self.up = Block(16, 8)
+            self.last = nn.Conv2d(8, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.down1(self.first(x))
+            low = self.middle(self.down2(self.smaller(first)))
+            return self.last(self.up(torch.cat([first, self.larger(low)], 1)))
+
+    return UNet().eval(), (torch.randn(1, 3, 16, 16),)
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_unet(dynamo: bool, tmp_path) -> None:
+    import torch
+
+    module, inputs = unet()
+    torch.onnx.export(module, inputs, tmp_path / "unet.onnx", dynamo=dynamo, opset_version=18)
+    model = canonical(tmp_path / "unet.onnx")
+    streams = residual_streams(model, infer(model, believe_names=True))
+    assert sum(len(s.branches) for s in streams) == 4
+    assert {b.kind for s in streams for b in s.branches} == {"conv"}
+    assert sum(bool(b.shortcut) for s in streams for b in s.branches) == 2
+    # Shortcuts change the number of channels, so a block that has one may continue the stream before it.
+    assert len(streams) in (3, 4)
+    (skip,) = long_skips(model)
+    assert skip.length > 20
 
 
 @pytest.mark.real
