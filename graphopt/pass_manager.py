@@ -9,11 +9,11 @@ from typing import Literal, Protocol, get_args
 
 import onnx_ir as ir
 
-from graphopt.analysis.shapes import ShapeFacts
+from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.analysis.shapes.facts import KEPT_KEY, MADE_KEY
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import GraphoptError, UsageError
-from graphopt.graph.edits import walk
+from graphopt.graph.edits import sort
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.run_report import PassRecord, RunReport, Stats
 from graphopt.verification.structure import new_problems
@@ -99,14 +99,14 @@ class _Run:
         self.disabled: set[int] = set()
         # A pass that saw the model at this version has nothing to do on it again: passes are idempotent.
         self.version = 0
-        # Shapes that still hold, so that passes that change nothing don't infer them again and again.
-        self.facts: ShapeFacts | None = None
+        # The shapes of the model as it stands; after a change only what changed is inferred again.
+        self.facts: ShapeFacts = infer(self.model)
         self.seen: dict[str, int] = {}
         self.records: list[PassRecord] = []
         self.verdict: Verdict | None = None
         self.bitwise_so_far = True
         self.check_seconds = 0.0
-        self.stats = Stats.of(self.model)
+        self.stats = Stats.of(self.model, self.facts)
         self.verifier: ModelVerifier | None = None
         self.new_reference()
 
@@ -154,7 +154,7 @@ class _Run:
             self.disabled.add(culprit[0])
             failed.append(culprit[1])
             _assign(self.model, start.clone())
-            self.facts = None
+            self.facts = infer(self.model)
             # What was found wrong is gone; the verdict is again that of the model at the start of the phase.
             self.stats, self.bitwise_so_far, self.verdict = stats, bitwise, verdict
             self.seen.clear()
@@ -208,16 +208,13 @@ class _Run:
             after=self.stats,
         )
         start = time.perf_counter()
-        self.model.meta.pop(MADE_KEY, None)
-        if (known := self.facts) is not None:
-            self.model.meta[KEPT_KEY] = known
+        self.model.meta[KEPT_KEY] = self.model.meta[MADE_KEY] = self.facts
         try:
             result = pass_(self.model)
             if result.model is not self.model:
                 _assign(self.model, result.model)
             if result.modified:
-                for graph in walk(self.model):
-                    graph.sort()
+                sort(self.model)
         except ir.passes.PreconditionError as error:
             record.status, record.detail = "skipped", f"it requires what the model isn't: {_reason(error)}"
             return record
@@ -228,14 +225,12 @@ class _Run:
             record.seconds = time.perf_counter() - start
             self.model.meta.pop(KEPT_KEY, None)
             made = self.model.meta.pop(MADE_KEY, None)
-            self.facts = None
-        if not result.modified:
-            self.facts = made or known
         record.sites = list(getattr(pass_, "sites", []))
         if result.modified:
             record.status = "applied"
             self.bitwise_so_far &= bool(getattr(pass_, "bitwise", False))
-            record.after = self.stats = Stats.of(self.model)
+            self.facts = infer(self.model, earlier=made)
+            record.after = self.stats = Stats.of(self.model, self.facts)
         return record
 
     def judge(self, before: ir.Model, record: PassRecord, *, lossy: bool) -> str | None:
@@ -261,8 +256,7 @@ class _Run:
             prefix = [self.manager.passes[index] for index in applied[: middle + 1]]
             for pass_ in prefix:
                 pass_(trial)
-            for graph in walk(trial):
-                graph.sort()
+            sort(trial)
             bad = bool(new_problems(trial, start))
             if not bad and self.verifier is not None:
                 same_bits = bitwise and all(getattr(pass_, "bitwise", False) for pass_ in prefix)

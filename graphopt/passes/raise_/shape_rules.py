@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.analysis.shapes import ShapeFacts
+from graphopt.analysis.shapes import ShapeFacts, lazily
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import RulePass
 
@@ -16,8 +16,8 @@ class ShapeRulePass(RulePass):
     """
 
     def prepare(self, model: ir.Model, edit: Editor) -> None:
-        """Know nothing yet."""
-        self._facts = ShapeFacts(model)
+        """Know what is known already."""
+        self._facts: ShapeFacts = lazily(model)
 
     def shape(self, value: ir.Value) -> tuple[int | None, ...] | None:
         """The sizes of the axes of `value`, None where one isn't certain or the rank isn't."""
