@@ -61,9 +61,7 @@ class ShapeFacts:
         faults: Nodes whose rule failed in an unexpected way (malformed nodes, or faults of a rule), for tests.
     """
 
-    def __init__(
-        self, model: ir.Model, *, believe_names: bool = False, earlier: ShapeFacts | None = None
-    ) -> None:
+    def __init__(self, model: ir.Model, *, believe_names: bool = False, earlier: ShapeFacts | None = None) -> None:
         self.model = model
         self.faults: list[str] = []
         self._facts: dict[ir.Value, Fact] = {}
