@@ -42,9 +42,9 @@ class PassManager:
     """Runs passes in order, again until nothing changes, and keeps only what passes verification.
 
     A pass that raises, leaves an invalid graph, or (if its guarantee is EXACT) changes the numbers beyond the
-    tolerance is taken back and left out of the rest of the run. No copy of the model is kept for every pass: the model
-    at the start of a phase is, and taking back means running the phase's other passes on it again, which gives the
-    same result because passes are deterministic.
+    tolerance is taken back and left out of the rest of the run. No copy of the model is kept for every pass: one at
+    the start of each phase of the first round is, and taking back means running the other passes since then on it
+    again, which gives the same result because passes are deterministic.
 
     Args:
         passes: graphopt passes and any other `onnx_ir` passes.
@@ -102,6 +102,9 @@ class _Run:
         # The shapes of the model as it stands; after a change only what changed is inferred again.
         self.facts: ShapeFacts = infer(self.model)
         self.seen: dict[str, int] = {}
+        # A copy of the model as it once was, and the passes that have changed the model since then, up to this phase.
+        self.saved = self.model.clone()
+        self.since: list[int] = []
         self.records: list[PassRecord] = []
         self.verdict: Verdict | None = None
         self.bitwise_so_far = True
@@ -143,29 +146,49 @@ class _Run:
 
     def run_phase(self, phase: list[int], number: int) -> bool:
         """Run the passes of one phase; on a failure, again from its start without the guilty one."""
-        start = self.model.clone()
+        # Most phases of later rounds change nothing, which isn't worth a copy; a lossy pass takes longer than one.
+        if self.since and (number == 1 or any(_lossy(self.manager.passes[i]) for i in self.since)):
+            self.saved, self.since = self.model.clone(), []
         stats, bitwise, verdict = self.stats, self.bitwise_so_far, self.verdict
         failed: list[PassRecord] = []
         while True:
             records: list[PassRecord] = []
-            culprit = self.attempt(start, phase, number, records, bitwise=bitwise)
+            applied: dict[int, PassRecord] = {}
+            culprit = self.attempt(phase, number, records, applied, bitwise=bitwise)
             if culprit is None:
                 break
             self.disabled.add(culprit[0])
             failed.append(culprit[1])
-            _assign(self.model, start.clone())
+            _assign(self.model, self.again())
             self.facts = infer(self.model)
             # What was found wrong is gone; the verdict is again that of the model at the start of the phase.
             self.stats, self.bitwise_so_far, self.verdict = stats, bitwise, verdict
             self.seen.clear()
         self.records += [*records, *failed]
-        return any(r.status == "applied" for r in records)
+        self.since += applied
+        return bool(applied)
+
+    def again(self, passes: Sequence[int] = ()) -> ir.Model:
+        """The model as it was at the start of the phase, after some of the phase's passes."""
+        model = self.saved.clone()
+        for index in (*self.since, *passes):
+            model = self.manager.passes[index](model).model
+            sort(model)
+        return model
 
     def attempt(
-        self, start: ir.Model, phase: list[int], number: int, records: list[PassRecord], *, bitwise: bool
+        self,
+        phase: list[int],
+        number: int,
+        records: list[PassRecord],
+        applied: dict[int, PassRecord],
+        *,
+        bitwise: bool,
     ) -> tuple[int, PassRecord] | None:
-        """Run a phase until a pass fails; returns the index and the record of the failing pass."""
-        applied: dict[int, PassRecord] = {}
+        """Run a phase until a pass fails; returns the index and the record of the failing pass.
+
+        What the phase did is entered into `records`, and into `applied` where a pass changed the model.
+        """
         for index in phase:
             key = _key(self.manager.passes[index])
             if index in self.disabled or self.seen.get(key) == self.version:
@@ -176,7 +199,7 @@ class _Run:
             records.append(record)
             if record.status == "applied":
                 applied[index] = record
-                if self.each and (problem := self.judge(start, record, lossy=_lossy(self.manager.passes[index]))):
+                if self.each and (problem := self.judge(record, lossy=_lossy(self.manager.passes[index]))):
                     return index, _taken_back(record, problem)
                 if _lossy(self.manager.passes[index]):
                     self.new_reference()
@@ -185,10 +208,10 @@ class _Run:
         if not applied or self.each:
             return None
         last = next(reversed(applied.values()))
-        problem = self.judge(start, last, lossy=any(_lossy(self.manager.passes[i]) for i in applied))
+        problem = self.judge(last, lossy=any(_lossy(self.manager.passes[i]) for i in applied))
         if problem is None:
             return None
-        guilty = self.bisect(start, list(applied), bitwise=bitwise)
+        guilty = self.bisect(list(applied), bitwise=bitwise)
         applied[guilty].verdict = last.verdict
         return guilty, _taken_back(applied[guilty], problem)
 
@@ -233,11 +256,11 @@ class _Run:
             record.after = self.stats = Stats.of(self.model, self.facts)
         return record
 
-    def judge(self, before: ir.Model, record: PassRecord, *, lossy: bool) -> str | None:
+    def judge(self, record: PassRecord, *, lossy: bool) -> str | None:
         """Check structure and, unless a loss is meant, numbers; returns what is wrong, and notes the verdict."""
         start = time.perf_counter()
         try:
-            if problems := new_problems(self.model, before):
+            if problems := new_problems(self.model, self.saved):
                 return problems[0]
             if self.verifier is None or lossy:
                 return None
@@ -247,19 +270,16 @@ class _Run:
         finally:
             self.check_seconds += time.perf_counter() - start
 
-    def bisect(self, start: ir.Model, applied: list[int], *, bitwise: bool) -> int:
+    def bisect(self, applied: list[int], *, bitwise: bool) -> int:
         """The first pass of a failing phase after which the model is wrong; `bitwise`: so it was at the start."""
         low, high = 0, len(applied) - 1  # the prefix of `high + 1` passes is wrong
         while low < high:
             middle = (low + high) // 2
-            trial = start.clone()
-            prefix = [self.manager.passes[index] for index in applied[: middle + 1]]
-            for pass_ in prefix:
-                pass_(trial)
-            sort(trial)
-            bad = bool(new_problems(trial, start))
+            prefix = applied[: middle + 1]
+            trial = self.again(prefix)
+            bad = bool(new_problems(trial, self.saved))
             if not bad and self.verifier is not None:
-                same_bits = bitwise and all(getattr(pass_, "bitwise", False) for pass_ in prefix)
+                same_bits = bitwise and all(getattr(self.manager.passes[i], "bitwise", False) for i in prefix)
                 bad = self.verifier.check(trial, bitwise=same_bits).differs
             low, high = (low, middle) if bad else (middle + 1, high)
         return applied[low]
