@@ -1,7 +1,8 @@
-"""What makes the command quick to start; for a process that is ours alone, so never done by `import graphopt`."""
+"""What makes the command quick to start and to end; for a process that is ours alone, so never done by `import graphopt`."""
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.abc
 import importlib.machinery
@@ -33,7 +34,9 @@ class _Postponing(importlib.abc.MetaPathFinder):
 
 
 def prepare() -> None:
-    """Postpone what is seldom needed, and collect garbage less often."""
-    if not any(isinstance(finder, _Postponing) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Postponing())
+    """Postpone what is seldom needed, and collect garbage less often, and not at the end."""
+    if any(isinstance(finder, _Postponing) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Postponing())
     gc.set_threshold(NEW_OBJECTS, 20, 20)
+    atexit.register(gc.freeze)  # a process that ends needn't look through its graphs for garbage: 0.1 s

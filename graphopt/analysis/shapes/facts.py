@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -126,6 +127,8 @@ class ShapeFacts:
 
     def infer_node(self, node: ir.Node) -> None:
         """Infer the outputs of `node`, and first whatever they depend on that isn't known yet."""
+        if self._unchanged(node):
+            return
         stack = [node]
         while stack:
             current = stack[-1]
@@ -140,32 +143,63 @@ class ShapeFacts:
                     continue
             stack.pop()
             self._active.discard(current)
-            inputs = [None if v is None else self.fact_if_known(v) for v in current.inputs]
-            version = self._opset if current.graph is None else self._opsets.get(current.graph, self._opset)
-            for value, fact in zip(current.outputs, self._outputs(current, inputs, version), strict=True):
-                self._facts.setdefault(value, fact)
+            if not self._unchanged(current):
+                self._infer(current)
 
-    def _outputs(self, node: ir.Node, inputs: list[Fact | None], version: int) -> list[Fact]:
-        """As `apply`; taken from the earlier facts where a node is and reads what it was and read then."""
-        if node.op_type in control.RULES or (self._functions and node.op_identifier() in self._functions):
-            return self.apply(node, inputs, version, {})  # it depends on more than itself and its inputs
-        made = _Inferred(
-            node.op_type,
-            node.domain,
-            version,
-            len(node.outputs),
-            (*node.inputs, *inputs, *node.attributes.data.values()),
-        )
+    def _unchanged(self, node: ir.Node) -> bool:
+        """Take from the earlier facts what they say of `node`, where it is and reads the same as then.
+
+        That is: the very objects, since attributes and facts never change.
+        """
         earlier = self._earlier[0].get(node)
-        if earlier is not None and made.same(earlier):
-            made = earlier
-        else:
-            made.outputs = self.apply(node, inputs, version, {})
+        if earlier is None or node.inputs != earlier.inputs:
+            return False
+        for value, fact in zip(earlier.inputs, earlier.facts, strict=True):
+            if value is not None:
+                known = self._facts.get(value)
+                if known is None:
+                    if value.producer() is not None:
+                        return False  # it has to be inferred first
+                    known = self._facts[value] = self._source(value)
+                if known is not fact:
+                    return False
+        attributes = node.attributes.data.values()
+        if len(attributes) != len(earlier.attributes) or not all(map(operator.is_, attributes, earlier.attributes)):
+            return False
+        if earlier.operator != (node.domain, node.op_type, len(node.outputs), self._version(node)):
+            return False
+        if self._functions and node.op_identifier() in self._functions:
+            return False
+        for value, fact in zip(node.outputs, earlier.outputs, strict=True):
+            self._facts.setdefault(value, fact)
+        self._inferred[node] = earlier
+        return True
+
+    def _infer(self, node: ir.Node) -> None:
+        inputs = [None if v is None else self.fact_if_known(v) for v in node.inputs]
+        version = self._version(node)
+        outputs = self.apply(node, inputs, version, {})
+        # Control flow and calls depend on more than what they are and read.
+        if node.op_type not in control.RULES and not (self._functions and node.op_identifier() in self._functions):
+            earlier = self._earlier[0].get(node)
             # A reader may look at the numbers of a Constant.
-            if earlier is not None and earlier.count == made.count and node.op_type != "Constant":
-                made.outputs = list(map(_kept, earlier.outputs, made.outputs))
-        self._inferred[node] = made
-        return made.outputs
+            if earlier is not None and len(earlier.outputs) == len(outputs) and node.op_type != "Constant":
+                outputs = list(map(_kept, earlier.outputs, outputs))
+            self._inferred[node] = _Inferred(
+                tuple(node.inputs),
+                inputs,
+                tuple(node.attributes.data.values()),
+                (node.domain, node.op_type, len(node.outputs), version),
+                outputs,
+            )
+        for value, fact in zip(node.outputs, outputs, strict=True):
+            self._facts.setdefault(value, fact)
+
+    def _version(self, node: ir.Node) -> int:
+        """The opset of the default domain at `node`."""
+        if not self._opsets or node.graph is None:
+            return self._opset
+        return self._opsets.get(node.graph, self._opset)
 
     def fact_if_known(self, value: ir.Value) -> Fact:
         """As `fact`, but without inferring a producer (nothing is known inside a cycle)."""
@@ -252,25 +286,15 @@ class ShapeFacts:
         return _padded([frame.get(value, NOTHING) for value in function.outputs], len(op.node.outputs))
 
 
-class _Inferred:
+class _Inferred(NamedTuple):
     """What the facts of the outputs of a node were made of, and the facts themselves."""
 
-    __slots__ = ("count", "domain", "op_type", "outputs", "reads", "version")
-
-    def __init__(self, op_type: str, domain: str, version: int, count: int, reads: tuple[object, ...]) -> None:
-        self.op_type, self.domain, self.version, self.count, self.reads = op_type, domain, version, count, reads
-        self.outputs: list[Fact] = []
-
-    def same(self, other: _Inferred) -> bool:
-        """Whether both were made of the same: the very objects, since attributes and facts never change."""
-        return (
-            len(self.reads) == len(other.reads)
-            and all(map(operator.is_, self.reads, other.reads))
-            and self.op_type == other.op_type
-            and self.domain == other.domain
-            and self.version == other.version
-            and self.count == other.count
-        )
+    inputs: tuple[ir.Value | None, ...]
+    facts: list[Fact | None]
+    attributes: tuple[ir.Attr, ...]
+    operator: tuple[str, str, int, int]
+    """Domain, operator, number of outputs, opset."""
+    outputs: list[Fact]
 
 
 def _kept(old: Fact | None, new: Fact) -> Fact:

@@ -19,6 +19,13 @@ class ShapeRulePass(RulePass):
         """Know what is known already."""
         self._facts: ShapeFacts = lazily(model)
 
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """As `Pass.call`; facts, which hold on to all values that they are of, don't outlive it."""
+        try:
+            return super().call(model)
+        finally:
+            self.__dict__.pop("_facts", None)
+
     def shape(self, value: ir.Value) -> tuple[int | None, ...] | None:
         """The sizes of the axes of `value`, None where one isn't certain or the rank isn't."""
         shape = self._facts.shape(value)
