@@ -1,4 +1,4 @@
-"""What makes the command quick to start and to end; for a process that is ours alone, so never done by `import graphopt`."""
+"""What makes the command quick to start and to end; for a process of ours alone, so never done by `import graphopt`."""
 
 from __future__ import annotations
 
