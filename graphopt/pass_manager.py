@@ -9,11 +9,11 @@ from typing import Literal, Protocol, get_args
 
 import onnx_ir as ir
 
-from graphopt.analysis.shapes import ShapeFacts
+from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.analysis.shapes.facts import KEPT_KEY, MADE_KEY
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import GraphoptError, UsageError
-from graphopt.graph.edits import walk
+from graphopt.graph.edits import sort
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.run_report import PassRecord, RunReport, Stats
 from graphopt.verification.structure import new_problems
@@ -42,9 +42,9 @@ class PassManager:
     """Runs passes in order, again until nothing changes, and keeps only what passes verification.
 
     A pass that raises, leaves an invalid graph, or (if its guarantee is EXACT) changes the numbers beyond the
-    tolerance is taken back and left out of the rest of the run. No copy of the model is kept for every pass: the model
-    at the start of a phase is, and taking back means running the phase's other passes on it again, which gives the
-    same result because passes are deterministic.
+    tolerance is taken back and left out of the rest of the run. No copy of the model is kept for every pass: one at
+    the start of each phase of the first round is, and taking back means running the other passes since then on it
+    again, which gives the same result because passes are deterministic.
 
     Args:
         passes: graphopt passes and any other `onnx_ir` passes.
@@ -99,14 +99,17 @@ class _Run:
         self.disabled: set[int] = set()
         # A pass that saw the model at this version has nothing to do on it again: passes are idempotent.
         self.version = 0
-        # Shapes that still hold, so that passes that change nothing don't infer them again and again.
-        self.facts: ShapeFacts | None = None
+        # The shapes of the model as it stands; after a change only what changed is inferred again.
+        self.facts: ShapeFacts = infer(self.model)
         self.seen: dict[str, int] = {}
+        # A copy of the model as it once was, and the passes that have changed the model since then, up to this phase.
+        self.saved = self.model.clone()
+        self.since: list[int] = []
         self.records: list[PassRecord] = []
         self.verdict: Verdict | None = None
         self.bitwise_so_far = True
         self.check_seconds = 0.0
-        self.stats = Stats.of(self.model)
+        self.stats = Stats.of(self.model, self.facts)
         self.verifier: ModelVerifier | None = None
         self.new_reference()
 
@@ -143,29 +146,49 @@ class _Run:
 
     def run_phase(self, phase: list[int], number: int) -> bool:
         """Run the passes of one phase; on a failure, again from its start without the guilty one."""
-        start = self.model.clone()
+        # Most phases of later rounds change nothing, which isn't worth a copy; a lossy pass takes longer than one.
+        if self.since and (number == 1 or any(_lossy(self.manager.passes[i]) for i in self.since)):
+            self.saved, self.since = self.model.clone(), []
         stats, bitwise, verdict = self.stats, self.bitwise_so_far, self.verdict
         failed: list[PassRecord] = []
         while True:
             records: list[PassRecord] = []
-            culprit = self.attempt(start, phase, number, records, bitwise=bitwise)
+            applied: dict[int, PassRecord] = {}
+            culprit = self.attempt(phase, number, records, applied, bitwise=bitwise)
             if culprit is None:
                 break
             self.disabled.add(culprit[0])
             failed.append(culprit[1])
-            _assign(self.model, start.clone())
-            self.facts = None
+            _assign(self.model, self.again())
+            self.facts = infer(self.model)
             # What was found wrong is gone; the verdict is again that of the model at the start of the phase.
             self.stats, self.bitwise_so_far, self.verdict = stats, bitwise, verdict
             self.seen.clear()
         self.records += [*records, *failed]
-        return any(r.status == "applied" for r in records)
+        self.since += applied
+        return bool(applied)
+
+    def again(self, passes: Sequence[int] = ()) -> ir.Model:
+        """The model as it was at the start of the phase, after some of the phase's passes."""
+        model = self.saved.clone()
+        for index in (*self.since, *passes):
+            model = self.manager.passes[index](model).model
+            sort(model)
+        return model
 
     def attempt(
-        self, start: ir.Model, phase: list[int], number: int, records: list[PassRecord], *, bitwise: bool
+        self,
+        phase: list[int],
+        number: int,
+        records: list[PassRecord],
+        applied: dict[int, PassRecord],
+        *,
+        bitwise: bool,
     ) -> tuple[int, PassRecord] | None:
-        """Run a phase until a pass fails; returns the index and the record of the failing pass."""
-        applied: dict[int, PassRecord] = {}
+        """Run a phase until a pass fails; returns the index and the record of the failing pass.
+
+        What the phase did is entered into `records`, and into `applied` where a pass changed the model.
+        """
         for index in phase:
             key = _key(self.manager.passes[index])
             if index in self.disabled or self.seen.get(key) == self.version:
@@ -176,7 +199,7 @@ class _Run:
             records.append(record)
             if record.status == "applied":
                 applied[index] = record
-                if self.each and (problem := self.judge(start, record, lossy=_lossy(self.manager.passes[index]))):
+                if self.each and (problem := self.judge(record, lossy=_lossy(self.manager.passes[index]))):
                     return index, _taken_back(record, problem)
                 if _lossy(self.manager.passes[index]):
                     self.new_reference()
@@ -185,10 +208,10 @@ class _Run:
         if not applied or self.each:
             return None
         last = next(reversed(applied.values()))
-        problem = self.judge(start, last, lossy=any(_lossy(self.manager.passes[i]) for i in applied))
+        problem = self.judge(last, lossy=any(_lossy(self.manager.passes[i]) for i in applied))
         if problem is None:
             return None
-        guilty = self.bisect(start, list(applied), bitwise=bitwise)
+        guilty = self.bisect(list(applied), bitwise=bitwise)
         applied[guilty].verdict = last.verdict
         return guilty, _taken_back(applied[guilty], problem)
 
@@ -208,16 +231,13 @@ class _Run:
             after=self.stats,
         )
         start = time.perf_counter()
-        self.model.meta.pop(MADE_KEY, None)
-        if (known := self.facts) is not None:
-            self.model.meta[KEPT_KEY] = known
+        self.model.meta[KEPT_KEY] = self.model.meta[MADE_KEY] = self.facts
         try:
             result = pass_(self.model)
             if result.model is not self.model:
                 _assign(self.model, result.model)
             if result.modified:
-                for graph in walk(self.model):
-                    graph.sort()
+                sort(self.model)
         except ir.passes.PreconditionError as error:
             record.status, record.detail = "skipped", f"it requires what the model isn't: {_reason(error)}"
             return record
@@ -228,21 +248,19 @@ class _Run:
             record.seconds = time.perf_counter() - start
             self.model.meta.pop(KEPT_KEY, None)
             made = self.model.meta.pop(MADE_KEY, None)
-            self.facts = None
-        if not result.modified:
-            self.facts = made or known
         record.sites = list(getattr(pass_, "sites", []))
         if result.modified:
             record.status = "applied"
             self.bitwise_so_far &= bool(getattr(pass_, "bitwise", False))
-            record.after = self.stats = Stats.of(self.model)
+            self.facts = infer(self.model, earlier=made)
+            record.after = self.stats = Stats.of(self.model, self.facts)
         return record
 
-    def judge(self, before: ir.Model, record: PassRecord, *, lossy: bool) -> str | None:
+    def judge(self, record: PassRecord, *, lossy: bool) -> str | None:
         """Check structure and, unless a loss is meant, numbers; returns what is wrong, and notes the verdict."""
         start = time.perf_counter()
         try:
-            if problems := new_problems(self.model, before):
+            if problems := new_problems(self.model, self.saved):
                 return problems[0]
             if self.verifier is None or lossy:
                 return None
@@ -252,20 +270,16 @@ class _Run:
         finally:
             self.check_seconds += time.perf_counter() - start
 
-    def bisect(self, start: ir.Model, applied: list[int], *, bitwise: bool) -> int:
+    def bisect(self, applied: list[int], *, bitwise: bool) -> int:
         """The first pass of a failing phase after which the model is wrong; `bitwise`: so it was at the start."""
         low, high = 0, len(applied) - 1  # the prefix of `high + 1` passes is wrong
         while low < high:
             middle = (low + high) // 2
-            trial = start.clone()
-            prefix = [self.manager.passes[index] for index in applied[: middle + 1]]
-            for pass_ in prefix:
-                pass_(trial)
-            for graph in walk(trial):
-                graph.sort()
-            bad = bool(new_problems(trial, start))
+            prefix = applied[: middle + 1]
+            trial = self.again(prefix)
+            bad = bool(new_problems(trial, self.saved))
             if not bad and self.verifier is not None:
-                same_bits = bitwise and all(getattr(pass_, "bitwise", False) for pass_ in prefix)
+                same_bits = bitwise and all(getattr(self.manager.passes[i], "bitwise", False) for i in prefix)
                 bad = self.verifier.check(trial, bitwise=same_bits).differs
             low, high = (low, middle) if bad else (middle + 1, high)
         return applied[low]

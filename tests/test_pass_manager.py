@@ -146,6 +146,37 @@ def test_the_guilty_pass_is_taken_back_and_the_others_stay(mode: VerifyMode, ord
     assert model.graph.initializers["w"].const_value is not None
 
 
+class ReluOfNeg(Replace):
+    """Right: min(0, x) becomes -Relu(-x), in which others find a Neg."""
+
+    name: ClassVar[str] = "relu-of-neg"
+    anchors: ClassVar[tuple[str, ...]] = ("Min",)
+
+    def __init__(self) -> None:
+        super().__init__("Min", "Neg")
+
+    def rewrite(self, node: ir.Node, edit: Editor) -> bool:
+        positive = edit.op("Relu", [edit.op("Sub", [node.inputs[1], node.inputs[0]])])
+        edit.replace(node.outputs[0], edit.op("Neg", [positive], like=node.outputs[0]))
+        return self.applied(node, "written with Relu")
+
+
+@pytest.mark.parametrize("mode", ["pass", "phase"])
+def test_a_pass_that_fails_in_a_later_round_is_taken_back_alone(mode: VerifyMode) -> None:
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[n, 4] x) => (float[n, 4] y) <float zero = {0}> { i = Identity(x)  m = Min(i, zero)  y = Tanh(m) }"""
+    model = parse(text)
+    passes = [NegToAbs(), ReluOfNeg(), EliminateIdentities()]
+    report = PassManager(passes, verifier_of=verifier_of, verify=mode)(model)
+    assert [(r.name, r.round) for r in report.rolled_back] == [("neg-to-abs", 2)]
+    assert [r.name for r in report.records if r.status == "applied"] == ["relu-of-neg", "eliminate-identities"]
+    assert op_types(model) == ["Sub", "Relu", "Neg", "Tanh"]
+    assert report.after.nodes == 4
+    assert report.verdict is not None
+    assert report.verdict.ok
+    assert not {key for key in model.meta if key.startswith("graphopt.shapes")}
+
+
 class RoundsAnew(Replace):
     """Claims to keep every bit, but rounds otherwise: x·w becomes x/(1/w)."""
 

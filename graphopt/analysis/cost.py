@@ -90,7 +90,13 @@ class Cost:
         return sum(self.nodes.values())
 
 
-def cost(model: ir.Model, facts: ShapeFacts | None = None, dims: Mapping[str, int] | None = None) -> Cost:
+def cost(
+    model: ir.Model,
+    facts: ShapeFacts | None = None,
+    dims: Mapping[str, int] | None = None,
+    *,
+    activations: bool = True,
+) -> Cost:
     """Count what `model` costs.
 
     Args:
@@ -99,6 +105,7 @@ def cost(model: ir.Model, facts: ShapeFacts | None = None, dims: Mapping[str, in
         dims: Numbers for dynamic sizes of the inputs, by their `dim_param` or by "input[axis]". Others are 1 on the
             first axis, 0 for other sizes of inputs called past... (an empty cache), 224 on the last two axes of an
             image (rank 4; 1, 3, 4 or unknown channels), and 128 elsewhere.
+        activations: Count the bytes of intermediate tensors too, which takes as long as all else.
 
     Returns:
         The cost; what can't be known is counted in `unknown_flops` and `unknown_bytes`.
@@ -132,7 +139,7 @@ def cost(model: ir.Model, facts: ShapeFacts | None = None, dims: Mapping[str, in
     for graph in walk(model):
         for node in graph:
             operators[node.op_type] += 1
-            per_node.append(NodeCost(node, _flops(node, shape), _bytes(node, shape, facts)))
+            per_node.append(NodeCost(node, _flops(node, shape), _bytes(node, shape, facts) if activations else None))
     return Cost(
         parameters=parameters,
         weight_bytes=weight_bytes,

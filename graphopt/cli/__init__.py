@@ -72,7 +72,10 @@ def cli() -> None:
 
 def main() -> None:
     """The entry point: errors of ours become one sentence and an exit code, never a traceback."""
+    from graphopt.cli.startup import prepare
     from graphopt.errors import GraphoptError
+
+    prepare()
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

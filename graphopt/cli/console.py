@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from graphopt.errors import GraphoptError, ModelError, UsageError
 
@@ -55,6 +54,8 @@ def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     if quiet or not console.is_terminal or console.is_dumb_terminal:
         yield lambda what, done, total: None
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=console, transient=True,

@@ -7,6 +7,7 @@ of graph outputs, removes what became dead, and remembers what was touched for t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,25 +22,54 @@ _WITH_GRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 def walk(model: ir.Model) -> Iterator[ir.Graph]:
     """The main graph, every subgraph, and the bodies of functions with theirs, outer before inner."""
     yield model.graph
-    yield from _inner_graphs(model.graph)
+    yield from inner_graphs(model.graph)
     for function in model.functions.values():
         yield function.graph
-        yield from _inner_graphs(function.graph)
+        yield from inner_graphs(function.graph)
 
 
-def _inner_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
+def inner_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """The graphs in the nodes of `graph`, at any depth, outer before inner."""
     # onnx_ir's `subgraphs` looks at every attribute of every node, which takes half of the time of a short pass.
     for node in graph:
         if node.op_type in _WITH_GRAPHS or node.domain != "":
             for inner in subgraphs_of(node):
                 yield inner
-                yield from _inner_graphs(inner)
+                yield from inner_graphs(inner)
 
 
 def nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Every node of `walk(model)`, graph by graph, each in the order of its list."""
     for graph in walk(model):
         yield from graph
+
+
+def sort(model: ir.Model) -> None:
+    """Bring the nodes of every graph into topological order, those that are in order left as they are.
+
+    Raises:
+        ValueError: A graph has a cycle; the message names it.
+    """
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        if not _in_order(graph, set()):  # which takes a fifth of the time of sorting
+            try:
+                graph.sort()  # and the graphs in it
+            except ValueError as error:
+                raise ValueError(f"the graph {graph.name!r} has a cycle, so no order of its nodes runs.") from error
+
+
+def _in_order(graph: ir.Graph, made: set[ir.Node]) -> bool:
+    """Whether every node of a graph, and of those in it, comes after what it reads; `made` are the nodes before it."""
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and (producer := value.producer()) is not None and producer not in made:
+                return False
+        if node.op_type in _WITH_GRAPHS or node.domain != "":
+            for inner in subgraphs_of(node):
+                if not _in_order(inner, made):
+                    return False
+        made.add(node)
+    return True
 
 
 def opset(model: ir.Model) -> int:
@@ -79,12 +109,16 @@ class Editor:
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
-        self.names = Names(model)
         self._function_graphs = {f.graph for f in model.functions.values()}
         for function in model.functions.values():
             self._function_graphs.update(function.subgraphs())
         self._site: ir.Node | None = None
         self._touched: dict[ir.Node, None] = {}
+
+    @functools.cached_property
+    def names(self) -> Names:
+        """The names in use, gathered when the first new one is asked for: most passes change nothing."""
+        return Names(self.model)
 
     @property
     def opset(self) -> int:

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, first_line
-from graphopt.graph.edits import walk
+from graphopt.graph.edits import sort, walk
 from graphopt.graph.wire import Span, WireError, split
 
 MAPPED_BYTES = 1 << 16
@@ -92,10 +92,10 @@ def normalize(model: ir.Model) -> None:
         model.ir_version = 4
     for graph in walk(model):
         _name_apart(graph)
-        try:
-            graph.sort()
-        except ValueError as error:
-            raise ModelError(f"the graph {graph.name!r} has a cycle, so no order of its nodes runs.") from error
+    try:
+        sort(model)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
 
 
 def _name_apart(graph: ir.Graph) -> None:
@@ -215,9 +215,9 @@ def _check_external_data(model: ir.Model, path: Path) -> bool:
             if not isinstance(tensor, ir.ExternalTensor) or isinstance(tensor, MappedTensor):
                 continue
             found = True
-            _check_place(path, name, tensor)
             file = tensor.path
             if file not in sizes:
+                _check_place(path, name, tensor)
                 try:
                     sizes[file] = os.stat(file).st_size
                 except OSError as error:

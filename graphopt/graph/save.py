@@ -7,7 +7,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -126,15 +126,40 @@ def _write_external(
             progress(info.index + 1, info.total)
 
     _attributes_in_memory(model)
-    ir.save(
-        model,
-        folder / path.name,
-        format="protobuf",
-        external_data=data_name,
-        size_threshold_bytes=STREAMED_BYTES,
-        max_shard_size_bytes=shard_bytes,
-        callback=report,
-    )
+    values = [
+        (value, value.const_value)
+        for graph in walk(model)
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    ]
+    # onnx_ir's `save` writes a tensor once for each initializer that holds it. Those of this graph hold each one once.
+    written: dict[Hashable, ir.Value] = {}
+    for value, tensor in values:
+        if _streamable(value):
+            written.setdefault(_place(tensor), ir.Value(name=str(len(written)), const_value=tensor))
+    once = ir.Model(ir.Graph([], [], nodes=[], initializers=[*written.values()]), ir_version=model.ir_version)
+    if written:  # else a file of no bytes would be made
+        ir.external_data.unload_from_model(once, folder, data_name, max_shard_size_bytes=shard_bytes, callback=report)
+    try:
+        for value, tensor in values:
+            if _streamable(value):
+                place = written[_place(tensor)].const_value
+                assert isinstance(place, ir.ExternalTensor)
+                shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
+                value.const_value = ir.ExternalTensor(
+                    place.location, place.offset, place.length, tensor.dtype, shape=shape, name=name
+                )
+            elif isinstance(tensor, ir.ExternalTensor):
+                value.const_value = in_memory(tensor)
+        onnx.save(ir.serde.serialize_model(model), folder / path.name, format="protobuf")
+    finally:
+        for value, tensor in values:
+            value.const_value = tensor
+
+
+def _place(tensor: ir.TensorProtocol) -> Hashable:
+    """What two tensors share that are one: their place in a file, or in memory."""
+    return (tensor.path, tensor.offset, tensor.length) if isinstance(tensor, ir.ExternalTensor) else id(tensor)
 
 
 def _write_inline(model: ir.Model, file: Path, progress: Progress | None) -> None:

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
+from graphopt.graph.edits import inner_graphs
 
 INLINE_BYTES = 1024
 """Initializers up to this size stay in the protobuf: shapes, axes and scalars, whose numbers shape inference reads."""
@@ -117,7 +118,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _initializers(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    for graph in (model.graph, *model.graph.subgraphs()):
+    for graph in (model.graph, *inner_graphs(model.graph)):
         for value in graph.initializers.values():
             if value.const_value is not None and value.const_value.dtype != ir.DataType.STRING:
                 yield value, value.const_value
@@ -126,7 +127,7 @@ def _initializers(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol
 def _movable(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
     """The large initializers, those of subgraphs only where their name is used once in the model."""
     counts: dict[str | None, int] = {}
-    subgraphs = list(model.graph.subgraphs())
+    subgraphs = list(inner_graphs(model.graph))
     if subgraphs:
         for graph in (model.graph, *subgraphs):
             made = {v.name for v in graph.inputs} | set(graph.initializers)

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
-from graphopt.graph.edits import subgraphs_of, walk
+from graphopt.graph.edits import inner_graphs, subgraphs_of, walk
 from graphopt.verification.skeleton import first_line, serialized, skeleton
 
 _STANDARD = ("", "ai.onnx", "ai.onnx.ml")
@@ -84,7 +84,7 @@ def _check_imports(graph: ir.Graph, imports: dict[str, int], place: str, model: 
     """A domain needs an import wherever one of its operators is used."""
     missing: dict[str, ir.Node] = {}
     local = {identifier[0] for identifier in model.functions}
-    for inner in (graph, *graph.subgraphs()):
+    for inner in (graph, *inner_graphs(graph)):
         for node in inner:
             domain = "" if node.domain == "ai.onnx" else node.domain
             if domain in imports or (domain == "" and "ai.onnx" in imports):
@@ -180,7 +180,9 @@ def _check_proto(model: ir.Model) -> Iterator[str]:
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.ClearField("shape")
     del proto.graph.value_info[:]
-    strict = all(node.domain in _STANDARD for node in model.graph.all_nodes()) and not model.functions
+    strict = not model.functions and all(
+        node.domain in _STANDARD for graph in (model.graph, *inner_graphs(model.graph)) for node in graph
+    )
     try:
         onnx.shape_inference.infer_shapes(serialized(proto), check_type=True, strict_mode=strict)
     except Exception as error:

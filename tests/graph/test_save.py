@@ -112,6 +112,42 @@ def test_lazy_weights_are_computed_when_saved(tmp_path: Path) -> None:
         np.testing.assert_array_equal(load(out).graph.initializers["w"].const_value.numpy(), old.numpy() * 2)
 
 
+@pytest.mark.parametrize("shard_bytes", [None, 200_000])
+def test_a_tensor_used_twice_is_written_once(tmp_path: Path, shard_bytes: int | None) -> None:
+    computed: list[str] = []
+
+    def compute() -> ir.TensorProtocol:
+        computed.append("once")
+        return ir.tensor(np.full((64, 64), 7, np.float32))
+
+    (tmp_path / "a").mkdir()
+    source = write(tmp_path / "a" / "m.onnx", big_model(), save_as_external_data=True, location="w.bin")
+    model = load(source)
+    old = model.graph.initializers["w"].const_value
+    assert isinstance(old, ir.ExternalTensor)
+    lazy = ir.LazyTensor(compute, dtype=ir.DataType.FLOAT, shape=ir.Shape([64, 64]), cache=False, name="lazy")
+    tied = type(old)(
+        old.location, old.offset, old.length, old.dtype, shape=ir.Shape([65536]), name="tied", base_dir=old.base_dir
+    )
+    for name, tensor in {"lazy": lazy, "tied": tied, "again": lazy}.items():
+        model.graph.register_initializer(ir.Value(name=name, const_value=tensor))
+    files = save(model, tmp_path / "b" / "o.onnx", external_data=True, shard_bytes=shard_bytes)
+    assert computed == ["once"]
+    assert sum(f.stat().st_size for f in files[1:]) == 256 * 256 * 4 + 64 * 64 * 4
+    assert model.graph.initializers["again"].const_value is lazy
+    initializers = load(files[0]).graph.initializers
+    assert list(initializers) == ["w", "lazy", "tied", "again"]
+    for name in ("lazy", "again"):
+        np.testing.assert_array_equal(initializers[name].const_value.numpy(), 7)
+    np.testing.assert_array_equal(initializers["tied"].const_value.numpy(), old.numpy().reshape(-1))
+
+
+def test_external_data_of_a_model_without_large_weights(tmp_path: Path) -> None:
+    source = write(tmp_path / "m.onnx", onnx.parser.parse_model(TEXT))
+    assert save(load(source), tmp_path / "o.onnx", external_data=True) == [tmp_path / "o.onnx"]
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx", "o.onnx"]
+
+
 def test_overridable_initializer_stays_one(tmp_path: Path) -> None:
     proto = big_model()
     proto.graph.input.append(onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [256, 256]))

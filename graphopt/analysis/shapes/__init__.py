@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Imported for the rules that they register.
 from graphopt.analysis.shapes import arrangement, elementwise, neural, reduction, views  # noqa: F401
-from graphopt.analysis.shapes.facts import ShapeFacts, infer
+from graphopt.analysis.shapes.facts import ShapeFacts, infer, lazily
 from graphopt.analysis.shapes.rule import Content, Fact, Shape
 
-__all__ = ["Content", "Fact", "Shape", "ShapeFacts", "infer"]
+__all__ = ["Content", "Fact", "Shape", "ShapeFacts", "infer", "lazily"]

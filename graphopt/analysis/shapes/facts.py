@@ -13,7 +13,9 @@ Why not the package onnx-shape-inference 0.2 (also symbolic, also on onnx_ir): o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -43,7 +45,8 @@ KEPT_KEY = "graphopt.shapes.kept"
 """`model.meta` key of facts that are known to hold still. The next `infer` takes and returns them: whoever changes the
 model and asks again gets new ones."""
 MADE_KEY = "graphopt.shapes.made"
-"""`model.meta` key of the facts that were made last, for whoever knows that the model has not changed since."""
+"""`model.meta` key of the facts that were made last, where somebody keeps them there, whether or not the model has
+changed since: new ones take from them what they say of nodes that read the same as then."""
 
 RULE_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 """What a rule may meet in a malformed node (missing inputs, wrong ranks, bad attributes): the node is then unknown."""
@@ -59,10 +62,15 @@ class ShapeFacts:
         faults: Nodes whose rule failed in an unexpected way (malformed nodes, or faults of a rule), for tests.
     """
 
-    def __init__(self, model: ir.Model, *, believe_names: bool = False) -> None:
+    def __init__(self, model: ir.Model, *, believe_names: bool = False, earlier: ShapeFacts | None = None) -> None:
         self.model = model
         self.faults: list[str] = []
         self._facts: dict[ir.Value, Fact] = {}
+        self._inferred: dict[ir.Node, _Inferred] = {}
+        self._sources: dict[ir.Value, tuple[ir.TensorProtocol, Fact]] = {}
+        if earlier is None and not believe_names:
+            earlier = model.meta.get(MADE_KEY)
+        self._earlier = ({}, {}) if earlier is None else (earlier._inferred, earlier._sources)
         self._opset = opset(model)
         self._opsets: dict[object, int] = {}
         self._calls = 0
@@ -73,7 +81,8 @@ class ShapeFacts:
             for graph in (function.graph, *function.subgraphs()):
                 self._opsets[graph] = version
         for value in model.graph.inputs:
-            self._facts[value] = _input_fact(value, believe_names)
+            fact = _input_fact(value, believe_names)
+            self._facts[value] = fact if earlier is None else _kept(earlier._facts.get(value), fact)
 
     # ---- what is known
 
@@ -85,7 +94,7 @@ class ShapeFacts:
         if known is None:
             producer = value.producer()
             if producer is None:
-                known = self._facts[value] = _source_fact(value)
+                known = self._facts[value] = self._source(value)
             else:
                 self.infer_node(producer)
                 known = self._facts.get(value, NOTHING)
@@ -118,31 +127,100 @@ class ShapeFacts:
 
     def infer_node(self, node: ir.Node) -> None:
         """Infer the outputs of `node`, and first whatever they depend on that isn't known yet."""
+        if self._unchanged(node):
+            return
         stack = [node]
         while stack:
             current = stack[-1]
             if all(out in self._facts for out in current.outputs) and current.outputs:
                 stack.pop()
                 continue
-            if current not in self._active:
+            if current not in self._active and (waiting := self._producers(current)):
                 self._active.add(current)
-                waiting = [p for p in self._producers(current) if p not in self._active]
+                waiting = [p for p in waiting if p not in self._active]
                 if waiting:
                     stack.extend(reversed(waiting))
                     continue
             stack.pop()
             self._active.discard(current)
-            inputs = [None if v is None else self.fact_if_known(v) for v in current.inputs]
-            version = self._opset if current.graph is None else self._opsets.get(current.graph, self._opset)
-            for value, fact in zip(current.outputs, self.apply(current, inputs, version, {}), strict=True):
-                self._facts.setdefault(value, fact)
+            if not self._unchanged(current):
+                self._infer(current)
+
+    def _unchanged(self, node: ir.Node) -> bool:
+        """Take from the earlier facts what they say of `node`, where it is and reads the same as then.
+
+        That is: the very objects, since attributes and facts never change.
+        """
+        earlier = self._earlier[0].get(node)
+        if earlier is None or node.inputs != earlier.inputs:
+            return False
+        for value, fact in zip(earlier.inputs, earlier.facts, strict=True):
+            if value is not None:
+                known = self._facts.get(value)
+                if known is None:
+                    if value.producer() is not None:
+                        return False  # it has to be inferred first
+                    known = self._facts[value] = self._source(value)
+                if known is not fact:
+                    return False
+        attributes = node.attributes.data.values()
+        if len(attributes) != len(earlier.attributes) or not all(map(operator.is_, attributes, earlier.attributes)):
+            return False
+        if earlier.operator != (node.domain, node.op_type, len(node.outputs), self._version(node)):
+            return False
+        if self._functions and node.op_identifier() in self._functions:
+            return False
+        for value, fact in zip(node.outputs, earlier.outputs, strict=True):
+            self._facts.setdefault(value, fact)
+        self._inferred[node] = earlier
+        return True
+
+    def _infer(self, node: ir.Node) -> None:
+        inputs = [None if v is None else self.fact_if_known(v) for v in node.inputs]
+        version = self._version(node)
+        outputs = self.apply(node, inputs, version, {})
+        # Control flow and calls depend on more than what they are and read.
+        if node.op_type not in control.RULES and not (self._functions and node.op_identifier() in self._functions):
+            earlier = self._earlier[0].get(node)
+            # A reader may look at the numbers of a Constant.
+            if earlier is not None and len(earlier.outputs) == len(outputs) and node.op_type != "Constant":
+                outputs = list(map(_kept, earlier.outputs, outputs))
+            self._inferred[node] = _Inferred(
+                tuple(node.inputs),
+                inputs,
+                tuple(node.attributes.data.values()),
+                (node.domain, node.op_type, len(node.outputs), version),
+                outputs,
+            )
+        for value, fact in zip(node.outputs, outputs, strict=True):
+            self._facts.setdefault(value, fact)
+
+    def _version(self, node: ir.Node) -> int:
+        """The opset of the default domain at `node`."""
+        if not self._opsets or node.graph is None:
+            return self._opset
+        return self._opsets.get(node.graph, self._opset)
 
     def fact_if_known(self, value: ir.Value) -> Fact:
         """As `fact`, but without inferring a producer (nothing is known inside a cycle)."""
         known = self._facts.get(value)
         if known is None and value.producer() is None:
-            known = self._facts[value] = _source_fact(value)
+            known = self._facts[value] = self._source(value)
         return known or NOTHING
+
+    def _source(self, value: ir.Value) -> Fact:
+        """Of a value that no node makes: an initializer; an input of a subgraph or function, of which nothing is known.
+
+        The fact of a tensor stays the same object, so that the readers of another one, whose numbers may differ where
+        nothing of it is followed, aren't taken for unchanged.
+        """
+        tensor = value.const_value
+        if tensor is None or not value.is_initializer() or value.is_graph_input():
+            return NOTHING
+        earlier = self._earlier[1].get(value)
+        made = earlier if earlier is not None and earlier[0] is tensor else (tensor, tensor_fact(tensor))
+        self._sources[value] = made
+        return made[1]
 
     def _producers(self, node: ir.Node) -> list[ir.Node]:
         """Nodes whose outputs `node` reads and that aren't inferred yet; what its subgraphs read comes by itself."""
@@ -208,13 +286,38 @@ class ShapeFacts:
         return _padded([frame.get(value, NOTHING) for value in function.outputs], len(op.node.outputs))
 
 
-def infer(model: ir.Model, *, believe_names: bool = False) -> ShapeFacts:
+class _Inferred(NamedTuple):
+    """What the facts of the outputs of a node were made of, and the facts themselves."""
+
+    inputs: tuple[ir.Value | None, ...]
+    facts: list[Fact | None]
+    attributes: tuple[ir.Attr, ...]
+    operator: tuple[str, str, int, int]
+    """Domain, operator, number of outputs, opset."""
+    outputs: list[Fact]
+
+
+def _kept(old: Fact | None, new: Fact) -> Fact:
+    """`old` where it says the same as `new`, so that what was made of it counts as unchanged."""
+    if old is None or old.dtype != new.dtype or old.shape != new.shape:
+        return new
+    if old.content is None or new.content is None:
+        return old if old.content is new.content else new
+    same = old.content.shape == new.content.shape and all(
+        a == b for a, b in zip(old.content.flat, new.content.flat, strict=True)
+    )
+    return old if same else new
+
+
+def infer(model: ir.Model, *, believe_names: bool = False, earlier: ShapeFacts | None = None) -> ShapeFacts:
     """Shapes, element types and small contents of all values of `model`, in time linear in its nodes.
 
     Args:
         model: The model; it isn't changed.
         believe_names: Take two input sizes of the same `dim_param` for equal. ONNX Runtime doesn't check that, so the
             facts are then true only of runs that keep to the names: for finding structure, not for removing nodes.
+        earlier: Facts of the model as it was at some time, made with the same `believe_names`; None: those made last,
+            where `model.meta` has them. The result is the same and comes sooner.
 
     Works with any order of nodes, in subgraphs (what If branches agree on; Loop and Scan bodies with unknown inputs)
     and in function bodies (with unknown inputs; a call is followed with the facts of its arguments). An operator
@@ -223,13 +326,20 @@ def infer(model: ir.Model, *, believe_names: bool = False) -> ShapeFacts:
     kept: ShapeFacts | None = None if believe_names else model.meta.pop(KEPT_KEY, None)
     if kept is not None:
         return kept
-    facts = ShapeFacts(model, believe_names=believe_names)
-    if not believe_names:
+    facts = ShapeFacts(model, believe_names=believe_names, earlier=earlier)
+    if not believe_names and MADE_KEY in model.meta:
         model.meta[MADE_KEY] = facts
     for graph in walk(model):
         for node in graph:
             facts.infer_node(node)
+    facts._earlier = ({}, {})  # all has been taken over; without this the facts of each state would hold the last one's
     return facts
+
+
+def lazily(model: ir.Model) -> ShapeFacts:
+    """As `infer`, but for the values that are asked for only: for passes that look at few places."""
+    kept: ShapeFacts | None = model.meta.pop(KEPT_KEY, None)
+    return ShapeFacts(model) if kept is None else kept
 
 
 def _fact(result: Result, source: TypeSource, op: Op) -> Fact:
@@ -264,13 +374,6 @@ _RANGES: dict[ir.DataType | None, tuple[int, int]] = {
 
 def _padded(facts: Sequence[Fact], count: int) -> list[Fact]:
     return [*facts[:count], *[NOTHING] * (count - len(facts))]
-
-
-def _source_fact(value: ir.Value) -> Fact:
-    """Of a value that no node makes: an initializer; an input of a subgraph or function, of which nothing is known."""
-    if value.is_initializer() and not value.is_graph_input() and value.const_value is not None:
-        return tensor_fact(value.const_value)
-    return NOTHING
 
 
 def _input_fact(value: ir.Value, believe_names: bool) -> Fact:

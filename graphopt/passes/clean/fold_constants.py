@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.shapes import Shape, ShapeFacts, infer
 from graphopt.graph.constants import constant_tensor
-from graphopt.graph.edits import Editor, opset, subgraphs_of, walk
+from graphopt.graph.edits import Editor, inner_graphs, opset, subgraphs_of, walk
 from graphopt.passes.base import Pass
 from graphopt.passes.clean.eliminate_common_subexpressions import is_random
 
@@ -85,7 +85,7 @@ class FoldConstants(Pass):
             facts = infer(model)
             self.sites = [site for site in self.sites if site.outcome == "applied"]
             folded = False
-            for graph in (model.graph, *model.graph.subgraphs()):
+            for graph in (model.graph, *inner_graphs(model.graph)):
                 for node in list(graph):
                     if node.graph is not None and self._foldable(node, version):
                         folded |= self._fold(node, version, facts, edit)
@@ -203,6 +203,7 @@ def _inline_branch(node: ir.Node, branch: ir.Graph, edit: Editor) -> None:
     outer = node.graph
     assert outer is not None
     edit.at(node)
+    fresh = edit.names.fresh  # which knows the names of what is moved
     results = list(branch.outputs)
     branch.outputs.clear()
     for value in list(branch.initializers.values()):
@@ -216,10 +217,10 @@ def _inline_branch(node: ir.Node, branch: ir.Graph, edit: Editor) -> None:
     moved = list(branch)
     branch.remove(moved)
     for inner in moved:
-        inner.name = edit.names.fresh(f"{node.name}/{inner.name or inner.op_type}")
+        inner.name = fresh(f"{node.name}/{inner.name or inner.op_type}")
         for value in inner.outputs:
             if value.name:
-                value.name = edit.names.fresh(f"{node.name}/{value.name}")
+                value.name = fresh(f"{node.name}/{value.name}")
     outer.insert_before(node, moved)
     for old, new in zip(list(node.outputs), results, strict=True):
         edit.at(node)

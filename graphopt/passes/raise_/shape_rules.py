@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.analysis.shapes import ShapeFacts
+from graphopt.analysis.shapes import ShapeFacts, lazily
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import RulePass
 
@@ -16,8 +16,15 @@ class ShapeRulePass(RulePass):
     """
 
     def prepare(self, model: ir.Model, edit: Editor) -> None:
-        """Know nothing yet."""
-        self._facts = ShapeFacts(model)
+        """Know what is known already."""
+        self._facts: ShapeFacts = lazily(model)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """As `Pass.call`; facts, which hold on to all values that they are of, don't outlive it."""
+        try:
+            return super().call(model)
+        finally:
+            self.__dict__.pop("_facts", None)
 
     def shape(self, value: ir.Value) -> tuple[int | None, ...] | None:
         """The sizes of the axes of `value`, None where one isn't certain or the rank isn't."""
