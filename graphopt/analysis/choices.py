@@ -153,6 +153,7 @@ CHOICES: dict[str, Choice] = {
             },
             "hard-swish",
             {"w": (NARROW, "W")},
+            widths=(512,),
         ),
         Choice(
             "linear",
