@@ -54,9 +54,8 @@ def read(model: ir.Model) -> SessionSettings:
         raise ModelError(f"the metadata entry {SETTINGS_KEY!r} isn't valid JSON ({error}).") from error
     if not isinstance(data, dict):
         raise ModelError(f"the metadata entry {SETTINGS_KEY!r} must be a JSON object.")
-    config, disabled, reasons = (
-        data.get(k) or d for k, d in (("config", {}), (DISABLED_OPTIMIZERS, []), ("reasons", {}))
-    )
+    config, disabled = data.get("config") or {}, data.get(DISABLED_OPTIMIZERS) or []
+    reasons = data.get("reasons") or {}
     if not (isinstance(config, dict) and isinstance(disabled, list) and isinstance(reasons, dict)):
         raise ModelError(f"the metadata entry {SETTINGS_KEY!r} doesn't hold settings of a session.")
     return SessionSettings(_strings(config), [str(name) for name in disabled], _strings(reasons))

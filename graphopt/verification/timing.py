@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graphopt.analysis.interleaved import NO_SPINNING, Interleaved, Ratio, seconds
-from graphopt.errors import UsageError, VerificationError
+from graphopt.errors import ModelError, UsageError, VerificationError
+from graphopt.graph.load import load
+from graphopt.graph.session_settings import SessionSettings
+from graphopt.graph.session_settings import read as read_settings
 from graphopt.verification.session import make_session, release_memory, run
 from graphopt.verification.skeleton import first_line
 
@@ -82,6 +85,8 @@ def benchmark(
 ) -> BenchResult:
     """Time models against each other: in every round each of them runs once, so that noise meets all alike.
 
+    Sessions are made as `graphopt.session` makes them, with the settings that a model asks for.
+
     Args:
         paths: Model files; ratios are to the first.
         feeds: Inputs by name, the same for all.
@@ -102,8 +107,9 @@ def benchmark(
     sessions: list[onnxruntime.InferenceSession] = []
     loads: list[float] = []
     for path in [*paths, paths[0]]:
+        asked = _asked(path)
         begin = time.perf_counter()
-        sessions.append(make_session(path, "all", threads=threads, settings=settings))
+        sessions.append(make_session(path, "all", threads=threads, settings=settings, requested=asked))
         loads.append(time.perf_counter() - begin)
     for name, session in zip([*names, names[0]], sessions, strict=True):
         try:
@@ -133,3 +139,11 @@ def benchmark(
     release_memory()
     shapes = {name: list(np.shape(array)) for name, array in feeds.items()}
     return BenchResult(timings[:-1], timings[-1], runs, warmup, calls, threads, shapes)
+
+
+def _asked(path: str | os.PathLike[str]) -> SessionSettings | None:
+    """What the model asks of its session; None where it can't be read, which the session will say better."""
+    try:
+        return read_settings(load(path))
+    except ModelError:
+        return None
