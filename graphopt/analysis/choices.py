@@ -170,7 +170,7 @@ CHOICES: dict[str, Choice] = {
         ),
         Choice(
             "linear-tokens",
-            "product with a weight and a bias, of [batch, tokens, width]",
+            "product with a weight and a bias, of batches of tokens",
             {
                 "matmul-add": "$h = MatMul($x, $w)\n$y = Add($h, $b)",
                 "reshape-gemm": "$s = Shape($x)\n$f = Reshape($x, $flat)\n$g = Gemm($f, $w, $b)\n$y = Reshape($g, $s)",
