@@ -9,6 +9,7 @@ nearest point, and the uncertainty grows with the distance.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -267,8 +268,10 @@ class Profile:
             temporary.write_text(self.dumps(), encoding="utf-8")
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise UsageError(f"The profile can't be written to {path}: {error.strerror or error}.") from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def preferred(profile: Profile | None, choice: str, width: int | None, rows: int | None = None) -> str:
