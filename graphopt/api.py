@@ -12,12 +12,14 @@ from typing import Any, TypeAlias
 import onnx
 import onnx_ir as ir
 
+from graphopt.analysis import profile as profiles
 from graphopt.analysis.cost import cost
+from graphopt.analysis.profile import Profile
 from graphopt.analysis.structure import structure
 from graphopt.analysis.target import TARGETS
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import InputDataError, ModelError, UsageError, VerificationError
-from graphopt.graph import load
+from graphopt.graph import load, session_settings
 from graphopt.graph import save as save_model
 from graphopt.graph.edits import nodes, walk
 from graphopt.graph.load import EXTERNAL_KEY, PATH_KEY, normalize
@@ -78,6 +80,7 @@ def optimize(
     verify: VerifyMode = "auto",
     inputs: Inputs | None = None,
     calibration: TextDataset | None = None,
+    profile: Profile | str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -90,12 +93,14 @@ def optimize(
         verify: "pass", "phase", "auto" or "none"; see `PassManager`.
         inputs: One array for each input, or an .npz file of them, used besides the generated probe inputs.
         calibration: Text for passes that need data; see `graphopt.calibration.text.load_text`.
+        profile: What was measured of the target, which lowering then follows: a profile or its file, or "auto" for the
+            one of this machine from the cache, if there is one (target cpu). None: safe defaults.
         seed: Seed of the generated probe inputs.
         progress: Called before each pass.
 
     Raises:
         ModelError: The model is broken or ONNX Runtime can't run it.
-        UsageError: An unknown recipe, pass, option or target.
+        UsageError: An unknown recipe, pass, option or target; a profile that is none, or for another target.
         InputDataError: `inputs` doesn't fit the model.
         VerificationError: No probe input runs on the original.
     """
@@ -105,6 +110,7 @@ def optimize(
     passes = chosen.passes(target)
     if calibration is not None and not any(getattr(p, "needs", ()) for p in passes):
         raise UsageError(f"No pass of the recipe {chosen.name} needs calibration data; leave it out.")
+    found = find_profile(profile, target)
     model = _model(model_or_path)
     require_valid(model)
     if inputs is not None:
@@ -140,6 +146,7 @@ def optimize(
         verifier_of=verifier_of,
         verify=verify,
         calibration=calibration,
+        profile=found,
         progress=progress,
     )
     run = manager(model)
@@ -152,8 +159,25 @@ def optimize(
         (before, Counter(node.op_type for node in nodes(model))),
         probes=[{"name": p.name, "description": p.description} for p in used],
         skipped_probes=[{"name": p.name, "reason": reason} for p, reason in unusable],
+        session_settings=session_settings.read(model).listed(),
+        profile=None if found is None else {"id": found.id, "date": found.date, "description": found.description},
     )
     return Result(model, report)
+
+
+def find_profile(given: Profile | str | os.PathLike[str] | None, target: str) -> Profile | None:
+    """The profile that `optimize` means by `given`.
+
+    Raises:
+        UsageError: The file is no profile; or the target isn't the cpu, which is what profiles are measured on.
+    """
+    if given is None or (given == "auto" and target != "cpu"):
+        return None
+    if target != "cpu":
+        raise UsageError(f"A profile is for the target cpu; leave it out for the target {target}.")
+    if isinstance(given, Profile):
+        return given
+    return profiles.cached() if given == "auto" else profiles.load(given)
 
 
 def verify(

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, get_args
 
 import onnx_ir as ir
 
+from graphopt.analysis.profile import Profile
 from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.analysis.shapes.facts import KEPT_KEY, MADE_KEY
 from graphopt.calibration.text import TextDataset
@@ -55,6 +56,7 @@ class PassManager:
             run of passes of one family (and bisects to the guilty pass), "auto" chooses by what a verification costs.
         max_rounds: How often the pipeline is run at most; it stops when a round changes nothing.
         calibration: Data for passes that name what they need of it; without it they are refused.
+        profile: What was measured of the target, for passes that choose by it; None: their safe defaults.
         progress: Called before each pass.
     """
 
@@ -66,6 +68,7 @@ class PassManager:
         verify: VerifyMode = "auto",
         max_rounds: int = 4,
         calibration: TextDataset | None = None,
+        profile: Profile | None = None,
         progress: Progress | None = None,
     ) -> None:
         if not passes or not all(isinstance(pass_, ir.passes.PassBase) for pass_ in passes):
@@ -74,6 +77,8 @@ class PassManager:
             raise UsageError(f"Verification has no mode {verify!r}; it has {', '.join(get_args(VerifyMode))}.")
         self.passes = list(passes)
         for pass_ in self.passes:
+            if isinstance(pass_, Pass):
+                pass_.profile = profile
             if isinstance(pass_, Pass) and pass_.needs:
                 if calibration is None:
                     raise UsageError(f"The pass {pass_.name!r} needs calibration data ({', '.join(pass_.needs)}).")

@@ -16,8 +16,9 @@ PACKAGE = ROOT / "graphopt"
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "cache": (),
     "graph": ("errors",),
-    "analysis": ("graph", "errors"),
+    "analysis": ("graph", "cache", "errors"),
     "calibration": ("analysis", "graph", "errors"),
     "verification": ("analysis", "graph", "errors"),
     "passes": ("calibration", "verification", "analysis", "graph", "errors"),
@@ -49,7 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime_ops": ("graph", "errors"),
     # An export is checked against torch by the same numerical comparison as everything else.
     "export": ("verification", "graph", "errors"),
-    "models": ("export", "graph", "errors"),
+    "models": ("export", "graph", "cache", "errors"),
 }
 """What each part stands on. The whole package (`__init__`), `api` and `cli` stand on everything below them."""
 ANYTHING = ("api", "cli", "__init__", "__main__")

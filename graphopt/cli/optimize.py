@@ -49,6 +49,9 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
 @inputs_option(instead=False)
 @click.option("--calibration", type=MODEL, metavar="FILE", help="Text (.txt or .jsonl) for passes that need data.")
 @click.option("--tokenizer", type=MODEL, metavar="FOLDER", help="Folder of the tokenizer.json for that text.")
+@click.option(
+    "--profile", metavar="FILE|none", help="Target profile to lower by  [default: this machine's, if it was measured]"
+)
 @seed_option
 @click.option("--external-data/--inline", "external_data", default=None,
               help="Weights beside the model or in it  [default: as the input]")  # fmt: skip
@@ -67,6 +70,7 @@ def command(
     inputs: Path | None,
     calibration: Path | None,
     tokenizer: Path | None,
+    profile: str | None,
     seed: int,
     external_data: bool | None,
     shard_size: str | None,
@@ -76,6 +80,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Run a recipe of passes on MODEL; verify what each pass did; write the result and say what changed."""
+    from graphopt.analysis.profile import cached_path
     from graphopt.api import optimize
     from graphopt.calibration.text import load_text
     from graphopt.graph.save import same_file
@@ -111,6 +116,7 @@ def command(
             verify=verify,  # type: ignore[arg-type]
             inputs=inputs,
             calibration=data_set,
+            profile=chosen_profile(profile, target),
             seed=seed,
             progress=bar,
         )
@@ -127,6 +133,10 @@ def command(
             bar("timing", 0, 1)
             result.report.timing = benchmark_models([model, destination], inputs=inputs, seed=seed).to_dict()
     given = {"--verify": verify, "--inputs": inputs, "--calibration": calibration, "--tokenizer": tokenizer}
+    # Without an option the result depends on whether this machine was measured.
+    if target == "cpu":
+        used = "none" if result.report.profile is None else profile or cached_path()
+        given["--profile"] = used
     given |= {"--shard-size": shard_size}
     result.report.arguments = [str(part) for pair in given.items() if pair[1] is not None for part in pair]
     if external_data is not None:
@@ -144,3 +154,10 @@ def command(
             out().print(f"Report: {report_path}", markup=False, soft_wrap=True)
     if not result.report.ok:
         sys.exit(ROLLED_BACK)
+
+
+def chosen_profile(given: str | None, target: str) -> str | None:
+    """The argument `profile` of `graphopt.optimize` behind the option."""
+    if given is None:
+        return "auto" if target == "cpu" else None
+    return None if given == "none" else given

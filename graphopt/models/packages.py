@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from graphopt.cache import cache_folder
 from graphopt.errors import ModelError, UsageError
 
 Notify = Callable[[str], None]
@@ -36,17 +37,6 @@ class PackagedFile:
     path: str
     sha256: str
     size: int
-
-
-def cache_folder(cache: Path | str | None = None) -> Path:
-    """`cache` if given, else `$GRAPHOPT_CACHE`, else `$XDG_CACHE_HOME/graphopt`, else `~/.cache/graphopt`."""
-    if cache is not None:
-        return Path(cache).expanduser()
-    if named := os.environ.get("GRAPHOPT_CACHE"):
-        return Path(named).expanduser()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base).expanduser() / "graphopt"
-    return Path.home() / ".cache" / "graphopt"
 
 
 def present(
@@ -77,7 +67,7 @@ def bring(
         version: Its exact version.
         files: The files wanted.
         keep: More files of the same package to keep, should it be downloaded.
-        cache: See `cache_folder`.
+        cache: See `graphopt.cache.cache_folder`.
         progress: Called with a line of text before a download.
 
     Raises:

@@ -43,7 +43,7 @@ def wikipedia(split: Split, cache: Path | str | None = None, progress: Notify | 
 
     Args:
         split: "evaluation" (180,000 characters) or "calibration" (450,000 characters).
-        cache: The cache folder; see `graphopt.models.packages.cache_folder`.
+        cache: The cache folder; see `graphopt.cache.cache_folder`.
         progress: Called with a line of text before a download.
 
     Raises:

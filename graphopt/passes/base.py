@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
+from graphopt.analysis.profile import Profile, preferred
 from graphopt.calibration.text import TextDataset
 from graphopt.graph.edits import Editor, walk
+from graphopt.graph.session_settings import request
 
 
 class Guarantee(enum.Enum):
@@ -66,6 +68,8 @@ class Pass(ir.passes.InPlacePass):
 
     calibration: TextDataset | None = None
     """Set by the pass manager on passes that name `needs`."""
+    profile: Profile | None = None
+    """Set by the pass manager: what was measured of the target; None: nothing, and the safe defaults hold."""
 
     def __init__(self) -> None:
         self.sites: list[Site] = []
@@ -88,6 +92,22 @@ class Pass(ir.passes.InPlacePass):
         """Record why the site at `node` was left alone; returns False, for `return self.left(...)`."""
         self.sites.append(Site(node.name or "", node.op_type, "left", reason))
         return False
+
+    def prefers(self, choice: str, width: int | None = None, rows: int | None = None) -> str:
+        """The alternative of a choice (see `graphopt.analysis.choices`) that is never slower than its default on the
+        target, and faster at some usual shape; the default where nothing was measured.
+
+        Args:
+            choice: Name of the choice.
+            width: Features or channels at the site, where they are known.
+            rows: Tokens or pixels at the site, where the graph fixes them.
+        """
+        return preferred(self.profile, choice, width, rows)
+
+    def ask_session(self, model: ir.Model, setting: str, value: str, reason: str) -> bool:
+        """Note in `model` that sessions should be made with a setting that the graph itself can't hold; returns
+        whether that is new. See `graphopt.graph.session_settings.request`."""
+        return request(model, setting, value, reason)
 
     @classmethod
     def options(cls) -> dict[str, inspect.Parameter]:

@@ -341,6 +341,7 @@ def _reproduce(report: Data) -> str:
     if platform:
         machine = " ".join(str(platform.get(k, "")) for k in ("system", "machine")).strip()
         pairs += [("Python", str(platform.get("python", "–"))), ("platform", machine)]
+    pairs.append(("lowered by", summary.followed(report)))
     recipe = str((report.get("recipe") or {}).get("name") or "recipe")
     return (
         code_block("Command", summary.command(report))

@@ -32,6 +32,7 @@ class Report:
         session_settings: What the file can't carry and a session should set: (setting, value, reason).
         timing: Result of a benchmark against the original, where one was run.
         arguments: Further command line arguments that the output depends on.
+        profile: Which target profile the passes followed: its id, date and description; None: the safe defaults.
     """
 
     source: dict[str, Any]
@@ -46,6 +47,7 @@ class Report:
     output: dict[str, Any] | None = None
     timing: dict[str, Any] | None = None
     arguments: list[str] = dataclasses.field(default_factory=list)
+    profile: dict[str, str] | None = None
 
     @property
     def ok(self) -> bool:
@@ -67,6 +69,7 @@ class Report:
             "source": self.source,
             "output": self.output,
             "target": self.target,
+            "profile": self.profile or "defaults",
             "seed": self.seed,
             "recipe": {"name": self.recipe.name, **self.recipe.to_data()},
             "ok": self.ok,

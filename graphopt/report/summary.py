@@ -189,6 +189,14 @@ def recipe_yaml(report: Data) -> str:
     return str(yaml.safe_dump({"passes": list(steps)}, sort_keys=False, allow_unicode=True, width=100))
 
 
+def followed(report: Data) -> str:
+    """What lowering went by: a target profile, or the safe defaults."""
+    profile = report.get("profile")
+    if not isinstance(profile, Mapping):
+        return "the safe defaults, no target profile"
+    return f"target profile {profile.get('id')} ({profile.get('description')})"
+
+
 def command(report: Data) -> str:
     """The command line that makes the result again."""
     import shlex

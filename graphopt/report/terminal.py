@@ -50,6 +50,7 @@ def print_report(report: Data, console: Console) -> None:
     if report.get("verification"):
         took += f", verification {units.seconds(report.get('verify_seconds'))}"
     printer.line(f"{took}.", style="dim")
+    printer.line(f"Lowered by {summary.followed(report)}.", style="dim")
 
 
 def print_inspection(data: Data, console: Console) -> None:

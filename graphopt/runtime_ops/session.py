@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,31 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import ModelError, UsageError, first_line
 from graphopt.graph.load import load
+from graphopt.graph.session_settings import SessionSettings, read
 
 if TYPE_CHECKING:
     import onnxruntime
 
-SETTINGS_KEY = "graphopt.session"
-"""Metadata key under which a model says what a session should set: JSON with "config" (session configuration entries)
-and "disabled_optimizers" (names)."""
 
-
-def requested_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+def requested_settings(path: str | os.PathLike[str]) -> SessionSettings:
     """What the model at `path` asks of a session, from its metadata; empty where it asks for nothing.
 
     Raises:
         ModelError: Not a model, or metadata that isn't what graphopt writes.
     """
-    text = load(path).metadata_props.get(SETTINGS_KEY)
-    if text is None:
-        return {}
+    model = load(path)
     try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise ModelError(f"{path}: the metadata entry {SETTINGS_KEY!r} isn't valid JSON ({error}).") from error
-    if not isinstance(settings, dict):
-        raise ModelError(f"{path}: the metadata entry {SETTINGS_KEY!r} must be a JSON object.")
-    return settings
+        return read(model)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
 def session(
@@ -59,11 +50,11 @@ def session(
         raise UsageError("ONNX Runtime is missing; install graphopt[cpu] or graphopt[gpu].") from error
     settings = requested_settings(path)
     options = sess_options if sess_options is not None else onnxruntime.SessionOptions()
-    for key, value in settings.get("config", {}).items():
+    for key, value in settings.config.items():
         try:
             options.get_session_config_entry(key)
         except RuntimeError:  # not set by the caller
-            options.add_session_config_entry(key, str(value))
+            options.add_session_config_entry(key, value)
     if providers is None:
         available = onnxruntime.get_available_providers()
         providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
@@ -72,7 +63,7 @@ def session(
             str(Path(path)),
             options,
             providers=list(providers),
-            disabled_optimizers=settings.get("disabled_optimizers") or None,
+            disabled_optimizers=settings.disabled_optimizers or None,
         )
     except Exception as error:  # ONNX Runtime has a class of exception for each reason
         raise ModelError(f"ONNX Runtime can't load {path}: {first_line(error)}") from error

@@ -21,6 +21,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, VerificationError
+from graphopt.graph.session_settings import SessionSettings
+from graphopt.graph.session_settings import read as read_settings
 from graphopt.verification.skeleton import Weight, first_line, serialized, skeleton
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ def make_session(
     threads: int | None = None,
     store: WeightStore | None = None,
     settings: Mapping[str, str] | None = None,
+    requested: SessionSettings | None = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
 ) -> onnxruntime.InferenceSession:
     """Make an ONNX Runtime session for a model in memory or a file.
@@ -106,6 +109,8 @@ def make_session(
         threads: Threads within an operator; None leaves it to ONNX Runtime.
         store: Keeps weights for several sessions; without one, the session has its own.
         settings: Session config entries, such as {"session.intra_op.allow_spinning": "0"}.
+        requested: What the model asks of a session, to be granted; `settings` go before it. A model in memory says
+            itself what it asks for, which counts where optimizations are on.
         providers: Execution providers by name.
 
     Raises:
@@ -121,7 +126,10 @@ def make_session(
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimizations == "all" else level.ORT_DISABLE_ALL
     if threads is not None:
         options.intra_op_num_threads = threads
-    for key, value in (settings or {}).items():
+    if requested is None and isinstance(model, ir.Model) and optimizations == "all":
+        requested = read_settings(model)
+    asked = requested.config if requested is not None else {}
+    for key, value in {**asked, **(settings or {})}.items():
         options.add_session_config_entry(key, value)
     source: bytes | str
     own_store: WeightStore | None = None
@@ -137,7 +145,8 @@ def make_session(
         if not Path(source).is_file():
             raise ModelError(f"There is no model file {source}.")
     try:
-        session = ort.InferenceSession(source, options, providers=list(providers))
+        disabled = list(requested.disabled_optimizers) if requested is not None else []
+        session = ort.InferenceSession(source, options, providers=list(providers), disabled_optimizers=disabled or None)
     except Exception as error:
         raise VerificationError(_load_message(name, first_line(error), ort.__version__)) from error
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import statistics
 import time
@@ -11,33 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphopt.errors import UsageError, VerificationError
+from graphopt.analysis.interleaved import NO_SPINNING, Interleaved, Ratio, seconds
+from graphopt.errors import ModelError, UsageError, VerificationError
+from graphopt.graph.load import load
+from graphopt.graph.session_settings import SessionSettings
+from graphopt.graph.session_settings import read as read_settings
 from graphopt.verification.session import make_session, release_memory, run
 from graphopt.verification.skeleton import first_line
 
 if TYPE_CHECKING:
     import onnxruntime
-
-NO_SPINNING = {"session.intra_op.allow_spinning": "0", "session.inter_op.allow_spinning": "0"}
-"""Waiting threads sleep: spinning ones would count as CPU time and would slow down the other models' runs."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-    """Time over the time of the first model, round by round.
-
-    Attributes:
-        median: Below 1 is faster.
-        low: The smallest of all rounds.
-        high: The largest of all rounds.
-        uncertainty: Half the width of the median's confidence interval of about 95 %, 1.57 · (interquartile range) / √n
-            ("Variations of Box Plots").
-    """
-
-    median: float
-    low: float
-    high: float
-    uncertainty: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +85,8 @@ def benchmark(
 ) -> BenchResult:
     """Time models against each other: in every round each of them runs once, so that noise meets all alike.
 
+    Sessions are made as `graphopt.session` makes them, with the settings that a model asks for.
+
     Args:
         paths: Model files; ratios are to the first.
         feeds: Inputs by name, the same for all.
@@ -121,8 +107,9 @@ def benchmark(
     sessions: list[onnxruntime.InferenceSession] = []
     loads: list[float] = []
     for path in [*paths, paths[0]]:
+        asked = _asked(path)
         begin = time.perf_counter()
-        sessions.append(make_session(path, "all", threads=threads, settings=settings))
+        sessions.append(make_session(path, "all", threads=threads, settings=settings, requested=asked))
         loads.append(time.perf_counter() - begin)
     for name, session in zip([*names, names[0]], sessions, strict=True):
         try:
@@ -130,48 +117,33 @@ def benchmark(
         except Exception as error:
             raise VerificationError(f"{name} doesn't run on the given inputs: {first_line(error)}") from error
 
-    single = min(_measure(sessions[0], feeds, 1)[0] for _ in range(3))
+    single = min(seconds(functools.partial(run, sessions[0], feeds))[0] for _ in range(3))
     calls = max(1, min(1000, round(min_round_ms / 1e3 / max(single, 1e-7))))
-    wall: list[list[float]] = [[] for _ in sessions]
-    cpu: list[list[float]] = [[] for _ in sessions]
+    measured = Interleaved([functools.partial(run, session, feeds) for session in sessions], calls)
     for number in range(warmup + runs):
-        # Every other round goes backwards, so that no model always follows the same neighbour.
-        order = list(range(len(sessions)))
-        if number % 2:
-            order.reverse()
-        for index in order:
-            spent = _measure(sessions[index], feeds, calls)
-            if number >= warmup:
-                wall[index].append(spent[0])
-                cpu[index].append(spent[1])
+        measured.round(keep=number >= warmup)
+    wall, cpu = measured.wall, measured.cpu
     timings = [
         Timing(
             name,
             statistics.median(wall[i]) * 1e3,
             statistics.median(cpu[i]) * 1e3,
-            _ratio(wall[i], wall[0]),
-            _ratio(cpu[i], cpu[0]),
+            Ratio.of(wall[i], wall[0]),
+            Ratio.of(cpu[i], cpu[0]),
             loads[i],
         )
         for i, name in enumerate([*names, f"{names[0]} (control)"])
     ]
     sessions.clear()
+    del measured  # holds the sessions too
     release_memory()
     shapes = {name: list(np.shape(array)) for name, array in feeds.items()}
     return BenchResult(timings[:-1], timings[-1], runs, warmup, calls, threads, shapes)
 
 
-def _measure(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any], calls: int) -> tuple[float, float]:
-    """Seconds of wall-clock and of CPU time for one run, averaged over `calls`."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(calls):
-        run(session, feeds)
-    return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
-
-
-def _ratio(times: list[float], first: list[float]) -> Ratio:
-    # The clock of CPU time may tick too coarsely for a tiny model.
-    ratios = [t / f if f > 0 else 1.0 for t, f in zip(times, first, strict=True)]
-    lower, median, upper = np.quantile(ratios, (0.25, 0.5, 0.75))
-    uncertainty = 1.57 * (upper - lower) / np.sqrt(len(ratios))
-    return Ratio(float(median), min(ratios), max(ratios), float(uncertainty))
+def _asked(path: str | os.PathLike[str]) -> SessionSettings | None:
+    """What the model asks of its session; None where it can't be read, which the session will say better."""
+    try:
+        return read_settings(load(path))
+    except ModelError:
+        return None

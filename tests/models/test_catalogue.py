@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from graphopt.cache import cache_folder
 from graphopt.errors import ModelError, UsageError
 from graphopt.models import catalogue, packages
 from graphopt.models.packages import PackagedFile
@@ -166,13 +167,13 @@ class TestBring:
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GRAPHOPT_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert packages.cache_folder(tmp_path) == tmp_path
-    assert packages.cache_folder() == Path("/a")
+    assert cache_folder(tmp_path) == tmp_path
+    assert cache_folder() == Path("/a")
     monkeypatch.delenv("GRAPHOPT_CACHE")
-    assert packages.cache_folder() == Path("/b/graphopt")
+    assert cache_folder() == Path("/b/graphopt")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/h")
-    assert packages.cache_folder() == Path("/h/.cache/graphopt")
+    assert cache_folder() == Path("/h/.cache/graphopt")
 
 
 @pytest.mark.real

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from exactness import assert_exact, op_types, parse
+from fake_profiles import Ratio, fake
 
 from graphopt.passes.lower.residual_sum import ResidualSum
 from graphopt.recipe import load
@@ -49,3 +50,47 @@ def test_onnx_runtime_no_longer_fuses_it(tmp_path) -> None:
         feed = np.ones((1, 2, 4), np.float32)
         session.run(None, {"x": feed, "r": feed})
         assert expected in [n.op_type for n in ir.load(tmp_path / "o.onnx").graph]
+
+
+# ---- with a target profile
+
+
+def lowered(text: str, ratio: Ratio | float) -> list[str]:
+    rule = ResidualSum()
+    rule.profile = fake("residual-norm", ratio)
+    return op_types(assert_exact(parse(text), rule))
+
+
+WIDTH = 128
+"""Of the sites that a profile is asked about: a width that was measured."""
+NUMBERS = ", ".join(["0.5"] * WIDTH)
+WIDE = TEXT.replace("{1, 2, 3, 4}", f"{{{NUMBERS}}}").replace("{0, 1, 2, 3}", f"{{{NUMBERS}}}")
+WIDE = WIDE.replace("float[4]", f"float[{WIDTH}]").replace("s, 4]", f"s, {WIDTH}]")
+
+
+def test_the_profile_decides() -> None:
+    assert lowered(WIDE % "a = Add(x, r)", 1.5)[0] == "Sum"
+    assert lowered(WIDE % "a = Add(x, r)", 0.8)[0] == "Add"
+    assert lowered(WIDE % "a = Sum(x, r)", 0.8)[0] == "Add"
+    assert lowered(WIDE % "a = Sum(x, r)", 1.5)[0] == "Sum"
+
+
+def test_it_is_asked_at_the_width_of_the_site() -> None:
+    assert lowered(WIDE % "a = Add(x, r)", lambda rows, width, threads: 0.5 if width == WIDTH else 1.5)[0] == "Add"
+    assert lowered(WIDE % "a = Add(x, r)", lambda rows, width, threads: 1.5 if width == WIDTH else 0.5)[0] == "Sum"
+    # Five factors of two below what was measured nothing is certain.
+    assert lowered(TEXT % "a = Add(x, r)", 0.5)[0] == "Sum"
+
+
+def test_it_is_asked_at_the_rows_that_the_graph_fixes() -> None:
+    def one_row_is_fast(rows: int, width: int, threads: int) -> float:
+        return 0.5 if rows == 1 else 1.5
+
+    assert lowered(WIDE % "a = Add(x, r)", one_row_is_fast)[0] == "Sum"
+    assert lowered(WIDE.replace("b, s,", "1, 1,") % "a = Add(x, r)", one_row_is_fast)[0] == "Add"
+    assert lowered(WIDE.replace("b, s,", "2, 64,") % "a = Add(x, r)", one_row_is_fast)[0] == "Sum"
+
+
+def test_a_sum_of_three_or_with_a_constant_stays() -> None:
+    for body in ("a = Sum(x, r, r)", "a = Sum(x, c)"):
+        assert lowered(WIDE % body, 0.8)[0] == "Sum"
