@@ -1,7 +1,8 @@
 """Layers whose weights a per-channel scale or shift can be moved into: Conv, ConvTranspose, Gemm and MatMul.
 
 In all of them a scale of the output channels, or of the input channels, is a product of the weight with an array that
-broadcasts to it: W · `per_output(scale)`, W · `per_input(scale)`.
+broadcasts to it: W · `per_output(scale)`, W · `per_input(scale)`. A matrix that the graph transposes first (the output
+layer that is tied to an embedding) counts as the transposed weight.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graphopt.analysis.algebra import producer
 from graphopt.graph.constants import constant_array, constant_tensor
 from graphopt.graph.edits import Editor
 
@@ -23,7 +25,7 @@ LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 LAZY_BYTES = 1 << 20
 """Weights of at least so many bytes are computed when they are saved (or read), so that one at a time is in memory."""
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _CHUNK = 1 << 20
 _SMALLEST_PEAK = {ir.DataType.FLOAT16: 2.0**-15}
 """Half of the smallest normal number: where the largest weight of a channel is below it, rounding would lose bits."""
@@ -54,6 +56,11 @@ class Layer:
         return len(self.weight.shape)
 
     @property
+    def channel_axis(self) -> int:
+        """The axis of the channels, of the input and of the output alike."""
+        return 1 if self.node.op_type in ("Conv", "ConvTranspose") else -1
+
+    @property
     def outputs(self) -> int:
         """The number of output channels."""
         return self._dims[self._output_axis] * (self._group if self.node.op_type == "ConvTranspose" else 1)
@@ -76,9 +83,14 @@ class Layer:
 
         For a convolution, away from its padding.
         """
-        products = self.weight.numpy().astype(np.float64) * self.per_input(shift)
+        factor = self.per_input(shift)
         axes = tuple(axis for axis in range(self.rank) if axis != self._output_axis)
-        return np.asarray(products.sum(axis=axes) * self._number("alpha", 1.0))
+        parts = [
+            (rows.astype(np.float64) * _rows(factor, start, len(rows))).sum(axis=axes)
+            for start, rows in _chunks(self.weight)
+        ]
+        total = np.sum(parts, axis=0) if self._output_axis else np.concatenate(parts)
+        return np.asarray(total * self._number("alpha", 1.0))
 
     def bias(self) -> Numbers | str:
         """The constant added to the output: [M], [1] or, for Gemm, [.., M]; [1] zero if none. A reason otherwise."""
@@ -108,17 +120,24 @@ class Layer:
         Call `problem` first.
         """
         edit.at(self.node)
-        _set_constant(self.node, 1, multiplied(self.weight, factor), "weight", edit)
+        if not (factor == 1).all():
+            _set_constant(self.node, 1, multiplied(self.weight, factor), "weight", edit)
         return self._set_bias(bias, edit)
 
-    def problem(self, factor: Numbers) -> str | None:
-        """Why the weight can't be multiplied by `factor`."""
-        value = self.node.inputs[1]
-        assert value is not None
-        readers = len(value.uses())
-        if readers > 2:
-            # Two readers cost at most one copy in all: the second to be folded has the original for itself.
-            return f"the weights of {self.name} are shared with {readers - 1} other nodes"
+    def problem(self, factor: Numbers, sharers: int = 1) -> str | None:
+        """Why the weight can't be multiplied by `factor`.
+
+        Args:
+            factor: What it is to be multiplied by; ones leave it as it is.
+            sharers: How many other nodes may read the weight, which then keep the original. Two readers cost at most
+                one copy in all: the second to be folded has the original for itself.
+        """
+        if (factor == 1).all():
+            return None
+        others = self._sharers()
+        if len(others) > sharers:
+            several = f"{len(others)} other nodes" if len(others) > 1 else f"{others[0].op_type} {others[0].name!r}"
+            return f"the weights of {self.name} are shared with {several}"
         axes = tuple(axis for axis in range(self.rank) if axis != self._output_axis)
         dtype = self.weight.dtype
         highest = _largest(dtype)
@@ -135,6 +154,17 @@ class Layer:
         return None
 
     # ---- parts
+
+    def _sharers(self) -> list[ir.Node]:
+        """The other nodes that read the weight."""
+        value = self.node.inputs[1]
+        assert value is not None
+        found = [user for user, _ in value.uses() if user is not self.node]
+        if (transpose := producer(value, "Transpose")) is not None:
+            base = transpose.inputs[0]
+            assert base is not None
+            found += [user for user, _ in base.uses() if user is not transpose]
+        return found
 
     @property
     def _dims(self) -> tuple[int, ...]:
@@ -211,14 +241,41 @@ def layer_of(node: ir.Node) -> Layer | str:
         return f"{label} has no weights to fold into"
     if any(a.is_ref() for a in node.attributes.values()):
         return f"{label} takes an attribute from the function that it is in"
-    weight = constant_tensor(node.inputs[1])
+    weight = constant_tensor(node.inputs[1]) or _transposed_weight(node)
     if weight is None:
         return f"the weights of {label} aren't constant"
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in FLOATS:
         return f"the weights of {label} are {weight.dtype.name.lower()}"
     if len(weight.shape) < 2 or (node.op_type == "MatMul" and len(weight.shape) != 2):
         return f"the weights of {label} are no matrix"
     return Layer(node, weight)
+
+
+def bias_behind(layer: Layer) -> ir.Node | None:
+    """The Add of a constant that alone reads a MatMul, where it adds one number a column."""
+    output = layer.output
+    if layer.node.op_type != "MatMul" or sole_reader(output) is not None:
+        return None
+    for use in output.uses():
+        ended = layer_of(use.node) if use.node.op_type == "Add" and use.node.graph is layer.node.graph else ""
+        if isinstance(ended, Layer) and not isinstance(ended.bias(), str):
+            return ended.add
+    return None
+
+
+def _transposed_weight(node: ir.Node) -> ir.TensorProtocol | None:
+    """The weight of a MatMul or Gemm that reads it through a Transpose of a constant matrix."""
+    transpose = producer(node.inputs[1], "Transpose") if node.op_type in ("MatMul", "Gemm") else None
+    tensor = None if transpose is None else constant_tensor(transpose.inputs[0])
+    if transpose is None or tensor is None or len(tensor.shape) != 2:
+        return None
+    perm = transpose.attributes.get("perm")
+    if perm is not None and (perm.is_ref() or list(perm.as_ints()) != [1, 0]):
+        return None
+    shape = ir.Shape(tensor.shape.numpy()[::-1])
+    return ir.LazyTensor(
+        lambda: ir.tensor(tensor.numpy().T, dtype=tensor.dtype), dtype=tensor.dtype, shape=shape, name=tensor.name
+    )
 
 
 def sole_reader(value: ir.Value) -> str | None:
