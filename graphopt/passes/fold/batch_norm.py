@@ -64,7 +64,7 @@ class FoldBatchNorm(ShapeRulePass):
         """See the class."""
         if node.op_type != "BatchNormalization":
             return self._fold_spelled_out(node, edit)
-        affine = _normalization(node, edit.opset)
+        affine = normalization(node, edit.opset)
         if isinstance(affine, str):
             return self.left(node, affine)
         before = self._fold_into_producer(node, affine, edit)
@@ -219,7 +219,7 @@ def _spelled_out(op_type: str, numbers: Numbers) -> _Affine:
     return _Affine(one, numbers if op_type == "Add" else -numbers)
 
 
-def _normalization(node: ir.Node, opset: int) -> _Affine | str:
+def normalization(node: ir.Node, opset: int) -> _Affine | str:
     """Scale and shift of a BatchNormalization in inference, or why it has none."""
     attributes = node.attributes
     if any(a.is_ref() for a in attributes.values()):

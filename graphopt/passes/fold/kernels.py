@@ -87,12 +87,11 @@ class Kernel:
         return None
 
 
-def delta(channels: int, scale: Numbers, rank: int, strides: Sequence[int], dtype: ir.DataType) -> Kernel:
-    """The kernel of y = scale · x, one number a channel: of size 1, with a group for each channel."""
-    ones = (1,) * (rank - 2)
-    window = Window(ones, tuple(strides), ones, (0,) * (rank - 2), (0,) * (rank - 2))
-    shape = (channels, 1, *ones)
-    return Kernel(shape, channels, window, dtype, lambda: np.broadcast_to(scale, (channels,)).reshape(shape))
+def delta(scale: Numbers, rank: int, dtype: ir.DataType) -> Kernel:
+    """The kernel of y = scale · x, one number a channel, of axes 2 to `rank`: of size 1, a group for each channel."""
+    ones, zeros = (1,) * (rank - 2), (0,) * (rank - 2)
+    shape = (scale.size, 1, *ones)
+    return Kernel(shape, scale.size, Window(ones, ones, ones, zeros, zeros), dtype, lambda: scale.reshape(shape))
 
 
 def composed(first: Kernel, second: Kernel) -> Kernel:
@@ -131,6 +130,21 @@ def added(kernels: Sequence[Kernel], window: Window) -> Kernel:
         return result.reshape(-1, *result.shape[2:])
 
     return Kernel((kernels[0].shape[0], inputs, *window.kernel), group, window, kernels[0].dtype, compute)
+
+
+def concatenated(tensors: Sequence[ir.TensorProtocol], axis: int) -> ir.TensorProtocol:
+    """Constants of one type, one after the other along an axis; large ones when they are asked for."""
+    shape = [int(n) for n in tensors[0].shape.numpy()]
+    shape[axis] = sum(int(tensor.shape.numpy()[axis]) for tensor in tensors)
+    dtype = tensors[0].dtype
+
+    def make() -> ir.TensorProtocol:
+        array = np.concatenate([tensor.numpy() for tensor in tensors], axis=axis)
+        return ir.tensor(np.ascontiguousarray(array), dtype=dtype)
+
+    if math.prod(shape) * dtype.itemsize < LAZY_BYTES:
+        return make()
+    return ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(shape))
 
 
 def _taps(index: tuple[Any, ...]) -> Any:
