@@ -424,9 +424,18 @@ def test_a_grouped_convolution_that_was_taken_apart() -> None:
     assert conv.attributes["group"].as_int() == 2
     wide = {"d": (16, 16, 3, 3), "e": (16, 16, 3, 3)}
     joined(SPLIT.format(c=32, a="s", b="t", o="p, q").replace("[N,8,", "[N,32,"), ["Conv"], **wide)
-    assert "2 groups of 3 → 4 channels may be slower" in reason(
+    assert "grouped convolutions with 3 → 4 channels a group may be slower" in reason(
         model(SPLIT.format(c=6, a="s", b="t", o="p, q"), **weights)
     )
+
+
+def test_narrow_groups_where_little_is_saved() -> None:
+    lines, shapes = "g@ = Conv(p@, s@)  h@ = Relu(g@)", {"a@": (6, 6, 1, 1), "s@": (6, 6, 1, 1), "d@": (5, 6, 1, 1)}
+    graph, weights = between(lines, shapes, 2)
+    assert "6 → 6 channels a group" in reason(model(graph, **weights))
+    joined(graph, ["Conv", "Conv", "Relu", "Conv"], any_width=True, **weights)
+    graph, weights = between(lines, shapes, 3)
+    joined(graph, ["Conv", "Conv", "Relu", "Conv"], **weights)
 
 
 @pytest.mark.parametrize(("a", "b", "o"), [("t", "s", "p, q"), ("s", "s", "p, q"), ("s", "t", "q, p")])

@@ -48,8 +48,12 @@ ELEMENTWISE = frozenset(
 POOLING = frozenset({"MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool"})
 LONGEST = 24
 """Nodes of a branch at most: a chain of equal towers isn't walked to its end for each pair of its values."""
-GROUP_WIDTH = 16
-"""Channels of a group of which a grouped convolution is no slower than its groups one by one."""
+BLOCK = 16
+"""ONNX Runtime has fast grouped convolutions for groups of a multiple of so many channels (8 without AVX-512) only."""
+FEW = 4
+"""Channels of a group up to which a layer of its own costs more than the slower grouped convolution does."""
+MANY = 3
+"""Added branches from which on the work saved in their last layers outweighs it, whatever their width."""
 
 
 class NoBranches(Exception):
@@ -77,7 +81,7 @@ class Branches:
         edit: Where new nodes go.
         readers: The nodes at which the branches end: they may read the values of the branches.
         last: Whether the channels are the last axis, as in branches of MatMul, or axis 1, as in those of Conv.
-        any_width: Also join convolutions that read the parts of a Split where their groups would be narrow.
+        any_width: Also make grouped convolutions that were measured to be slower than their groups.
     """
 
     def __init__(
@@ -93,7 +97,8 @@ class Branches:
         self._layers: list[ir.Node] = []
         self._joined: dict[tuple[ir.Value, ...], Joined] = {}
         self._values: list[ir.Value] = []
-        self._narrow: str | None = None
+        self._narrow: list[tuple[int, int]] = []
+        self._split = False
 
     # ---- how branches end
 
@@ -104,7 +109,7 @@ class Branches:
             NoBranches: They are no equal branches.
         """
         joined = self._join(tuple(values))
-        self._check()
+        self._check(0)
         return joined.build
 
     def convolutions(self, ends: Sequence[Convolution], inputs: Sequence[ir.Value]) -> Callable[[], ir.Value]:
@@ -119,7 +124,7 @@ class Branches:
         joined = self._join(tuple(inputs))
         if joined.channels != tuple(end.kernel.inputs for end in ends):
             raise NoBranches
-        self._check()
+        self._check(len(ends))
         weight = [end.layer.weight for end in ends]
         bias = np.sum([end.bias for end in ends], axis=0)
 
@@ -144,15 +149,15 @@ class Branches:
         joined = self._join(tuple(_operand(node, 0) for node in ends))
         if joined.channels != tuple(int(m.shape.numpy()[0]) for m in matrices):
             raise NoBranches
-        self._check()
+        self._check(len(ends))
         return lambda: self.edit.op(
             "MatMul",
             [joined.build(), self.edit.constant(concatenated(matrices, 0), "weight")],
             like=ends[0].outputs[0],
         )
 
-    def _check(self) -> None:
-        """That nothing but the branches sees their values, and that it is worth it."""
+    def _check(self, added: int) -> None:
+        """That nothing but the branches sees their values, and that it is worth it; `added` branches are summed up."""
         if not self._layers:
             raise NoBranches
         for node in self._layers:
@@ -164,8 +169,12 @@ class Branches:
                 raise NoBranches(f"{value.name!r} is a graph output")
             if any(use.node not in self.inside for use in value.uses()):
                 raise NoBranches(f"{value.name!r} is read by something else too")
-        if self._narrow is not None:
-            raise NoBranches(self._narrow)
+        for widths in () if self.any_width or added >= MANY else self._narrow:
+            if self._split or max(widths) > FEW:
+                raise NoBranches(
+                    f"grouped convolutions with {' → '.join(map(str, widths))} channels a group may be slower "
+                    "(see any_width)"
+                )
 
     # ---- the walk
 
@@ -210,6 +219,7 @@ class Branches:
             raise NoBranches
         shapes = [self.rules.shape(value) for value in values]
         axis = attribute_int(split, "axis", 0)
+        self._split = True
         channels = []
         for shape in shapes:
             if shape is None or axis is None or (not self.last and self.rank not in (0, len(shape))):
@@ -248,12 +258,9 @@ class Branches:
             below = self._join(tuple(inputs))
             if below.channels != tuple(kernel.inputs for kernel in kernels):
                 raise NoBranches
-            wide = not (first.shape[0] // first.group % GROUP_WIDTH or first.shape[1] % GROUP_WIDTH)
-            if is_op(_producer(inputs[0]), "Split") and not wide and not self.any_width:
-                self._narrow = (
-                    f"a convolution with {len(kernels)} groups of {first.shape[1]} → {first.shape[0] // first.group} "
-                    "channels may be slower than its groups one by one (see any_width)"
-                )
+            widths = first.shape[1], first.shape[0] // first.group
+            if any(width % BLOCK for width in widths):
+                self._narrow.append(widths)
             group = sum(kernel.group for kernel in kernels)
 
         def build() -> ir.Value:
@@ -372,13 +379,6 @@ def _operand(node: ir.Node, index: int) -> ir.Value:
     if value is None:
         raise NoBranches
     return value
-
-
-def _producer(value: ir.Value) -> ir.Node:
-    node = value.producer()
-    if node is None:
-        raise NoBranches
-    return node
 
 
 def _matrix(node: ir.Node) -> ir.TensorProtocol:
