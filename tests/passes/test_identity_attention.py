@@ -84,8 +84,7 @@ def test_constant_masks(case: str) -> None:
 
 
 RUN_TIME = {
-    "eye": "h = Shape<start = 2>(s)  o = ConstantOfShape(h) "
-    "e = EyeLike<dtype = 9>(o)  z = Where(e, s, low)",
+    "eye": "h = Shape<start = 2>(s)  o = ConstantOfShape(h) e = EyeLike<dtype = 9>(o)  z = Where(e, s, low)",
     "not the eye": "h = Shape<start = 2>(s)  o = ConstantOfShape(h)  e = EyeLike(o)  b = Cast<to = 9>(e)  n = Not(b) "
     "zero = Constant<value = double {0}>()  m = Where(n, low, zero)  a = Add(s, m)  z = Identity(a)",
     "a range compared with itself": "h = Shape<start = 2, end = 3>(s)  i0 = Constant<value_int = 0>()  i1 = Constant<value_int = 1>() "

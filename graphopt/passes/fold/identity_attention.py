@@ -142,7 +142,7 @@ class RemoveIdentityAttention(ShapeRulePass):
         for _ in range(_DEEPEST):
             value = source(value)
             node = value.producer()
-            if node is None or node.domain not in ("", "ai.onnx"):
+            if node is None or not is_op(node, "Softmax", "Where", "Dropout", "Cast"):
                 break
             if node.op_type == "Softmax":
                 axis = attribute_int(node, "axis", -1 if opset >= 13 else 1)
@@ -158,7 +158,7 @@ class RemoveIdentityAttention(ShapeRulePass):
             elif node.op_type == "Dropout":
                 if is_random(node, opset) or value is not node.outputs[0]:
                     break
-            elif node.op_type != "Cast" or (cast_target(node) or ir.DataType.INT8).is_floating_point() is False:
+            elif node.op_type == "Cast" and not (cast_target(node) or ir.DataType.INT8).is_floating_point():
                 break
             if kept is None:
                 break
@@ -170,14 +170,14 @@ class RemoveIdentityAttention(ShapeRulePass):
     def _gap(self, value: ir.Value, depth: int = 0) -> _Gap | str | None:
         """How a mask lowers the scores off the diagonal; a reason, or None where there is no such mask."""
         node = source(value).producer()
-        if node is None or depth > _DEEPEST or node.domain not in ("", "ai.onnx"):
+        if node is None or depth > _DEEPEST or not is_op(node, "Where", "Add", "Mul", "Div", "Cast"):
             return None
         if node.op_type == "Where":
             return self._chosen(node)
         if node.op_type == "Add":
             return self._added(node, depth)
         inner = node.inputs[0]
-        if inner is None or node.op_type not in ("Mul", "Div", "Cast"):
+        if inner is None:
             return None
         factor = 1.0
         if node.op_type != "Cast":
