@@ -97,6 +97,17 @@ def test_a_name_that_hides_the_outer_weight() -> None:
     assert inner(before) == [["w1"], []]
 
 
+def test_weights_of_convolutions_stay_beside_them() -> None:
+    """ONNX Runtime lays them out in their own graph only: 1.5 times the time where they stand in another."""
+    before = branches(W, W.copy())
+    for graph in before.graph.subgraphs():
+        for node in graph:
+            node.op_type = "Conv" if node.op_type == "MatMul" else node.op_type
+    rule = DeduplicateInitializers()
+    assert not rule(before).modified
+    assert [s.detail for s in rule.sites] == ["reads 'u', a copy of 'w1' in another graph: slower if shared"]
+
+
 def test_small_constants_of_branches_stay() -> None:
     small = np.ones((16, 1))
     body = BRANCHES.format(then="", otherwise="", one="w1", two="u").replace("double[B,16]", "double[B,1]")

@@ -17,6 +17,10 @@ SHARED_BYTES = 1 << 10
 REPORTED_BYTES = 1 << 14
 """From this size on equal bytes in another shape are reported."""
 
+SHARED_WITH = frozenset({"MatMul", "Gemm", "LSTM"})
+"""Operators that ONNX Runtime was measured to run as fast with a weight of an outer graph as with one of their own. A
+Conv isn't: 1.5 times the time, since its weights are laid out for the processor in their own graph only."""
+
 _Kept = dict[Hashable, list[ir.Value]]
 
 
@@ -29,13 +33,14 @@ class DeduplicateInitializers(Pass):
 
     An initializer of a subgraph (a branch, a loop body) is compared with those of its graph and of the graphs around
     it, and where two subgraphs of the main graph hold the same one, it moves to the main graph, which all of them see.
-    `lift-constants` first makes initializers of Constant nodes.
+    `lift-constants` first makes initializers of Constant nodes. Only weights of MatMul, Gemm and LSTM are shared across
+    graphs: ONNX Runtime doesn't prepare the weights of a Conv that stand in another graph.
 
     **Needs:** nothing. **Guarantees:** the same numbers, bit for bit; the file doesn't grow. Initializers that are
     graph inputs (they can be overridden) or outputs stay.
 
     **Left alone, with the reason:** weights of 16 KiB and more with the bytes of another in another shape: a Reshape at
-    every run would be the price of storing them once.
+    every run would be the price of storing them once. Copies in two graphs that other operators read.
 
     **Why not onnx_ir's DeduplicateHashedInitializersPass:** it reads and hashes every weight (SHA-512 over 540 MB takes
     longer than all other clean-ups together). Here weights are read only if type, shape and a sample of the bytes are
@@ -98,10 +103,21 @@ class DeduplicateInitializers(Pass):
         between = [graph]
         for outer, held in reversed(around):
             found = _equal(value, held.get(key, ()))
+            if found is not None and not self._shareable(value, found):
+                return None
             if found is not None and not any(found.name in self._names(inner) for inner in between):
                 return found
             between.append(outer)
         return None
+
+    def _shareable(self, value: ir.Value, twin: ir.Value) -> bool:
+        """Whether the readers of `value` run as fast with a weight of an outer graph; says so where they don't."""
+        for user, _ in value.uses():
+            if user.op_type not in SHARED_WITH or user.domain != "":
+                return self.left(
+                    user, f"reads {value.name!r}, a copy of {twin.name!r} in another graph: slower if shared"
+                )
+        return True
 
     def _names(self, graph: ir.Graph) -> set[str]:
         """The names that stand for something of `graph` itself."""
@@ -129,6 +145,8 @@ class DeduplicateInitializers(Pass):
                 twin = _equal(value, kept)
                 if twin is None:
                     kept.append(value)
+                    continue
+                if not self._shareable(value, twin) or not (twin.graph is model.graph or self._shareable(twin, value)):
                     continue
                 if twin.graph is not model.graph:
                     names = names or Names(model)
