@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -12,8 +14,11 @@ from exactness import assert_exact, op_types, parse, random_feeds, reference_out
 from graphopt.analysis.bounds import Bounds
 from graphopt.analysis.diagonal import Diagonals
 from graphopt.analysis.shapes import ShapeFacts
+from graphopt.graph import load
+from graphopt.pass_manager import PassManager
 from graphopt.passes.fold.identity_attention import RemoveIdentityAttention
 from graphopt.passes.fold.merge_linears import MergeLinears
+from graphopt.recipe import load as load_recipe
 
 HEAD = '<ir_version: 10, opset_import: ["": 21]>'
 N = 3
@@ -362,3 +367,42 @@ def test_diagonals_follow_types() -> None:
     value = ir.Value(name="w", const_value=ir.tensor(np.eye(2, dtype=ml_dtypes.bfloat16)))
     ir.Graph([], [], nodes=[], initializers=[value])
     assert diagonals.of(value) is None
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("form", ["sdpa", "float mask", "masked_fill"])
+def test_of_an_export(form: str, dynamo: bool, tmp_path: Path) -> None:
+    """A transformer block whose attention was trained to the identity, through both exporters and the exact recipe."""
+    torch = pytest.importorskip("torch")
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(32)
+            self.qkv, self.out = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+            eye = torch.eye(7, dtype=torch.bool)
+            self.register_buffer("eye", eye)
+            self.register_buffer("mask", torch.zeros(7, 7).masked_fill(~eye, -1e9))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(self.norm(x)).reshape(2, 7, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
+            if form == "sdpa":
+                y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.eye)
+            else:
+                scores = q @ k.transpose(-2, -1) * 8**-0.5
+                scores = scores + self.mask if form == "float mask" else scores.masked_fill(~self.eye, -torch.inf)
+                y = scores.softmax(-1) @ v
+            return x + self.out(y.transpose(1, 2).reshape(2, 7, 32))
+
+    path = tmp_path / "block.onnx"
+    torch.onnx.export(Block().eval(), (torch.randn(2, 7, 32),), str(path), dynamo=dynamo, opset_version=18)
+    model = load(path)
+    passes = load_recipe().passes()
+    at = next(i for i, p in enumerate(passes) if getattr(p, "name", "") == "fold-batch-norm")
+    mine = RemoveIdentityAttention()
+    report = PassManager([*passes[:at], mine, *passes[at:]])(model)
+    assert any(r.name == mine.name and r.status == "applied" for r in report.records), [s.detail for s in mine.sites]
+    assert "Softmax" not in op_types(model)
+    assert report.verdict is not None
+    assert report.verdict.ok

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -13,8 +14,12 @@ from exactness import assert_exact, op_types, random_feeds, reference_outputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphopt.graph import load
 from graphopt.graph.computed import origin_of
+from graphopt.pass_manager import PassManager
+from graphopt.passes.fold.identity_attention import RemoveIdentityAttention
 from graphopt.passes.fold.merge_linears import MergeLinears
+from graphopt.recipe import load as load_recipe
 
 TYPES = {"double": np.float64, "float": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -287,3 +292,39 @@ def test_any_stack_of_linears_never_grows(sizes: list[int], biases: list[str | N
     size = [sum(v.const_value.nbytes for v in m.graph.initializers.values()) for m in (before, after)]
     assert size[1] <= size[0]
     assert len(op_types(after)) <= len(op_types(before))
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_values_and_output_of_an_identity_attention(dynamo: bool, tmp_path: Path) -> None:
+    """Values, heads split off and merged again, output: one linear layer once the attention between them is gone."""
+    torch = pytest.importorskip("torch")
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(32)
+            self.q, self.k, self.v, self.o = (torch.nn.Linear(32, 32) for _ in range(4))
+            self.register_buffer("eye", torch.eye(7, dtype=torch.bool))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n = self.norm(x)
+            q, k, v = (f(n).view(x.shape[0], -1, 4, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.eye)
+            return x + self.o(y.transpose(1, 2).reshape(x.shape[0], -1, 32))
+
+    path = tmp_path / "block.onnx"
+    shapes = (
+        {"dynamic_shapes": {"x": {0: "batch"}}}
+        if dynamo
+        else {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}}
+    )
+    torch.onnx.export(Block().eval(), (torch.randn(2, 7, 32),), str(path), dynamo=dynamo, opset_version=18, **shapes)
+    model = load(path)
+    passes = load_recipe().passes()
+    at = next(i for i, p in enumerate(passes) if getattr(p, "name", "") == "fold-batch-norm")
+    report = PassManager([*passes[:at], RemoveIdentityAttention(), MergeLinears(), *passes[at:]])(model)
+    assert op_types(model).count("MatMul") == 1
+    assert "Softmax" not in op_types(model)
+    assert report.verdict is not None
+    assert report.verdict.ok
