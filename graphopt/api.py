@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.analysis.cost import cost
-from graphopt.analysis.layers import stacks
+from graphopt.analysis.layers import stacks, tied_layers
 from graphopt.analysis.target import TARGETS
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import InputDataError, ModelError, UsageError, VerificationError
@@ -218,6 +218,7 @@ def inspect(
         "subgraphs": sum(1 for _ in walk(model)) - 1 - len(model.functions),
         "structures": {},
         "layers": [],
+        "tied_layers": [],
         "problems": problems,
         "why": None,
     }
@@ -226,6 +227,7 @@ def inspect(
         run = PassManager(load_recipe().passes(), verify="none")(copy)
         raised = Counter(node.op_type for node in nodes(copy))
         data["layers"] = [stack.to_dict() for stack in stacks(copy)]
+        data["tied_layers"] = [tied.to_dict() for tied in tied_layers(copy)]
         data["structures"] = {name: raised[name] for name in STRUCTURES if raised[name]}
         if why:
             data["why"] = [{"pass": name, **dataclasses.asdict(site)} for name, site in run.left()]

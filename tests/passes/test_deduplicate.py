@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import onnx_ir as ir
 import pytest
 from exactness import assert_exact, op_types
 from onnx import numpy_helper
+from rich.console import Console
 
+import graphopt
 from graphopt.analysis.layers import TiedLayers, tied_layers
 from graphopt.graph import load, save
 from graphopt.graph.save import weight_bytes
@@ -19,6 +22,7 @@ from graphopt.passes.clean.deduplicate_initializers import DeduplicateInitialize
 from graphopt.passes.clean.lift_constants import LiftConstants
 from graphopt.passes.fold.weight_subgraphs import FoldWeightSubgraphs
 from graphopt.recipe import load as load_recipe
+from graphopt.report.terminal import print_inspection
 
 HEAD = '<ir_version: 10, opset_import: ["": 21]>'
 RNG = np.random.default_rng(0)
@@ -231,3 +235,11 @@ def test_equal_layers_of_an_export(tmp_path: Path, dynamo: bool) -> None:
     assert tied.stored
     one = sum(4 * p.numel() for p in layer.parameters())
     assert weight_bytes(model) < one + 4096
+
+
+def test_inspect_says_which_layers_are_tied(tmp_path: Path) -> None:
+    data = graphopt.inspect(albert(tmp_path, external=False, change=2))
+    assert data["tied_layers"] == [{"stack": 0, "layers": (0, 1, 3, 4, 5), "stored": True}]
+    out = io.StringIO()
+    print_inspection(data, Console(file=out, width=120))
+    assert "1, 2, 4, 5, 6 of the 6 layers share their weights" in out.getvalue()
