@@ -247,6 +247,7 @@ def inspect(
         "long_skips": [],
         "attention": {},
         "linear": {},
+        "tied_layers": [],
         "problems": problems,
         "why": None,
     }

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.attention_sites import attention_sites
 from graphopt.analysis.branches import long_skips
-from graphopt.analysis.layers import stacks
+from graphopt.analysis.layers import stacks, tied_layers
 from graphopt.analysis.linear_sites import linear_sites, roles
 from graphopt.analysis.residual import residual_streams
 from graphopt.analysis.shapes import infer
@@ -21,8 +21,9 @@ def structure(model: ir.Model) -> dict[str, Any]:
     """The structures of a canonical model (raised and folded, not yet lowered).
 
     Returns:
-        "layers" (stacks of equal layers), "residual_streams", "no_residual_stream" (why there is none, or None),
-        "long_skips" (concatenated ones), "attention" and "linear" (each: a summary, and the sites one by one).
+        "layers" (stacks of equal layers), "tied_layers" (equal in every weight), "residual_streams",
+        "no_residual_stream" (why there is none, or None), "long_skips" (concatenated ones), "attention" and "linear"
+        (each: a summary, and the sites one by one).
     """
     # The names of sizes may be believed: nothing is rewritten by what is found here.
     facts = infer(model, believe_names=True)
@@ -32,6 +33,7 @@ def structure(model: ir.Model) -> dict[str, Any]:
     kinds = Counter((a.operator, a.heads, a.head_size, a.masked) for a in attention)
     return {
         "layers": [stack.to_dict() for stack in stacks(model)],
+        "tied_layers": [tied.to_dict() for tied in tied_layers(model)],
         "residual_streams": [stream.to_dict() for stream in streams],
         "no_residual_stream": None if streams else WHY_NONE,
         "long_skips": [{"concat": s.concat.name, "skip": s.skip.name, "nodes": s.length} for s in long_skips(model)],

@@ -90,6 +90,12 @@ def print_inspection(data: Data, console: Console) -> None:
             weights = stack["weights"]
             more = f" and {len(weights) - TOP_ROWS} more" if len(weights) > TOP_ROWS else ""
             printer.line(f"{stack['count']} × [{', '.join(weights[:TOP_ROWS])}{more}]")
+        for tied in data.get("tied_layers") or []:
+            shared, stack = tied["layers"], layers[tied["stack"]]
+            which = (
+                "all" if len(shared) == stack["count"] else ", ".join(str(number + 1) for number in shared[:TOP_ROWS])
+            )
+            printer.bullet(f"{which} of the {stack['count']} layers share their weights")
     if lines := [*_streams(data), *_sites(data)]:
         printer.heading("Structure")
         for line in lines:

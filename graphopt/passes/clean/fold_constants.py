@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.analysis.shapes import Shape, ShapeFacts, infer
+from graphopt.graph.computed import computed, identity
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor, inner_graphs, opset, subgraphs_of, walk
 from graphopt.passes.base import Pass
@@ -95,16 +96,8 @@ class FoldConstants(Pass):
 
     @staticmethod
     def _foldable(node: ir.Node, version: int) -> bool:
-        if node.domain not in ("", "ai.onnx") or node.op_type in NOT_FOLDED or is_random(node, version):
+        if not computable(node, version):
             return False
-        if version < OLDEST or (version < OLDEST_OF_ALL and node.op_type not in LAZY):
-            return False
-        if version < 13 and node.op_type in ("Softmax", "LogSoftmax", "Hardmax"):
-            return False  # over several dimensions; the reference implementation knows the later form only
-        if any(True for _ in subgraphs_of(node)) or any(a.is_ref() for a in node.attributes.values()):
-            return False
-        if node.op_type == "Identity" and node.outputs[0].is_graph_output():
-            return False  # how a constant becomes a graph output
         given = [v for v in node.inputs if v is not None]
         return bool(given) and all(constant_tensor(v) is not None for v in given)
 
@@ -117,7 +110,7 @@ class FoldConstants(Pass):
             if not output.name:
                 continue
             shape, dtype = facts.shape(output), facts.dtype(output)
-            dims = _static(shape)
+            dims = static_sizes(shape)
             if dims is None or dtype is None or dtype == ir.DataType.STRING:
                 return self.left(node, "constant, but the shape or type of its result isn't known before computing it")
             if dtype.bitwidth < 8 and output.is_graph_output():
@@ -140,7 +133,7 @@ class FoldConstants(Pass):
         arrays = [None if t is None else t.numpy() for t in tensors]
         if node.op_type.startswith("Reduce") and any(a is not None and a.size == 0 for a in arrays[:1]):
             return self.left(node, "constant, but runtimes disagree on what an empty tensor reduces to")
-        results = _evaluate(node, arrays, version)
+        results = evaluate(node, arrays, version)
         if results is None:
             return self.left(node, "constant, but ONNX's reference implementation can't compute it")
         named = [output for output in node.outputs if output.name]
@@ -148,10 +141,13 @@ class FoldConstants(Pass):
             dtype, shape = facts.dtype(output), facts.shape(output)
             if dtype is None or ir.DataType.from_numpy(result.dtype) != dtype:
                 return self.left(node, "constant, but ONNX's reference implementation gives another type")
-            if result.shape != _static(shape):
+            if result.shape != static_sizes(shape):
                 return self.left(node, "constant, but ONNX's reference implementation gives another shape")
-        if node.op_type not in MOVES and any(_has_nan(array) for array in (*arrays, *results)):
+        if node.op_type not in MOVES and any(has_nan(array) for array in (*arrays, *results)):
             return self.left(node, "constant, but with a NaN, on which runtimes disagree")
+        if total >= LAZY_BYTES and len(node.outputs) == 1:
+            # Tried just now, so it can't fail later, and the result needn't be kept until then.
+            return self._fold_lazily(node, tensors, version, facts, edit)
         self.applied(node, f"computed ({total} bytes)")
         for output, result in zip(named, results, strict=True):
             edit.at(node)
@@ -164,14 +160,14 @@ class FoldConstants(Pass):
         if len(node.outputs) != 1:
             return self.left(node, "constant and large, but it has several results")
         output = node.outputs[0]
-        dtype, dims = facts.dtype(output), _static(facts.shape(output))
+        dtype, dims = facts.dtype(output), static_sizes(facts.shape(output))
         assert dtype is not None
         assert dims is not None
         # The node leaves the graph, so what is needed of it is kept apart from it.
-        frozen = ir.node(node.op_type, [], outputs=[ir.Value(name="result")])
-        frozen.attributes.update(node.attributes)
+        frozen = frozen_copy(node)
         compute = functools.partial(_evaluate_one, frozen, tuple(tensors), version, dtype, dims)
-        tensor = ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(dims), cache=False, name=None)
+        origin = ("node", version, *signature(frozen), *(None if t is None else identity(t) for t in tensors))
+        tensor = computed(compute, dtype, dims, origin=origin)
         value = edit.constant(tensor, "folded")
         tensor.name = value.name
         self.applied(node, "computed when the model is saved")
@@ -196,6 +192,20 @@ class FoldConstants(Pass):
                     _inline_branch(node, node.attributes["then_branch" if taken else "else_branch"].as_graph(), edit)
                     changed = again = True
         return changed
+
+
+def computable(node: ir.Node, version: int) -> bool:
+    """Whether `evaluate` gives what a runtime would give if the inputs of `node` were constant."""
+    if node.domain not in ("", "ai.onnx") or node.op_type in NOT_FOLDED or is_random(node, version):
+        return False
+    if version < OLDEST or (version < OLDEST_OF_ALL and node.op_type not in LAZY):
+        return False
+    if version < 13 and node.op_type in ("Softmax", "LogSoftmax", "Hardmax"):
+        return False  # over several dimensions; the reference implementation knows the later form only
+    if any(True for _ in subgraphs_of(node)) or any(a.is_ref() for a in node.attributes.values()):
+        return False
+    # An Identity is how a constant becomes a graph output.
+    return node.op_type != "Identity" or not node.outputs[0].is_graph_output()
 
 
 def _inline_branch(node: ir.Node, branch: ir.Graph, edit: Editor) -> None:
@@ -229,16 +239,34 @@ def _inline_branch(node: ir.Node, branch: ir.Graph, edit: Editor) -> None:
         edit.remove_dead(node)
 
 
-def _has_nan(array: npt.NDArray[Any] | None) -> bool:
+def has_nan(array: npt.NDArray[Any] | None) -> bool:
+    """Whether a floating-point array holds a NaN."""
     return array is not None and array.dtype.kind in "fc" and bool(np.isnan(array).any())
 
 
-def _static(shape: Shape | None) -> tuple[int, ...] | None:
+def static_sizes(shape: Shape | None) -> tuple[int, ...] | None:
     """The sizes where all of them are numbers, else None."""
     if shape is None:
         return None
     sizes = tuple(dim.value for dim in shape)
     return None if None in sizes else tuple(size for size in sizes if size is not None)
+
+
+def frozen_copy(node: ir.Node) -> ir.Node:
+    """The operator and its attributes on a node that is in no graph; `evaluate` needs no more."""
+    outputs = [ir.Value(name=f"result{i}" if output.name else "") for i, output in enumerate(node.outputs)]
+    copy = ir.node(node.op_type, [], outputs=outputs)
+    copy.attributes.update(node.attributes)
+    return copy
+
+
+def signature(node: ir.Node) -> tuple[Hashable, ...]:
+    """Operator, attributes and outputs asked for: what decides the results, the inputs aside."""
+    attributes = tuple(
+        ir.serde.serialize_attribute(attribute).SerializeToString(deterministic=True)
+        for _, attribute in sorted(node.attributes.items())
+    )
+    return (node.op_type, attributes, tuple(bool(output.name) for output in node.outputs))
 
 
 def _evaluate_one(
@@ -248,13 +276,13 @@ def _evaluate_one(
     dtype: ir.DataType,
     dims: tuple[int, ...],
 ) -> ir.TensorProtocol:
-    results = _evaluate(node, [None if t is None else t.numpy() for t in tensors], version)
+    results = evaluate(node, [None if t is None else t.numpy() for t in tensors], version)
     if results is None or results[0].shape != dims:
         raise RuntimeError(f"{node.op_type} of a constant weight couldn't be computed")
     return ir.tensor(np.ascontiguousarray(results[0]), dtype=dtype)
 
 
-def _evaluate(
+def evaluate(
     node: ir.Node, inputs: Sequence[npt.NDArray[Any] | None], version: int
 ) -> Sequence[npt.NDArray[Any]] | None:
     """Run ONNX's reference implementation of one operator as opset `version` defines it.

@@ -8,6 +8,7 @@ layer that is tied to an embedding) counts as the transposed weight.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import producer
+from graphopt.graph.computed import computed, identity
 from graphopt.graph.constants import constant_array, constant_tensor
 from graphopt.graph.edits import Editor
 
@@ -298,7 +300,9 @@ def multiplied(tensor: ir.TensorProtocol, factor: Numbers) -> ir.TensorProtocol:
 
     if tensor.nbytes < LAZY_BYTES:
         return compute()
-    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
+    numbers = (factor.shape, hashlib.blake2b(np.ascontiguousarray(factor).tobytes()).digest())
+    origin = ("multiplied", identity(tensor), *numbers)
+    return computed(compute, tensor.dtype, tensor.shape.numpy(), tensor.name, origin)
 
 
 def _set_constant(node: ir.Node, index: int, tensor: ir.TensorProtocol, label: str, edit: Editor) -> None:
