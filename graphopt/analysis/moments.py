@@ -43,19 +43,24 @@ class Centred:
     node: ir.Node
 
 
-def read_mean(node: ir.Node) -> Mean | None:
-    """The mean that starts at a ReduceMean, or at a ReduceSum or ReduceSumSquare divided by a constant."""
-    operand = node.inputs[0]
-    if operand is None:
-        return None
+def reduced_axes(node: ir.Node) -> tuple[int, ...] | None:
+    """The axes that a Reduce operator names, as written; None where they aren't constant, or none are named."""
     axes: tuple[int, ...] | None = None
     attribute = node.attributes.get("axes")
     if attribute is not None and not attribute.is_ref():
         axes = tuple(attribute.as_ints())
     elif len(node.inputs) > 1 and (array := constant_array(node.inputs[1])) is not None:
         axes = tuple(int(a) for a in array.reshape(-1))
+    return axes or None
+
+
+def read_mean(node: ir.Node) -> Mean | None:
+    """The mean that starts at a ReduceMean, or at a ReduceSum or ReduceSumSquare divided by a constant."""
+    operand = node.inputs[0]
+    if operand is None:
+        return None
     total = node.outputs[0]
-    mean = Mean(operand, axes or None, attribute_int(node, "keepdims", 1) == 1, None, [node], total)
+    mean = Mean(operand, reduced_axes(node), attribute_int(node, "keepdims", 1) == 1, None, [node], total)
     if is_op(node, "ReduceMean"):
         return mean
     for user in users(total):
