@@ -91,9 +91,22 @@ class Gelu(OpRun):
         return ((0.5 * x * (1 + t)).astype(x.dtype),)
 
 
+class GroupNormalization(OpRun):
+    """In the type of X: the function body that the evaluator would use computes in float32 (`stash_type`)."""
+
+    def _run(
+        self, x: np.ndarray, scale: np.ndarray, bias: np.ndarray, epsilon: float, num_groups: int, stash_type: int
+    ) -> tuple[np.ndarray]:
+        rows = x.reshape(x.shape[0], num_groups, -1)
+        centred = rows - rows.mean(axis=-1, keepdims=True)
+        normal = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon)
+        channels = (-1, *(1,) * (x.ndim - 2))
+        return ((normal.reshape(x.shape) * scale.reshape(channels) + bias.reshape(channels)).astype(x.dtype),)
+
+
 def reference_outputs(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> list[Any]:
     """Outputs of the onnx reference evaluator, mended where it doesn't compute in the type of its inputs."""
-    return onnx.reference.ReferenceEvaluator(ir.to_proto(model), new_ops=[Erf, Gelu]).run(None, dict(feeds))
+    return onnx.reference.ReferenceEvaluator(ir.to_proto(model), new_ops=[Erf, Gelu, GroupNormalization]).run(None, dict(feeds))
 
 
 def random_feeds(model: ir.Model, seed: int = 0, dims: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
