@@ -28,7 +28,7 @@ from graphopt.analysis.algebra import (
     same,
     users,
 )
-from graphopt.analysis.moments import Mean, centred, folded, mean_of, read_mean, squared
+from graphopt.analysis.moments import Mean, centred, folded, mean_of, read_mean, squared, viewed
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor
 from graphopt.passes.raise_.root_mean_square import NotRaised, Product, RootWalk
@@ -148,6 +148,7 @@ class Matcher(RootWalk):
         mean = read_mean(self.node)
         if mean is None:
             return None
+        mean = viewed(mean)
         if is_op(self.node, "ReduceSumSquare"):
             v = mean.operand
         else:
@@ -169,11 +170,11 @@ class Matcher(RootWalk):
         if product is None:
             return None
         x = v if centre is None else centre.x
-        axes = self._axes(mean, x)
+        axes = self.axes_of(mean, x)
         if centre is not None:
             self.take(centre.node)
             self.beside.extend(centre.mean.nodes)
-            if self._axes(centre.mean, x) != axes:
+            if self.axes_of(centre.mean, x) != axes:
                 raise NotRaised("the mean and the variance are over different axes")
         self.check_axes(axes, x)
         along = self.affine_axes(axes, x)
@@ -198,11 +199,11 @@ class Matcher(RootWalk):
 
     # ---- facts about axes
 
-    def _axes(self, mean: Mean, x: ir.Value) -> tuple[int, ...]:
-        """The axes that the mean is over, counted from the last one, in order."""
+    def axes_of(self, mean: Mean, x: ir.Value) -> tuple[int, ...]:
+        """The axes that the mean is over, counted from the last one, in order; see `RootWalk`."""
         if mean.axes is None:
             raise NotRaised(f"the axes of {mean.nodes[0].op_type} aren't constant, or not given")
-        if not mean.kept:
+        if not (mean.kept or (mean.view is not None and self.shapes.keeps_axes(mean.value, mean.operand, mean.axes))):
             raise NotRaised("the reduced axes aren't kept (keepdims=0), so the division broadcasts differently")
         axes = mean.axes
         if any(axis >= 0 for axis in axes):

@@ -183,12 +183,11 @@ class RaiseSoftmax(ShapeRulePass):
         (axis,) = axes
         if value is reduction.outputs[0] and attribute_int(reduction, "keepdims", 1) == 1:
             return axis
-        whole, kept = self._facts.shape(operand), self._facts.shape(value)
-        if whole is None or kept is None or len(whole) != len(kept) or not -len(whole) <= axis < len(whole):
-            return None
-        index = axis % len(whole)
-        alike = all(a == b for i, (a, b) in enumerate(zip(whole, kept, strict=True)) if i != index)
-        return axis if alike and (kept[index] == 1 or kept[index] == whole[index]) else None
+        if self.keeps_axes(value, operand, axes):
+            return axis
+        # Expanded to the length of the axis is as good.
+        whole, full = self._facts.shape(value), self._facts.shape(operand)
+        return axis if whole is not None and full is not None and list(whole) == list(full) else None
 
     def _check_few(self, x: ir.Value, axis: int) -> None:
         shape = self.shape(x)
