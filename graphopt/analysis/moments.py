@@ -21,6 +21,7 @@ class Mean:
         operand: What is averaged.
         axes: The axes as written, None where they aren't constant or not given.
         kept: Whether the reduced axes stay, with length 1.
+        view: Where they don't, the Unsqueeze or Reshape that may put them back: ask for its shape.
         count: The divisor where the mean is spelled as a sum, else None.
         nodes: The reduction, and the division where there is one.
         value: The mean.
@@ -32,6 +33,7 @@ class Mean:
     count: float | None
     nodes: list[ir.Node]
     value: ir.Value
+    view: ir.Node | None = None
 
 
 @dataclasses.dataclass
@@ -43,19 +45,24 @@ class Centred:
     node: ir.Node
 
 
-def read_mean(node: ir.Node) -> Mean | None:
-    """The mean that starts at a ReduceMean, or at a ReduceSum or ReduceSumSquare divided by a constant."""
-    operand = node.inputs[0]
-    if operand is None:
-        return None
+def reduced_axes(node: ir.Node) -> tuple[int, ...] | None:
+    """The axes that a Reduce operator names, as written; None where they aren't constant, or none are named."""
     axes: tuple[int, ...] | None = None
     attribute = node.attributes.get("axes")
     if attribute is not None and not attribute.is_ref():
         axes = tuple(attribute.as_ints())
     elif len(node.inputs) > 1 and (array := constant_array(node.inputs[1])) is not None:
         axes = tuple(int(a) for a in array.reshape(-1))
+    return axes or None
+
+
+def read_mean(node: ir.Node) -> Mean | None:
+    """The mean that starts at a ReduceMean, or at a ReduceSum or ReduceSumSquare divided by a constant."""
+    operand = node.inputs[0]
+    if operand is None:
+        return None
     total = node.outputs[0]
-    mean = Mean(operand, axes or None, attribute_int(node, "keepdims", 1) == 1, None, [node], total)
+    mean = Mean(operand, reduced_axes(node), attribute_int(node, "keepdims", 1) == 1, None, [node], total)
     if is_op(node, "ReduceMean"):
         return mean
     for user in users(total):
@@ -69,8 +76,24 @@ def read_mean(node: ir.Node) -> Mean | None:
     return None
 
 
+def viewed(mean: Mean) -> Mean:
+    """`mean`, with the view that may put the reduced axes back where they aren't kept and there is one."""
+    if mean.kept:
+        return mean
+    view = next((user for user in users(mean.value) if is_op(user, "Unsqueeze", "Reshape")), None)
+    if view is None or view.inputs[0] is not mean.value:
+        return mean
+    return dataclasses.replace(mean, nodes=[*mean.nodes, view], value=view.outputs[0], view=view)
+
+
 def mean_of(value: ir.Value | None) -> Mean | None:
-    """The mean that `value` is, None where it is something else."""
+    """The mean that `value` is, or a view of one whose axes aren't kept; None where it is something else."""
+    view = producer(value, "Unsqueeze", "Reshape")
+    if view is not None:
+        mean = mean_of(view.inputs[0])
+        if mean is None or mean.kept or mean.view is not None:
+            return None
+        return dataclasses.replace(mean, nodes=[*mean.nodes, view], value=view.outputs[0], view=view)
     node = producer(value, "ReduceMean", "Div", "Mul")
     if node is None or node.op_type == "ReduceMean":
         return None if node is None else read_mean(node)

@@ -12,6 +12,8 @@ from graphopt.graph.constants import constant_array
 from graphopt.graph.edits import Editor
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
+_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+
 
 class ExpandGroupNorm(ShapeRulePass):
     r"""Write `GroupNormalization` as an `InstanceNormalization` over its groups, then a scale and a bias by channel.
@@ -30,7 +32,7 @@ class ExpandGroupNorm(ShapeRulePass):
     3. A target profile that prefers `standard` for the choice `group-norm` at the channels and pixels of the site
        leaves the operator alone.
 
-    **Needs:** opset 21 (γ and β by channel), float32, a known rank. **Guarantees:** the same function up to rounding.
+    **Needs:** opset 21 (γ and β by channel), float32 or float16, a known rank. **Guarantees:** the same function up to rounding.
 
     **Targets:** cpu.
 
@@ -52,8 +54,12 @@ class ExpandGroupNorm(ShapeRulePass):
             return self.left(node, "an attribute is set by the caller of its function: inline functions first")
         if edit.opset < 21:
             return self.left(node, "its scale is by group before opset 21: convert the opset first")
-        if self.dtype(x) != ir.DataType.FLOAT:
-            return self.left(node, "it computes in float32 whatever the type of its input, which must be float32 here")
+        dtype, stash = self.dtype(x), node.attributes.get_int("stash_type", ir.DataType.FLOAT.value)
+        if dtype not in _TYPES:
+            what = "an unknown type" if dtype is None else dtype.name.lower()
+            return self.left(node, f"it computes in {what}, for which ONNX Runtime has no InstanceNormalization")
+        if dtype == ir.DataType.FLOAT16 and stash != ir.DataType.FLOAT:
+            return self.left(node, "stash_type asks for half precision, in which ONNX Runtime doesn't compute")
         sizes = self.shape(x)
         if sizes is None:
             return self.left(node, "the rank of its input isn't known")
@@ -68,8 +74,8 @@ class ExpandGroupNorm(ShapeRulePass):
             edit.replace(old, edit.op("InstanceNormalization", [x, scale, bias], {"epsilon": epsilon}, like=old))
             return self.applied(node, "one group a channel: an InstanceNormalization")
         assert groups is not None
-        ones = edit.constant(np.ones(groups, np.float32), "ones")
-        zeros = edit.constant(np.zeros(groups, np.float32), "zeros")
+        ones = edit.constant(np.ones(groups, dtype.numpy()), "ones")
+        zeros = edit.constant(np.zeros(groups, dtype.numpy()), "zeros")
         grouped = edit.op("Reshape", [x, edit.constant(np.asarray([0, groups, -1], np.int64), "groups")])
         normal = edit.op("InstanceNormalization", [grouped, ones, zeros], {"epsilon": epsilon})
         result = edit.op("Reshape", [normal, edit.op("Shape", [x])], like=x)

@@ -1,6 +1,6 @@
-"""The match that LayerNorm and RMSNorm share: a value divided by the root of its own mean square.
+"""The match that normalization layers share: a value divided by the root of its own mean square.
 
-    y = v / √(mean(v²) + ε)  [· gain]  [+ bias]        v = x (RMSNorm) or x − mean(x) (LayerNorm)
+    y = v / √(mean(v²) + ε)  [· gain]  [+ bias]        v = x (RMSNorm) or x − mean(x) (the others)
 
 The walk starts at the mean of the square, the one node that every spelling has, goes down to v and up to the
 product, and takes along what belongs to the operator: a constant gain, a constant bias, and casts from and to a
@@ -28,7 +28,7 @@ from graphopt.analysis.algebra import (
     same,
     users,
 )
-from graphopt.analysis.moments import Mean, centred, folded, mean_of, read_mean, squared
+from graphopt.analysis.moments import Mean, centred, folded, mean_of, read_mean, squared, viewed
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor
 from graphopt.passes.raise_.root_mean_square import NotRaised, Product, RootWalk
@@ -51,30 +51,50 @@ class Normalization:
 
     Attributes:
         x: The input of the operator.
-        axes: How many of the last axes are normalised.
+        axes: The axes that are normalised, negative, in order.
         epsilon: The number added to the mean square, a float32.
-        gain: Factor per element of the normalised axes, shape of these axes.
-        bias: Summand per element of the normalised axes, shape of these axes; None for 0.
+        gain: Factor per element of the axes of gain and bias, shape of these axes.
+        bias: Summand per element of these axes, shape of these axes; None for 0.
         root: The last node; the operator takes the place of its output.
     """
 
     x: ir.Value
-    axes: int
+    axes: tuple[int, ...]
     epsilon: float
     gain: Affine
     bias: Affine | None
     root: ir.Node
 
-    def write(self, edit: Editor, op_type: str) -> str:
-        """Put `op_type` in the place of the site; returns what was done, for the report."""
+    def write(self, edit: Editor, op_type: str, rank: int = 0) -> str:
+        """Put `op_type` in the place of the site; returns what was done, for the report.
+
+        Args:
+            edit: What to write through.
+            op_type: LayerNormalization, RMSNormalization or InstanceNormalization.
+            rank: The rank of x where the axis isn't the last, so that it is moved there and back.
+        """
         edit.at(self.root)
-        inputs = [self.x, self._operand(edit, self.gain, "gain")]
-        if self.bias is not None:
-            inputs.append(self._operand(edit, self.bias, "bias"))
         old = self.root.outputs[0]
-        new = edit.op(op_type, inputs, {"axis": -self.axes, "epsilon": self.epsilon, "stash_type": 1}, like=old)
+        x, what = self.x, f"over the last {'axis' if len(self.axes) == 1 else f'{len(self.axes)} axes'}"
+        attributes = {"axis": -len(self.axes), "epsilon": self.epsilon, "stash_type": 1}
+        order: list[int] = []
+        if rank:
+            (axis,) = (axis + rank for axis in self.axes)
+            order = [*(i for i in range(rank) if i != axis), axis]
+            x, what = edit.op("Transpose", [x], {"perm": order}), f"over axis {axis}, between transposes"
+        if op_type == "InstanceNormalization":
+            attributes, what = {"epsilon": self.epsilon}, "of the axes behind the channels"
+        bias = self.bias
+        if bias is None and op_type == "InstanceNormalization":
+            bias = Affine(np.zeros_like(self.gain.array), None)
+        inputs = [x, self._operand(edit, self.gain, "gain")]
+        if bias is not None:
+            inputs.append(self._operand(edit, bias, "bias"))
+        new = edit.op(op_type, inputs, attributes, like=None if rank else old)
+        if rank:
+            new = edit.op("Transpose", [new], {"perm": [order.index(i) for i in range(rank)]}, like=old)
         edit.replace(old, new)
-        return f"{op_type} over the last {'axis' if self.axes == 1 else f'{self.axes} axes'}, ε = {self.epsilon:.6g}"
+        return f"{op_type} {what}, ε = {self.epsilon:.6g}"
 
     @staticmethod
     def _operand(edit: Editor, affine: Affine, name: str) -> ir.Value:
@@ -86,7 +106,7 @@ class Matcher(RootWalk):
 
     Args:
         node: A ReduceMean, ReduceSum or ReduceSumSquare.
-        centre: Whether v must be x − mean(x) (LayerNorm) or must not (RMSNorm).
+        centre: Whether v must be x − mean(x) or must not (RMSNorm).
         shapes: The pass, which knows the shapes.
     """
 
@@ -95,6 +115,29 @@ class Matcher(RootWalk):
         self.node = node
         self.centre = centre
         self.shapes = shapes
+
+    # ---- what the operator allows; these are for LayerNorm and RMSNorm
+
+    stashes = True
+    """Whether the operator computes in float32 whatever the type of x is (`stash_type`)."""
+    of_gain = "the normalised axis"
+    """What gain and bias run along."""
+
+    def check_axes(self, axes: tuple[int, ...], x: ir.Value) -> None:
+        """Refuse axes that the operator can't be over."""
+        if axes != tuple(range(-len(axes), 0)):
+            raise NotRaised(f"the mean is over axes {list(axes)}, not over the last ones")
+
+    def affine_axes(self, axes: tuple[int, ...], x: ir.Value) -> tuple[int, ...]:
+        """The axes that gain and bias run along."""
+        return axes
+
+    def check_site(self, x: ir.Value, root: ir.Node, gain: Affine | None, dtype: ir.DataType) -> None:
+        """Refuse a site for what was found last: its type, whether it has a gain, what follows."""
+        if dtype == ir.DataType.DOUBLE:
+            raise NotRaised("it computes in float64, the operator in float32 (stash_type)")
+
+    # ---- the match
 
     def match(self) -> Normalization | None:
         """Find the pattern around the node; None where the site is something else.
@@ -105,6 +148,7 @@ class Matcher(RootWalk):
         mean = read_mean(self.node)
         if mean is None:
             return None
+        mean = viewed(mean)
         if is_op(self.node, "ReduceSumSquare"):
             v = mean.operand
         else:
@@ -126,16 +170,19 @@ class Matcher(RootWalk):
         if product is None:
             return None
         x = v if centre is None else centre.x
-        axes = self._last_axes(mean, x)
+        axes = self.axes_of(mean, x)
         if centre is not None:
             self.take(centre.node)
             self.beside.extend(centre.mean.nodes)
-            if self._last_axes(centre.mean, x) != axes:
+            if self.axes_of(centre.mean, x) != axes:
                 raise NotRaised("the mean and the variance are over different axes")
-        dims = self._dims(x, axes)
+        self.check_axes(axes, x)
+        along = self.affine_axes(axes, x)
+        dims = self._dims(x, along)
         for some in [mean] if centre is None else [mean, centre.mean]:
-            self._check_count(some, dims)
-        return self._finish(x, axes, product, dims)
+            if some.count is not None:
+                self._check_count(some, self._dims(x, axes))
+        return self._finish(x, axes, along, product, dims)
 
     @staticmethod
     def _explain_single_pass(v: ir.Value, mean: Mean) -> None:
@@ -152,11 +199,11 @@ class Matcher(RootWalk):
 
     # ---- facts about axes
 
-    def _last_axes(self, mean: Mean, x: ir.Value) -> int:
-        """How many of the last axes the mean is over."""
+    def axes_of(self, mean: Mean, x: ir.Value) -> tuple[int, ...]:
+        """The axes that the mean is over, counted from the last one, in order; see `RootWalk`."""
         if mean.axes is None:
             raise NotRaised(f"the axes of {mean.nodes[0].op_type} aren't constant, or not given")
-        if not mean.kept:
+        if not (mean.kept or (mean.view is not None and self.shapes.keeps_axes(mean.value, mean.operand, mean.axes))):
             raise NotRaised("the reduced axes aren't kept (keepdims=0), so the division broadcasts differently")
         axes = mean.axes
         if any(axis >= 0 for axis in axes):
@@ -164,19 +211,19 @@ class Matcher(RootWalk):
             if rank is None:
                 raise NotRaised(f"the rank isn't known, so axes {list(axes)} may not be the last")
             axes = tuple(axis if axis < 0 else axis - rank for axis in axes)
-        if sorted(axes) != list(range(-len(axes), 0)):
-            raise NotRaised(f"the mean is over axes {sorted(axes)}, not over the last ones")
-        return len(axes)
+        return tuple(sorted(axes))
 
-    def _dims(self, x: ir.Value, axes: int) -> tuple[int, ...]:
-        """The lengths of the normalised axes.
+    def _dims(self, x: ir.Value, axes: tuple[int, ...]) -> tuple[int, ...]:
+        """The lengths of some axes.
 
         A gain of D elements doesn't prove that x has D there: it would broadcast a length of 1.
         """
         shape = self.shapes.shape(x)
-        known = [] if shape is None else [size for size in shape[-axes:] if size is not None]
-        if len(known) != axes:
-            raise NotRaised("the length of the normalised axis isn't known, so the gain can't be written for it")
+        if shape is None or len(shape) < -axes[0]:
+            shape = (None,) * -axes[0]
+        known = [size for size in (shape[axis] for axis in axes) if size is not None]
+        if len(known) != len(axes):
+            raise NotRaised(f"the length of {self.of_gain} isn't known, so the gain can't be written for it")
         return tuple(known)
 
     @staticmethod
@@ -188,15 +235,17 @@ class Matcher(RootWalk):
 
     # ---- what follows the product
 
-    def _finish(self, x: ir.Value, axes: int, product: Product, dims: tuple[int, ...]) -> Normalization:
+    def _finish(
+        self, x: ir.Value, axes: tuple[int, ...], along: tuple[int, ...], product: Product, dims: tuple[int, ...]
+    ) -> Normalization:
         root, dtype = product.root, self.dtype or self.shapes.dtype(x)
         gain = bias = None
         if product.gain is not None:
-            gain = self._affine(product.gain, x, axes, dims)
+            gain = self._affine(product.gain, x, along, dims)
             if gain is None:
                 raise NotRaised("what the reciprocal root is multiplied by isn't a gain over the normalised axes")
         if product.bias is not None:
-            bias = self._affine(product.bias, x, axes, dims)
+            bias = self._affine(product.bias, x, along, dims)
             if bias is None:
                 raise NotRaised("what the mean is subtracted from isn't a bias over the normalised axes")
         dtype = dtype or next((ir.DataType.from_numpy(a.array.dtype) for a in (gain, bias) if a is not None), None)
@@ -211,7 +260,7 @@ class Matcher(RootWalk):
                 wide = upcast.inputs[0] if upcast is not None else None
                 if wide is None or self.shapes.dtype(wide) != target or target not in _HALF:
                     break
-                if gain is not None or dtype != ir.DataType.FLOAT:
+                if gain is not None or dtype != ir.DataType.FLOAT or not self.stashes:
                     break
                 after = self._sole_user(user)
                 if target == ir.DataType.BFLOAT16 and not self.centre and (after is None or not is_op(after, "Mul")):
@@ -225,7 +274,7 @@ class Matcher(RootWalk):
                 operand = other_operand(user, end.outputs[0])
                 if operand is None or not (is_gain or is_bias):
                     break
-                affine = self._affine(operand, x, axes, dims)
+                affine = self._affine(operand, x, along, dims)
                 if affine is None:
                     break
                 dtype = dtype or ir.DataType.from_numpy(affine.array.dtype)
@@ -236,7 +285,8 @@ class Matcher(RootWalk):
             end = user
         if dtype is None:
             raise NotRaised("the type isn't known")
-        self._check(x, axes, root, dtype)
+        self.check_site(x, root, gain, dtype)
+        self._check(x, len(axes), root)
         if gain is None:
             gain = Affine(np.ones(dims, dtype=dtype.numpy()), None)
         return Normalization(x, axes, self.epsilon, gain, bias, root)
@@ -247,24 +297,24 @@ class Matcher(RootWalk):
         found = [] if value.is_graph_output() else users(value)
         return found[0] if len(found) == 1 and found[0].graph is node.graph else None
 
-    def _affine(self, value: ir.Value, x: ir.Value, axes: int, dims: tuple[int, ...]) -> Affine | None:
-        """`value` as numbers over the normalised axes, None where it is anything else."""
+    def _affine(self, value: ir.Value, x: ir.Value, along: tuple[int, ...], dims: tuple[int, ...]) -> Affine | None:
+        """`value` as numbers along some axes of x, None where it is anything else."""
         array = folded(value)
         if array is None:
             return None
-        inner = array
-        if array.ndim > axes:
-            if any(size != 1 for size in array.shape[:-axes]) or not self.shapes.has_rank(x, array.ndim):
-                return None
-            inner = array.reshape(array.shape[-axes:])
-        if any(size not in (1, d) for size, d in zip(reversed(inner.shape), reversed(dims), strict=False)):
+        depth = max(array.ndim, -along[0])
+        if array.ndim > len(along) and not self.shapes.has_rank(x, array.ndim):
             return None
-        as_is = array.shape == dims and constant_tensor(value) is not None
+        inner = array.reshape((1,) * (depth - array.ndim) + array.shape)
+        if any(size != 1 for axis, size in enumerate(inner.shape, -depth) if axis not in along):
+            return None
+        inner = inner.reshape([inner.shape[axis] for axis in along])
+        if any(size not in (1, d) for size, d in zip(inner.shape, dims, strict=True)):
+            return None
+        as_is = array.shape == dims and along[-1] == -1 and constant_tensor(value) is not None
         return Affine(array, value) if as_is else Affine(np.array(np.broadcast_to(inner, dims)), None)
 
-    def _check(self, x: ir.Value, axes: int, root: ir.Node, dtype: ir.DataType) -> None:
-        if dtype == ir.DataType.DOUBLE:
-            raise NotRaised("it computes in float64, the operator in float32 (stash_type)")
+    def _check(self, x: ir.Value, axes: int, root: ir.Node) -> None:
         if self.epsilon < 0 or as_float32(self.epsilon) is None:
             raise NotRaised(f"epsilon {self.epsilon!r} isn't a float32, which the attribute is")
         rank = constant_rank([*self.inside, *self.beside])

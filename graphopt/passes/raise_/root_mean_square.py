@@ -7,12 +7,13 @@ in whatever order the exporter took it apart.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op, other_operand, same, users
-from graphopt.analysis.moments import Centred, centred, folded
+from graphopt.analysis.moments import Centred, Mean, centred, folded
 from graphopt.graph.constants import constant_tensor, scalar
 
 
@@ -29,7 +30,7 @@ class Product:
     bias: ir.Value | None
 
 
-class RootWalk:
+class RootWalk(abc.ABC):
     """The walk, and what it met.
 
     Attributes:
@@ -44,6 +45,14 @@ class RootWalk:
         self.beside: list[ir.Node] = []
         self.epsilon = 0.0
         self.dtype: ir.DataType | None = None
+
+    @abc.abstractmethod
+    def axes_of(self, mean: Mean, x: ir.Value) -> tuple[int, ...]:
+        """The axes that a mean of x, or of something of its shape, is over; the same for the same axes.
+
+        Raises:
+            NotRaised: They aren't known, or aren't kept.
+        """
 
     def take(self, *nodes: ir.Node) -> None:
         """Count `nodes` as part of the pattern."""
@@ -178,7 +187,7 @@ class RootWalk:
             return False
         # TorchScript writes x − mean(x) twice; both means must be the same.
         a, b = again.mean, centre.mean
-        if (a.axes, a.kept, a.count) != (b.axes, b.kept, b.count):
+        if a.count != b.count or self.axes_of(a, centre.x) != self.axes_of(b, centre.x):
             return False
         self.take(again.node)
         self.beside.extend(a.nodes)

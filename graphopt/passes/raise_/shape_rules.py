@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from graphopt.analysis.shapes import ShapeFacts, lazily
@@ -39,6 +41,16 @@ class ShapeRulePass(RulePass):
     def has_rank(self, value: ir.Value, rank: int) -> bool:
         """Whether `value` certainly has at least `rank` axes, so that a constant of that rank adds none."""
         return rank == 0 or (self.rank(value) or 0) >= rank
+
+    def keeps_axes(self, value: ir.Value, whole: ir.Value, axes: Sequence[int] | None) -> bool:
+        """Whether `value` certainly has the shape of `whole`, but with length 1 at `axes`."""
+        shape, full = self._facts.shape(value), self._facts.shape(whole)
+        if axes is None or shape is None or full is None or len(shape) != len(full):
+            return False
+        if not all(-len(full) <= axis < len(full) for axis in axes):
+            return False
+        reduced = {axis % len(full) for axis in axes}
+        return all(a == (1 if axis in reduced else b) for axis, (a, b) in enumerate(zip(shape, full, strict=True)))
 
     def dtype(self, value: ir.Value) -> ir.DataType | None:
         """The element type of `value`, None where neither the graph nor the file says it."""
