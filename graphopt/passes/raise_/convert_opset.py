@@ -19,6 +19,7 @@ from graphopt.passes.raise_.opset_steps import (
     ASKS_TYPES,
     COMPATIBLE,
     OBSTACLES,
+    OF_THE_RUNTIME,
     RENAMED,
     WITHOUT_KERNEL,
     Conversion,
@@ -205,4 +206,4 @@ def _since(op_type: str, opset: int) -> int | None:
     try:
         return int(onnx.defs.get_schema(op_type, opset, "").since_version)
     except onnx.defs.SchemaError:
-        return None
+        return 1 if op_type in OF_THE_RUNTIME else None

@@ -173,6 +173,12 @@ def _group_norm_per_channel(node: ir.Node, to: Conversion) -> None:
         node.attributes["stash_type"] = ir.AttrInt64("stash_type", int(dtype))
 
 
+@obstacle(("LayerNormalization", 17))
+def _scale_of_another_type(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
+    x, scale = dtype_of(node.inputs[0], facts), dtype_of(node.inputs[1], facts)
+    return f"has a scale of {scale} for an input of {x}" if x is not None and scale not in (None, x) else None
+
+
 @obstacle(("GroupNormalization", 21))
 def _group_norm_of_unknown_type(node: ir.Node, facts: ShapeFacts, target: int) -> str | None:
     return None if dtype_of(node.inputs[0], facts) else "is computed in its input's element type, which isn't known"

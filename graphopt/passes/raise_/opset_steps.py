@@ -37,7 +37,8 @@ _COMPATIBLE_TEXT = """
     Gather 11 13; GatherElements 13; GatherND 12 13; Gemm 9 11 13; GlobalAveragePool 22; GlobalLpPool 22;
     GlobalMaxPool 22; Greater 9 13; GreaterOrEqual 16; GridSample 22; HardSigmoid 22; HardSwish 22; Hardmax 11;
     Identity 13 14 16 19 21 23 24; If 11 13 16 19 21 23 24; InstanceNormalization 22; IsInf 20; IsNaN 13 20;
-    LRN 13; LSTM 14 22; LeakyRelu 16; Less 9 13; LessOrEqual 16; Log 13; LogSoftmax 11; Loop 11 13 16 19 21 23 24;
+    LRN 13; LSTM 14 22; LayerNormalization 17; LeakyRelu 16; Less 9 13;
+    LessOrEqual 16; Log 13; LogSoftmax 11; Loop 11 13 16 19 21 23 24;
     LpNormalization 22; LpPool 11 18 22; MatMul 9 13; Max 8 12 13; MaxPool 8 10 11 12 22; MaxRoiPool 22;
     MaxUnpool 11 22; Mean 8 13; Min 8 12 13; Mish 22; Mod 13; Mul 13 14;
     Multinomial 22; Neg 13; NegativeLogLikelihoodLoss 13 22; NonMaxSuppression 11; NonZero 13; OneHot 11;
@@ -58,6 +59,10 @@ COMPATIBLE: frozenset[Step] = frozenset(
 
 RENAMED: dict[Step, str] = {("Upsample", 10): "Resize", ("Scatter", 11): "ScatterElements"}
 """Operators that the standard withdrew, by the step that withdrew them, and what took their place."""
+
+OF_THE_RUNTIME = ("LayerNormalization", "SimplifiedLayerNormalization")
+"""Operators that ONNX Runtime has in the default domain at every opset. Files that it optimized and saved hold them
+below the opset that took one over unchanged (17), or where the standard never had it."""
 
 WITHOUT_KERNEL: frozenset[Step] = frozenset(
     (op, 22)
