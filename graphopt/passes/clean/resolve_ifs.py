@@ -17,8 +17,8 @@ BRANCHES = ("then_branch", "else_branch")
 class ResolveIfs(ShapeRulePass):
     """Put one branch in the place of an If, where the other one computes the same or leads to an error only.
 
-    TorchScript writes `x.squeeze(d)` as `If(Shape(x)[d] == 1, Squeeze(x), x)`, because the rank of the result depends on
-    a size. The rest of the graph was traced with one rank and takes no other:
+    TorchScript writes `x.squeeze(d)` as `If(Shape(x)[d] == 1, Squeeze(x), x)`, because the rank of the result depends
+    on a size. The rest of the graph was traced with one rank and takes no other:
 
         If(c, A, B) = A   where A = B, node by node
         If(c, A, B) = A   where every run that takes B fails
