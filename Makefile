@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs zoo clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,11 @@ check: $(VENV)/ready
 
 docs: $(VENV)/ready
 	$(BIN)/python -m graphopt.report.pages docs/passes
+
+# graphopt beside its peers on every model, into docs/zoo.md; about half an hour. Options: make zoo ZOO='--resume'
+zoo: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,zoo]'
+	$(BIN)/python benchmarks/zoo.py $(ZOO)
 
 clean:
 	rm -rf demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -178,6 +178,14 @@ def test_slice(bounds, expected):
     assert says(text, f"[{expected}]")
 
 
+def test_a_slice_of_everything_that_a_convolution_leaves():
+    """No size is negative, although the expression could be."""
+    text = """g (float[1, 1, n] x) => (float[?] y)
+        <float[1, 1, 5] w = {1, 1, 1, 1, 1}, int64[1] s = {0}, int64[1] e = {9223372036854775807}, int64[1] a = {2}> {
+        c = Conv(x, w) y = Slice(c, s, e, a) }"""
+    assert says(text, "[1, 1, x[2] + -4]")
+
+
 def test_old_opsets():
     for text, *expected in (
         ("y) { y = Slice<axes=[0], starts=[0], ends=[2]>(x) }", "[min(x[0], 2), 4]"),

@@ -210,7 +210,9 @@ def slice_size(size: Dim, start: Dim, end: Dim, step: int, unknown: Dim) -> Dim:
     first, last = _clamped(size, start), _clamped(size, end)
     if first is None or last is None:
         return unknown
-    if last == size and start.low >= 0:
+    if last == size and start.value == 0:
+        span = size  # no size is negative, also where its expression could be (what a convolution leaves of 0)
+    elif last == size and start.low >= 0:
         span = df.maximum(size - start, ZERO)
     elif last == size and start.high < 0:
         span = df.minimum(-start, size)

@@ -189,7 +189,7 @@ class FoldConstants(Pass):
                         continue
                     taken = bool(condition.numpy().reshape(()))
                     self.applied(node, f"its {'then' if taken else 'else'} branch taken: the condition is constant")
-                    _inline_branch(node, node.attributes["then_branch" if taken else "else_branch"].as_graph(), edit)
+                    inline_branch(node, node.attributes["then_branch" if taken else "else_branch"].as_graph(), edit)
                     changed = again = True
         return changed
 
@@ -208,7 +208,7 @@ def computable(node: ir.Node, version: int) -> bool:
     return node.op_type != "Identity" or not node.outputs[0].is_graph_output()
 
 
-def _inline_branch(node: ir.Node, branch: ir.Graph, edit: Editor) -> None:
+def inline_branch(node: ir.Node, branch: ir.Graph, edit: Editor) -> None:
     """Move the nodes of the branch before the If, under fresh names, and let its outputs stand for the If's."""
     outer = node.graph
     assert outer is not None

@@ -32,7 +32,8 @@ class ExpandGroupNorm(ShapeRulePass):
     3. A target profile that prefers `standard` for the choice `group-norm` at the channels and pixels of the site
        leaves the operator alone.
 
-    **Needs:** opset 21 (γ and β by channel), float32 or float16, a known rank. **Guarantees:** the same function up to rounding.
+    **Needs:** opset 21 (γ and β by channel), float32 or float16, a known rank. **Guarantees:** the same function up to
+    rounding.
 
     **Targets:** cpu.
 

@@ -1,0 +1,63 @@
+"""The models of the zoo: every ONNX file of `graphopt.models`, and MiniLM as four exporters' settings write it."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+from graphopt.models.catalogue import MODELS, fetch
+
+_MINILM = {
+    f"minilm-{exporter}-{attention}": (flag, attention)
+    for exporter, flag in (("torch-export", "dynamo"), ("torchscript", "torchscript"))
+    for attention in ("sdpa", "eager")
+}
+_MINILM_SHAPES = ((1, 16), (1, 128), (8, 64))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One model of the zoo.
+
+    Attributes:
+        key: Its name.
+        use: What it is.
+        workloads: What it is timed on: sizes of its dynamic dimensions by name, with a label; empty sizes: usual ones.
+    """
+
+    key: str
+    use: str
+    workloads: dict[str, dict[str, int]]
+
+    def path(self, folder: Path) -> Path:
+        """The model's file: fetched, or exported into `folder` unless it lies there already."""
+        if self.key not in _MINILM:
+            return fetch(self.key)
+        target = folder / f"{self.key}.onnx"
+        if not target.exists():
+            exporter, attention = _MINILM[self.key]
+            # In a process of its own: torch would stay in memory beside everything that follows.
+            command = (
+                "export",
+                str(fetch("minilm")),
+                "-o",
+                str(target),
+                "--exporter",
+                exporter,
+                "--attention",
+                attention,
+            )
+            subprocess.run([sys.executable, "-m", "graphopt", *command], check=True, stdout=subprocess.DEVNULL)
+        return target
+
+
+ENTRIES = {
+    key: Entry(
+        key,
+        f"all-MiniLM-L6-v2 written by {exporter}, {attention} attention",
+        {f"{batch}×{sequence}": {"batch": batch, "sequence": sequence} for batch, sequence in _MINILM_SHAPES},
+    )
+    for key, (exporter, attention) in _MINILM.items()
+} | {key: Entry(key, model.use, {"": {}}) for key, model in MODELS.items() if model.kind == "onnx"}
