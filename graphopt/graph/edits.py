@@ -263,10 +263,12 @@ class Editor:
             inputs = [v for v in current.inputs if v is not None]
             captured = list(captured_values(current))
             for graph in subgraphs_of(current):
-                # Detach the bodies, so that what they captured no longer counts as used.
-                for inner in list(graph):
+                # Detach the bodies, nested ones too, so that what they captured no longer counts as used or given out.
+                for inner in list(graph.all_nodes()):
                     for i in range(len(inner.inputs)):
                         inner.replace_input_with(i, None)
+                for body in (graph, *graph.subgraphs()):
+                    body.outputs.clear()
             current.graph.remove(current, safe=True)
             for value in dict.fromkeys(inputs + captured):
                 if (producer := value.producer()) is not None:
