@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from graphopt.models import catalogue
 from graphopt.pass_manager import PassManager
+from graphopt.passes.clean.fold_constants import FoldConstants
 from graphopt.passes.lower.linear import LowerLinear
 from graphopt.passes.raise_.convert_opset import ConvertOpset
 from graphopt.passes.raise_.linear import RaiseLinear
@@ -136,6 +137,29 @@ def test_large_weights_are_transposed_when_they_are_saved() -> None:
     RaiseLinear()(model)
     assert reads == []
     np.testing.assert_array_equal(weight_of(model), np.arange(3 * 400_000, dtype=np.float32).reshape(3, -1).T)
+
+
+def test_a_matrix_of_unknown_shape_is_said_to_be_one() -> None:
+    # ONNX Runtime joins MatMul and Add again only where it knows that they work on a matrix.
+    text = f"{HEAD} g (float[A, M, 2] x) => (float[M, 3] y) <{WEIGHT}, {BIAS}> {{ q = Squeeze(x)  y = Gemm(q, w, b) }}"
+    model = parse(text)
+    (squeezed,) = (node.outputs[0] for node in model.graph if node.op_type == "Squeeze")
+    squeezed.type, squeezed.shape = ir.TensorType(ir.DataType.FLOAT), None
+    RaiseLinear()(model)
+    assert len(squeezed.shape) == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_transposed_weight_is_left_to_fold_constants(tied: bool) -> None:
+    text = f"{HEAD} g (float[M, 128] x, int64[M] i) => (float[M, 64] y{', float[M, 128] e' if tied else ''}) "
+    text += f"<float[64, 128] w = {{{', '.join('1' * 64 * 128)}}}> "
+    model = parse(text + f"{{ t = Transpose(w)  y = MatMul(x, t) {' e = Gather(w, i)' if tied else ''} }}")
+    assert not RaiseLinear()(model).modified
+    rule = FoldConstants()
+    assert rule(model).modified is not tied
+    assert ("Transpose" in op_types(model)) is tied
+    if tied:
+        assert "would make the file" in rule.sites[0].detail
 
 
 # ---- between two Reshapes
