@@ -313,11 +313,13 @@ def describe_source(model: ir.Model) -> dict[str, Any]:
     path = model.meta.get(PATH_KEY)
     if path is None:
         return {"path": None, "bytes": None, "external_data": False}
-    files = {Path(path).resolve()}
-    for graph in walk(model):
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                files.add(Path(value.const_value.path).resolve())
+    external = {
+        value.const_value.path
+        for graph in walk(model)
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    files = {Path(file).resolve() for file in (path, *external)}  # a thousand weights lie in few files
     return {
         "path": str(path),
         "bytes": sum(f.stat().st_size for f in sorted(files)),

@@ -12,6 +12,8 @@ import onnx_ir.passes.common as common
 import pytest
 from exactness import op_types, parse
 
+import graphopt.pass_manager
+from graphopt.analysis.shapes import ShapeFacts
 from graphopt.api import optimize
 from graphopt.errors import UsageError
 from graphopt.graph.edits import Editor
@@ -175,6 +177,25 @@ def test_a_pass_that_fails_in_a_later_round_is_taken_back_alone(mode: VerifyMode
     assert report.verdict is not None
     assert report.verdict.ok
     assert not {key for key in model.meta if key.startswith("graphopt.shapes")}
+
+
+def test_a_round_that_changes_nothing_does_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy, no check and no inference: what a long recipe costs on a model that is done."""
+    model = parse(TEXT)
+    passes = [EliminateDeadCode(), EliminateIdentities()]
+    PassManager(passes, verifier_of=None)(model)
+    done: list[str] = []
+    for owner, name in ((ir.Model, "clone"), (graphopt.pass_manager, "new_problems"), (ShapeFacts, "apply")):
+        original = getattr(owner, name)
+
+        def counted(*args: Any, _name: str = name, _original: Any = original, **named: Any) -> Any:
+            done.append(_name)
+            return _original(*args, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+    report = PassManager(passes, verifier_of=None)(model)
+    assert not report.modified
+    assert done == ["apply"] * len(model.graph) + ["clone"]  # once a run
 
 
 class RoundsAnew(Replace):

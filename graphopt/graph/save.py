@@ -286,12 +286,13 @@ def _referenced_files(path: Path) -> set[Path]:
 
 def _weights_in(model: ir.Model) -> set[Path]:
     """The files that the model's weights are mapped from."""
-    return {
-        Path(value.const_value.path).resolve()
+    paths = {
+        value.const_value.path
         for graph in walk(model)
         for value in graph.initializers.values()
         if isinstance(value.const_value, ir.ExternalTensor)
     }
+    return {Path(path).resolve() for path in paths}
 
 
 def _weights_elsewhere(path: Path) -> set[Path]:
