@@ -26,7 +26,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int, is_op, producer
-from graphopt.graph.constants import constant_tensor, is_constant
+from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import nodes
 
 NORMS = ("BatchNormalization", "InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization")
@@ -158,7 +158,7 @@ def _back(node: ir.Node) -> ir.Value | None:
         return node.inputs[0]
     if not is_op(node, *ARITHMETIC):
         return None
-    operands = [v for v in node.inputs if v is not None and not is_constant(v)]
+    operands = [v for v in node.inputs if v is not None and not _given(v)]
     if len(operands) == 1:
         return operands[0]
     if len(operands) != 2 or operands[0] is operands[1]:
@@ -178,7 +178,7 @@ def _gate(value: ir.Value) -> dict[ir.Value, None]:
     while current is not None and len(found) < GATE:
         found[current] = None
         node = producer(current, "Conv", *NORMS, *ACTIVATIONS, *COPIES, *POOLED, *ARITHMETIC)
-        operands = [] if node is None else [v for v in node.inputs if v is not None and not is_constant(v)]
+        operands = [] if node is None else [v for v in node.inputs if v is not None and not _given(v)]
         current = operands[0] if len(operands) == 1 or (node is not None and is_op(node, "Conv")) else None
     return found
 
@@ -220,7 +220,7 @@ def _joint(node: ir.Node, convs: dict[ir.Node, _Conv]) -> list[ConvStructure]:
         if len(node.outputs[0].uses()) == 1 and reader.graph is node.graph:
             return []  # a part of a larger sum
     terms = list(node.inputs) if is_op(node, "Concat") else _terms(node)
-    values = [value for value in terms if value is not None and not is_constant(value)]
+    values = [value for value in terms if value is not None and not _given(value)]
     if len(values) < 2 or all(producer(v, "Add", "Sum") is not None for v in values):
         return []
     branches = [_branch(value, node.graph) for value in values]
@@ -312,3 +312,8 @@ def _residual(node: ir.Node, branches: Sequence[_Branch], convs: dict[ir.Node, _
 
 def _convs(steps: Iterable[ir.Node], convs: dict[ir.Node, _Conv]) -> list[_Conv]:
     return [convs[step] for step in steps if step in convs]
+
+
+def _given(value: ir.Value) -> bool:
+    """Whether `value` is no result of a run; unlike `is_constant`, it doesn't ask for the tensor, which takes long."""
+    return producer(value, "Constant") is not None or (value.is_initializer() and not value.is_graph_input())
