@@ -471,6 +471,16 @@ def test_branches_of_different_values() -> None:
     assert reasons(model(two, **weights)) == []
 
 
+def test_long_towers_are_not_walked_to_their_end() -> None:
+    towers = [f"{t}{i + 1} = Relu({t}{i})" for t in "pq" for i in range(1500)]
+    m = model(
+        f"(T[N,6,H,W] x) => (T[N,12,H,W] y) {{ p0 = Conv(x, a)  q0 = Conv(x, b)  {' '.join(towers)}"
+        "  y = Concat<axis=1>(p1500, q1500) }",
+        a=(6, 6, 1, 1), b=(6, 6, 1, 1),
+    )  # fmt: skip
+    assert reasons(m) == []
+
+
 def test_branches_of_matmul() -> None:
     body = ["p@ = MatMul(x, a@)  q@ = Add(p@, b@)  r@ = Gelu(q@)  s@ = MatMul(r@, c@)".replace("@", i) for i in "012"]
     shapes = {"a@": (6, 4), "b@": (4,), "c@": (4, 5)}

@@ -190,7 +190,7 @@ class Branches:
             raise NoBranches
         if nodes[0] is nodes[1]:
             return self._whole(nodes[0], values)
-        if len(self._joined) >= LONGEST or any(len(node.outputs) > 1 for node in nodes):
+        if len(self._values) >= LONGEST * len(values) or any(len(node.outputs) > 1 for node in nodes):
             raise NoBranches
         self.inside.update(nodes)
         self._values.extend(values)

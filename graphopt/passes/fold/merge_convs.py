@@ -148,8 +148,10 @@ class MergeConvs(ConvRulePass):
         if rank is None and (weight := node.inputs[1]) is not None:
             rank = self.rank(weight)
         given = _given_pads(pad, rank)
-        if isinstance(given, str) or rank is None:
-            return given if isinstance(given, str) else "the rank isn't known"
+        if isinstance(given, str):
+            return given
+        if rank is None or len(given) != 2 * rank:
+            return "the rank isn't known, or its pads don't fit it"
         if min(given) < 0:
             return "its pads are negative, which is cropping"
         half = len(given) // 2
@@ -191,8 +193,10 @@ def _given_pads(pad: ir.Node, rank: int | None) -> list[int] | str:
         axes = constant_array(pad.inputs[3])
         if axes is None or rank is None:
             return "its axes aren't constant" if axes is None else "the rank isn't known"
+        if len(pads) != 2 * axes.size:
+            return "its pads don't fit its axes"
         full = [0] * (2 * rank)
         for position, axis in enumerate(int(n) % rank for n in axes.reshape(-1)):
-            full[axis], full[axis + rank] = pads[position], pads[position + len(axes.reshape(-1))]
+            full[axis], full[axis + rank] = pads[position], pads[position + axes.size]
         return full
-    return pads if rank is None or len(pads) == 2 * rank else "its pads don't fit the rank"
+    return pads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -108,7 +108,10 @@ class MergeParallelConvs(ConvRulePass):
         terms, sums = _terms(node)
         if sum(producer(term, "Conv", "MatMul") is not None for term in terms) == 0:
             return False
-        return self._kernels_added(node, terms, edit) or self._branches_added(node, terms, sums, edit)
+        done = self._kernels_added(node, terms, edit) or self._branches_added(node, terms, sums, edit)
+        if done:  # what else was looked at is looked at again
+            self.sites = [site for site in self.sites if site.outcome == "applied"]
+        return done
 
     # ---- rule 1
 
@@ -118,8 +121,12 @@ class MergeParallelConvs(ConvRulePass):
             conv = producer(term, "Conv")
             if conv is not None and conv.graph is node.graph and (x := conv.inputs[0]) is not None:
                 by_input[x].append(conv)
+        scaled: dict[ir.Value, list[ir.Value]] = defaultdict(list)
+        for term, count in Counter(terms).items():
+            if count == 1:
+                scaled[_scaled(term)].append(term)
         for x, convs in by_input.items():
-            others = [t for t in dict.fromkeys(terms) if _scaled(t) is x and terms.count(t) == 1]
+            others = scaled.get(x, [])
             if len(convs) + len(others) < 2:
                 continue
             found = [self._term(conv) for conv in convs]
