@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from graphopt.errors import UsageError
+from graphopt.graph import load
+from graphopt.graph.save import weight_bytes
+from graphopt.models import catalogue
+from graphopt.pass_manager import PassManager
 from graphopt.passes.fold.dead_channels import RemoveDeadChannels
+from graphopt.recipe import load as load_recipe
 
 H = 6
 DEAD = [1, 4]
@@ -223,3 +228,19 @@ def test_what_kernels_like_stays() -> None:
             assert channels(assert_exact(before, RemoveDeadChannels(), dims={"N": 2})) == kept
     with pytest.raises(UsageError, match="power of two"):
         RemoveDeadChannels(multiple=12)
+
+
+@pytest.mark.real
+def test_a_real_model_has_dead_channels() -> None:
+    """Weight decay left two layers of this text detector with hundreds of channels that hold a denormal number."""
+    model = load(catalogue.fetch("ppocr-v6-det"))
+    passes = load_recipe().passes()
+    at = next(i for i, p in enumerate(passes) if getattr(p, "name", "") == "fold-batch-norm")
+    before = weight_bytes(model)
+    report = PassManager([*passes[:at], RemoveDeadChannels(), *passes[at:]], verify="phase")(model)
+    sites = [s for r in report.records if r.name == RemoveDeadChannels.name for s in r.sites]
+    found = sorted(s.detail for s in sites if s.outcome == "applied")
+    assert found == ["192 of 768 channels before it removed", "480 of 768 channels before it removed"]
+    assert weight_bytes(model) < 0.8 * before
+    assert report.verdict is not None
+    assert report.verdict.ok

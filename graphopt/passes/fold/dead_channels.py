@@ -67,6 +67,10 @@ class RemoveDeadChannels(RulePass):
     2. A channel that is constant and not 0 needs a bias behind it, which a padded Conv can't give at its border: there
        only zeros are removed.
 
+    What a dead channel costs is more than its share: weight decay leaves denormal numbers in it, which processors
+    multiply slowly. PP-OCR v6's text detector has 192 and 480 such channels of 768 in two layers, and takes 0.36 of the
+    time without them (ONNX Runtime on CPU, one thread; 0.46 to 0.51 with two).
+
     **Needs:** constant weights. Looked at are the first rows of each weight, and all of it only where these are 0.
     **Guarantees:** the same function for finite activations; 0 times an infinity, which would be NaN, doesn't occur any
     more. Weights shrink. One channel at least stays, and as many dead ones as `multiple` asks for.
