@@ -282,11 +282,11 @@ def _zero_channels(tensor: ir.TensorProtocol, axis: int) -> Flags:
     dear = isinstance(tensor, ir.LazyTensor) and (origin is None or origin[0] != _CUT)
     if dear or tensor.size == 0:
         return np.zeros(size, dtype=bool)
-    rows = np.moveaxis(tensor.numpy(), axis, 0).reshape(size, -1)
-    zero: Flags = ~(rows[:, :8] != 0).any(axis=1)
+    channels = np.moveaxis(tensor.numpy(), axis, 0)
+    zero: Flags = ~(channels[:, :8] != 0).reshape(size, -1).any(axis=1)
     candidates = np.flatnonzero(zero)
     if candidates.size:
-        zero[candidates] = ~(rows[candidates] != 0).any(axis=1)
+        zero[candidates] = ~(channels[candidates] != 0).reshape(candidates.size, -1).any(axis=1)
     return zero
 
 
