@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
+from graphopt.errors import UsageError
+from graphopt.graph import load
+from graphopt.graph.save import weight_bytes
+from graphopt.models import catalogue
+from graphopt.pass_manager import PassManager
 from graphopt.passes.fold.dead_channels import RemoveDeadChannels
+from graphopt.recipe import load as load_recipe
 
 H = 6
 DEAD = [1, 4]
@@ -129,14 +135,14 @@ def test_channels_die_one_after_the_other() -> None:
     before = model(
         "h = MatMul(x, u)  r = Relu(h)  i = MatMul(r, w)  s = Relu(i)  y = MatMul(s, v)", u=U, w=w, v=zeroed(V, 0)
     )
-    after = assert_exact(before, RemoveDeadChannels(), dims={"N": 2})
+    after = assert_exact(before, RemoveDeadChannels(multiple=1), dims={"N": 2})
     shapes = sorted(tuple(v.const_value.shape) for v in after.graph.initializers.values())
     assert shapes == [(4, 4), (5, 4), (5, 5)]
 
 
 def test_one_channel_stays() -> None:
     before = model(MLP.format(f="Relu"), u=np.zeros((5, H)), a=np.ones(H), v=V, b=B)
-    assert channels(assert_exact(before, RemoveDeadChannels(), dims={"N": 2})) == 1
+    assert channels(assert_exact(before, RemoveDeadChannels(multiple=1), dims={"N": 2})) == 1
 
 
 def test_left_with_a_reason() -> None:
@@ -187,9 +193,9 @@ def test_a_large_weight_is_cut_when_it_is_saved() -> None:
         "h = MatMul(x, u)  r = Relu(h)  y = MatMul(r, v)", "(double[N,600] x) => (double[N,600] y)",
         u=u, v=RNG.normal(size=(600, 600)),
     )  # fmt: skip
-    after = assert_exact(before, RemoveDeadChannels(), dims={"N": 2}, seeds=1)
+    after = assert_exact(before, RemoveDeadChannels(multiple=1), dims={"N": 2}, seeds=1)
     assert channels(after) == 598
-    RemoveDeadChannels()(before)
+    RemoveDeadChannels(multiple=1)(before)
     assert all(isinstance(v.const_value, ir.LazyTensor) for v in before.graph.initializers.values())
 
 
@@ -206,5 +212,35 @@ def test_any_pattern_of_zeros(columns: set[int], biases: set[int], rows: set[int
         v=zeroed(V, 0, sorted(rows)),
         b=B,
     )
-    after = assert_exact(before, RemoveDeadChannels(), dims={"N": 2}, seeds=1)
+    after = assert_exact(before, RemoveDeadChannels(multiple=1), dims={"N": 2}, seeds=1)
     assert channels(after) == max(1, H - len(columns | rows))
+
+
+def test_what_kernels_like_stays() -> None:
+    """Of 64 channels 3 are dead: no multiple of 16 is left without keeping them. Of 17 dead ones 16 go."""
+    rng = np.random.default_rng(0)
+    for dead, kept in ((3, 64), (16, 48), (17, 48), (64, 16)):
+        u = zeroed(rng.normal(size=(5, 64)), 1, list(range(dead)))
+        before = model("h = MatMul(x, u)  r = Relu(h)  y = MatMul(r, v)", u=u, v=rng.normal(size=(64, 4)))
+        if kept == 64:
+            assert reasons(before) == ["3 of 64 channels are dead, too few to leave a multiple of 16"]
+        else:
+            assert channels(assert_exact(before, RemoveDeadChannels(), dims={"N": 2})) == kept
+    with pytest.raises(UsageError, match="power of two"):
+        RemoveDeadChannels(multiple=12)
+
+
+@pytest.mark.real
+def test_a_real_model_has_dead_channels() -> None:
+    """Weight decay left two layers of this text detector with hundreds of channels that hold a denormal number."""
+    model = load(catalogue.fetch("ppocr-v6-det"))
+    passes = load_recipe().passes()
+    at = next(i for i, p in enumerate(passes) if getattr(p, "name", "") == "fold-batch-norm")
+    before = weight_bytes(model)
+    report = PassManager([*passes[:at], RemoveDeadChannels(), *passes[at:]], verify="phase")(model)
+    sites = [s for r in report.records if r.name == RemoveDeadChannels.name for s in r.sites]
+    found = sorted(s.detail for s in sites if s.outcome == "applied")
+    assert found == ["192 of 768 channels before it removed", "480 of 768 channels before it removed"]
+    assert weight_bytes(model) < 0.8 * before
+    assert report.verdict is not None
+    assert report.verdict.ok

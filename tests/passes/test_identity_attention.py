@@ -313,6 +313,29 @@ def test_attention_operator() -> None:
     assert reasons(attention(one, mask=np.zeros((3, 3), np.float32))) == []
 
 
+def test_attention_operator_with_one_key() -> None:
+    text = """<ir_version: 10, opset_import: ["": 23]> g (float[B,2,1,4] v) => (float[B,2,1,4] y) {
+        t = Tanh(v)  y = Attention(t, t, v) }"""
+    before = parse(text)
+    after = before.clone()
+    RemoveIdentityAttention()(after)
+    assert op_types(after) == ["Identity"]
+    feeds = random_feeds(before, dims={"B": 2})
+    np.testing.assert_array_equal(reference_outputs(before, feeds)[0], reference_outputs(after, feeds)[0])
+    # A mask could forbid the one key.
+    masked = text.replace("(float[B,2,1,4] v)", "(float[B,2,1,4] v, bool[1,1] m)").replace("t, v)", "t, v, m)")
+    assert reasons(parse(masked)) == []
+
+
+def test_in_a_function() -> None:
+    text = """<ir_version: 10, opset_import: ["": 21, "local": 1]> g (double[3,4] x) => (double[3,4] y) { y = local.f(x) }
+        <domain: "local", opset_import: ["": 21]> f (x) => (y) { e = Constant<value = double[2,2] {1, 0, 0, 1}>()
+        t = Transpose(x)  h = MatMul(e, t)  y = Transpose(h) }"""
+    after = assert_exact(parse(text.replace("double[3,4]", "double[4,2]")), RemoveIdentityAttention())
+    (function,) = after.functions.values()
+    assert [n.op_type for n in function] == ["Transpose", "Transpose"]
+
+
 def test_runtime_agrees() -> None:
     """The masked original in ONNX Runtime gives the values bit for bit."""
     ort = pytest.importorskip("onnxruntime")

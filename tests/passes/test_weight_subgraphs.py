@@ -271,3 +271,37 @@ def test_recurrent_weights_of_a_real_model(tmp_path: Path) -> None:
     assert op_types(other).count("Concat") > op_types(model).count("Concat")
     assert weight_bytes(model) <= weight_bytes(other) + 1024
     assert verifier.check(model).ok
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_parametrized_weights_of_an_export(dynamo: bool, tmp_path: Path) -> None:
+    """A weight-normalized layer, one with an adapter, a standardized and a fake-quantized one, through both exporters."""
+    torch = pytest.importorskip("torch")
+
+    class Layers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(96, 96))
+            self.w, self.s, self.f = (torch.nn.Parameter(torch.randn(96, 96) / 10) for _ in range(3))
+            self.a, self.b = torch.nn.Parameter(torch.randn(4, 96)), torch.nn.Parameter(torch.randn(96, 4) / 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.tanh(self.normed(x))
+            x = torch.tanh(x @ (self.w + 0.5 * (self.b @ self.a)))
+            centred = self.s - self.s.mean(0, keepdim=True)
+            x = torch.tanh(torch.nn.functional.linear(x, centred / (centred.std(0, keepdim=True) + 1e-5)))
+            return x @ (torch.round(self.f / 0.02).clamp(-8, 7) * 0.02)
+
+    path = tmp_path / "layers.onnx"
+    torch.onnx.export(
+        Layers().eval(), (torch.randn(2, 96),), str(path), dynamo=dynamo, opset_version=18, do_constant_folding=False
+    )
+    model = load(path)
+    passes = load_recipe().passes()
+    at = next(i for i, p in enumerate(passes) if getattr(p, "name", "") == "fold-constants")
+    report = PassManager([*passes[:at], FoldWeightSubgraphs(), *passes[at:]])(model)
+    assert set(op_types(model)) <= {"MatMul", "Gemm", "Add", "Tanh"}
+    assert weight_bytes(model) <= 4 * (4 * 96 * 96 + 96) + 2048
+    assert report.verdict is not None
+    assert report.verdict.ok

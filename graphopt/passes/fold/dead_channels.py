@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op
+from graphopt.errors import UsageError
 from graphopt.graph.computed import computed, identity, origin_of
 from graphopt.graph.constants import constant_array, constant_tensor
 from graphopt.graph.edits import Editor
@@ -66,12 +67,20 @@ class RemoveDeadChannels(RulePass):
     2. A channel that is constant and not 0 needs a bias behind it, which a padded Conv can't give at its border: there
        only zeros are removed.
 
+    What a dead channel costs is more than its share: weight decay leaves denormal numbers in it, which processors
+    multiply slowly. PP-OCR v6's text detector has 192 and 480 such channels of 768 in two layers, and takes 0.36 of the
+    time without them (ONNX Runtime on CPU, one thread; 0.46 to 0.51 with two).
+
     **Needs:** constant weights. Looked at are the first rows of each weight, and all of it only where these are 0.
     **Guarantees:** the same function for finite activations; 0 times an infinity, which would be NaN, doesn't occur any
-    more. Weights shrink. One channel at least stays.
+    more. Weights shrink. One channel at least stays, and as many dead ones as `multiple` asks for.
 
     **Left alone, with the reason:** dead channels whose values something else reads or that are a graph output, and
     those of weights that other nodes read too. Weights that are computed only when the model is saved aren't looked at.
+
+    **Options:** `multiple` (channels, a power of two, default 16): the largest power of two up to this one that divides
+    the number of channels divides it afterwards. ONNX Runtime's kernels for Conv need that: from 64 to 63 channels
+    they take 1.27 times the time, to 60 as long as before, to 48 0.85 times.
 
     **When not to use it:** before training goes on: a dead channel may come to life again.
     """
@@ -80,6 +89,12 @@ class RemoveDeadChannels(RulePass):
     family: ClassVar[str] = "fold"
     paper: ClassVar[str] = "Model-Based Control with Sparse Neural Dynamics"
     anchors: ClassVar[tuple[str, ...]] = _LAYERS
+
+    def __init__(self, multiple: int = 16) -> None:
+        super().__init__()
+        if multiple < 1 or multiple & (multiple - 1):
+            raise UsageError(f"remove-dead-channels: multiple must be a power of two, not {multiple}.")
+        self.multiple = multiple
 
     def rewrite(self, node: ir.Node, edit: Editor) -> bool:
         """See the class."""
@@ -99,19 +114,23 @@ class RemoveDeadChannels(RulePass):
         if _padded(node):
             known[known != 0] = np.nan
         dead = unread | np.isfinite(known)
-        if dead.all():
-            dead[0] = False
         if not dead.any():
             return False
+        count = int(dead.sum())
+        unit = math.gcd(dead.size, self.multiple)
+        stay = max(1, -(-(dead.size - count) // unit)) * unit - (dead.size - count)
+        if stay >= count:
+            return self.left(node, f"{count} of {dead.size} channels are dead, too few to leave a multiple of {unit}")
+        dead[np.flatnonzero(dead)[:stay]] = False
         if (why := self._problem(region, node, second)) is not None:
-            return self.left(node, f"{int(dead.sum())} of {dead.size} channels are dead, but {why}")
+            return self.left(node, f"{count} of {dead.size} channels are dead, but {why}")
         shift = np.where(dead & ~unread & np.isfinite(known), known, 0.0)
         bias = None
         if shift.any():
             second = _with_bias(second)
             old = second.bias()
             if isinstance(old, str):
-                return self.left(node, f"{int(dead.sum())} of {dead.size} channels are dead, but {old}")
+                return self.left(node, f"{count} of {dead.size} channels are dead, but {old}")
             bias = old + second.response(shift)
         self.applied(node, f"{int(dead.sum())} of {dead.size} channels before it removed")
         self._cut(region, second, np.flatnonzero(~dead).astype(np.int64), bias, axis, edit)
@@ -263,11 +282,11 @@ def _zero_channels(tensor: ir.TensorProtocol, axis: int) -> Flags:
     dear = isinstance(tensor, ir.LazyTensor) and (origin is None or origin[0] != _CUT)
     if dear or tensor.size == 0:
         return np.zeros(size, dtype=bool)
-    rows = np.moveaxis(tensor.numpy(), axis, 0).reshape(size, -1)
-    zero: Flags = ~(rows[:, :8] != 0).any(axis=1)
+    channels = np.moveaxis(tensor.numpy(), axis, 0)
+    zero: Flags = ~(channels[:, :8] != 0).reshape(size, -1).any(axis=1)
     candidates = np.flatnonzero(zero)
     if candidates.size:
-        zero[candidates] = ~(rows[candidates] != 0).any(axis=1)
+        zero[candidates] = ~(channels[candidates] != 0).reshape(candidates.size, -1).any(axis=1)
     return zero
 
 

@@ -279,14 +279,13 @@ class RemoveIdentityAttention(ShapeRulePass):
 
     def _same_shape(self, output: ir.Value, matrix: ir.Value, other: ir.Value) -> bool:
         """Whether the product with the identity `matrix` has the shape of `other`."""
-        wanted, made = self._facts.shape(other), self._facts.shape(output)
-        if wanted is None:
-            return False
-        if wanted == made:
-            return True
+        wanted, made, square = (self._facts.shape(value) for value in (other, output, matrix))
         # Where one size is the mask's and the other the sequence's, a run in which they differ fails at the product.
-        leading = self._facts.shape(matrix)
-        return leading is not None and len(wanted) >= 2 and _fits(leading[:-2], wanted[:-2])
+        if square is not None and len(square) == 2:
+            return True
+        if wanted is None or wanted == made:
+            return wanted is not None
+        return square is not None and len(wanted) >= 2 and _fits(square[:-2], wanted[:-2])
 
     def _single(self, node: ir.Node, matrix: ir.Value, values: ir.Value, edit: Editor) -> bool:
         """Let each query have the one value."""
