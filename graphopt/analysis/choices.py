@@ -178,7 +178,7 @@ CHOICES: dict[str, Choice] = {
             "matmul-add",
             {"w": ("W", "W"), "b": ("W",)},
             widths=HEAVY_WIDTHS,
-            blocks=4,
+            blocks=2,
         ),
         Choice(
             "siblings",
@@ -192,7 +192,7 @@ CHOICES: dict[str, Choice] = {
             _QKV | {"wp": ("W", "3*W"), "bp": ("3*W",)},
             {"wp": ("wq", "wk", "wv"), "bp": ("bq", "bk", "bv")},
             widths=HEAVY_WIDTHS,
-            blocks=2,
+            blocks=1,
         ),
         Choice(
             "attention",
@@ -219,7 +219,7 @@ CHOICES: dict[str, Choice] = {
             "spelled-out",
             _QKV,
             widths=HEAVY_WIDTHS,
-            blocks=2,
+            blocks=1,
             heads=8,
         ),
         Choice(

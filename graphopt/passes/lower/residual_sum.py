@@ -51,6 +51,8 @@ class ResidualSum(ShapeRulePass):
             return False
         if producer.op_type not in _OPERATORS.values() or any(is_constant(v) for v in producer.inputs):
             return False
+        if self.dtype(summed) == ir.DataType.DOUBLE:
+            return False  # ONNX Runtime fuses no float64, so nothing is gained
         wanted = self.wanted(node)
         if producer.op_type == wanted:
             return False
