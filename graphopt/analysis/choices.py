@@ -117,10 +117,11 @@ CHOICES: dict[str, Choice] = {
             "gelu",
             "Gelu after a bias",
             {
-                "gelu": _PROJECT_BIAS + "$y = Gelu($a)",
+                "add": _PROJECT_BIAS + "$y = Gelu($a)",
+                "sum": "$h = MatMul($e, $w)\n$a = Sum($h, $b)\n$y = Gelu($a)",
                 "bias-gelu": "$h = MatMul($e, $w)\n$y = com.microsoft.BiasGelu($h, $b)",
             },
-            "gelu",
+            "add",
             _PROJECTION,
         ),
         Choice(
