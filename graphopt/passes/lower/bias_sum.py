@@ -22,8 +22,8 @@ class BiasSum(AdditionPass):
     2. With one, the addition becomes what the profile prefers for the choice `gelu` at the width of the site, at the
        usual numbers of tokens or those that the graph fixes: `Sum`, or `Add` (and ONNX Runtime fuses it).
 
-    **Needs:** a target profile (`graphopt target --measure`); float32; three axes or more. **Guarantees:** the same numbers, bit
-    for bit.
+    **Needs:** a target profile (`graphopt target --measure`); float32; three axes or more. **Guarantees:** the same
+    numbers, bit for bit.
 
     **Left alone, with the reason:** a rank that isn't known: of two axes, ONNX Runtime makes a `Gemm` of the product
     and the bias, which is faster than either.
