@@ -19,7 +19,7 @@ Layout = Literal["tokens", "matrix", "image"]
 NARROW = 8
 """Width of the second input `$e`."""
 
-LIGHT_WIDTHS = (128, 512, 2048)
+LIGHT_WIDTHS = (128, 768, 3072)
 HEAVY_WIDTHS = (256, 768)
 TOKEN_ROWS = (1, 16, 128, 512)
 """Tokens in a batch: one of a decoder, 1 × 16, 1 × 128 and 8 × 64 of an encoder."""
@@ -154,7 +154,7 @@ CHOICES: dict[str, Choice] = {
             },
             "hard-swish",
             {"w": (NARROW, "W")},
-            widths=(512,),
+            widths=(768,),
         ),
         Choice(
             "linear",
