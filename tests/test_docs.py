@@ -160,3 +160,14 @@ def test_recipes_and_exit_codes_of_the_guide_exist() -> None:
         import yaml
 
         assert recipe.load(yaml.safe_load(text)).passes()
+
+
+def test_every_choice_is_explained() -> None:
+    from graphopt.analysis.choices import CHOICES
+
+    text = (DOCS / "target-profile.md").read_text()
+    for choice in CHOICES.values():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{choice.name}` |"))
+        named = re.findall(r"`([^`]+)`", row)[1:]
+        assert named[0] == choice.default
+        assert set(named) == set(choice.alternatives)

@@ -19,7 +19,7 @@ Layout = Literal["tokens", "matrix", "image"]
 NARROW = 8
 """Width of the second input `$e`."""
 
-LIGHT_WIDTHS = (128, 512, 2048)
+LIGHT_WIDTHS = (128, 768, 3072)
 HEAVY_WIDTHS = (256, 768)
 TOKEN_ROWS = (1, 16, 128, 512)
 """Tokens in a batch: one of a decoder, 1 × 16, 1 × 128 and 8 × 64 of an encoder."""
@@ -117,10 +117,11 @@ CHOICES: dict[str, Choice] = {
             "gelu",
             "Gelu after a bias",
             {
-                "gelu": _PROJECT_BIAS + "$y = Gelu($a)",
+                "add": _PROJECT_BIAS + "$y = Gelu($a)",
+                "sum": "$h = MatMul($e, $w)\n$a = Sum($h, $b)\n$y = Gelu($a)",
                 "bias-gelu": "$h = MatMul($e, $w)\n$y = com.microsoft.BiasGelu($h, $b)",
             },
-            "gelu",
+            "add",
             _PROJECTION,
         ),
         Choice(
@@ -153,7 +154,7 @@ CHOICES: dict[str, Choice] = {
             },
             "hard-swish",
             {"w": (NARROW, "W")},
-            widths=(512,),
+            widths=(768,),
         ),
         Choice(
             "linear",
@@ -178,7 +179,7 @@ CHOICES: dict[str, Choice] = {
             "matmul-add",
             {"w": ("W", "W"), "b": ("W",)},
             widths=HEAVY_WIDTHS,
-            blocks=4,
+            blocks=2,
         ),
         Choice(
             "siblings",
@@ -192,7 +193,7 @@ CHOICES: dict[str, Choice] = {
             _QKV | {"wp": ("W", "3*W"), "bp": ("3*W",)},
             {"wp": ("wq", "wk", "wv"), "bp": ("bq", "bk", "bv")},
             widths=HEAVY_WIDTHS,
-            blocks=2,
+            blocks=1,
         ),
         Choice(
             "attention",
@@ -219,7 +220,7 @@ CHOICES: dict[str, Choice] = {
             "spelled-out",
             _QKV,
             widths=HEAVY_WIDTHS,
-            blocks=2,
+            blocks=1,
             heads=8,
         ),
         Choice(

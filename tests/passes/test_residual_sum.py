@@ -31,6 +31,12 @@ def test_left(body: str) -> None:
     assert not ResidualSum()(model).modified
 
 
+@pytest.mark.parametrize(("dtype", "changed"), [("double", False), ("float16", True), ("bfloat16", True)])
+def test_other_types(dtype: str, changed: bool) -> None:
+    model = parse((TEXT % "a = Add(x, r)").replace("float[", f"{dtype}["))
+    assert ResidualSum()(model).modified == changed
+
+
 def test_for_the_cpu_only() -> None:
     assert "residual-sum" in [getattr(p, "name", "") for p in load("exact").passes("cpu")]
     for target in ("cuda", "portable"):

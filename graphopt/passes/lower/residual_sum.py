@@ -8,13 +8,10 @@ import onnx_ir as ir
 
 from graphopt.graph.constants import is_constant
 from graphopt.graph.edits import Editor
-from graphopt.passes.raise_.shape_rules import ShapeRulePass
-
-_OPERATORS = {"sum": "Sum", "add": "Add"}
-"""Operator by alternative of the choice "residual-norm"."""
+from graphopt.passes.lower.addition import AdditionPass
 
 
-class ResidualSum(ShapeRulePass):
+class ResidualSum(AdditionPass):
     """Write the residual addition before a LayerNormalization as a `Sum` of two, or as an `Add` where that is faster.
 
     ONNX Runtime fuses `Add` + `LayerNormalization` into its own `SkipLayerNormalization`, whose CPU kernel takes two to
@@ -30,7 +27,7 @@ class ResidualSum(ShapeRulePass):
        usual numbers of tokens or those that the graph fixes: `Sum`, or `Add` (and ONNX Runtime fuses it).
 
     **Needs:** nothing. **Guarantees:** the same numbers, bit for bit. A sum with a constant (a bias) stays an `Add`,
-    which other fusions look for.
+    which other fusions look for; a float64 one is left, as nothing is fused there.
 
     **Targets:** cpu.
 
@@ -42,31 +39,11 @@ class ResidualSum(ShapeRulePass):
     bitwise: ClassVar[bool] = True
     targets: ClassVar[tuple[str, ...]] = ("cpu",)
     anchors: ClassVar[tuple[str, ...]] = ("LayerNormalization",)
+    choice: ClassVar[str] = "residual-norm"
 
     def rewrite(self, node: ir.Node, edit: Editor) -> bool:
         """See the class."""
-        summed = node.inputs[0]
-        producer = summed.producer() if summed is not None else None
-        if summed is None or producer is None or producer.domain != "" or len(producer.inputs) != 2:
+        addition = self.addition(node.inputs[0])
+        if addition is None or any(is_constant(v) for v in addition.inputs):
             return False
-        if producer.op_type not in _OPERATORS.values() or any(is_constant(v) for v in producer.inputs):
-            return False
-        wanted = self.wanted(node)
-        if producer.op_type == wanted:
-            return False
-        edit.at(producer)
-        edit.replace(summed, edit.op(wanted, list(producer.inputs), like=summed))
-        return self.applied(node, f"the addition {producer.name!r} before it became a {wanted}")
-
-    def wanted(self, node: ir.Node) -> str:
-        """The operator that the target runs fastest before this LayerNormalization."""
-        if self.profile is None:
-            return _OPERATORS[self.prefers("residual-norm")]
-        scale, summed = node.inputs[1], node.inputs[0]
-        weights = self.shape(scale) if scale is not None else None
-        width = weights[-1] if weights else None
-        sizes = self.shape(summed) if summed is not None else None
-        rows = 1
-        for size in sizes[:-1] if sizes else (None,):
-            rows = rows * size if rows and size else 0
-        return _OPERATORS[self.prefers("residual-norm", width or None, rows or None)]
+        return self.rewrite_addition(node, addition, node.inputs[1], edit)
