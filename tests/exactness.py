@@ -106,7 +106,9 @@ class GroupNormalization(OpRun):
 
 def reference_outputs(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> list[Any]:
     """Outputs of the onnx reference evaluator, mended where it doesn't compute in the type of its inputs."""
-    return onnx.reference.ReferenceEvaluator(ir.to_proto(model), new_ops=[Erf, Gelu, GroupNormalization]).run(None, dict(feeds))
+    return onnx.reference.ReferenceEvaluator(ir.to_proto(model), new_ops=[Erf, Gelu, GroupNormalization]).run(
+        None, dict(feeds)
+    )
 
 
 def random_feeds(model: ir.Model, seed: int = 0, dims: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
