@@ -12,6 +12,9 @@ import onnx_ir as ir
 from graphopt.analysis.algebra import attribute_int, cast_target, is_op, other_operand, producer, same, users
 from graphopt.graph.constants import constant_array, scalar
 
+_SHAPE_OPERATORS = ("Gather", "Slice", "Unsqueeze", "Squeeze", "Concat", "Cast", "Reshape")
+_SHAPE_NODES = 16
+
 
 @dataclasses.dataclass
 class Mean:
@@ -83,7 +86,23 @@ def viewed(mean: Mean) -> Mean:
     view = next((user for user in users(mean.value) if is_op(user, "Unsqueeze", "Reshape")), None)
     if view is None or view.inputs[0] is not mean.value:
         return mean
-    return dataclasses.replace(mean, nodes=[*mean.nodes, view], value=view.outputs[0], view=view)
+    return _behind(mean, view)
+
+
+def _behind(mean: Mean, view: ir.Node) -> Mean:
+    nodes = [*mean.nodes, *shape_arithmetic(mean.value, view), view]
+    return dataclasses.replace(mean, nodes=nodes, value=view.outputs[0], view=view)
+
+
+def shape_arithmetic(value: ir.Value, view: ir.Node) -> list[ir.Node]:
+    """The nodes between the shape of `value` and the view of it that they are computed for, at most a few."""
+    found: dict[ir.Node, None] = {}
+    level = [user for user in users(value) if is_op(user, "Shape")]
+    while level and len(found) < _SHAPE_NODES:
+        found.update(dict.fromkeys(level))
+        readers = [user for node in level for user in users(node.outputs[0]) if user is not view]
+        level = [user for user in dict.fromkeys(readers) if is_op(user, *_SHAPE_OPERATORS) and user not in found]
+    return list(found)
 
 
 def mean_of(value: ir.Value | None) -> Mean | None:
@@ -93,7 +112,7 @@ def mean_of(value: ir.Value | None) -> Mean | None:
         mean = mean_of(view.inputs[0])
         if mean is None or mean.kept or mean.view is not None:
             return None
-        return dataclasses.replace(mean, nodes=[*mean.nodes, view], value=view.outputs[0], view=view)
+        return _behind(mean, view)
     node = producer(value, "ReduceMean", "Div", "Mul")
     if node is None or node.op_type == "ReduceMean":
         return None if node is None else read_mean(node)

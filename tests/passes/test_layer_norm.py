@@ -228,6 +228,52 @@ def test_left_in_float64() -> None:
     assert "float64" in rule.sites[0].detail
 
 
+CHANNELS = """<float eps = {0.00001}, float two = {2.0}, int64[1] second = {1}, float[6, 1, 1] g = {1, 2, 3, -1, -2, 0.5},
+  float[1, 6, 1, 1] b = {1, 2, 3, 4, 5, 6}, int64[4] kept = {6, 1, 6, 6}>"""
+FIRST = "m = ReduceMean<axes=[1]>(x)  d = Sub(x, m)  q = Pow(d, two)  v = ReduceMean<axes=[1]>(q)"
+
+
+def channels_first(body: str, shape: str = "float[B, 6, H, W]") -> ir.Model:
+    lines = "\n".join(body.replace("  ", "\n").splitlines())
+    return parse(f'<ir_version: 10, opset_import: ["" : 17]> g ({shape} x) => ({shape} y) {CHANNELS} {{ {lines} }}')
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"{FIRST}  {ROOT}  n = Div(d, s)  {AFFINE}",
+        f"{FIRST}  {ROOT}  n = Div(d, s)  y = Mul(n, g)",
+        f"{FIRST}  {ROOT}  y = Div(d, s)",
+        f"{FIRST.replace('axes=[1]>(q)', 'axes=[-3], keepdims=0>(q)').replace('v =', 'w =')}  v = Unsqueeze(w, second)  "
+        f"{ROOT}  n = Div(d, s)  {AFFINE}",
+    ],
+)
+def test_channels_first(body: str) -> None:
+    after = assert_exact(channels_first(body), RaiseLayerNorm(channels=6))
+    assert op_types(after) == ["Transpose", "LayerNormalization", "Transpose"]
+    assert [list(after.graph.node(i).attributes["perm"].value) for i in (0, 2)] == [[0, 2, 3, 1], [0, 3, 1, 2]]
+    gain = after.graph.node(1).inputs[1].const_value.numpy()
+    np.testing.assert_array_equal(gain, np.float32([1, 2, 3, -1, -2, 0.5] if "g)" in body else np.ones(6)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"), [("float[B, 6, H, W]", "only 6 elements"), ("float[B, C, H, W]", "an unknown number of elements")]
+)
+def test_few_channels_first_stay(shape: str, why: str) -> None:
+    rule = RaiseLayerNorm()
+    assert not rule(channels_first(f"{FIRST}  {ROOT}  y = Div(d, s)", shape)).modified
+    assert why in rule.sites[0].detail
+
+
+def test_mean_over_an_axis_that_another_view_put_back_stays() -> None:
+    """Reduced over axis 2 and seen as [6, 1, 6, 6], it broadcasts in another way."""
+    body = FIRST.replace("axes=[1]>(q)", "axes=[2], keepdims=0>(q)").replace("v =", "w =")
+    rule = RaiseLayerNorm(channels=6)
+    model = channels_first(f"{body}  v = Reshape(w, kept)  {ROOT}  y = Div(d, s)", "float[6, 6, 6, 6]")
+    assert not rule(model).modified
+    assert "aren't kept" in rule.sites[0].detail
+
+
 def test_mean_of_squares_alone_is_no_site() -> None:
     model = graph(f"{MEAN} {VARIANCE} y = Add(v, eps)", y="float[B, S, 1] y")
     rule = RaiseLayerNorm()

@@ -21,13 +21,14 @@ from graphopt.analysis.algebra import (
     source,
     users,
 )
-from graphopt.analysis.moments import reduced_axes
+from graphopt.analysis.moments import reduced_axes, shape_arithmetic
 from graphopt.graph.constants import scalar
 from graphopt.graph.edits import Editor
 from graphopt.passes.raise_.root_mean_square import NotRaised
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
 OPSET = 13
+_FORMS = 8
 _DIFFERENCE: Terms = {(1, 0): 1.0, (0, 1): -1.0}
 _DIFFERENCES: Terms = {(1, 0, 0): 1.0, (0, 1, 0): -1.0, (0, 0, 1): -1.0}
 
@@ -139,9 +140,13 @@ class RaiseSoftmax(ShapeRulePass):
         """The value of a reduction, and what Unsqueeze, Reshape and Expand make of it, with the nodes in between."""
         forms: list[tuple[ir.Value, list[ir.Node]]] = [(reduction.outputs[0], [])]
         for value, nodes in forms:
-            if len(nodes) < 3:
+            if len(forms) < _FORMS:
                 views = [user for user in users(value) if is_op(user, "Unsqueeze", "Reshape", "Expand")]
-                forms.extend((view.outputs[0], [*nodes, view]) for view in views if view.inputs[0] is value)
+                forms.extend(
+                    (view.outputs[0], [*nodes, *shape_arithmetic(value, view), view])
+                    for view in views
+                    if view.inputs[0] is value
+                )
         return forms
 
     def _write(
