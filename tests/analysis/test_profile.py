@@ -102,7 +102,7 @@ def test_faster_everywhere_is_preferred() -> None:
         (fake("residual-norm", 0.995), "within the margin"),
         (fake("residual-norm", lambda r, w, t: 1.3 if (r, t) == (16, 2) else 0.5), "slower at one point"),
         (fake("residual-norm", 0.8, noise=0.3), "noise"),
-        (fake("residual-norm", 0.8, control=1.4), "a control that is off"),
+        (fake("residual-norm", 0.8, control=1.8), "a control that is off"),
     ],
 )
 def test_else_the_default_stays(profile: Profile, why: str) -> None:
