@@ -25,7 +25,7 @@ from graphopt.cache import cache_folder
 from graphopt.errors import UsageError
 
 FORMAT = 1
-MARGIN = 0.02
+MARGIN = 0.05
 """An alternative must be faster than the default by this share, beyond its uncertainty, at some shape."""
 DRIFT = 0.05
 """Uncertainty added for each factor of two beyond the points measured."""
