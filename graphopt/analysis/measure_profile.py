@@ -2,7 +2,7 @@
 
 What is timed is what ONNX Runtime makes of an alternative and its neighbours by default, its own fusions included; the
 profile records the operators that it really executed. Waiting threads sleep, rounds are interleaved in random order,
-and the baseline is timed twice, so that the noise is known.
+and every alternative runs in two sessions, so that the noise is known.
 """
 
 from __future__ import annotations
@@ -78,12 +78,14 @@ def measure(
         for name, by in executed.items()
     }
     plan = [(c, w, t) for c in chosen if len(distinct[c.name]) > 1 for w in widths or c.widths for t in counts]
+    # Dear models first: what their least number of rounds takes beyond their share is saved on the others.
+    plan.sort(key=lambda item: item[0].blocks)
     steps = sum(len(rows or c.rows) for c, _, _ in plan)
     begin, done = time.perf_counter(), 0
     entries: list[Entry] = []
     for choice, width, count in plan:
         names = distinct[choice.name]
-        sessions = [_session(micro_model(choice, a, width), count) for a in [*names, names[0]]]
+        sessions = [_session(micro_model(choice, a, width), count) for a in [*names, *names]]
         for number in rows or choice.rows:
             if progress is not None:
                 progress(f"{choice.name} {number} × {width}", done, steps)
@@ -251,7 +253,7 @@ def _run(session: Any, inputs: dict[str, npt.NDArray[Any]]) -> Any:
 def _point(
     choice: Choice, names: list[str], sessions: list[Any], rows: int, width: int, threads: int, budget_seconds: float
 ) -> Entry:
-    """Time the alternatives, and the first once more, at one shape."""
+    """Time the alternatives at one shape, each in two sessions."""
     begin = time.perf_counter()
     inputs = feeds(choice, rows, width)
     runs = [
@@ -265,18 +267,25 @@ def _point(
         if len(timed.cpu[0]) >= MIN_ROUNDS and time.perf_counter() - begin > budget_seconds:
             break
         timed.round()
-    found = [_measured(timed, index, choice.blocks) for index in range(len(sessions))]
-    return Entry(choice.name, rows, width, threads, dict(zip(names, found, strict=False)), found[-1])
+    count = len(names)
+    found = [_measured(timed, (index, index + count), (0, count), choice.blocks) for index in range(count)]
+    control = _measured(timed, (count,), (0,), choice.blocks)
+    return Entry(choice.name, rows, width, threads, dict(zip(names, found, strict=True)), control)
 
 
-def _measured(timed: Interleaved, index: int, blocks: int) -> Measured:
-    cpu, wall = (Ratio.of(series[index], series[0]) for series in (timed.cpu, timed.wall))
-    numbers = (
-        statistics.median(timed.cpu[index]) / blocks * 1e6,
-        statistics.median(timed.wall[index]) / blocks * 1e6,
-        cpu.median,
-        wall.median,
-        cpu.uncertainty,
-        wall.uncertainty,
-    )
-    return Measured(*(float(f"{number:.4g}") for number in numbers))
+def _measured(timed: Interleaved, sessions: Sequence[int], over: Sequence[int], blocks: int) -> Measured:
+    """The mean of some sessions' times in each round, over that of others."""
+    numbers = [statistics.median(_mean(series, sessions)) / blocks * 1e6 for series in (timed.cpu, timed.wall)]
+    noise = []
+    for series in (timed.cpu, timed.wall):
+        base = _mean(series, over)
+        ratio = Ratio.of(_mean(series, sessions), base)
+        numbers.append(ratio.median)
+        # Sessions of one model differ by where their memory lies, which more rounds don't mend.
+        each = [Ratio.of(series[index], base).median for index in sessions]
+        noise.append(max(ratio.uncertainty, (max(each) - min(each)) / 2))
+    return Measured(*(float(f"{number:.4g}") for number in (*numbers, *noise)))
+
+
+def _mean(series: Sequence[Sequence[float]], sessions: Sequence[int]) -> list[float]:
+    return [statistics.fmean(times) for times in zip(*(series[index] for index in sessions), strict=True)]

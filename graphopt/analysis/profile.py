@@ -26,7 +26,7 @@ from graphopt.cache import cache_folder
 from graphopt.errors import UsageError
 
 FORMAT = 1
-MARGIN = 0.02
+MARGIN = 0.05
 """An alternative must be faster than the default by this share, beyond its uncertainty, at some shape."""
 DRIFT = 0.05
 """Uncertainty added for each factor of two beyond the points measured."""
@@ -46,7 +46,8 @@ class Measured:
         wall_us: Median wall-clock time of one block, in microseconds.
         cpu_ratio: Median of the rounds' ratios of CPU time to that of the choice's first alternative.
         wall_ratio: The same of wall-clock time.
-        cpu_noise: Half the width of the 95 % confidence interval of `cpu_ratio`.
+        cpu_noise: Half the width of the 95 % confidence interval of `cpu_ratio`, or half the distance between the two
+            sessions that it was measured in, whichever is larger.
         wall_noise: The same of `wall_ratio`.
     """
 
@@ -68,7 +69,7 @@ class Entry:
         width: Width (features, or channels).
         threads: Threads within an operator.
         alternatives: The measurements by alternative, the baseline first.
-        control: The baseline once more, in a session of its own: how far it seems from itself.
+        control: The baseline in its second session over the same in its first: how far it seems from itself.
     """
 
     choice: str
@@ -178,9 +179,9 @@ class Profile:
             first, second, control = entry.alternatives[alternative], entry.alternatives[over], entry.control
             cpu += weight * math.log(first.cpu_ratio / second.cpu_ratio)
             wall += weight * math.log(first.wall_ratio / second.wall_ratio)
-            # What the control seems away from itself is noise as well.
-            cpu_noise += weight * max(first.cpu_noise, second.cpu_noise, abs(control.cpu_ratio - 1))
-            wall_noise += weight * max(first.wall_noise, second.wall_noise, abs(control.wall_ratio - 1))
+            # What the control seems away from itself is noise as well; the mean of its two sessions halves it.
+            cpu_noise += weight * max(first.cpu_noise, second.cpu_noise, abs(control.cpu_ratio - 1) / 2)
+            wall_noise += weight * max(first.wall_noise, second.wall_noise, abs(control.wall_ratio - 1) / 2)
         outside = DRIFT * _octaves_outside(points, rows, width)
         return Comparison(math.exp(cpu), cpu_noise + outside, math.exp(wall), wall_noise + outside)
 
@@ -218,6 +219,10 @@ class Profile:
             if safe and any(f.faster for f in measured) and mean < best_mean:
                 best, best_mean = alternative, mean
         return best
+
+    def same(self, choice: str, alternative: str, other: str) -> bool:
+        """Whether the runtime makes the same graph of two alternatives."""
+        return self._representative(choice, alternative) == self._representative(choice, other)
 
     def _representative(self, choice: str, alternative: str) -> str:
         """The first alternative that the runtime makes the same graph of."""

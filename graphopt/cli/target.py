@@ -119,6 +119,8 @@ def print_profile(profile: Profile, console: Console) -> None:
             runs = profile.executed[choice.name].get(alternative)
             operators = ", ".join(runs.operators) if runs and runs.operators else "doesn't run"
             mark = "default" if alternative == choice.default else ""
+            if not mark and profile.same(choice.name, alternative, choice.default):
+                mark = "the same"
             console.print(f"  {alternative:22} {mark:8} {operators}", style="dim", markup=False, soft_wrap=True)
         points = [(e.rows, e.width) for e in profile.entries if e.choice == choice.name]
         if not points:
@@ -132,7 +134,9 @@ def print_profile(profile: Profile, console: Console) -> None:
         for number in rows:
             table.add_column(f"{number}", justify="right", no_wrap=True)
         table.add_column(unit, no_wrap=True)
-        for alternative in (a for a in choice.alternatives if a != choice.default):
+        for alternative in choice.alternatives:
+            if profile.same(choice.name, alternative, choice.default):
+                continue
             for number, (width, threads) in enumerate(itertools.product(widths, profile.threads)):
                 found = [profile.compare(choice.name, alternative, choice.default, r, width, threads) for r in rows]
                 label = "" if number else f"{alternative} / {choice.default}"
