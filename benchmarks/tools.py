@@ -112,9 +112,10 @@ class Tool:
             return None
 
 
-def graphopt_tool(verify: str = "auto") -> Tool:
-    """`graphopt optimize` with its default recipe."""
-    return Tool("graphopt", "graphopt", ("-m", "graphopt", "optimize", "--verify", verify), code=False)
+def graphopt_tool(verify: str = "auto", recipe: str | None = None) -> Tool:
+    """`graphopt optimize`, by default with its default recipe."""
+    options = ("--verify", verify, *(("--recipe", recipe) if recipe else ()))
+    return Tool("graphopt", "graphopt", ("-m", "graphopt", "optimize", *options), code=False)
 
 
 PEERS = tuple(Tool(name, package, ("-c", code)) for name, (package, code) in _PEERS.items())

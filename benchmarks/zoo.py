@@ -36,21 +36,26 @@ def main() -> None:
     parser.add_argument(
         "--tools", nargs="+", choices=[t.name for t in PEERS], metavar="PEER", help="Peers; default all."
     )
+    parser.add_argument("--file", type=Path, action="append", default=[], help="A model of your own, measured too.")
+    parser.add_argument("--recipe", help="graphopt's recipe in place of its default one.")
     parser.add_argument("--resume", action="store_true", help="Keep the results that are there.")
     parser.add_argument("--keep", action="store_true", help="Keep the files that the tools wrote.")
-    parser.add_argument("--seconds", type=float, default=3.0, help="Timing of each model and output. Default 3.")
+    parser.add_argument("--seconds", type=float, default=2.5, help="Timing of each model and output. Default 2.5.")
     parser.add_argument("--threads", type=int, default=1, help="Threads of ONNX Runtime while timing. Default 1.")
     parser.add_argument("--timeout", type=float, default=300.0, help="Seconds after which a tool is stopped.")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "zoo", help="Where results are kept.")
     parser.add_argument("--docs", type=Path, help="Folder of zoo.md and zoo.json; default docs/ where all models run.")
     arguments = parser.parse_args()
     peers = [t for t in PEERS if arguments.tools is None or t.name in arguments.tools]
+    entries = [ENTRIES[key] for key in arguments.models]
+    entries += [Entry(path.stem, f"the file {path.name}", {"": {}}, path) for path in arguments.file]
     results = []
-    for key in arguments.models:
+    for entry in entries:
+        key = entry.key
         kept = arguments.folder / "results" / f"{key}.json"
         if not (arguments.resume and kept.exists()):
             begin = time.perf_counter()
-            result = judge(ENTRIES[key], peers, arguments)
+            result = judge(entry, peers, arguments)
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(result, indent=1))
             print(f"{key}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
@@ -58,7 +63,7 @@ def main() -> None:
     versions = {tool.name: tool.version for tool in [graphopt_tool(), *peers]}
     data = {"environment": environment(arguments.threads), "versions": versions, "models": results}
     page = zoo_page.page(data)
-    complete = arguments.models == list(ENTRIES) and arguments.tools is None
+    complete = entries == list(ENTRIES.values()) and arguments.tools is None and arguments.recipe is None
     if folder := arguments.docs or (ROOT / "docs" if complete else None):
         (folder / "zoo.md").write_text(page)
         (folder / "zoo.json").write_text(json.dumps(data, indent=1) + "\n")
@@ -75,9 +80,11 @@ def judge(entry: Entry, peers: list[Tool], arguments: argparse.Namespace) -> dic
     tools: dict[str, dict[str, Any]] = {}
     candidates: dict[str, str] = {}
     unverified = measure(
-        graphopt_tool("none").command(source, folder / "unverified.onnx"), folder / "log", arguments.timeout
+        graphopt_tool("none", arguments.recipe).command(source, folder / "unverified.onnx"),
+        folder / "log",
+        arguments.timeout,
     )
-    for tool in [graphopt_tool(), *peers]:
+    for tool in [graphopt_tool(recipe=arguments.recipe), *peers]:
         place = folder / tool.name.replace(" ", "-")
         place.mkdir()
         if tool.version is None:
@@ -103,10 +110,17 @@ def judge(entry: Entry, peers: list[Tool], arguments: argparse.Namespace) -> dic
             }
         )
     )
-    subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("zoo_judge.py")), str(request), str(answer)], check=True
-    )
-    judged = json.loads(answer.read_text())
+    judge_command = [sys.executable, str(Path(__file__).with_name("zoo_judge.py")), str(request), str(answer)]
+    with (folder / "judge.log").open("w") as log:
+        status = subprocess.run(judge_command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if status:
+        # One file that brings the judge down costs its model's row, not the run.
+        last = (folder / "judge.log").read_text(errors="replace").strip().splitlines()[-1:]
+        for name in candidates:
+            tools[name]["error"] = f"can't be judged (exit status {status}): {' '.join(last)}"
+        judged: dict[str, Any] = {"original": {}, "tools": {}, "timings": []}
+    else:
+        judged = json.loads(answer.read_text())
     for name, found in judged["tools"].items():
         tools[name] |= found
     if not arguments.keep:

@@ -10,6 +10,7 @@ timing for each model and workload), `threads`.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -88,12 +89,16 @@ def time_all(
         runnable[name] = path
     session = make_session(source, threads=threads, settings=NO_SPINNING)
     run(session, feeds)
-    begin = time.perf_counter()
-    run(session, feeds)
-    single = max(time.perf_counter() - begin, 2e-3)
+    single = math.inf
+    for _ in range(3):
+        begin = time.process_time()
+        run(session, feeds)
+        single = min(single, time.process_time() - begin)
+    single = max(single, 2e-3)
     del session
     rounds = int(min(max(seconds / single, ROUNDS[0]), ROUNDS[1])) // SITTINGS
     ratios: dict[str, list[float]] = {name: [] for name in runnable if name != "original"}
+    spread = dict.fromkeys(ratios, 0.0)
     control, milliseconds = [], []
     for _ in range(SITTINGS):
         result = benchmark(list(runnable.values()), feeds, runs=rounds, warmup=3, threads=threads)
@@ -101,6 +106,7 @@ def time_all(
         milliseconds.append(result.models[0].cpu_ms)
         for name, timing in zip(ratios, result.models[1:], strict=True):
             ratios[name].append(timing.cpu_ratio.median)
+            spread[name] = max(spread[name], timing.cpu_ratio.uncertainty / math.sqrt(SITTINGS))
     shapes = {name: list(array.shape) for name, array in feeds.items()}
     return {
         "feeds": shapes,
@@ -108,6 +114,7 @@ def time_all(
         "original_ms": min(milliseconds),
         "control": control,
         "ratios": ratios,
+        "uncertainty": spread,
     }
 
 

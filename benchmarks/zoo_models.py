@@ -25,14 +25,18 @@ class Entry:
         key: Its name.
         use: What it is.
         workloads: What it is timed on: sizes of its dynamic dimensions by name, with a label; empty sizes: usual ones.
+        file: Its file, where it is none of the catalogue's.
     """
 
     key: str
     use: str
     workloads: dict[str, dict[str, int]]
+    file: Path | None = None
 
     def path(self, folder: Path) -> Path:
         """The model's file: fetched, or exported into `folder` unless it lies there already."""
+        if self.file is not None:
+            return self.file
         if self.key not in _MINILM:
             return fetch(self.key)
         target = folder / f"{self.key}.onnx"

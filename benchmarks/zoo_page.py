@@ -21,11 +21,12 @@ def ratio(values: list[float]) -> float:
 
 
 def noise(timing: Results, name: str | None = None) -> float:
-    """How far a ratio may be from the truth: how far the original seems to be from itself, and how far the sittings
-    are apart, whichever is more."""
+    """How far a ratio may be from the truth, by what is more: how far the original seems to be from itself, how far
+    the sittings are apart, or the uncertainty of the medians."""
     control = max(abs(value - 1) for value in timing["control"])
     values = timing["ratios"][name] if name else timing["control"]
-    return max(FLOOR, control, (max(values) - min(values)) / 2)
+    spread = timing["uncertainty"].get(name, 0.0) if name else 0.0
+    return max(FLOOR, control, (max(values) - min(values)) / 2, spread)
 
 
 def rows(data: Results) -> Iterator[tuple[str, Results, Results]]:

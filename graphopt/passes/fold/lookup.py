@@ -29,6 +29,7 @@ UNARY = (
     *("Swish", "Tanh"),
 )
 BINARY = ("Add", "Div", "Mul", "Sub")
+TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 MAX_ELEMENTS = 1 << 18
 """Elements of the largest table through which a function is computed now: that takes a second with the slowest."""
 
@@ -49,7 +50,8 @@ class FoldLookup(ShapeRulePass):
     **Needs:** a table that nothing else reads (a tied one would have to be stored twice), gathered along its first
     axis, of at most 262,144 numbers. **Guarantees:** the same numbers as the operator gives, up to its rounding.
 
-    **Left alone, with the reason:** a table that is too large or has other readers.
+    **Left alone, with the reason:** a table that is too large or has other readers. Tables of bfloat16, which
+    fold-constants doesn't compute, aren't looked at.
 
     **When not to use it:** never.
     """
@@ -76,7 +78,7 @@ class FoldLookup(ShapeRulePass):
         if table is None or indices is None:
             return False
         tensor = constant_tensor(table) or self._computed.get(table)
-        if tensor is None or not tensor.dtype.is_floating_point():
+        if tensor is None or tensor.dtype not in TYPES:
             return False
         if constant_tensor(indices) is not None or len(rows.uses()) != 1 or rows.is_graph_output():
             return False
