@@ -23,15 +23,14 @@ from graphopt.passes.fold.channel_affine import (
     same_axis,
 )
 from graphopt.passes.fold.layers import LAYERS, Layer, Numbers, layer_of, sole_reader
-from graphopt.passes.fold.neighbours import Neighbours, is_product
-from graphopt.passes.raise_.shape_rules import ShapeRulePass
+from graphopt.passes.fold.neighbours import AffinePass, Neighbours, is_product
 
 _VIEWS = ("Transpose", "Reshape", "RotaryEmbedding", "Expand", "Identity")
 _NEAR = 8
 """Views looked through between a scale and a product."""
 
 
-class FoldAffine(ShapeRulePass):
+class FoldAffine(AffinePass):
     """Fold multiplications and additions of constants into the weights and bias of the layer before or behind them.
 
         y = s ⊙ x + t, with one s and t for each channel, or one for all of them

@@ -26,6 +26,21 @@ _LIMIT = 32
 """Operators that one walk looks at, so that a chain of maps isn't walked once for every map in it."""
 
 
+class AffinePass(ShapeRulePass):
+    """A rule pass whose sites lie apart from what they change.
+
+    A fold may free a map that is further away than the neighbours which the work list looks at again.
+    """
+
+    def apply(self, model: ir.Model) -> bool:
+        """Work off all sites until none changes anything."""
+        changed = False
+        while super().apply(model):
+            changed = True
+            self.sites = [site for site in self.sites if site.outcome == "applied"]
+        return changed
+
+
 class Neighbours:
     """Finds the layers beside a map.
 
