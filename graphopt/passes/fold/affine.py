@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op, users
-from graphopt.graph.constants import constant_tensor, is_constant
+from graphopt.graph.constants import is_constant
 from graphopt.graph.edits import Editor
 from graphopt.passes.fold.channel_affine import (
     Affine,
     Change,
     added_columns,
+    constant_operand,
     is_swallowed,
     rank_of,
     read,
     replace,
+    rounded_to,
     same_axis,
 )
-from graphopt.passes.fold.layers import LAYERS, Layer, Numbers, layer_of, sole_reader
+from graphopt.passes.fold.layers import LAYERS, Layer, layer_of, sole_reader
 from graphopt.passes.fold.neighbours import AffinePass, Neighbours, is_product
 
 _VIEWS = ("Transpose", "Reshape", "RotaryEmbedding", "Expand", "Identity")
@@ -145,7 +146,7 @@ class FoldAffine(AffinePass):
             return False
         if not self._along(scale, affine, x) or not (np.isfinite(scale.scale) & (scale.scale != 0)).all():
             return False
-        shift = _rounded(affine.shift / scale.scale, _constant(node).dtype)
+        shift = rounded_to(affine.shift / scale.scale, constant_operand(node).dtype)
         changes = "" if shift is None else self._behind(node, z, scale, neighbours)
         if shift is None or isinstance(changes, str):
             return False
@@ -168,7 +169,7 @@ class FoldAffine(AffinePass):
         """`numbers` in the shape of that constant of the nodes that has so many."""
         if numbers.size == 1:
             return numbers.reshape(())
-        return numbers.reshape(next(t.shape.numpy() for t in map(_constant, nodes) if t.size == numbers.size))
+        return numbers.reshape(next(t.shape.numpy() for t in map(constant_operand, nodes) if t.size == numbers.size))
 
     def _merged(self, node: ir.Node, x: ir.Value, affine: Affine) -> tuple[ir.Value, npt.NDArray[Any]] | str:
         """The operand and the constant of the one operator that `node` and the one before it are, or why not.
@@ -185,30 +186,15 @@ class FoldAffine(AffinePass):
             return ""
         if not self._along(inner, affine, x):
             return ""
-        total, dtype = inner.then(affine), _constant(node).dtype
+        total, dtype = inner.then(affine), constant_operand(node).dtype
         numbers = total.scale if kinds[0] is None else total.shift
-        rounded = _rounded(numbers, dtype)
+        rounded = rounded_to(numbers, dtype)
         if rounded is None:
             return "" if not np.isfinite(numbers).all() else f"its constant and the one before would leave {dtype.name}"
         pair = (inner.shift, affine.shift)
         if kinds[0] and (is_swallowed(*pair, dtype) or is_swallowed(*pair[::-1], dtype)):
             return "one of the two constants would swallow the other"
         return z, self._shaped(rounded, first, node)
-
-
-def _constant(node: ir.Node) -> ir.TensorProtocol:
-    tensor = constant_tensor(node.inputs[0]) or constant_tensor(node.inputs[1])
-    assert tensor is not None
-    return tensor
-
-
-def _rounded(numbers: Numbers, dtype: ir.DataType) -> npt.NDArray[Any] | None:
-    """`numbers` in a type, None where one of them isn't a normal number there."""
-    limits = ml_dtypes.finfo(dtype.numpy())
-    size = np.abs(numbers)
-    if not (size <= float(limits.max)).all() or ((size > 0) & (size < float(limits.smallest_normal))).any():
-        return None
-    return numbers.astype(dtype.numpy())
 
 
 def _moves_bias(x: ir.Value, changes: list[Change]) -> bool:

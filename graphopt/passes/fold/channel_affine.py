@@ -7,8 +7,11 @@ behind:   W (s·x + t) + b = (W·s) x + (b + Σ W·t)
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op, producer
@@ -125,6 +128,22 @@ def _is_row(x: ir.Value, dims: tuple[int, ...]) -> bool:
     """What a MatMul makes has an axis at least where its second operand has two, so a vector adds none."""
     node = producer(x, "MatMul", "Add")
     return len(dims) == 1 and node is not None and isinstance(layer_of(node), Layer)
+
+
+def constant_operand(node: ir.Node) -> ir.TensorProtocol:
+    """The constant of a node that `read` reads."""
+    tensor = constant_tensor(node.inputs[0]) or constant_tensor(node.inputs[1])
+    assert tensor is not None
+    return tensor
+
+
+def rounded_to(numbers: Numbers, dtype: ir.DataType) -> npt.NDArray[Any] | None:
+    """`numbers` in a type, None where one of them isn't a normal number there."""
+    limits = ml_dtypes.finfo(dtype.numpy())
+    size = np.abs(numbers)
+    if not (size <= float(limits.max)).all() or ((size > 0) & (size < float(limits.smallest_normal))).any():
+        return None
+    return numbers.astype(dtype.numpy())
 
 
 # ---- into layers

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int, is_op
+from graphopt.analysis.dims import Dim
 from graphopt.graph.constants import constant_array, is_constant
 from graphopt.passes.fold.channel_affine import Affine, Change, into_input, into_output, rank_of, same_axis
 from graphopt.passes.fold.layers import LAYERS, Layer, Numbers, bias_behind, layer_of, sole_reader
@@ -82,7 +83,7 @@ class Neighbours:
                         return ""
                     changes.extend(factor)
                     continue
-                carried = self._back(node, current, here)
+                carried = self.back(node, current, here)
                 if carried is None:
                     return ""
                 queue.extend(carried)
@@ -107,7 +108,7 @@ class Neighbours:
                 return found
         return None
 
-    def _back(self, node: ir.Node, value: ir.Value, affine: Affine) -> list[tuple[ir.Value, Affine]] | None:
+    def back(self, node: ir.Node, value: ir.Value, affine: Affine) -> list[tuple[ir.Value, Affine]] | None:
         """The operands of `node` that must take a map each for `value` to take `affine`, None where that's unknown."""
         if node.domain not in ("", "ai.onnx") or any(a.is_ref() for a in node.attributes.values()) or not node.inputs:
             return None
@@ -263,15 +264,13 @@ class Neighbours:
         """The map on `end`, which holds the numbers of `start` in the same order in another shape."""
         if affine.size == 1:
             return affine
-        shape, target = self.shapes.shape(start), self.shapes.shape(end)
+        shape, target = self.shapes.dims(start), self.shapes.dims(end)
         if shape is None or target is None or shape[affine.axis] != affine.size:
             return None
-        inner = shape[affine.axis % len(shape) + 1 :]
-        for axis in range(len(target)):
-            rest = target[axis + 1 :]
-            if target[axis] != affine.size or None in rest or None in inner:
-                continue
-            if math.prod(n for n in rest if n is not None) == math.prod(n for n in inner if n is not None):
+        # A channel is as many numbers in a row; where it starts doesn't depend on the axes before it.
+        block = math.prod(shape[affine.axis % len(shape) + 1 :], start=Dim.of(1))
+        for axis, size in enumerate(target):
+            if size == affine.size and math.prod(target[axis + 1 :], start=Dim.of(1)) == block:
                 return dataclasses.replace(affine, axis=axis - len(target))
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.analysis.shapes import ShapeFacts
+from graphopt.analysis.shapes import Shape, ShapeFacts
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import RulePass
 
@@ -23,6 +23,10 @@ class ShapeRulePass(RulePass):
         """The sizes of the axes of `value`, None where one isn't certain or the rank isn't."""
         shape = self._facts.shape(value)
         return None if shape is None else tuple(dim.value for dim in shape)
+
+    def dims(self, value: ir.Value) -> Shape | None:
+        """The sizes of the axes of `value` as expressions that can be compared, None where the rank isn't certain."""
+        return self._facts.shape(value)
 
     def rank(self, value: ir.Value) -> int | None:
         """The rank of `value`, None where it isn't certain."""
