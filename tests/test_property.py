@@ -19,7 +19,10 @@ from graphopt.verification.structure import check_structure
 SIZES = ((1, 1), (3, 2), (2, 5), (0, 3), (2, 0))
 # Constants are rounded to float32 in the graph, and folding them rounds once more where float64 would not: so folded
 # arithmetic and weights are compared at float32's precision, everything else at float64's.
-ROUNDED = {"fold-constants", "raise-gelu", "fold-affine", "fold-batch-norm", "fold-norm-affine", "fold-rep-norm"}
+ROUNDED = {
+    "fold-constants", "raise-gelu", "fold-affine", "fold-batch-norm", "fold-norm-affine", "fold-rep-norm",
+    "prune-zero-edges",
+}  # fmt: skip
 
 
 def agree(before: ir.Model, after: ir.Model, rtol: float) -> None:

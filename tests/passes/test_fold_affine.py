@@ -175,6 +175,12 @@ FOLDED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"k": (4,), "l": 3.0},
         ["Mul", "Add", "Tanh"],
     ),
+    "one that another fold frees, across a view": (
+        "(T[N,4] x) => (T[N,1,6] y) { d = Div(x, k)  i = Constant<value_ints = [1]>()  u = Unsqueeze(d, i)"
+        "  t = Add(u, l)  m = MatMul(t, w)  y = Add(m, a) }",
+        {"w": (4, 6), "a": (6,), "k": (4,), "l": 1.5},
+        ["Unsqueeze", "MatMul", "Add"],
+    ),
     "a value whose shape is read": (
         "(T[N,S,4] x) => (T[N,S,6] y, int64[3] z) { m = MatMul(x, w)  z = Shape(m)  y = Mul(m, k) }",
         {"w": (4, 6), "k": 2.0},
