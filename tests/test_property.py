@@ -18,9 +18,10 @@ from graphopt.verification.structure import check_structure
 
 SIZES = ((1, 1), (3, 2), (2, 5), (0, 3), (2, 0))
 # Constants are rounded to float32 in the graph, and folding them rounds once more where float64 would not: so folded
-# arithmetic is compared at float32's precision, everything else at float64's.
+# arithmetic and weights are compared at float32's precision, everything else at float64's.
 ROUNDED = {
     "fold-constants", "fold-weight-subgraphs", "merge-linears", "raise-gelu", "raise-hard-swish", "raise-dynamic-tanh",
+    "fold-affine", "fold-batch-norm", "fold-norm-affine", "fold-rep-norm", "prune-zero-edges",
 }  # fmt: skip
 
 

@@ -146,6 +146,16 @@ BEHIND: dict[str, tuple[str, dict[str, tuple[int, ...]], list[str]]] = {
         {"w": (6, 4), "a": (4,)},
         ["MatMul", "Add"],
     ),
+    "all that read it": (
+        "(T[N,6] c) => (T[N,4] y, T[N,3] z) { n = %s  p = MatMul(n, w)  y = Add(p, a)  z = Gemm(n, u) }",
+        {"w": (6, 4), "a": (4,), "u": (6, 3)},
+        ["MatMul", "Add", "Gemm"],
+    ),
+    "behind a transpose": (
+        "(T[N,6,5] c) => (T[N,5,4] y) { n = %s  t = Transpose<perm = [0, 2, 1]>(n)  p = MatMul(t, w)  y = Add(p, a) }",
+        {"w": (6, 4), "a": (4,)},
+        ["Transpose", "MatMul", "Add"],
+    ),
     "matmul with other readers": (
         "(T[N,6] c) => (T[N,4] y, T[N,4] z) { n = %s  p = MatMul(n, w)  y = Add(p, a)  z = Relu(p) }",
         {"w": (6, 4), "a": (4,)},
@@ -349,6 +359,11 @@ LEFT: dict[str, tuple[str, dict[str, tuple[int, ...]], str]] = {
         f"(T[N,6,5] c) => (T[N,4,7] y) {{ n = {BN}  y = ConvTranspose(n, w) }}",
         {"w": (6, 4, 3)},
         "the border of ConvTranspose ''",
+    ),
+    "many new additions behind": (
+        f"(T[N,6] c) => (T[N,4] y, T[N,4] z) {{ n = {BN}  y = MatMul(n, w)  z = MatMul(n, u) }}",
+        {"w": (6, 4), "u": (6, 4)},
+        "to more numbers than it normalizes",
     ),
     "transposed input behind": (
         f"(T[3,6] c) => (T[6,4] y) {{ n = {BN}  y = Gemm<transA = 1>(n, w) }}",

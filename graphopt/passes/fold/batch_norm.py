@@ -11,11 +11,10 @@ from graphopt.graph.constants import constant_array
 from graphopt.graph.edits import Editor
 from graphopt.passes.fold.channel_affine import Affine, Change, added_columns, into_output, read, replace
 from graphopt.passes.fold.layers import layer_of, sole_reader
-from graphopt.passes.fold.neighbours import Neighbours
-from graphopt.passes.raise_.shape_rules import ShapeRulePass
+from graphopt.passes.fold.neighbours import AffinePass, Neighbours
 
 
-class FoldBatchNorm(ShapeRulePass):
+class FoldBatchNorm(AffinePass):
     """Fold inference batch normalization into the weights of the layer before or behind it.
 
         BatchNorm(x) = γ (x − μ) / √(σ² + ε) + β = s·x + t        s = γ / √(σ² + ε), t = β − s·μ, one pair a channel

@@ -7,8 +7,11 @@ behind:   W (s·x + t) + b = (W·s) x + (b + Σ W·t)
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op, producer
@@ -127,6 +130,22 @@ def _is_row(x: ir.Value, dims: tuple[int, ...]) -> bool:
     return len(dims) == 1 and node is not None and isinstance(layer_of(node), Layer)
 
 
+def constant_operand(node: ir.Node) -> ir.TensorProtocol:
+    """The constant of a node that `read` reads."""
+    tensor = constant_tensor(node.inputs[0]) or constant_tensor(node.inputs[1])
+    assert tensor is not None
+    return tensor
+
+
+def rounded_to(numbers: Numbers, dtype: ir.DataType) -> npt.NDArray[Any] | None:
+    """`numbers` in a type, None where one of them isn't a normal number there."""
+    limits = ml_dtypes.finfo(dtype.numpy())
+    size = np.abs(numbers)
+    if not (size <= float(limits.max)).all() or ((size > 0) & (size < float(limits.smallest_normal))).any():
+        return None
+    return numbers.astype(dtype.numpy())
+
+
 # ---- into layers
 
 
@@ -143,9 +162,9 @@ def into_output(layer: Layer, affine: Affine, rank: int | None, sharers: int = 1
     bias = layer.bias()
     if isinstance(bias, str):
         return bias
-    bias = bias * affine.scale + affine.shift
-    if affine.size == 1 and affine.scale == 1 and is_swallowed(float(affine.shift[0]), bias, layer.weight.dtype):
+    if affine.size == 1 and affine.scale == 1 and is_swallowed(affine.shift, bias, layer.weight.dtype):
         return f"the bias of {layer.name} would swallow the {affine.shift[0]:.3g} that is added"
+    bias = bias * affine.scale + affine.shift
     return _checked(Change(layer, layer.per_output(affine.scale), bias), sharers)
 
 
@@ -186,13 +205,13 @@ def replace(node: ir.Node, x: ir.Value, changes: list[Change], edit: Editor) -> 
     edit.replace(node.outputs[0], x)
 
 
-def is_swallowed(small: float, total: Numbers, dtype: ir.DataType) -> bool:
-    """Whether rounding `total`, of which `small` is a part, loses more than a thousandth of `small`.
+def is_swallowed(small: Numbers, rest: Numbers, dtype: ir.DataType) -> bool:
+    """Whether rounding `rest` + `small` loses more than a thousandth of `small`.
 
     Log(x + 1e-10) after a sum with 1 is no longer the logarithm of anything above 0.
     """
-    error = np.abs(total - total.astype(dtype.numpy()).astype(np.float64))
-    return small != 0 and bool((error > abs(small) / 1000).any())
+    total = (rest + small).astype(dtype.numpy()).astype(np.float64)
+    return bool((np.abs(total - rest - small) > np.abs(small) / 1000).any())
 
 
 def added_columns(changes: list[Change]) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.analysis.algebra import producer
+from graphopt.analysis.algebra import is_op, producer
 from graphopt.graph.computed import computed, identity
 from graphopt.graph.constants import constant_array, constant_tensor
 from graphopt.graph.edits import Editor
@@ -284,9 +284,8 @@ def sole_reader(value: ir.Value) -> str | None:
     """Why `value` can't be changed for the sake of its one reader: None where it has one and nothing else sees it."""
     if value.is_graph_output():
         return f"{value.name!r} is a graph output"
-    if len(value.uses()) > 1:
-        return f"{value.name!r} is read by {len(value.uses())} nodes"
-    return None
+    readers = [user for user, _ in value.uses() if not is_op(user, "Shape", "Size")]  # these see no numbers
+    return f"{value.name!r} is read by {len(readers)} nodes" if len(readers) > 1 else None
 
 
 def multiplied(tensor: ir.TensorProtocol, factor: Numbers) -> ir.TensorProtocol:

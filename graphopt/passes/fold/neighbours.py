@@ -13,9 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int, is_op
+from graphopt.analysis.dims import Dim
 from graphopt.graph.constants import constant_array, is_constant
 from graphopt.passes.fold.channel_affine import Affine, Change, into_input, into_output, rank_of, same_axis
-from graphopt.passes.fold.layers import LAYERS, Numbers, bias_behind, layer_of, sole_reader
+from graphopt.passes.fold.layers import LAYERS, Layer, Numbers, bias_behind, layer_of, sole_reader
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
 _MOVES = ("Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -24,6 +25,21 @@ _ORDERED = ("Relu", "LeakyRelu", "MaxPool", "GlobalMaxPool")
 _POOLS = ("MaxPool", "GlobalMaxPool", "AveragePool", "GlobalAveragePool")
 _LIMIT = 32
 """Operators that one walk looks at, so that a chain of maps isn't walked once for every map in it."""
+
+
+class AffinePass(ShapeRulePass):
+    """A rule pass whose sites lie apart from what they change.
+
+    A fold may free a map that is further away than the neighbours which the work list looks at again.
+    """
+
+    def apply(self, model: ir.Model) -> bool:
+        """Work off all sites until none changes anything."""
+        changed = False
+        while super().apply(model):
+            changed = True
+            self.sites = [site for site in self.sites if site.outcome == "applied"]
+        return changed
 
 
 class Neighbours:
@@ -57,23 +73,23 @@ class Neighbours:
                 return ""
             layer = layer_of(node)
             if isinstance(layer, str):
-                if node.op_type in LAYERS and not _product(node):
+                if node.op_type in LAYERS and not is_product(node):
                     return layer
                 if sole_reader(current) is not None or node.graph is not graph:
                     return ""
-                if _product(node):
+                if is_product(node):
                     factor = self._factor(node, here, graph)
                     if not factor:
                         return ""
                     changes.extend(factor)
                     continue
-                carried = self._back(node, current, here)
+                carried = self.back(node, current, here)
                 if carried is None:
                     return ""
                 queue.extend(carried)
                 continue
             if (why := sole_reader(current)) is not None:
-                return why
+                return why if here.size > 1 else ""  # the x + 3 of a hard swish has no layer of its own
             if node.graph is not graph:
                 return f"{layer.name} is in an outer graph"
             change = into_output(layer, here, rank_of(current, self.shapes), self.sharers)
@@ -92,7 +108,7 @@ class Neighbours:
                 return found
         return None
 
-    def _back(self, node: ir.Node, value: ir.Value, affine: Affine) -> list[tuple[ir.Value, Affine]] | None:
+    def back(self, node: ir.Node, value: ir.Value, affine: Affine) -> list[tuple[ir.Value, Affine]] | None:
         """The operands of `node` that must take a map each for `value` to take `affine`, None where that's unknown."""
         if node.domain not in ("", "ai.onnx") or any(a.is_ref() for a in node.attributes.values()) or not node.inputs:
             return None
@@ -110,10 +126,31 @@ class Neighbours:
             return None if moved is None else [(x, moved)]
         if is_op(node, "Concat"):
             return self._concatenated(node, value, affine)
-        if is_op(node, "Slice", "Gather", "Split") and self._untouched(node, affine):
+        if is_op(node, "Split"):
+            full = self._in_split(node, value, affine)
+            return None if full is None else [(x, full)]
+        if is_op(node, "Slice", "Gather") and self._untouched(node, affine):
             return [(x, affine)]
         carried = _through(node, affine, rank_of(value, self.shapes))
         return None if carried is None else [(x, carried)]
+
+    def _in_split(self, node: ir.Node, value: ir.Value, affine: Affine) -> Affine | None:
+        """The map on the whole that changes this part of a split of the channels alone: q of packed q, k and v."""
+        axis, rank = attribute_int(node, "axis", 0), self.shapes.rank(value)
+        if axis is None or rank is None or not affine.on(axis, rank):
+            return None
+        shapes = [self.shapes.shape(out) for out in node.outputs]
+        sizes = [None if shape is None else shape[axis] for shape in shapes]
+        scales, shifts = [], []
+        for out, size in zip(node.outputs, sizes, strict=True):
+            if size is None:
+                return None
+            here = affine if out is value else Affine(np.ones(1), np.zeros(1))
+            if here.size not in (1, size):
+                return None
+            scales.append(np.broadcast_to(here.scale, size))
+            shifts.append(np.broadcast_to(here.shift, size))
+        return Affine(np.concatenate(scales), np.concatenate(shifts), axis % rank - rank)
 
     def _concatenated(self, node: ir.Node, value: ir.Value, affine: Affine) -> list[tuple[ir.Value, Affine]] | None:
         axis = attribute_int(node, "axis", 0)
@@ -139,7 +176,7 @@ class Neighbours:
 
     def behind(self, value: ir.Value, affine: Affine, graph: ir.Graph | None) -> list[Change] | str:
         """What becomes of all layers that read `value` if they get it without the map; or why one can't."""
-        changes: list[Change] = []
+        readers: list[tuple[Layer, Affine, int | None]] = []
         queue = [(value, affine)]
         for current, here in queue:
             if current.is_graph_output():
@@ -147,33 +184,29 @@ class Neighbours:
             if not current.uses() and current is value:
                 return "nothing reads it"
             for node, index in current.uses():
+                if is_op(node, "Shape", "Size"):
+                    continue
                 label = f"{node.op_type} {node.name!r}"
                 if node.op_type in LAYERS:
-                    change = self._reader(node, index, current, here, graph)
-                    if isinstance(change, str):
-                        return change
-                    changes.append(change)
+                    layer = _reader(node, index, graph)
+                    if isinstance(layer, str):
+                        return layer
+                    readers.append((layer, here, self.shapes.rank(current)))
                     continue
                 carried = self._ahead(node, current, here) if index == 0 and node.graph is graph else None
                 if carried is None or len(queue) > _LIMIT:
                     return f"{label} has no weights to fold into"
                 queue.extend(carried)
-        if not changes:
+        if not readers:
             return "no layer reads it"
+        # The weights are looked at last: that takes as long as all the rest.
+        changes: list[Change] = []
+        for layer, here, rank in readers:
+            change = into_input(layer, here, rank, self.sharers)
+            if isinstance(change, str):
+                return change
+            changes.append(change)
         return changes
-
-    def _reader(
-        self, node: ir.Node, index: int, value: ir.Value, affine: Affine, graph: ir.Graph | None
-    ) -> Change | str:
-        layer = layer_of(node)
-        if isinstance(layer, str):
-            return layer
-        if index != 0:
-            return f"it isn't the input of {layer.name}"
-        if node.graph is not graph:
-            return f"{layer.name} is in an inner graph"
-        layer = dataclasses.replace(layer, add=bias_behind(layer))
-        return into_input(layer, affine, self.shapes.rank(value), self.sharers)
 
     def _ahead(self, node: ir.Node, value: ir.Value, affine: Affine) -> list[tuple[ir.Value, Affine]] | None:
         """The outputs of `node` with the map that each would miss, None where it doesn't commute."""
@@ -231,17 +264,27 @@ class Neighbours:
         """The map on `end`, which holds the numbers of `start` in the same order in another shape."""
         if affine.size == 1:
             return affine
-        shape, target = self.shapes.shape(start), self.shapes.shape(end)
+        shape, target = self.shapes.dims(start), self.shapes.dims(end)
         if shape is None or target is None or shape[affine.axis] != affine.size:
             return None
-        inner = shape[affine.axis % len(shape) + 1 :]
-        for axis in range(len(target)):
-            rest = target[axis + 1 :]
-            if target[axis] != affine.size or None in rest or None in inner:
-                continue
-            if math.prod(n for n in rest if n is not None) == math.prod(n for n in inner if n is not None):
+        # A channel is as many numbers in a row; where it starts doesn't depend on the axes before it.
+        block = math.prod(shape[affine.axis % len(shape) + 1 :], start=Dim.of(1))
+        for axis, size in enumerate(target):
+            if size == affine.size and math.prod(target[axis + 1 :], start=Dim.of(1)) == block:
                 return dataclasses.replace(affine, axis=axis - len(target))
         return None
+
+
+def _reader(node: ir.Node, index: int, graph: ir.Graph | None) -> Layer | str:
+    """The layer that `node` is, with the Add of its bias, where the value is what it reads; or why not."""
+    layer = layer_of(node)
+    if isinstance(layer, str):
+        return layer
+    if index != 0:
+        return f"it isn't the input of {layer.name}"
+    if node.graph is not graph:
+        return f"{layer.name} is in an inner graph"
+    return dataclasses.replace(layer, add=bias_behind(layer))
 
 
 def _through(node: ir.Node, affine: Affine, rank: int | None) -> Affine | None:
@@ -264,7 +307,7 @@ def _through(node: ir.Node, affine: Affine, rank: int | None) -> Affine | None:
     return None
 
 
-def _product(node: ir.Node) -> bool:
+def is_product(node: ir.Node) -> bool:
     """Whether `node` multiplies two computed values, so that it is no layer at all."""
     return is_op(node, "MatMul", "Gemm") and not any(is_constant(value) for value in node.inputs[:2])
 

@@ -15,8 +15,7 @@ from graphopt.graph.constants import is_constant
 from graphopt.graph.edits import Editor
 from graphopt.passes.fold.channel_affine import Affine, added_columns, same_axis
 from graphopt.passes.fold.layers import FLOATS
-from graphopt.passes.fold.neighbours import Neighbours
-from graphopt.passes.raise_.shape_rules import ShapeRulePass
+from graphopt.passes.fold.neighbours import AffinePass, Neighbours
 
 _TOKEN = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 _MAP = ("InstanceNormalization", "GroupNormalization")
@@ -31,7 +30,7 @@ class _Gain:
     dtype: npt.DTypeLike
 
 
-class FoldNormAffine(ShapeRulePass):
+class FoldNormAffine(AffinePass):
     """Move the gain and the bias of a normalization into the group of linear layers that reads it.
 
         W (γ ⊙ n(x) + β) + b = (W·diag(γ)) n(x) + (b + W β)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from graphopt.analysis.shapes import ShapeFacts, lazily
+from graphopt.analysis.shapes import Shape, ShapeFacts, lazily
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import RulePass
 
@@ -32,6 +32,10 @@ class ShapeRulePass(RulePass):
         """The sizes of the axes of `value`, None where one isn't certain or the rank isn't."""
         shape = self._facts.shape(value)
         return None if shape is None else tuple(dim.value for dim in shape)
+
+    def dims(self, value: ir.Value) -> Shape | None:
+        """The sizes of the axes of `value` as expressions that can be compared, None where the rank isn't certain."""
+        return self._facts.shape(value)
 
     def rank(self, value: ir.Value) -> int | None:
         """The rank of `value`, None where it isn't certain."""
