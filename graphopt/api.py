@@ -245,6 +245,8 @@ def inspect(
         "residual_streams": [],
         "no_residual_stream": None,
         "long_skips": [],
+        "convolutions": [],
+        "elementwise_norms": {},
         "attention": {},
         "linear": {},
         "tied_layers": [],

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, get_args
 
 import onnx_ir as ir
 
+from graphopt.analysis.cost import Counted
 from graphopt.analysis.profile import Profile
 from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.analysis.shapes.facts import KEPT_KEY, MADE_KEY
@@ -114,7 +115,8 @@ class _Run:
         self.verdict: Verdict | None = None
         self.bitwise_so_far = True
         self.check_seconds = 0.0
-        self.stats = Stats.of(self.model, self.facts)
+        self.counted = Counted()
+        self.stats = Stats.of(self.model, self.facts, self.counted)
         self.verifier: ModelVerifier | None = None
         self.new_reference()
 
@@ -258,7 +260,7 @@ class _Run:
             record.status = "applied"
             self.bitwise_so_far &= bool(getattr(pass_, "bitwise", False))
             self.facts = infer(self.model, earlier=made)
-            record.after = self.stats = Stats.of(self.model, self.facts)
+            record.after = self.stats = Stats.of(self.model, self.facts, self.counted)
         return record
 
     def judge(self, record: PassRecord, *, lossy: bool) -> str | None:

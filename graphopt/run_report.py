@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from graphopt.analysis.cost import cost
+from graphopt.analysis.cost import Counted, cost
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.passes.base import Site
 from graphopt.verification.verifier import Verdict
@@ -29,14 +29,20 @@ class Stats:
     unknown_flops: int
 
     @classmethod
-    def of(cls, model: ir.Model, facts: ShapeFacts | None = None) -> Stats:
+    def of(
+        cls,
+        model: ir.Model,
+        facts: ShapeFacts | None = None,
+        counted: Counted | None = None,
+    ) -> Stats:
         """Measure `model` (FLOPs with dynamic dimensions bound as `graphopt.analysis.cost` says).
 
         Args:
             model: The model.
             facts: Its shapes, where they are inferred already.
+            counted: As for `graphopt.analysis.cost.cost`.
         """
-        found = cost(model, facts, activations=False)
+        found = cost(model, facts, activations=False, counted=counted)
         return cls(found.node_count, found.parameters, found.weight_bytes, found.flops, found.unknown_flops)
 
 

@@ -90,12 +90,26 @@ class Cost:
         return sum(self.nodes.values())
 
 
+@dataclasses.dataclass
+class Counted:
+    """The FLOPs of the nodes of a model as `cost` counted them last.
+
+    Attributes:
+        sizes: The number used for each free size.
+        flops: For each node what its shapes were made of (see `ShapeFacts.basis`), and its operations.
+    """
+
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    flops: dict[ir.Node, tuple[object, int | None]] = dataclasses.field(default_factory=dict)
+
+
 def cost(
     model: ir.Model,
     facts: ShapeFacts | None = None,
     dims: Mapping[str, int] | None = None,
     *,
     activations: bool = True,
+    counted: Counted | None = None,
 ) -> Cost:
     """Count what `model` costs.
 
@@ -106,6 +120,8 @@ def cost(
             first axis, 0 for other sizes of inputs called past... (an empty cache), 224 on the last two axes of an
             image (rank 4; 1, 3, 4 or unknown channels), and 128 elsewhere.
         activations: Count the bytes of intermediate tensors too, which takes as long as all else.
+        counted: What an earlier call has counted, taken again where nothing about a node has changed; it is brought
+            up to date.
 
     Returns:
         The cost; what can't be known is counted in `unknown_flops` and `unknown_bytes`.
@@ -134,12 +150,26 @@ def cost(
         return result if len(result) == len(dims_of) else None
 
     parameters, weight_bytes = _weights(model)
+
+    before = counted.flops if counted is not None and counted.sizes == sizes else {}
+    now: dict[ir.Node, tuple[object, int | None]] = {}
+
+    def flops_of(node: ir.Node) -> int | None:
+        basis = facts.basis(node)
+        if counted is None or basis is None:
+            return _flops(node, shape)
+        earlier = before.get(node)
+        now[node] = earlier if earlier is not None and earlier[0] is basis else (basis, _flops(node, shape))
+        return now[node][1]
+
     operators: collections.Counter[str] = collections.Counter()
     per_node = []
     for graph in walk(model):
         for node in graph:
             operators[node.op_type] += 1
-            per_node.append(NodeCost(node, _flops(node, shape), _bytes(node, shape, facts) if activations else None))
+            per_node.append(NodeCost(node, flops_of(node), _bytes(node, shape, facts) if activations else None))
+    if counted is not None:
+        counted.sizes, counted.flops = sizes, now
     return Cost(
         parameters=parameters,
         weight_bytes=weight_bytes,

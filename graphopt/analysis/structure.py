@@ -9,6 +9,8 @@ import onnx_ir as ir
 
 from graphopt.analysis.attention_sites import attention_sites
 from graphopt.analysis.branches import long_skips
+from graphopt.analysis.conv_structures import conv_structures
+from graphopt.analysis.elementwise_norms import elementwise_norms
 from graphopt.analysis.layers import stacks, tied_layers
 from graphopt.analysis.linear_sites import linear_sites, roles
 from graphopt.analysis.residual import residual_streams
@@ -23,7 +25,8 @@ def structure(model: ir.Model) -> dict[str, Any]:
     Returns:
         "layers" (stacks of equal layers), "tied_layers" (equal in every weight), "residual_streams",
         "no_residual_stream" (why there is none, or None), "long_skips" (concatenated ones), "attention" and "linear"
-        (each: a summary, and the sites one by one).
+        (each: a summary, and the sites one by one), "convolutions" (blocks of convolutional networks),
+        "elementwise_norms" (Dynamic Tanh and its root form, counted).
     """
     # The names of sizes may be believed: nothing is rewritten by what is found here.
     facts = infer(model, believe_names=True)
@@ -32,6 +35,8 @@ def structure(model: ir.Model) -> dict[str, Any]:
     linear = linear_sites(model, attention)
     kinds = Counter((a.operator, a.heads, a.head_size, a.masked) for a in attention)
     return {
+        "convolutions": [found.to_dict() for found in conv_structures(model)],
+        "elementwise_norms": dict(Counter(norm.kind for norm in elementwise_norms(model))),
         "layers": [stack.to_dict() for stack in stacks(model)],
         "tied_layers": [tied.to_dict() for tied in tied_layers(model)],
         "residual_streams": [stream.to_dict() for stream in streams],

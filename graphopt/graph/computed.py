@@ -7,12 +7,15 @@ An `ir.LazyTensor` says nothing about its contents before they are computed, so 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 _ORIGIN = "graphopt.origin"
+LAZY_BYTES = 1 << 20
+"""Weights of at least so many bytes are computed when they are saved (or read), so that one at a time is in memory."""
 SMALL_BYTES = 1 << 16
 """Tensors up to this size are known by their contents, larger ones by where they are."""
 
@@ -38,6 +41,41 @@ def computed(
     if origin is not None:
         tensor.meta[_ORIGIN] = origin
     return tensor
+
+
+def weight(
+    compute: Callable[[], ir.TensorProtocol],
+    dtype: ir.DataType,
+    shape: Sequence[int],
+    name: str | None = None,
+    origin: tuple[Hashable, ...] | None = None,
+) -> ir.TensorProtocol:
+    """What `compute` gives: now where it is small, else as `computed`, with the same arguments."""
+    if math.prod(shape) * dtype.bitwidth / 8 < LAZY_BYTES:
+        return compute()
+    return computed(compute, dtype, shape, name, origin)
+
+
+def transposed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A matrix with its axes exchanged."""
+
+    def compute() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype)
+
+    return weight(compute, tensor.dtype, tensor.shape.numpy()[::-1], origin=("transposed", identity(tensor)))
+
+
+def concatenated(tensors: Sequence[ir.TensorProtocol], axis: int) -> ir.TensorProtocol:
+    """Tensors of one type, one behind the other along `axis`."""
+    kept = tuple(tensors)
+    shape = list(kept[0].shape.numpy())
+    shape[axis] = sum(int(tensor.shape.numpy()[axis]) for tensor in kept)
+
+    def compute() -> ir.TensorProtocol:
+        array = np.concatenate([tensor.numpy() for tensor in kept], axis=axis)
+        return ir.tensor(np.ascontiguousarray(array), dtype=kept[0].dtype)
+
+    return weight(compute, kept[0].dtype, shape, origin=("concatenated", axis, *map(identity, kept)))
 
 
 def origin_of(tensor: ir.TensorProtocol) -> tuple[Hashable, ...] | None:

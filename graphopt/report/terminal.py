@@ -156,6 +156,13 @@ def _sites(data: Data) -> list[str]:
         tied = f"; used in several places: {', '.join(shared[:TOP_ROWS])}" if shared else ""
         groups = units.plural(linear["groups"], "input")
         lines.append(f"linear layers: {_counts(linear['roles'])}, reading {groups}{tied}")
+    kinds: dict[str, int] = {}
+    for block in data.get("convolutions") or []:
+        kinds[block["kind"]] = kinds.get(block["kind"], 0) + 1
+    if kinds:
+        lines.append(f"convolutional blocks: {_counts(kinds)}")
+    if norms := data.get("elementwise_norms"):
+        lines.append(f"norms without a reduction: {_counts(norms)}")
     return lines
 
 

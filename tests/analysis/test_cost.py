@@ -9,7 +9,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from graphopt.analysis.cost import cost
+import graphopt.analysis.cost
+from graphopt.analysis.cost import Counted, cost
 from graphopt.analysis.shapes import infer
 
 HEADER = '<ir_version: 10, opset_import: ["": 23, "com.microsoft": 1]>'
@@ -104,6 +105,34 @@ def test_unknown_is_counted():
     assert result.unknown_flops == 2
     assert result.unknown_bytes == 1  # `k` is used by nothing
     assert [n.flops for n in result.per_node] == [None, None, 8]
+
+
+def test_what_was_counted_is_counted_again_only_where_it_changed(monkeypatch):
+    model = load(
+        f" g (float[b, 8] x) => (y) <float[8, 3] w = {zeros(8, 3)}> {{ a = Relu(x)  m = MatMul(a, w)  y = Neg(m) }}"
+    )
+    counted, facts, asked = Counted(), infer(model), []
+    count = graphopt.analysis.cost._flops
+    monkeypatch.setattr(
+        "graphopt.analysis.cost._flops", lambda node, shape: asked.append(node.op_type) or count(node, shape)
+    )
+
+    def again(**sizes):
+        nonlocal facts
+        asked.clear()
+        facts = infer(model, earlier=facts)
+        flops = cost(model, facts, sizes, activations=False, counted=counted).flops
+        assert flops == cost(model, dims=sizes).flops
+        return asked[: len(asked) - len(model.graph)]
+
+    assert again() == ["Relu", "MatMul", "Neg"]
+    assert again() == []
+    model.graph[2].op_type = "Softmax"
+    assert again() == ["Softmax"]
+    model.graph.initializers["w"].const_value = ir.tensor(np.zeros((8, 5), np.float32))
+    assert again() == ["MatMul", "Softmax"]
+    assert again(b=7) == ["Relu", "MatMul", "Softmax"]
+    assert again(b=7) == []
 
 
 def test_inputs_that_do_not_fit_are_unknown_not_negative():

@@ -216,7 +216,7 @@ def test_weights_are_rounded_once(dtype: str) -> None:
 
 
 def test_large_weights_are_lazy_and_compose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "LAZY_BYTES", 0)
+    monkeypatch.setattr("graphopt.graph.computed.LAZY_BYTES", 0)
     m = model(
         f"(T[N,4,5] x) => (T[N,6,3] y) {{ c0 = Conv(x, w)  c = Mul(c0, k)  n = {BN}  y = Add(n, k) }}",
         w=(6, 4, 3),

@@ -29,7 +29,7 @@ def model(body: str = "y = MatMul(x, w)", dtype: type = np.float32) -> ir.Model:
 @pytest.mark.parametrize("lazy", [False, True])
 def test_denormal_weights(lazy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if lazy:
-        monkeypatch.setattr(flush_denormals, "LAZY_BYTES", 0)
+        monkeypatch.setattr("graphopt.graph.computed.LAZY_BYTES", 0)
     before = model()
     after = before.clone()
     assert FlushDenormals()(after).modified

@@ -159,7 +159,7 @@ def test_norms_of_one_width_share_their_ones() -> None:
 
 
 def test_large_weights_are_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "LAZY_BYTES", 0)
+    monkeypatch.setattr("graphopt.graph.computed.LAZY_BYTES", 0)
     monkeypatch.setattr(layers, "_CHUNK", 5)
     for case in ("q, k and v", "gemm", "groups"):
         graph, weights, _ = FOLDED[case]

@@ -51,7 +51,10 @@ def test_raise(body: str) -> None:
     assert after.graph.node(0).attributes["num_groups"].value == 2
     assert [value.shape for value in after.graph.node(0).inputs[1:]] == [ir.Shape([6])] * 2
     again = assert_exact(after, ExpandGroupNorm())
-    assert sorted(op_types(again)) == sorted([*FIVE, "Shape"])
+    # A gain of ones and a bias of zeros aren't written.
+    plain = {op for op, value in zip(("Mul", "Add"), after.graph.node(0).inputs[1:], strict=True)
+             if (value.const_value.numpy() == (op == "Mul")).all()}  # fmt: skip
+    assert sorted(op_types(again)) == sorted(op for op in [*FIVE, "Shape"] if op not in plain)
 
 
 def test_gain_that_was_already_taken_stays_behind() -> None:
@@ -122,7 +125,9 @@ def test_expand(shape: str, constant: bool) -> None:
     more = "" if constant else ", float[6] v, float[6] u"
     body = f"y = GroupNormalization<num_groups=2, epsilon=0.001>(x, {'ones6, zeros6' if constant else 'v, u'})"
     after = assert_exact(graph(body, x=f"float[{shape}] x{more}", y=f"float[{shape}] y"), ExpandGroupNorm())
-    assert [op for op in op_types(after) if op in ("InstanceNormalization", "Mul", "Add")] == [FIVE[0], "Mul", "Add"]
+    assert [op for op in op_types(after) if op in ("InstanceNormalization", "Mul", "Add")] == (
+        [FIVE[0]] if constant else [FIVE[0], "Mul", "Add"]
+    )
     assert op_types(after).count("Reshape") == (2 if constant else 4)
 
 
@@ -130,7 +135,7 @@ def test_expand_leaves_an_unknown_rank() -> None:
     rule = ExpandGroupNorm()
     body = "z = Reshape(x, d)  y = GroupNormalization<num_groups=2>(z, ones6, zeros6)"
     assert not rule(graph(body, x="float[N] x, int64[R] d")).modified
-    assert "rank isn't known" in rule.sites[0].detail
+    assert "rank of its input isn't known" in rule.sites[0].detail
 
 
 def test_expand_leaves_the_operator_of_opset_18() -> None:
@@ -140,7 +145,7 @@ def test_expand_leaves_the_operator_of_opset_18() -> None:
     rule = ExpandGroupNorm()
     proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18]> {text} {{ {lines} }}')
     assert not rule(ir.from_proto(proto)).modified
-    assert "needs opset 21" in rule.sites[0].detail
+    assert "before opset 21" in rule.sites[0].detail
 
 
 def test_expand_leaves_float64() -> None:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 from exactness import assert_exact, op_types, parse_weighted, to_float64
 
-from graphopt.passes.fold import centring
+from graphopt.graph import computed
 from graphopt.passes.fold.layer_norm_to_crms_norm import LayerNormToCrmsNorm
 
 HEAD = '<ir_version: 10, opset_import: ["": 23]>'
@@ -35,7 +35,7 @@ def block(body: str = BODY, outputs: str = "float[2, 5, 6] y") -> ir.Model:
 
 def test_exact_and_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
     for lazy in (1 << 20, 0):
-        monkeypatch.setattr(centring, "LAZY_BYTES", lazy)
+        monkeypatch.setattr(computed, "LAZY_BYTES", lazy)
         after = assert_exact(block(), LayerNormToCrmsNorm())
         assert "LayerNormalization" not in op_types(after)
         shapes = {name: tuple(v.const_value.shape.numpy()) for name, v in after.graph.initializers.items()}

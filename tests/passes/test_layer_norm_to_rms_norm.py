@@ -205,7 +205,7 @@ def test_inside_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("axis", [-1, -2, -3])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_centred(axis: int, dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphopt.passes.fold.centring.LAZY_BYTES", 0)
+    monkeypatch.setattr("graphopt.graph.computed.LAZY_BYTES", 0)
     monkeypatch.setattr("graphopt.passes.fold.centring._CHUNK", 7)
     array = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(dtype)
     tensor = centred(ir.tensor(array, name="t"), axis)

@@ -73,7 +73,7 @@ def test_the_reasons() -> None:
         "left", "before it: 'x0' is read by 2 nodes; behind it: Relu 'a0' has no weights to fold into",
     )  # fmt: skip
     assert sites["first1"] == (
-        "left", "before it: Add 'x1' has no weights to fold into; behind it: Relu 'a1' has no weights to fold into",
+        "left", "before it: no layer; behind it: Relu 'a1' has no weights to fold into",
     )  # fmt: skip
     assert sites["last"][0] == "left"
 

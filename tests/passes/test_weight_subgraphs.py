@@ -14,11 +14,11 @@ from exactness import assert_exact, op_types
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt.graph import load, save
-from graphopt.graph.computed import origin_of
+from graphopt.graph.computed import LAZY_BYTES, origin_of
 from graphopt.graph.save import weight_bytes
 from graphopt.models import catalogue
 from graphopt.pass_manager import PassManager
-from graphopt.passes.clean.fold_constants import LAZY_BYTES, FoldConstants
+from graphopt.passes.clean.fold_constants import FoldConstants
 from graphopt.passes.fold.weight_subgraphs import FoldWeightSubgraphs
 from graphopt.recipe import load as load_recipe
 from graphopt.verification.verifier import Verifier

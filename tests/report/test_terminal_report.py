@@ -171,6 +171,8 @@ def test_inspection() -> None:
             "sites": [],
         },
         "linear": {"roles": {"q": 6, "o": 6}, "groups": 8, "shared": ["wte"], "sites": []},
+        "convolutions": [{"kind": "separable", "nodes": ["a", "b"], "detail": ""}] * 3,
+        "elementwise_norms": {"tanh": 2},
         "problems": ["node 'x' reads 'y', which nothing makes"],
         "why": [{"pass": "raise-gelu", "node": "Erf_1", "op_type": "Erf", "detail": "the factor isn't 0.5"}],
     }
@@ -189,6 +191,7 @@ def test_inspection() -> None:
     assert "1× raise-gelu: the factor isn't 0.5" in text
     for key in data:
         assert printed(terminal.print_inspection, {**data, key: None})
+    assert "convolutional blocks: 3 separable norms without a reduction: 2 tanh" in text
     none = {**data, "residual_streams": [], "no_residual_stream": "no addition", "linear": {}, "attention": {}}
     assert "residual stream: none (no addition)" in printed(terminal.print_inspection, none)
     assert "left no site alone" in printed(terminal.print_inspection, {**data, "why": []})

@@ -119,6 +119,13 @@ class ShapeFacts:
         """Record a fact proven elsewhere, for example that of a value which `value` replaces."""
         self._facts[value] = fact
 
+    def basis(self, node: ir.Node) -> object | None:
+        """An object that stays the same in later facts while `node`, what it reads and what is known of that do.
+
+        None where that can't be told (control flow, calls of functions).
+        """
+        return self._inferred.get(node)
+
     def values(self) -> Iterable[tuple[ir.Value, Fact]]:
         """All values met so far with their facts, in the order in which they were met."""
         return self._facts.items()

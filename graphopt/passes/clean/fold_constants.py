@@ -14,15 +14,11 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.analysis.shapes import Shape, ShapeFacts, infer
-from graphopt.graph.computed import computed, identity
+from graphopt.graph.computed import LAZY_BYTES, computed, identity
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor, inner_graphs, opset, subgraphs_of, walk
 from graphopt.passes.base import Pass
 from graphopt.passes.clean.eliminate_common_subexpressions import is_random
-
-LAZY_BYTES = 1 << 20
-"""Results from this size on are computed when the model is saved, one at a time, so that peak memory stays small; those
-of operators that aren't in `LAZY` are also computed at once, to be sure that they can be."""
 
 MOVES = frozenset(
     {"Concat", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze",

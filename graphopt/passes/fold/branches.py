@@ -21,10 +21,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int, is_op, producer
+from graphopt.graph.computed import concatenated
 from graphopt.graph.constants import constant_array, constant_tensor, is_constant
 from graphopt.graph.edits import Editor
 from graphopt.passes.fold.convolutions import Convolution, ConvRulePass
-from graphopt.passes.fold.kernels import concatenated
 
 ELEMENTWISE = frozenset(
     {

@@ -15,9 +15,9 @@ import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int, is_op
 from graphopt.analysis.feature_space import FeatureSpace, Writer
+from graphopt.graph.computed import identity, weight
 from graphopt.graph.constants import constant_tensor, is_constant
 from graphopt.graph.edits import Editor
-from graphopt.passes.fold.layers import LAZY_BYTES
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _CHUNK = 1 << 20
@@ -133,20 +133,7 @@ def centred(tensor: ir.TensorProtocol, axis: int) -> ir.TensorProtocol:
             result[i : i + rows] = part - mean
         return ir.tensor(result, dtype=tensor.dtype, name=tensor.name)
 
-    return lazily(tensor, compute)
-
-
-def lazily(
-    tensor: ir.TensorProtocol, compute: Callable[[], ir.TensorProtocol], shape: tuple[int, ...] | None = None
-) -> ir.TensorProtocol:
-    """What `compute` makes of `tensor`, of the same type and by default the same shape.
-
-    Now where it is small, else when it is asked for.
-    """
-    if tensor.nbytes < LAZY_BYTES:
-        return compute()
-    new = ir.Shape(tensor.shape.numpy() if shape is None else shape)
-    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=new, name=tensor.name)
+    return weight(compute, tensor.dtype, tensor.shape.numpy(), tensor.name, ("centred", axis, identity(tensor)))
 
 
 def _uses(writer: Writer) -> list[_Use] | str | None:

@@ -12,12 +12,12 @@ import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op
 from graphopt.errors import UsageError
-from graphopt.graph.computed import computed, identity, origin_of
+from graphopt.graph.computed import identity, origin_of, weight
 from graphopt.graph.constants import constant_array, constant_tensor
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import RulePass
 from graphopt.passes.clean.fold_constants import evaluate, frozen_copy
-from graphopt.passes.fold.layers import LAZY_BYTES, Layer, Numbers, layer_of
+from graphopt.passes.fold.layers import Layer, Numbers, layer_of
 
 _MAX_NODES = 16
 _LAYERS = ("MatMul", "Gemm", "Conv")
@@ -339,6 +339,5 @@ def _take(node: ir.Node, index: int, kept: Indices, axis: int, edit: Editor) -> 
 
     edit.at(node)
     origin = (_CUT, identity(tensor), kept.tobytes(), axis)
-    large = math.prod(shape) * tensor.dtype.itemsize >= LAZY_BYTES
-    smaller = computed(compute, tensor.dtype, shape, origin=origin) if large else compute()
+    smaller = weight(compute, tensor.dtype, shape, origin=origin)
     edit.set_input(node, index, edit.constant(smaller, "channels"))

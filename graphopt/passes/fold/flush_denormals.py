@@ -9,11 +9,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op
-from graphopt.graph.computed import computed, identity
+from graphopt.graph.computed import identity, weight
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import RulePass
-from graphopt.passes.fold.layers import LAZY_BYTES
 
 _BITS = {ir.DataType.FLOAT: (np.uint32, 0x7FFFFFFF, 0x007FFFFF), ir.DataType.BFLOAT16: (np.uint16, 0x7FFF, 0x007F)}
 """By type: its bits as an integer, the mask of all but the sign, and the largest denormal number."""
@@ -87,9 +86,7 @@ def _flushed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         array[_denormal(_bits(tensor), tensor.dtype)] = 0
         return ir.tensor(array, dtype=tensor.dtype, name=tensor.name)
 
-    if tensor.nbytes < LAZY_BYTES:
-        return compute()
-    return computed(compute, tensor.dtype, tensor.shape.numpy(), tensor.name, ("flushed", identity(tensor)))
+    return weight(compute, tensor.dtype, tensor.shape.numpy(), tensor.name, ("flushed", identity(tensor)))
 
 
 def _bits(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:

@@ -17,7 +17,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.windows import Window, place
-from graphopt.passes.fold.layers import LAZY_BYTES, Numbers
+from graphopt.graph.computed import weight
+from graphopt.passes.fold.layers import Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +69,7 @@ class Kernel:
                 array = np.ascontiguousarray(self.numbers().astype(self.dtype.numpy()))
             return ir.tensor(array, dtype=self.dtype)
 
-        if self.size * self.dtype.itemsize < LAZY_BYTES:
-            return make()
-        return ir.LazyTensor(make, dtype=self.dtype, shape=ir.Shape(self.shape))
+        return weight(make, self.dtype, self.shape)
 
     def problem(self) -> str | None:
         """Why its weights can't be written in their type."""
@@ -130,21 +129,6 @@ def added(kernels: Sequence[Kernel], window: Window) -> Kernel:
         return result.reshape(-1, *result.shape[2:])
 
     return Kernel((kernels[0].shape[0], inputs, *window.kernel), group, window, kernels[0].dtype, compute)
-
-
-def concatenated(tensors: Sequence[ir.TensorProtocol], axis: int) -> ir.TensorProtocol:
-    """Constants of one type, one after the other along an axis; large ones when they are asked for."""
-    shape = [int(n) for n in tensors[0].shape.numpy()]
-    shape[axis] = sum(int(tensor.shape.numpy()[axis]) for tensor in tensors)
-    dtype = tensors[0].dtype
-
-    def make() -> ir.TensorProtocol:
-        array = np.concatenate([tensor.numpy() for tensor in tensors], axis=axis)
-        return ir.tensor(np.ascontiguousarray(array), dtype=dtype)
-
-    if math.prod(shape) * dtype.itemsize < LAZY_BYTES:
-        return make()
-    return ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(shape))
 
 
 def _taps(index: tuple[Any, ...]) -> Any:

@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int, is_op
 from graphopt.analysis.feature_space import FeatureSpace
+from graphopt.graph.computed import weight
 from graphopt.graph.constants import constant_array, constant_tensor
 from graphopt.graph.edits import Editor
-from graphopt.passes.fold.centring import Plan, centre, centred, lazily, set_constant
+from graphopt.passes.fold.centring import Plan, centre, centred, set_constant
 from graphopt.passes.fold.layer_norm_to_rms_norm import LayerNormToRmsNorm, has_bias
 
 _CARRIERS = ("Add", "Sub", "Sum", "Neg", "Identity", "Cast", "Mul", "Div", "Where", "Concat", "Gather", "Transpose")
@@ -135,7 +136,7 @@ def _centred_and_shorter(tensor: ir.TensorProtocol, axis: int) -> ir.TensorProto
         array = whole.numpy()
         return ir.tensor(np.ascontiguousarray(np.delete(array, -1, axis=axis)), dtype=tensor.dtype, name=tensor.name)
 
-    return lazily(tensor, compute, _shorter(shape, axis))
+    return weight(compute, tensor.dtype, _shorter(shape, axis), tensor.name)
 
 
 def _without_last(tensor: ir.TensorProtocol, axis: int) -> ir.TensorProtocol:
@@ -149,7 +150,7 @@ def _without_last(tensor: ir.TensorProtocol, axis: int) -> ir.TensorProtocol:
             result[row] = array[row] - last
         return ir.tensor(np.ascontiguousarray(np.moveaxis(result, 0, axis)), dtype=tensor.dtype, name=tensor.name)
 
-    return lazily(tensor, compute, _shorter(tensor.shape.numpy(), axis))
+    return weight(compute, tensor.dtype, _shorter(tensor.shape.numpy(), axis), tensor.name)
 
 
 def _shorter(shape: Sequence[int], axis: int) -> tuple[int, ...]:

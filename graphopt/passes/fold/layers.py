@@ -16,16 +16,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op, producer
-from graphopt.graph.computed import computed, identity
+from graphopt.graph.computed import computed, identity, weight
 from graphopt.graph.constants import constant_array, constant_tensor
 from graphopt.graph.edits import Editor
 
 Numbers = npt.NDArray[np.float64]
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-
-LAZY_BYTES = 1 << 20
-"""Weights of at least so many bytes are computed when they are saved (or read), so that one at a time is in memory."""
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _CHUNK = 1 << 20
@@ -274,10 +271,11 @@ def _transposed_weight(node: ir.Node) -> ir.TensorProtocol | None:
     perm = transpose.attributes.get("perm")
     if perm is not None and (perm.is_ref() or list(perm.as_ints()) != [1, 0]):
         return None
-    shape = ir.Shape(tensor.shape.numpy()[::-1])
-    return ir.LazyTensor(
-        lambda: ir.tensor(tensor.numpy().T, dtype=tensor.dtype), dtype=tensor.dtype, shape=shape, name=tensor.name
-    )
+    origin = ("transposed", identity(tensor))
+    return computed(
+        lambda: ir.tensor(tensor.numpy().T, dtype=tensor.dtype),
+        tensor.dtype, tensor.shape.numpy()[::-1], tensor.name, origin,
+    )  # fmt: skip
 
 
 def sole_reader(value: ir.Value) -> str | None:
@@ -297,11 +295,9 @@ def multiplied(tensor: ir.TensorProtocol, factor: Numbers) -> ir.TensorProtocol:
             result[start : start + len(rows)] = rows.astype(np.float64) * _rows(factor, start, len(rows))
         return ir.tensor(result, dtype=tensor.dtype, name=tensor.name)
 
-    if tensor.nbytes < LAZY_BYTES:
-        return compute()
     numbers = (factor.shape, hashlib.blake2b(np.ascontiguousarray(factor).tobytes()).digest())
     origin = ("multiplied", identity(tensor), *numbers)
-    return computed(compute, tensor.dtype, tensor.shape.numpy(), tensor.name, origin)
+    return weight(compute, tensor.dtype, tensor.shape.numpy(), tensor.name, origin)
 
 
 def _set_constant(node: ir.Node, index: int, tensor: ir.TensorProtocol, label: str, edit: Editor) -> None:

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.views import chain_above, permutation
-from graphopt.graph.computed import computed, identity
+from graphopt.graph.computed import identity, weight
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor
-from graphopt.passes.fold.layers import LAZY_BYTES, Layer, Numbers, layer_of, sole_reader
+from graphopt.passes.fold.layers import Layer, Numbers, layer_of, sole_reader
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
 _CHUNK = 1 << 20
@@ -292,11 +292,9 @@ def _merged(pair: _Pair) -> ir.TensorProtocol:
             start += len(rows)
         return ir.tensor(result, dtype=dtype)
 
-    if shape[0] * shape[1] * dtype.itemsize < LAZY_BYTES:
-        return compute()
     layers = (frozen.first, frozen.second)
     origin = ("product", *((identity(x.weight), _alpha(x), _transposed(x)) for x in layers))
-    return computed(compute, dtype, shape, origin=origin)
+    return weight(compute, dtype, shape, origin=origin)
 
 
 def _frozen(layer: Layer) -> Layer:

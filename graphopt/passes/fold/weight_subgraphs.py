@@ -12,13 +12,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.shapes import ShapeFacts
-from graphopt.graph.computed import computed, identity
+from graphopt.graph.computed import LAZY_BYTES, computed, identity
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor, opset
 from graphopt.passes.base import Pass
 from graphopt.passes.clean.eliminate_common_subexpressions import is_random
 from graphopt.passes.clean.fold_constants import (
-    LAZY_BYTES,
     LAZY_TYPES,
     computable,
     evaluate,

@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op
+from graphopt.graph.computed import concatenated
 from graphopt.graph.constants import constant_array
 from graphopt.graph.edits import Editor, nodes
-from graphopt.graph.lazy import concatenated
 from graphopt.passes.base import RulePass
 from graphopt.passes.fold.layers import Layer, layer_of, sole_reader
 

@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int, is_op, producer
+from graphopt.graph.computed import transposed
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor
-from graphopt.graph.lazy import transposed
 from graphopt.passes.fold.layers import Layer, Numbers, layer_of, multiplied, sole_reader
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
