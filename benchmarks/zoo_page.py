@@ -97,6 +97,8 @@ def _summary(data: Results) -> Iterator[str]:
     fast = [label for label, _, t in every if "graphopt" in t["ratios"] and _faster(t)]
     back = [f"{label} ({peer})" for label, m, t in every if (peer := behind(m, t))]
     yield f"- graphopt: equal {equal} of {len(models)}."
+    if missing := data.get("not_measured"):
+        yield f"- Not measured in this run: {', '.join(missing)}."
     yield f"- Slower than the original beyond the noise: {', '.join(slow) or 'none'} of {len(every)} workloads."
     yield f"- Faster beyond the noise: {len(fast)} of {len(every)}: {', '.join(fast) or 'none'}."
     yield f"- The best peer is faster than graphopt beyond the noise on: {', '.join(back) or 'none'}."
