@@ -61,7 +61,9 @@ def main() -> None:
             print(f"{key}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
         results.append(json.loads(kept.read_text()))
     versions = {tool.name: tool.version for tool in [graphopt_tool(), *peers]}
-    data = {"environment": environment(arguments.threads), "versions": versions, "models": results}
+    missing = sorted(set(ENTRIES) - {entry.key for entry in entries})
+    where = environment(arguments.threads)
+    data = {"environment": where, "versions": versions, "not_measured": missing, "models": results}
     page = zoo_page.page(data)
     complete = entries == list(ENTRIES.values()) and arguments.tools is None and arguments.recipe is None
     if folder := arguments.docs or (ROOT / "docs" if complete else None):
