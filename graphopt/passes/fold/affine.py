@@ -65,9 +65,9 @@ class FoldAffine(AffinePass):
     no scale. What has no layer near isn't reported, such as scale and shift of a pre-activation residual unit, which
     read a sum and feed an activation.
 
-    Measured on ONNX Runtime 1.31 (CPU time, one thread, interleaved, median ratio to the default recipe without it):
-    PP-OCRv4 detector 0.87, recognizer 0.84, PP-OCR direction classifier 0.93, PicoDet layout 0.86; PP-LCNet 1.00, where
-    one site folds; an A/A control gave 0.96 to 1.00.
+    Measured on ONNX Runtime 1.31 (CPU time, one thread, interleaved, median ratio to the default recipe without it, two
+    runs on a busy machine): PP-OCRv4 detector 0.87, recognizer 0.84 and 0.90, PicoDet layout 0.86, PP-OCR direction
+    classifier 0.93 and 1.01; PP-LCNet, where one site folds, 1.00. An A/A control gave 0.95 to 1.02.
 
     **Options:** `attention` (boolean, default False): also fold the scale of attention scores, or of the queries or
     keys, into their projection: through the product of queries and keys, Transpose, Reshape and RotaryEmbedding.
