@@ -283,6 +283,17 @@ LEFT: dict[str, tuple[str, dict[str, Any], str]] = {
         {"w": (4, 5), "k": 0.5},
         "'m' is a graph output",
     ),
+    "a GELU that is written out": (
+        "(T[N,4] x) => (T[N,6] y) { d = Mul(x, k)  e = Erf(d)  p = Add(e, one)  m = Mul(x, p)  h = Mul(m, half)"
+        "  y = MatMul(h, w) }",
+        {"w": (4, 6), "k": 0.70710678, "one": 1.0, "half": 0.5},
+        "it ends a GELU that is written out",
+    ),
+    "a normalization that is written out": (
+        "(T[N,4] x, T[N,1] v) => (T[N,6] y) { r = Sqrt(v)  d = Div(x, r)  h = Mul(d, k)  y = MatMul(h, w) }",
+        {"w": (4, 6), "k": (4,)},
+        "it ends a normalization that is written out",
+    ),
     "a column broadcast to channels": (
         "(T[N,P] x) => (T[N,6] y) { h = Tanh(x)  t = Mul(h, k)  y = MatMul(t, w) }",
         {"w": (4, 6), "k": (4,)},
