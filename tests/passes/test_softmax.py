@@ -153,6 +153,11 @@ def test_axis_of_length_1(op_type: str, number: float) -> None:
         ("e = Exp(x)  s = ReduceSum(e)  y = Div(e, s)", "float[B, S, 8] y", "all or unknown axes"),
         (f"e = Exp(x) {SUM} p = Add(s, eps)  y = Div(e, p)", "float[B, S, 8] y", "changed by Add (0.001)"),
         ("d = LogSoftmax(x)  y = Exp(d)", "float[B, S, 8] y, float[B, S, 8] d", "both are wanted"),
+        (
+            "t = Transpose<perm=[0,2,1]>(x)  s = Softmax<axis=-1>(t)  y = Transpose<perm=[0,2,1]>(s)",
+            "float[B, S, 8] y, float[B, 8, S] t",
+            "'t' between two transposes is used elsewhere",
+        ),
     ],
 )
 def test_left_with_reason(body: str, y: str, why: str) -> None:

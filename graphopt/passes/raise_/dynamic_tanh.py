@@ -21,8 +21,8 @@ class RaiseDynamicTanh(ShapeRulePass):
         elementwise LayerNorm:    y = γ · x / √(x² + c) + β
 
     Papers: Transformers without Normalization (Zhu, Chen, He, LeCun, Liu, 2025); Elementwise Layer Normalization
-    (Stollenwerk, 2025), in which tanh is the approximation and the root the exact form of what one element sees of a
-    LayerNorm.
+    (Stollenwerk, 2025; later Dynamic Inverse Square Root Unit), which derives both from what one element sees of a
+    LayerNorm: the root exactly, the tanh by an approximation.
 
     ONNX has no operator for either, so the canonical form is
 

@@ -24,7 +24,8 @@ class RaiseLayerNorm(ShapeRulePass):
     Taken as the same:
 
     1. The square: `Pow(d, 2)`, `Mul(d, d)`, either over `Abs(d)`, or `ReduceSumSquare`.
-    2. The mean: `ReduceMean`, or a sum divided by the number of elements.
+    2. The mean: `ReduceMean`, or a sum divided by the number of elements; its axes kept, or put back by Unsqueeze or
+       Reshape.
     3. x − mean(x) written once or twice.
     4. 1/√v: `Sqrt` or `Pow 0.5` with `Div`, `Reciprocal`, `Div(1, ·)` or `Pow −1`; `Pow −0.5`; the root of `1/v`.
     5. Gain and bias: constants over the normalised axes, whatever axes of length 1 are in front, or absent (the

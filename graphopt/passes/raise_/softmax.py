@@ -293,7 +293,7 @@ class RaiseSoftmax(ShapeRulePass):
             p, q = _permutation(first), _permutation(second)
             if p is None or q is None or len(p) != len(q) or [p[i] for i in q] != list(range(len(p))):
                 continue
-            if (used := escaping([node], second)) is not None:
+            if (used := escaping([first, node], second)) is not None:
                 return self.left(node, f"{used.name!r} between two transposes is used elsewhere too")
             edit.at(second)
             old, over = second.outputs[0], p[axis]
