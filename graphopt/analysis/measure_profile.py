@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,7 @@ def measure(
     counts = tuple(threads or sorted({1, cores}))
     executed = {c.name: {a: execute(c, a) for a in c.alternatives} for c in chosen}
     # An operator that this ONNX Runtime doesn't have is no alternative, and of equal graphs one is enough.
-    distinct = {
-        name: list({e.graph: a for a, e in reversed(by.items()) if e.operators}.values())[::-1]
-        for name, by in executed.items()
-    }
+    distinct = {name: _distinct(by) for name, by in executed.items()}
     plan = [(c, w, t) for c in chosen if len(distinct[c.name]) > 1 for w in widths or c.widths for t in counts]
     # Dear models first: what their least number of rounds takes beyond their share is saved on the others.
     plan.sort(key=lambda item: item[0].blocks)
@@ -101,6 +98,15 @@ def measure(
         runtime, cpu, cores, counts, datetime.date.today().isoformat(), round(time.perf_counter() - begin, 1),
         tuple(entries), executed,
     )  # fmt: skip
+
+
+def _distinct(executed: Mapping[str, Executed]) -> list[str]:
+    """The first alternative of each graph that runs."""
+    first: dict[str, str] = {}
+    for alternative, found in executed.items():
+        if found.operators:
+            first.setdefault(found.graph, alternative)
+    return list(first.values())
 
 
 def micro_model(choice: Choice, alternative: str, width: int) -> onnx.ModelProto:
