@@ -26,7 +26,9 @@ import onnx
 
 from graphopt.analysis.choices import CHOICES, NARROW, Choice
 from graphopt.analysis.interleaved import NO_SPINNING, Interleaved, Ratio, seconds
-from graphopt.analysis.profile import Entry, Executed, Measured, Profile, this_machine
+from graphopt.analysis.profile import Entry, Executed, Measured, Profile
+from graphopt.analysis.profile_cache import this_machine
+from graphopt.analysis.target import highest_opset
 from graphopt.errors import UsageError
 
 Progress = Callable[[str, int, int], None]
@@ -37,7 +39,8 @@ QUICK_SECONDS = 15.0
 ROUND_SECONDS = 0.8e-3
 """An alternative runs several times in a round where one run takes less than this."""
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
-OPSET = 23
+NEWEST_OPSET = 23
+"""The operators of the choices need no newer one; an older ONNX Runtime gets the newest that it loads."""
 IR_VERSION = 10
 
 
@@ -125,7 +128,7 @@ def micro_model(choice: Choice, alternative: str, width: int) -> onnx.ModelProto
     if "$e" in text:
         inputs += f", float[{dims.rsplit(' ', 1)[0]} {NARROW}] e"
     source = (
-        f'<ir_version: {IR_VERSION}, opset_import: ["": {OPSET}, "com.microsoft": 1]>\n'
+        f'<ir_version: {IR_VERSION}, opset_import: ["": {_opset()}, "com.microsoft": 1]>\n'
         f"{re.sub(r'[^a-z]', '_', choice.name)} ({inputs}) => (float[{dims}] {previous}) {{\n"
         + "\n".join(lines)
         + "\n}"
@@ -136,6 +139,10 @@ def micro_model(choice: Choice, alternative: str, width: int) -> onnx.ModelProto
         if name in used:
             model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     return model
+
+
+def _opset() -> int:
+    return min(NEWEST_OPSET, highest_opset())
 
 
 def _name(choice: Choice, block: int, previous: str, match: re.Match[str]) -> str:
@@ -228,7 +235,7 @@ def _attributes(node: onnx.NodeProto) -> list[tuple[str, str]]:
     """Attributes that aren't the operator's defaults."""
     defaults = {}
     if node.domain == "" and onnx.defs.has(node.op_type):
-        defaults = {n: a.default_value for n, a in onnx.defs.get_schema(node.op_type, OPSET).attributes.items()}
+        defaults = {n: a.default_value for n, a in onnx.defs.get_schema(node.op_type, _opset()).attributes.items()}
     values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     return [
         (name, str(value))
