@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 import onnx
 import onnx_ir as ir
 
-from graphopt.analysis import profile as profiles
 from graphopt.analysis.cost import cost
 from graphopt.analysis.profile import Profile
+from graphopt.analysis.profile import load as load_profile
+from graphopt.analysis.profile_cache import cached as cached_profile
 from graphopt.analysis.structure import structure
 from graphopt.analysis.target import TARGETS
 from graphopt.calibration.text import TextDataset
@@ -177,7 +178,7 @@ def find_profile(given: Profile | str | os.PathLike[str] | None, target: str) ->
         raise UsageError(f"A profile is for the target cpu; leave it out for the target {target}.")
     if isinstance(given, Profile):
         return given
-    return profiles.cached() if given == "auto" else profiles.load(given)
+    return cached_profile() if given == "auto" else load_profile(given)
 
 
 def verify(

@@ -15,6 +15,7 @@ from fake_profiles import fake
 
 import graphopt
 from graphopt.analysis import profile as profiles
+from graphopt.analysis import profile_cache
 from graphopt.errors import ModelError, UsageError
 from graphopt.graph.session_settings import SETTINGS_KEY
 from graphopt.pass_manager import PassManager
@@ -96,8 +97,8 @@ def test_a_file_the_cache_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     FUSED.save(tmp_path / "p.json")
     assert op_types(graphopt.optimize(parse(TEXT), RECIPE, profile=tmp_path / "p.json").model)[0] == "Add"
     assert graphopt.optimize(parse(TEXT), RECIPE, profile="auto").report.profile is None
-    runtime, cpu, cores = profiles.this_machine()
-    dataclasses.replace(FUSED, runtime=runtime, cpu=cpu, cores=cores).save(profiles.cached_path())
+    runtime, cpu, cores = profile_cache.this_machine()
+    dataclasses.replace(FUSED, runtime=runtime, cpu=cpu, cores=cores).save(profile_cache.cached_path())
     assert op_types(graphopt.optimize(parse(TEXT), RECIPE, profile="auto").model)[0] == "Add"
     # Only asked for: a run that doesn't name a profile is the same on every machine.
     assert op_types(graphopt.optimize(parse(TEXT), RECIPE).model)[0] == "Sum"

@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ import onnx
 
 from graphopt.analysis.choices import CHOICES, NARROW, Choice
 from graphopt.analysis.interleaved import NO_SPINNING, Interleaved, Ratio, seconds
-from graphopt.analysis.profile import Entry, Executed, Measured, Profile, this_machine
+from graphopt.analysis.profile import Entry, Executed, Measured, Profile
+from graphopt.analysis.profile_cache import this_machine
+from graphopt.analysis.target import highest_opset
 from graphopt.errors import UsageError
 
 Progress = Callable[[str, int, int], None]
@@ -37,7 +39,8 @@ QUICK_SECONDS = 15.0
 ROUND_SECONDS = 0.8e-3
 """An alternative runs several times in a round where one run takes less than this."""
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
-OPSET = 23
+NEWEST_OPSET = 23
+"""The operators of the choices need no newer one; an older ONNX Runtime gets the newest that it loads."""
 IR_VERSION = 10
 
 
@@ -73,10 +76,7 @@ def measure(
     counts = tuple(threads or sorted({1, cores}))
     executed = {c.name: {a: execute(c, a) for a in c.alternatives} for c in chosen}
     # An operator that this ONNX Runtime doesn't have is no alternative, and of equal graphs one is enough.
-    distinct = {
-        name: list({e.graph: a for a, e in reversed(by.items()) if e.operators}.values())[::-1]
-        for name, by in executed.items()
-    }
+    distinct = {name: _distinct(by) for name, by in executed.items()}
     plan = [(c, w, t) for c in chosen if len(distinct[c.name]) > 1 for w in widths or c.widths for t in counts]
     # Dear models first: what their least number of rounds takes beyond their share is saved on the others.
     plan.sort(key=lambda item: item[0].blocks)
@@ -103,6 +103,15 @@ def measure(
     )  # fmt: skip
 
 
+def _distinct(executed: Mapping[str, Executed]) -> list[str]:
+    """The first alternative of each graph that runs."""
+    first: dict[str, str] = {}
+    for alternative, found in executed.items():
+        if found.operators:
+            first.setdefault(found.graph, alternative)
+    return list(first.values())
+
+
 def micro_model(choice: Choice, alternative: str, width: int) -> onnx.ModelProto:
     """The model in which an alternative is timed: `choice.blocks` blocks in a row, all with weights of their own.
 
@@ -119,7 +128,7 @@ def micro_model(choice: Choice, alternative: str, width: int) -> onnx.ModelProto
     if "$e" in text:
         inputs += f", float[{dims.rsplit(' ', 1)[0]} {NARROW}] e"
     source = (
-        f'<ir_version: {IR_VERSION}, opset_import: ["": {OPSET}, "com.microsoft": 1]>\n'
+        f'<ir_version: {IR_VERSION}, opset_import: ["": {_opset()}, "com.microsoft": 1]>\n'
         f"{re.sub(r'[^a-z]', '_', choice.name)} ({inputs}) => (float[{dims}] {previous}) {{\n"
         + "\n".join(lines)
         + "\n}"
@@ -130,6 +139,10 @@ def micro_model(choice: Choice, alternative: str, width: int) -> onnx.ModelProto
         if name in used:
             model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     return model
+
+
+def _opset() -> int:
+    return min(NEWEST_OPSET, highest_opset())
 
 
 def _name(choice: Choice, block: int, previous: str, match: re.Match[str]) -> str:
@@ -222,7 +235,7 @@ def _attributes(node: onnx.NodeProto) -> list[tuple[str, str]]:
     """Attributes that aren't the operator's defaults."""
     defaults = {}
     if node.domain == "" and onnx.defs.has(node.op_type):
-        defaults = {n: a.default_value for n, a in onnx.defs.get_schema(node.op_type, OPSET).attributes.items()}
+        defaults = {n: a.default_value for n, a in onnx.defs.get_schema(node.op_type, _opset()).attributes.items()}
     values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     return [
         (name, str(value))

@@ -80,7 +80,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Run a recipe of passes on MODEL; verify what each pass did; write the result and say what changed."""
-    from graphopt.analysis.profile import cached_path
+    from graphopt.analysis.profile_cache import cached_path
     from graphopt.api import optimize
     from graphopt.calibration.text import load_text
     from graphopt.graph.save import same_file

@@ -36,7 +36,8 @@ Examples:
 def command(name: str, measure: bool, quick: bool, output: Path | None, profile: Path | None, as_json: bool) -> None:
     """Say which operators and opsets the installed ONNX Runtime executes, and which spellings of a computation were
     measured to run fastest on this machine."""
-    from graphopt.analysis import profile as profiles
+    from graphopt.analysis import profile_cache
+    from graphopt.analysis.profile import load
     from graphopt.analysis.target import facts
 
     if name != "cpu" and (measure or profile is not None):
@@ -47,7 +48,7 @@ def command(name: str, measure: bool, quick: bool, output: Path | None, profile:
         raise UsageError("Give either --measure or --profile, not both.")
     try:
         found = facts(name)
-        place = output or profiles.cached_path()
+        place = output or profile_cache.cached_path()
     except ImportError as error:
         raise UsageError("ONNX Runtime is missing; install graphopt[cpu] or graphopt[gpu].") from error
     needed = f"{name.upper()}ExecutionProvider"
@@ -62,9 +63,9 @@ def command(name: str, measure: bool, quick: bool, output: Path | None, profile:
             shown = measure_profile.measure(budget_seconds=seconds, progress=bar)
         shown.save(place)
     elif profile is not None:
-        shown = profiles.load(profile)
+        shown = load(profile)
     elif name == "cpu":
-        shown = profiles.cached()
+        shown = profile_cache.cached()
     if as_json:
         print_json({**found.to_dict(), "profile": None if shown is None else {"id": shown.id, **shown.to_dict()}})
         return

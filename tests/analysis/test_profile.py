@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphopt.analysis import profile as profiles
+from graphopt.analysis import profile_cache
 from graphopt.analysis.choices import CHOICES
 from graphopt.analysis.measure_profile import _run, _session, feeds, measure, micro_model
 from graphopt.analysis.profile import Executed, Profile, preferred
@@ -194,14 +195,14 @@ def test_no_file_binary_file_no_place(tmp_path: Path) -> None:
 
 
 def test_the_cache(tmp_path: Path) -> None:
-    assert profiles.cached(tmp_path) is None
-    runtime, cpu, cores = profiles.this_machine()
+    assert profile_cache.cached(tmp_path) is None
+    runtime, cpu, cores = profile_cache.this_machine()
     mine = dataclasses.replace(fake("residual-norm", 0.8), runtime=runtime, cpu=cpu, cores=cores)
-    mine.save(profiles.cached_path(tmp_path))
-    assert profiles.cached(tmp_path) == mine
-    fake("residual-norm", 0.8).save(profiles.cached_path(tmp_path))
+    mine.save(profile_cache.cached_path(tmp_path))
+    assert profile_cache.cached(tmp_path) == mine
+    fake("residual-norm", 0.8).save(profile_cache.cached_path(tmp_path))
     with pytest.raises(UsageError, match="another machine"):
-        profiles.cached(tmp_path)
+        profile_cache.cached(tmp_path)
 
 
 # ---- what is measured

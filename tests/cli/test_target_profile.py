@@ -12,7 +12,7 @@ import onnx
 import pytest
 from fake_profiles import fake
 
-from graphopt.analysis import measure_profile
+from graphopt.analysis import measure_profile, profile_cache
 from graphopt.analysis import profile as profiles
 from graphopt.cli import main
 
@@ -75,9 +75,9 @@ def test_measuring_keeps_the_profile(run: Run, quick: None) -> None:
     assert "residual-norm" in out
     assert "SkipLayerNormalization" in out
     assert "the same graph" in out
-    assert profiles.cached_path().exists()
+    assert profile_cache.cached_path().exists()
     data = json.loads(run("target", "--json")[1])["profile"]
-    assert data["id"] == profiles.load(profiles.cached_path()).id
+    assert data["id"] == profiles.load(profile_cache.cached_path()).id
     assert data["entries"]
     assert run("target")[1].count("residual-norm") == out.count("residual-norm")
 
@@ -85,7 +85,7 @@ def test_measuring_keeps_the_profile(run: Run, quick: None) -> None:
 def test_measuring_to_a_file(run: Run, quick: None, tmp_path: Path) -> None:
     code, out, _ = run("target", "--measure", "-o", tmp_path / "deep" / "p.json", "--json")
     assert code == 0
-    assert not profiles.cached_path().exists()
+    assert not profile_cache.cached_path().exists()
     assert profiles.load(tmp_path / "deep" / "p.json").id == json.loads(out)["profile"]["id"]
     assert run("target", "--profile", tmp_path / "deep" / "p.json")[0] == 0
 
@@ -108,7 +108,7 @@ def test_wrong_use(run: Run, arguments: tuple[str, ...], word: str) -> None:
 
 
 def test_a_broken_cache_is_one_sentence(run: Run, model: Path) -> None:
-    place = profiles.cached_path()
+    place = profile_cache.cached_path()
     place.parent.mkdir(parents=True)
     place.write_text("{")
     for arguments in (("target",), ("optimize", model)):
@@ -137,8 +137,8 @@ def test_optimize_by_a_profile(run: Run, model: Path, tmp_path: Path) -> None:
 def test_optimize_by_the_cached_profile(run: Run, quick: None, model: Path) -> None:
     run("target", "--measure")
     data = json.loads(run("optimize", model, "--json")[1])
-    assert data["profile"]["id"] == profiles.load(profiles.cached_path()).id
-    assert data["arguments"][-2:] == ["--profile", str(profiles.cached_path())]
+    assert data["profile"]["id"] == profiles.load(profile_cache.cached_path()).id
+    assert data["arguments"][-2:] == ["--profile", str(profile_cache.cached_path())]
     data = json.loads(run("optimize", model, "--force", "--profile", "none", "--json")[1])
     assert data["profile"] == "defaults"
     assert data["arguments"][-2:] == ["--profile", "none"]

@@ -129,3 +129,43 @@ def test_onnx_runtime_no_longer_fuses_it(tmp_path) -> None:
         session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
         session.run(None, {name: np.ones((1, 2, 128), np.float32) for name in ("x", "r")})
         assert expected in [n.op_type for n in ir.load(tmp_path / "o.onnx").graph]
+
+
+@pytest.mark.real
+def test_on_a_real_encoder() -> None:
+    import graphopt
+    from graphopt.models import catalogue
+
+    names = ["lift-constants", "convert-opset", "fold-constants", "raise-layer-norm", "raise-gelu"]
+    recipe = {"passes": [*names, "bias-sum", "residual-sum"]}
+    profile = fake("gelu", 0.8, alternative="sum")
+    result = graphopt.optimize(catalogue.fetch("paraphrase-minilm"), recipe, profile=profile)
+    assert result.report.ok
+    applied = {r.name: sum(s.outcome == "applied" for s in r.sites) for r in result.report.run.records if r.round == 1}
+    assert applied["bias-sum"] == 3
+    assert applied["residual-sum"] == 7
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_what_torch_writes(tmp_path, dynamo: bool) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch isn't installed")
+    pytest.importorskip("onnxscript", reason="onnxscript isn't installed")
+    import warnings
+
+    import graphopt
+
+    net = torch.nn.Sequential(torch.nn.Linear(8, 128), torch.nn.GELU(), torch.nn.Linear(128, 8)).eval()
+    path = tmp_path / "mlp.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if dynamo:
+            torch.onnx.export(net, (torch.randn(2, 5, 8),), dynamo=True, opset_version=20, verbose=False).save(
+                str(path)
+            )
+        else:
+            torch.onnx.export(net, (torch.randn(2, 5, 8),), str(path), dynamo=False, opset_version=17)
+    recipe = {"passes": ["lift-constants", "convert-opset", "fold-constants", "raise-gelu", "bias-sum"]}
+    result = graphopt.optimize(path, recipe, profile=fake("gelu", 0.8, alternative="sum"), verify="pass")
+    assert result.report.ok
+    assert "Sum" in [n.op_type for n in result.model.graph]

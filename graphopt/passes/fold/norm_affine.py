@@ -58,7 +58,9 @@ class FoldNormAffine(AffinePass):
 
     **Options:** `untie` (boolean, default False): give a layer whose weights are shared a copy of its own. A tied
     output layer makes the model larger by the size of the embedding. `new_bias` (boolean, default True): let β become
-    an addition of its own behind a MatMul that has no bias; False leaves such a norm alone.
+    an addition of its own behind a MatMul that has no bias; False leaves such a norm alone. `only_biased` (boolean,
+    default False): leave norms without β alone, without a word: what they would gain is for the passes that ask for
+    it, and every weight that reads them would be written anew.
 
     **When not to use it:** for speed alone: the kernels multiply by the gain whatever it is. ONNX Runtime 1.31 takes
     the same time for an RMSNormalization with ones, and 0.91 to 0.95 of the time for a LayerNormalization that lost
@@ -70,10 +72,11 @@ class FoldNormAffine(AffinePass):
     paper: ClassVar[str] = "Pre-RMSNorm and Pre-CRMSNorm Transformers: Equivalent and Efficient Pre-LN Transformers"
     anchors: ClassVar[tuple[str, ...]] = (*_TOKEN, "com.microsoft::SimplifiedLayerNormalization", *_MAP)
 
-    def __init__(self, untie: bool = False, new_bias: bool = True) -> None:
+    def __init__(self, untie: bool = False, new_bias: bool = True, only_biased: bool = False) -> None:
         super().__init__()
         self.untie = untie
         self.new_bias = new_bias
+        self.only_biased = only_biased
 
     def prepare(self, model: ir.Model, edit: Editor) -> None:
         """No ones yet."""
@@ -88,7 +91,7 @@ class FoldNormAffine(AffinePass):
         if isinstance(gain, str):
             return self.left(node, gain)
         affine, y = gain.affine, node.outputs[0]
-        if (affine.scale == 1).all() and not affine.shifts:
+        if not affine.shifts and (self.only_biased or (affine.scale == 1).all()):
             return False
         for user, _ in y.uses():
             if is_op(user, "Add", "Sum") and not any(is_constant(value) for value in user.inputs):
