@@ -7,6 +7,9 @@ from collections.abc import Callable
 from graphopt.analysis.choices import CHOICES
 from graphopt.analysis.profile import Entry, Executed, Measured, Profile
 
+VERSION = (1, 31)
+"""Of the runtime that the profiles are of."""
+
 Ratio = Callable[[int, int, int], float]
 """(rows, width, threads) to the CPU time over that of the default."""
 
@@ -26,13 +29,14 @@ def fake(
 ) -> Profile:
     """A profile in which one alternative (the first that isn't the default) takes `ratio` times what the default does."""
     known = CHOICES[choice]
-    other = alternative or next(a for a in known.alternatives if a != known.default)
+    default = known.default_for(VERSION)
+    other = alternative or next(a for a in known.alternatives if a != default)
     entries = []
     for t in threads:
         for w in known.widths:
             for r in known.rows:
                 number = ratio if isinstance(ratio, (int, float)) else ratio(r, w, t)
-                times = {known.default: measured(1.0, 0.0), other: measured(number, noise)}
+                times = {default: measured(1.0, 0.0), other: measured(number, noise)}
                 entries.append(Entry(choice, r, w, t, times, measured(control, 0.0)))
-    executed = {choice: {a: Executed(("Op",), a) for a in (known.default, other)}}
-    return Profile("Some Runtime 1.0", "Some CPU", 2, threads, "2026-01-31", 60.0, tuple(entries), executed)
+    executed = {choice: {a: Executed(("Op",), a) for a in (default, other)}}
+    return Profile("Some Runtime 1.31", "Some CPU", 2, threads, "2026-01-31", 60.0, tuple(entries), executed)

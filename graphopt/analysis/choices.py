@@ -35,6 +35,7 @@ class Choice:
         title: What is computed.
         alternatives: ONNX text by alternative; the first is the baseline that the others are timed against.
         default: The alternative that is used where nothing was measured: it never lost on the machines seen.
+        since: Other defaults from some version of ONNX Runtime on, as ((major, minor), alternative), ascending.
         weights: Shapes of the weights by name: numbers, or products of numbers and "W" (the width).
         derived: Weights that hold the numbers of others, joined along the last axis.
         constants: Constants by name: a number, floats, or integers.
@@ -58,6 +59,15 @@ class Choice:
     rows: tuple[int, ...] = TOKEN_ROWS
     blocks: int = 8
     heads: int = 0
+    since: tuple[tuple[tuple[int, int], str], ...] = ()
+
+    def default_for(self, version: tuple[int, int] | None) -> str:
+        """The default with a version of ONNX Runtime; None: with an unknown one."""
+        found = self.default
+        for first, alternative in self.since:
+            if version is not None and version >= first:
+                found = alternative
+        return found
 
 
 _PROJECT = "$h = MatMul($e, $w)\n"
@@ -86,11 +96,14 @@ CHOICES: dict[str, Choice] = {
             "residual-norm",
             "residual addition before a LayerNormalization",
             {
-                "sum": _PROJECT_BIAS + "$s = Sum($a, $x)\n$y = LayerNormalization<axis = -1>($s, $g, $c)",
                 "add": _PROJECT_BIAS + "$s = Add($a, $x)\n$y = LayerNormalization<axis = -1>($s, $g, $c)",
+                "sum": _PROJECT_BIAS + "$s = Sum($a, $x)\n$y = LayerNormalization<axis = -1>($s, $g, $c)",
             },
-            "sum",
+            "add",
             _PROJECTION | _NORM,
+            # Up to 1.29 the fused kernel is the faster one, and from 1.27 on LayerNormalization itself three times
+            # slower; with 1.30 LayerNormalization is as before and the fused kernel four times slower.
+            since=(((1, 30), "sum"),),
         ),
         Choice(
             "rms-norm",

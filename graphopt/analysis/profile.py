@@ -11,10 +11,13 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +156,10 @@ class Profile:
         """Twelve hexadecimal digits that stand for the profile's contents."""
         return hashlib.sha256(self.dumps().encode()).hexdigest()[:12]
 
+    def default(self, choice: str) -> str:
+        """The default of a choice with the runtime measured."""
+        return CHOICES[choice].default_for(_version(self.runtime))
+
     @property
     def description(self) -> str:
         """What was measured and when, without the machine."""
@@ -199,12 +206,13 @@ class Profile:
             KeyError: There is no such choice.
         """
         known = CHOICES[choice]
-        best, best_mean = known.default, 1.0
+        default = self.default(choice)
+        best, best_mean = default, 1.0
         for alternative in known.alternatives:
-            if alternative == known.default:
+            if alternative == default:
                 continue
             found = [
-                self.compare(choice, alternative, known.default, rows, width, threads)
+                self.compare(choice, alternative, default, rows, width, threads)
                 for rows, width in shapes
                 for threads in self.threads
             ]
@@ -288,7 +296,7 @@ def preferred(profile: Profile | None, choice: str, width: int | None, rows: int
     """
     known = CHOICES[choice]
     if profile is None:
-        return known.default
+        return known.default_for(_installed())
     usual = TOKEN_ROWS if known.layout != "image" else known.rows
     shapes = [(r, w) for r in ((rows,) if rows else usual) for w in ((width,) if width else known.widths)]
     return profile.prefers(choice, shapes)
@@ -312,6 +320,21 @@ def load(path: str | os.PathLike[str]) -> Profile:
         raise UsageError(
             f"{path} is no target profile: {str(error).rstrip('.')}; `graphopt target --measure` makes one."
         ) from error
+
+
+def _version(text: str) -> tuple[int, int] | None:
+    """(1, 31) of "ONNX Runtime 1.31.1"."""
+    found = re.search(r"(\d+)\.(\d+)", text)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+@functools.cache
+def _installed() -> tuple[int, int] | None:
+    """The version of the installed ONNX Runtime, without importing it; None where there is none."""
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return _version(importlib.metadata.version(package))
+    return None
 
 
 # ---- the cost model

@@ -115,12 +115,13 @@ def print_profile(profile: Profile, console: Console) -> None:
     for choice in CHOICES.values():
         if choice.name not in profile.executed:
             continue
+        default = profile.default(choice.name)
         console.print(f"\n[bold]{choice.name}[/]: {choice.title}", soft_wrap=True)
         for alternative in choice.alternatives:
             runs = profile.executed[choice.name].get(alternative)
             operators = ", ".join(runs.operators) if runs and runs.operators else "doesn't run"
-            mark = "default" if alternative == choice.default else ""
-            if not mark and profile.same(choice.name, alternative, choice.default):
+            mark = "default" if alternative == default else ""
+            if not mark and profile.same(choice.name, alternative, default):
                 mark = "the same"
             console.print(f"  {alternative:22} {mark:8} {operators}", style="dim", markup=False, soft_wrap=True)
         points = [(e.rows, e.width) for e in profile.entries if e.choice == choice.name]
@@ -136,11 +137,11 @@ def print_profile(profile: Profile, console: Console) -> None:
             table.add_column(f"{number}", justify="right", no_wrap=True)
         table.add_column(unit, no_wrap=True)
         for alternative in choice.alternatives:
-            if profile.same(choice.name, alternative, choice.default):
+            if profile.same(choice.name, alternative, default):
                 continue
             for number, (width, threads) in enumerate(itertools.product(widths, profile.threads)):
-                found = [profile.compare(choice.name, alternative, choice.default, r, width, threads) for r in rows]
-                label = "" if number else f"{alternative} / {choice.default}"
+                found = [profile.compare(choice.name, alternative, default, r, width, threads) for r in rows]
+                label = "" if number else f"{alternative} / {default}"
                 table.add_row(
                     label,
                     str(width),

@@ -8,6 +8,7 @@ import pytest
 from exactness import assert_exact, op_types, parse
 from fake_profiles import Ratio, fake
 
+from graphopt.analysis import profile as profiles
 from graphopt.passes.lower.residual_sum import ResidualSum
 from graphopt.recipe import load
 
@@ -17,6 +18,19 @@ g (float[b, s, 4] x, float[b, s, 4] r) => (float[b, s, 4] y, float[b, s, 4] a)
   %s
   y = LayerNormalization<axis = -1>(a, w, c)
 }"""
+
+
+@pytest.fixture(autouse=True)
+def recent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default is that of a recent ONNX Runtime, whichever is installed."""
+    monkeypatch.setattr(profiles, "_installed", lambda: (1, 31))
+
+
+@pytest.mark.parametrize("version", [(1, 22), (1, 29), None])
+def test_an_older_runtime_fuses_faster(monkeypatch: pytest.MonkeyPatch, version: tuple[int, int] | None) -> None:
+    monkeypatch.setattr(profiles, "_installed", lambda: version)
+    for body in ("a = Add(x, r)", "a = Sum(x, r)"):
+        assert op_types(assert_exact(parse(TEXT % body), ResidualSum()))[0] == "Add"
 
 
 def test_residual() -> None:
