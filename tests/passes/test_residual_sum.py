@@ -114,3 +114,17 @@ def test_it_is_asked_at_the_rows_that_the_graph_fixes() -> None:
 def test_a_sum_of_three_or_with_a_constant_stays() -> None:
     for body in ("a = Sum(x, r, r)", "a = Sum(x, c)"):
         assert lowered(WIDE % body, 0.8)[0] == "Sum"
+
+
+@pytest.mark.real
+def test_on_a_real_encoder() -> None:
+    import graphopt
+    from graphopt.models import catalogue
+
+    names = ["lift-constants", "convert-opset", "fold-constants", "raise-layer-norm", "residual-sum"]
+    for ratio, expected in ((1.5, 7), (0.5, 0)):
+        result = graphopt.optimize(
+            catalogue.fetch("paraphrase-minilm"), {"passes": names}, profile=fake("residual-norm", ratio)
+        )
+        assert result.report.ok
+        assert [n.op_type for n in result.model.graph].count("Sum") == expected

@@ -8,10 +8,13 @@ import onnx_ir as ir
 
 from graphopt.graph.constants import is_constant
 from graphopt.graph.edits import Editor
-from graphopt.passes.lower.addition import AdditionPass
+from graphopt.passes.raise_.shape_rules import ShapeRulePass
+
+_OPERATORS = {"add": "Add", "sum": "Sum"}
+"""Operator by alternative of the choice "residual-norm"."""
 
 
-class ResidualSum(AdditionPass):
+class ResidualSum(ShapeRulePass):
     """Write the residual addition before a LayerNormalization as a `Sum` of two, or as an `Add`, whichever is faster.
 
     ONNX Runtime fuses `Add` + `LayerNormalization` into its own `SkipLayerNormalization`. It looks for `Add`; `Sum` of
@@ -40,11 +43,30 @@ class ResidualSum(AdditionPass):
     bitwise: ClassVar[bool] = True
     targets: ClassVar[tuple[str, ...]] = ("cpu",)
     anchors: ClassVar[tuple[str, ...]] = ("LayerNormalization",)
-    choice: ClassVar[str] = "residual-norm"
 
     def rewrite(self, node: ir.Node, edit: Editor) -> bool:
         """See the class."""
-        addition = self.addition(node.inputs[0])
-        if addition is None or any(is_constant(v) for v in addition.inputs):
+        summed = node.inputs[0]
+        addition = summed.producer() if summed is not None else None
+        if summed is None or addition is None or addition.domain != "" or len(addition.inputs) != 2:
             return False
-        return self.rewrite_addition(node, addition, node.inputs[1], edit)
+        if addition.op_type not in _OPERATORS.values() or any(is_constant(v) for v in addition.inputs):
+            return False
+        if self.dtype(summed) == ir.DataType.DOUBLE:
+            return False  # ONNX Runtime fuses no float64, so nothing is gained
+        wanted = _OPERATORS[self.preferred_at(summed, node.inputs[1])]
+        if addition.op_type == wanted:
+            return False
+        edit.at(addition)
+        edit.replace(summed, edit.op(wanted, list(addition.inputs), like=summed))
+        return self.applied(node, f"the addition {addition.name!r} before it became a {wanted}")
+
+    def preferred_at(self, summed: ir.Value, scale: ir.Value | None) -> str:
+        """The alternative that is preferred at the width of `scale` and the rows of `summed`."""
+        if self.profile is None:  # no shape is needed for the default
+            return self.prefers("residual-norm")
+        lengths = self.shape(scale) if scale is not None else None
+        rows = 1
+        for size in (self.shape(summed) or (None, None))[:-1]:
+            rows = rows * size if size else 0
+        return self.prefers("residual-norm", (lengths[-1] if lengths else None) or None, rows or None)
