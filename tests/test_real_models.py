@@ -24,7 +24,8 @@ def test_optimize(key: str, tmp_path: Path) -> None:
     assert run.verdict is not None
     assert run.verdict.ok, run.verdict.summary
     assert len(result.report.probes) >= 2
-    assert run.after.nodes <= run.before.nodes
+    # A softmax over an inner axis is faster in a few operators more.
+    assert run.after.nodes <= run.before.nodes + 5 * sum(r.name == "inner-softmax" for r in run.records)
     assert run.after.weight_bytes <= run.before.weight_bytes * 1.01 + 4096
     target = tmp_path / "model.onnx"
     result.save(target)

@@ -208,7 +208,8 @@ def test_onnxruntime_operators(tmp_path: Path) -> None:
         g2 = com.microsoft.BiasGelu(m, b) y = Add(g1, g2) }""",
         '<ir_version: 10, opset_import: ["" : 17, "com.microsoft" : 1]>',
     )
-    assert ops(through(proto, tmp_path, X))["FusedMatMul"] == 1
+    # ONNX Runtime's own operators become standard ones; equal calls are one.
+    assert ops(through(proto, tmp_path, X)) == {"Gemm": 1, "Gelu": 1, "Add": 1}
 
 
 def test_unknown_operators_stay(tmp_path: Path) -> None:

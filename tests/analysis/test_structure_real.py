@@ -52,7 +52,8 @@ def test_transformers(name: str) -> None:
     assert roles(sites) == expected
     readers = data["readers"]
     if placement in ("pre", "sandwich"):
-        assert readers == {"norm": 7}
+        # Once their gains are folded, the two norms of GPT-NeoX's parallel branches are one.
+        assert readers == {"norm": 4 if name == "neox" else 7}
     groups: dict[int, list[str]] = {}
     for site in sites:
         groups.setdefault(site.group, []).append(site.role)

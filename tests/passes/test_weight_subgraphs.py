@@ -260,7 +260,7 @@ def test_recurrent_weights_of_a_real_model(tmp_path: Path) -> None:
     """PyTorch's exporter cuts the weights of an LSTM into gates and puts them together in ONNX's order."""
     model = load(catalogue.fetch("silero-vad-openvino"))
     verifier = Verifier(model.clone())
-    passes = load_recipe().passes()
+    passes = [p for p in load_recipe().passes() if getattr(p, "name", "") != FoldWeightSubgraphs.name]
     at = next(i for i, p in enumerate(passes) if getattr(p, "name", "") == "fold-constants")
     other = model.clone()
     PassManager(passes, verifier_of=None)(other)

@@ -23,7 +23,7 @@ from graphopt.passes.fold.channel_affine import (
     rounded_to,
     same_axis,
 )
-from graphopt.passes.fold.layers import LAYERS, Layer, layer_of, sole_reader
+from graphopt.passes.fold.layers import LAYERS, Layer, layer_of, sole_reader_of_numbers
 from graphopt.passes.fold.neighbours import AffinePass, Neighbours, is_product
 
 _VIEWS = ("Transpose", "Reshape", "RotaryEmbedding", "Expand", "Identity")
@@ -146,7 +146,7 @@ class FoldAffine(AffinePass):
         if first is None or found is None or not is_op(node, "Add", "Sub") or (affine.scale != 1).any():
             return False
         z, scale = found
-        if not is_op(first, "Mul", "Div") or first.graph is not node.graph or sole_reader(x) is not None:
+        if not is_op(first, "Mul", "Div") or first.graph is not node.graph or sole_reader_of_numbers(x) is not None:
             return False
         if not self._along(scale, affine, x) or not (np.isfinite(scale.scale) & (scale.scale != 0)).all():
             return False
@@ -182,7 +182,7 @@ class FoldAffine(AffinePass):
         """
         first = x.producer()
         found = None if first is None else read(first, self)
-        if first is None or found is None or first.graph is not node.graph or sole_reader(x) is not None:
+        if first is None or found is None or first.graph is not node.graph or sole_reader_of_numbers(x) is not None:
             return ""
         z, inner = found
         kinds = [(a.scale == 1).all() if is_op(n, "Add", "Sub") else None for n, a in ((first, inner), (node, affine))]

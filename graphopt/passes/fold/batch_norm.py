@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt.graph.constants import constant_array
 from graphopt.graph.edits import Editor
 from graphopt.passes.fold.channel_affine import Affine, Change, added_columns, into_output, read, replace
-from graphopt.passes.fold.layers import layer_of, sole_reader
+from graphopt.passes.fold.layers import layer_of, sole_reader_of_numbers
 from graphopt.passes.fold.neighbours import AffinePass, Neighbours
 
 
@@ -79,7 +79,7 @@ class FoldBatchNorm(AffinePass):
         if found is None or producer is None or producer.op_type not in ("Conv", "ConvTranspose"):
             return False
         x, affine = found
-        if sole_reader(x) is not None or producer.graph is not node.graph:
+        if sole_reader_of_numbers(x) is not None or producer.graph is not node.graph:
             return False
         if node.op_type == "Sub" and node.inputs[1] is x:
             return False

@@ -232,7 +232,7 @@ def layer_of(node: ir.Node) -> Layer | str:
         below = None if product is None else product.producer()
         if product is None or below is None or below.op_type != "MatMul" or below.domain != "":
             return f"{label} has no weights to fold into"
-        if (why := sole_reader(product)) is not None:
+        if (why := sole_reader_of_numbers(product)) is not None:
             return why
         layer = layer_of(below)
         return layer if isinstance(layer, str) else dataclasses.replace(layer, add=node)
@@ -253,7 +253,7 @@ def layer_of(node: ir.Node) -> Layer | str:
 def bias_behind(layer: Layer) -> ir.Node | None:
     """The Add of a constant that alone reads a MatMul, where it adds one number a column."""
     output = layer.output
-    if layer.node.op_type != "MatMul" or sole_reader(output) is not None:
+    if layer.node.op_type != "MatMul" or sole_reader_of_numbers(output) is not None:
         return None
     for use in output.uses():
         ended = layer_of(use.node) if use.node.op_type == "Add" and use.node.graph is layer.node.graph else ""
@@ -280,9 +280,17 @@ def _transposed_weight(node: ir.Node) -> ir.TensorProtocol | None:
 
 def sole_reader(value: ir.Value) -> str | None:
     """Why `value` can't be changed for the sake of its one reader: None where it has one and nothing else sees it."""
+    return _readers(value, [user for user, _ in value.uses()])
+
+
+def sole_reader_of_numbers(value: ir.Value) -> str | None:
+    """As `sole_reader`, for who leaves the shape as it is: what asks for the shape alone doesn't count."""
+    return _readers(value, [user for user, _ in value.uses() if not is_op(user, "Shape", "Size")])
+
+
+def _readers(value: ir.Value, readers: list[ir.Node]) -> str | None:
     if value.is_graph_output():
         return f"{value.name!r} is a graph output"
-    readers = [user for user, _ in value.uses() if not is_op(user, "Shape", "Size")]  # these see no numbers
     return f"{value.name!r} is read by {len(readers)} nodes" if len(readers) > 1 else None
 
 

@@ -16,7 +16,7 @@ from graphopt.analysis.algebra import attribute_int, is_op
 from graphopt.analysis.dims import Dim
 from graphopt.graph.constants import constant_array, is_constant
 from graphopt.passes.fold.channel_affine import Affine, Change, into_input, into_output, rank_of, same_axis
-from graphopt.passes.fold.layers import LAYERS, Layer, Numbers, bias_behind, layer_of, sole_reader
+from graphopt.passes.fold.layers import LAYERS, Layer, Numbers, bias_behind, layer_of, sole_reader_of_numbers
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
 _MOVES = ("Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -75,7 +75,7 @@ class Neighbours:
             if isinstance(layer, str):
                 if node.op_type in LAYERS and not is_product(node):
                     return layer
-                if sole_reader(current) is not None or node.graph is not graph:
+                if sole_reader_of_numbers(current) is not None or node.graph is not graph:
                     return ""
                 if is_product(node):
                     factor = self._factor(node, here, graph)
@@ -88,7 +88,7 @@ class Neighbours:
                     return ""
                 queue.extend(carried)
                 continue
-            if (why := sole_reader(current)) is not None:
+            if (why := sole_reader_of_numbers(current)) is not None:
                 return why if here.size > 1 else ""  # the x + 3 of a hard swish has no layer of its own
             if node.graph is not graph:
                 return f"{layer.name} is in an outer graph"

@@ -16,7 +16,7 @@ from graphopt.graph.constants import constant_array, scalar
 from graphopt.graph.edits import Editor
 from graphopt.passes.fold.batch_norm import normalization
 from graphopt.passes.fold.channel_affine import Affine, rank_of, read, rounded_to, same_axis
-from graphopt.passes.fold.layers import FLOATS, sole_reader
+from graphopt.passes.fold.layers import FLOATS, sole_reader_of_numbers
 from graphopt.passes.fold.neighbours import AffinePass, Neighbours
 
 _NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
@@ -139,7 +139,7 @@ class FoldRepNorm(AffinePass):
                 inner.size == last.map.size and same_axis(inner.axis, last.map.axis, rank_of(x, self))
             ):
                 break
-            shared = last.shared or sole_reader(last.value)
+            shared = last.shared or sole_reader_of_numbers(last.value)
             steps.append(_Step(x, inner.then(last.map), norm or last.norm, shared))
         return steps
 
@@ -216,7 +216,7 @@ class FoldRepNorm(AffinePass):
         norm, here, value = x.producer(), affine, x
         neighbours = Neighbours(self)
         for _ in range(_DEPTH):
-            if norm is None or norm.graph is not node.graph or sole_reader(value) is not None:
+            if norm is None or norm.graph is not node.graph or sole_reader_of_numbers(value) is not None:
                 return False
             if norm.op_type in _NORMS:
                 break

@@ -48,11 +48,12 @@ class MergeSiblings(RulePass):
     Measured on ONNX Runtime 1.31 (CPU, 1 and 2 threads, median ratio of CPU time, A/A 0.92 to 1.06): merged MatMuls of
     384 to 768 channels take 0.92 to 1.06 times as long at one row and 1.07 to 1.16 from 128 rows on, because the Split
     copies what the separate ones write where it is read; of 2048 channels 0.92 to 1.06. Merged 1 × 1 convolutions take
-    1.04 to 1.20. So no recipe that ships has this pass; it is for targets that were measured to gain (GPUs, whose small
-    products don't fill them).
+    1.04 to 1.20. So the recipes that ship have it with `measured`, and without a target profile it does nothing there.
 
     **Options:** `min_inputs` (channels, default 0): merge only layers that read at least so many; `max_bytes` (bytes
-    of the merged weight, default 0 for no limit); `convolutions` (default true): rule 2.
+    of the merged weight, default 0 for no limit); `convolutions` (default true): rule 2; `measured` (default
+    false): only where the target profile prefers `packed` for the choice `siblings` at that many channels, and rule 1
+    alone.
 
     **Needs:** opset 13; weights that nothing else reads. **Guarantees:** the same function: every output is the same
     sum of the same products. Large weights are concatenated when they are saved, one at a time.
@@ -60,7 +61,7 @@ class MergeSiblings(RulePass):
     **Left alone, with the reason:** a weight that something else reads (a second copy would be made); a group beyond
     `max_bytes` or below `min_inputs`. A layer without siblings isn't reported.
 
-    **When not to use it:** on the CPU, unless `graphopt bench` shows a gain on the model.
+    **When not to use it:** on the CPU without `measured`, unless `graphopt bench` shows a gain on the model.
     """
 
     name: ClassVar[str] = "merge-siblings"
@@ -68,9 +69,12 @@ class MergeSiblings(RulePass):
     paper: ClassVar[str] = "Going Deeper with Convolutions"
     anchors: ClassVar[tuple[str, ...]] = ("MatMul", "Conv")
 
-    def __init__(self, min_inputs: int = 0, max_bytes: int = 0, convolutions: bool = True) -> None:
+    def __init__(
+        self, min_inputs: int = 0, max_bytes: int = 0, convolutions: bool = True, measured: bool = False
+    ) -> None:
         super().__init__()
         self.min_inputs, self.max_bytes, self.convolutions = min_inputs, max_bytes, convolutions
+        self.measured = measured
 
     def prepare(self, model: ir.Model, edit: Editor) -> None:
         """Note the order of the nodes: the merged layer takes the place of the first of its group."""
@@ -80,7 +84,7 @@ class MergeSiblings(RulePass):
     def rewrite(self, node: ir.Node, edit: Editor) -> bool:
         """See the class."""
         x = node.inputs[0]
-        if x is None or (node.op_type == "Conv" and not self.convolutions):
+        if x is None or (node.op_type == "Conv" and (self.measured or not self.convolutions)):
             return False
         geometry = _geometry(node)
         first = self._first.get((x, geometry))
@@ -103,6 +107,8 @@ class MergeSiblings(RulePass):
         free = [layer for layer in layers if _reads_alone(layer)]
         if len(free) < 2:
             return self.left(node, f"the weights of its {len(group) - 1} siblings are read elsewhere too")
+        if self.measured and self.prefers("siblings", free[0].inputs) != "packed":
+            return False
         if free[0].inputs < self.min_inputs:
             return self.left(node, f"it reads {free[0].inputs} channels, and min_inputs is {self.min_inputs}")
         size = sum(layer.weight.nbytes for layer in free)

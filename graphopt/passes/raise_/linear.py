@@ -78,6 +78,8 @@ class RaiseLinear(ShapeRulePass):
     # ---- rule 1
 
     def _rewrite_gemm(self, node: ir.Node, edit: Editor) -> bool:
+        if edit.opset < 7:
+            return self.left(node, "needs opset 7, whose Add lays a bias along the rows: run convert-opset first")
         layer = layer_of(node)
         if isinstance(layer, str):
             return self.left(node, layer)
