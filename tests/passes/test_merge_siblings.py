@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from exactness import assert_exact, op_types, parse
+from exactness import assert_exact, op_types, parse, parse_weighted
 from fake_profiles import fake
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -282,7 +282,9 @@ def test_fresh_export(dynamo: bool) -> None:
 def test_as_the_target_profile_says(ratio: float, operators: list[str]) -> None:
     rule = MergeSiblings(measured=True)
     rule.profile = fake("siblings", ratio)
-    assert op_types(assert_exact(graph("p = MatMul(x, a)  q = MatMul(x, b)"), rule)) == operators
+    text = f"""{HEAD} g (float[B, S, 768] x) => (float[B, S, 3] p, float[B, S, 1] q)
+        <float[768, 3] a, float[768, 1] b> {{ p = MatMul(x, a)  q = MatMul(x, b) }}"""
+    assert op_types(assert_exact(parse_weighted(text), rule)) == operators
 
 
 def test_without_a_profile_nothing_is_merged() -> None:
