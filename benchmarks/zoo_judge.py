@@ -100,8 +100,10 @@ def time_all(
     ratios: dict[str, list[float]] = {name: [] for name in runnable if name != "original"}
     spread = dict.fromkeys(ratios, 0.0)
     control, milliseconds = [], []
-    for _ in range(SITTINGS):
-        result = benchmark(list(runnable.values()), feeds, runs=rounds, warmup=3, threads=threads)
+    for sitting in range(SITTINGS):
+        result = benchmark(
+            list(runnable.values()), feeds, runs=rounds, warmup=3, threads=threads, last_first=sitting % 2 == 1
+        )
         control.append(result.control.cpu_ratio.median)
         milliseconds.append(result.models[0].cpu_ms)
         for name, timing in zip(ratios, result.models[1:], strict=True):

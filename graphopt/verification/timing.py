@@ -82,6 +82,7 @@ def benchmark(
     settings: Mapping[str, str] | None = None,
     *,
     min_round_ms: float = 2.0,
+    last_first: bool = False,
 ) -> BenchResult:
     """Time models against each other: in every round each of them runs once, so that noise meets all alike.
 
@@ -96,6 +97,9 @@ def benchmark(
         settings: Session config entries; spinning is off unless they say otherwise.
         min_round_ms: A model runs several times in a round where one run of the first takes less than this.
 
+        last_first: Make the sessions in the other order. The first ones made in a process find other memory than the
+            later ones, and are a few percent slower at times.
+
     Raises:
         UsageError: No models, or no rounds.
         VerificationError: A model doesn't load or run.
@@ -106,11 +110,15 @@ def benchmark(
     names = [os.fspath(p) for p in paths]
     sessions: list[onnxruntime.InferenceSession] = []
     loads: list[float] = []
-    for path in [*paths, paths[0]]:
+    places = [*paths, paths[0]]
+    for path in places[::-1] if last_first else places:
         asked = _asked(path)
         begin = time.perf_counter()
         sessions.append(make_session(path, "all", threads=threads, settings=settings, requested=asked))
         loads.append(time.perf_counter() - begin)
+    if last_first:
+        sessions.reverse()
+        loads.reverse()
     for name, session in zip([*names, names[0]], sessions, strict=True):
         try:
             run(session, feeds)

@@ -30,6 +30,41 @@ class _Step:
     index: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Gemm:
+    """A Gemm with constant weights.
+
+    Attributes:
+        layer: The node with its weight.
+        alpha: What the product is multiplied by.
+        turned: Whether the weight is transposed.
+        bias: c = β · C, one number a column, None where there is none.
+        as_is: Whether C is c already.
+    """
+
+    layer: Layer
+    alpha: float
+    turned: bool
+    bias: Numbers | None
+    as_is: bool
+
+    def write(self, x: ir.Value, like: ir.Value | None, edit: Editor) -> ir.Value:
+        """The same of `x`, which may have more axes, as MatMul and Add before the site."""
+        node, tensor = self.layer.node, self.layer.weight
+        weight = node.inputs[1]
+        if self.alpha != 1.0:
+            tensor = multiplied(tensor, np.full((1, 1), self.alpha))
+        if self.turned:
+            tensor = transposed(tensor)
+        if tensor is not self.layer.weight:
+            weight = edit.constant(tensor, "weight")
+        product = edit.op("MatMul", [x, weight], like=like)
+        if self.bias is None:
+            return product
+        shift = node.inputs[2] if self.as_is else edit.constant(self.bias.astype(tensor.dtype.numpy()), "bias")
+        return edit.op("Add", [product, shift], like=like)
+
+
 class RaiseLinear(ShapeRulePass):
     """Write a linear layer as `MatMul` and `Add`.
 
@@ -53,8 +88,8 @@ class RaiseLinear(ShapeRulePass):
     the model (0.97 to 1.06, A/A 0.94 to 1.06). Rule 2 took 0.85 to 0.99 at one row and 0.95 to 1.05 from 16 rows on; on
     MiniLM as onnxsim writes it, with the rest of the exact recipe, 0.92 to 0.95.
 
-    **Options:** `keep_plain` (default false): leave a Gemm that `lower-linear` would write again (no transpose, α and
-    β 1, a bias of one number a column), for recipes that hold both passes.
+    **Options:** `keep_plain` (default false): leave a Gemm with α and β 1 and a bias of one number a column, unless
+    rule 2 takes it, for recipes that hold `lower-linear`, which would write it again.
 
     **Left alone, with the reason:** a weight or bias that isn't constant; a weight that must be changed while something
     else reads it (tied or shared); a bias of one number a row; a transposed input; float64 and integers, whose MatMul
@@ -78,42 +113,36 @@ class RaiseLinear(ShapeRulePass):
     # ---- rule 1
 
     def _rewrite_gemm(self, node: ir.Node, edit: Editor) -> bool:
-        if edit.opset < 7:
-            return self.left(node, "needs opset 7, whose Add lays a bias along the rows: run convert-opset first")
+        found = self._read_gemm(node, edit.opset)
+        if isinstance(found, str):
+            return self.left(node, found)
+        if self.keep_plain and found.alpha == 1.0 and found.as_is:
+            return False
+        x, old = node.inputs[0], node.outputs[0]
+        assert x is not None
+        if x.shape is None and x.type is not None and not (x.is_graph_input() or x.is_graph_output()):
+            x.shape = ir.Shape([None, found.layer.inputs])  # a Gemm says that it is a matrix, a MatMul doesn't
+        edit.replace(old, found.write(x, old, edit))
+        return self.applied(node, "MatMul" if found.bias is None else "MatMul + Add")
+
+    def _read_gemm(self, node: ir.Node, opset: int) -> _Gemm | str:
+        """The parts of a Gemm, or why it isn't written as MatMul and Add."""
+        if opset < 7:
+            return "needs opset 7, whose Add lays a bias along the rows: run convert-opset first"
         layer = layer_of(node)
         if isinstance(layer, str):
-            return self.left(node, layer)
+            return layer
         numbers = {name: float(a.value) for name, a in node.attributes.items() if name in ("alpha", "beta")}
         alpha, beta = numbers.get("alpha", 1.0), numbers.get("beta", 1.0)
         bias = self._bias(layer, beta)
         if isinstance(bias, str):
-            return self.left(node, bias)
+            return bias
         turned = bool(attribute_int(node, "transB", 0))
         if (why := self._obstacle(layer, alpha, turned)) is not None:
-            return self.left(node, why)
+            return why
         given = node.inputs[2] if len(node.inputs) > 2 else None
         as_is = given is not None and beta == 1.0 and self.shape(given) == (layer.outputs,)
-        if self.keep_plain and alpha == 1.0 and not turned and as_is:
-            return False
-        x, weight, old = node.inputs[0], node.inputs[1], node.outputs[0]
-        assert x is not None
-        assert weight is not None
-        tensor = layer.weight
-        if alpha != 1.0:
-            tensor = multiplied(tensor, np.full((1, 1), alpha))
-        if turned:
-            tensor = transposed(tensor)
-        if tensor is not layer.weight:
-            weight = edit.constant(tensor, "weight")
-        if x.shape is None and x.type is not None and not (x.is_graph_input() or x.is_graph_output()):
-            x.shape = ir.Shape([None, layer.inputs])  # a Gemm says that it is a matrix, a MatMul doesn't
-        if bias is None:
-            edit.replace(old, edit.op("MatMul", [x, weight], like=old))
-            return self.applied(node, "MatMul")
-        product = edit.op("MatMul", [x, weight], like=old)
-        shift = given if as_is else edit.constant(bias.astype(tensor.dtype.numpy()), "bias")
-        edit.replace(old, edit.op("Add", [product, shift], like=old))
-        return self.applied(node, "MatMul + Add")
+        return _Gemm(layer, alpha, turned, bias, as_is)
 
     @staticmethod
     def _bias(layer: Layer, beta: float) -> Numbers | str | None:
@@ -168,13 +197,21 @@ class RaiseLinear(ShapeRulePass):
         why = self._blocked(opening, steps, len(before))
         if why is not None:
             return self.left(node, why)
+        gemms = {step.node: self._read_gemm(step.node, edit.opset) for step in steps if is_op(step.node, "Gemm")}
+        if (why := next((found for found in gemms.values() if isinstance(found, str)), None)) is not None:
+            return self.left(node, why)
         value = x
         for step in steps:
             edit.at(step.node)
+            like = old if step is steps[-1] else None
+            gemm = gemms.get(step.node)
+            if isinstance(gemm, _Gemm):
+                value = gemm.write(value, like, edit)
+                value.type = x.type if value.type is None else value.type
+                continue
             inputs = list(step.node.inputs)
             inputs[step.index] = value
             attributes = {name: attribute.value for name, attribute in step.node.attributes.items()}
-            like = old if step is steps[-1] else None
             value = edit.op(step.node.op_type, inputs, attributes, like=like)
             value.type = x.type if value.type is None else value.type
         edit.replace(old, value)
@@ -185,11 +222,11 @@ class RaiseLinear(ShapeRulePass):
         steps: list[_Step] = []
         value = closing.inputs[0]
         while value is not None:
-            node = producer(value, "MatMul", "Reshape", "Flatten", *_BINARY, *_UNARY)
+            node = producer(value, "MatMul", "Gemm", "Reshape", "Flatten", *_BINARY, *_UNARY)
             if node is None or node.graph is not closing.graph:
                 return None
             if node.op_type in ("Reshape", "Flatten"):
-                linear = any(step.node.op_type == "MatMul" for step in steps)
+                linear = any(step.node.op_type in ("MatMul", "Gemm") for step in steps)
                 return (node, steps[::-1]) if linear and node.inputs[0] is not None else None
             index = 0
             if is_op(node, *_BINARY):
@@ -197,7 +234,7 @@ class RaiseLinear(ShapeRulePass):
                 if sum(constants) != 1:
                     return None
                 index = constants.index(False)
-            elif is_op(node, "MatMul"):
+            elif is_op(node, "MatMul", "Gemm"):
                 weight = constant_tensor(node.inputs[1])
                 if weight is None or len(weight.shape) != 2:
                     return None
