@@ -96,7 +96,6 @@ def benchmark(
         threads: Threads within an operator; None leaves it to ONNX Runtime.
         settings: Session config entries; spinning is off unless they say otherwise.
         min_round_ms: A model runs several times in a round where one run of the first takes less than this.
-
         last_first: Make the sessions in the other order. The first ones made in a process find other memory than the
             later ones, and are a few percent slower at times.
 
