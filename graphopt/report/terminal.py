@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.report import measured, summary, units
+from graphopt.report.structure_lines import structure_lines
 from graphopt.report.summary import Effect, LeftGroup
 
 Data = Mapping[str, Any]
@@ -96,7 +97,7 @@ def print_inspection(data: Data, console: Console) -> None:
                 "all" if len(shared) == stack["count"] else ", ".join(str(number + 1) for number in shared[:TOP_ROWS])
             )
             printer.bullet(f"{which} of the {stack['count']} layers share their weights")
-    if lines := [*_streams(data), *_sites(data)]:
+    if lines := structure_lines(data):
         printer.heading("Structure")
         for line in lines:
             printer.line(line)
@@ -111,63 +112,6 @@ def print_inspection(data: Data, console: Console) -> None:
         if not why:
             printer.heading("Left alone, and why")
             printer.line("Nothing: the exact passes left no site alone.")
-
-
-_PLACEMENTS = {
-    "pre": "normalised before each branch",
-    "post": "normalised after each addition",
-    "sandwich": "normalised before and at the end of each branch",
-    "both": "normalised before each branch and after each addition",
-    "none": "not normalised",
-}
-
-
-def _streams(data: Data) -> list[str]:
-    """A line for each residual stream."""
-    lines = []
-    for stream in (data.get("residual_streams") or [])[:TOP_ROWS]:
-        of = f" of {stream['features']} features" if stream["features"] else ""
-        shortcuts = f", {units.plural(stream['shortcuts'], 'shortcut')} through a layer" if stream["shortcuts"] else ""
-        ends = [f"{verb} {_counts(stream[key])}" for verb, key in (("written by", "writers"), ("read by", "readers"))
-                if stream[key]]  # fmt: skip
-        lines.append(
-            f"residual stream: {units.plural(stream['layers'], 'layer')}{of}, {_PLACEMENTS[stream['placement']]}; "
-            + "; ".join([f"branches: {_counts(stream['branches'])}{shortcuts}", *ends])
-        )
-    more = len(data.get("residual_streams") or []) - TOP_ROWS
-    if more > 0:
-        lines.append(f"and {units.plural(more, 'more residual stream')} (--json has all)")
-    if skips := data.get("long_skips"):
-        lines.append(f"{units.plural(len(skips), 'long skip')}: an earlier value is concatenated to a later one")
-    if reason := data.get("no_residual_stream"):
-        lines.append(f"residual stream: none ({reason})")
-    return lines
-
-
-def _sites(data: Data) -> list[str]:
-    """Attention and linear sites, each on a line."""
-    lines = []
-    for kind in (data.get("attention") or {}).get("summary") or []:
-        heads = f"{kind['heads'] or '?'} heads of {kind['head_size'] or '?'}"
-        lines.append(f"attention: {kind['count']} × {heads}{', masked' if kind['masked'] else ''} ({kind['operator']})")
-    linear = data.get("linear") or {}
-    if linear.get("roles"):
-        shared = linear.get("shared") or []
-        tied = f"; used in several places: {', '.join(shared[:TOP_ROWS])}" if shared else ""
-        groups = units.plural(linear["groups"], "input")
-        lines.append(f"linear layers: {_counts(linear['roles'])}, reading {groups}{tied}")
-    kinds: dict[str, int] = {}
-    for block in data.get("convolutions") or []:
-        kinds[block["kind"]] = kinds.get(block["kind"], 0) + 1
-    if kinds:
-        lines.append(f"convolutional blocks: {_counts(kinds)}")
-    if norms := data.get("elementwise_norms"):
-        lines.append(f"norms without a reduction: {_counts(norms)}")
-    return lines
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def print_verdict(data: Data, console: Console) -> None:
