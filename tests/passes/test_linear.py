@@ -297,6 +297,36 @@ def test_the_pair_comes_to_rest() -> None:
     assert not manager(model).modified
 
 
+@pytest.mark.parametrize("call", ["(f, w, b)", "<transB = 1> (f, w, b)"])
+def test_keep_plain(call: str) -> None:
+    """A plain Gemm stays, transposed or not; one that works on a flattened value doesn't."""
+    weight = TURNED if "transB" in call else WEIGHT
+    alone = gemm(call.replace("f,", "x,"), weight, BIAS)
+    assert not RaiseLinear(keep_plain=True)(alone).modified
+    between = parse(f"""{HEAD} g (float[2, 5, 2] x) => (float[2, 5, 3] y)
+        <{weight}, {BIAS}, int64[2] flat = {{-1, 2}}, int64[3] back = {{2, 5, 3}}> {{
+            f = Reshape(x, flat)
+            l = Gemm {call}
+            y = Reshape(l, back)
+        }}""")
+    after = assert_exact(between, RaiseLinear(keep_plain=True))
+    assert op_types(after) == ["MatMul", "Add"]
+
+
+def test_a_gemm_whose_weight_something_else_reads_keeps_its_reshapes() -> None:
+    model = parse(f"""{HEAD} g (float[2, 5, 2] x) => (float[2, 5, 3] y, float[3, 2] z)
+        <{TURNED}, {BIAS}, int64[2] flat = {{-1, 2}}, int64[3] back = {{2, 5, 3}}> {{
+            f = Reshape(x, flat)
+            l = Gemm <transB = 1> (f, w, b)
+            y = Reshape(l, back)
+            z = Relu(w)
+        }}""")
+    rule = RaiseLinear(keep_plain=True)
+    assert not rule(model).modified
+    assert all("tied with Relu" in site.detail for site in rule.sites)
+    assert rule.sites
+
+
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("key", "count", "shape"),
