@@ -10,11 +10,13 @@ FLOOR = 0.01
 """Two ratios that are nearer than this count as the same, however quiet the machine was."""
 
 _PACKED = "one operator for Q, K, V and the attention (`com.microsoft.Attention`), which graphopt doesn't write yet"
+_BLOCKED = "a file for one processor, its weights in the blocked layout that ONNX Runtime makes of any file at load"
 REASONS: dict[str, str] = {
     "minilm-torch-export-sdpa": _PACKED,
     "minilm-torch-export-eager": _PACKED,
     "minilm-torchscript-sdpa": _PACKED,
     "minilm-torchscript-eager": _PACKED,
+    "openwakeword-embedding": _BLOCKED,
 }
 """Why a peer's file of a model is faster, where it is: by model, or by model and workload."""
 
