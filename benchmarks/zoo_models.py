@@ -1,4 +1,4 @@
-"""The models of the zoo: every ONNX file of `graphopt.models`, and MiniLM as four exporters' settings write it."""
+"""The models of the zoo: every ONNX file of `graphopt.models`, MiniLM in four exports, and SmolLM2."""
 
 from __future__ import annotations
 
@@ -37,6 +37,14 @@ class Entry:
         """The model's file: fetched, or exported into `folder` unless it lies there already."""
         if self.file is not None:
             return self.file
+        if self.key == "smollm2":
+            target = folder / self.key / "model.onnx"
+            if not target.exists():
+                script = Path(__file__).with_name("export_smollm2.py")
+                subprocess.run(
+                    [sys.executable, str(script), "--output", str(target)], check=True, stdout=subprocess.DEVNULL
+                )
+            return target
         if self.key not in _MINILM:
             return fetch(self.key)
         target = folder / f"{self.key}.onnx"
@@ -64,4 +72,10 @@ ENTRIES = {
         {f"{batch}×{sequence}": {"batch": batch, "sequence": sequence} for batch, sequence in _MINILM_SHAPES},
     )
     for key, (exporter, attention) in _MINILM.items()
-} | {key: Entry(key, model.use, {"": {}}) for key, model in MODELS.items() if model.kind == "onnx"}
+}
+ENTRIES["smollm2"] = Entry(
+    "smollm2",
+    "SmolLM2-135M with its cache, written by torch.export, opset 21: 128 tokens, then one token after 256",
+    {"1×128": {"batch": 1, "sequence": 128, "past": 0}, "1×1 after 256": {"batch": 1, "sequence": 1, "past": 256}},
+)
+ENTRIES |= {key: Entry(key, model.use, {"": {}}) for key, model in MODELS.items() if model.kind == "onnx"}
