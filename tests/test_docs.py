@@ -151,8 +151,9 @@ def test_recipes_and_exit_codes_of_the_guide_exist() -> None:
     from graphopt import errors, recipe
 
     guide = (DOCS / "user-guide.md").read_text()
-    assert "(`clean`, `exact`)" in guide
-    assert {"clean", "exact"} <= set(recipe.shipped())
+    names = sorted(recipe.shipped())
+    assert names == ["clean", "exact", "fold-norms"]
+    assert f"({', '.join(f'`{name}`' for name in names)})" in guide
     codes = {c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.GraphoptError)}
     for code in codes:
         assert f"| {code} |" in guide
