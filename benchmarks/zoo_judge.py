@@ -70,7 +70,8 @@ def equality(verifier: Verifier, path: Path) -> dict[str, Any]:
     try:
         make_session(path)
     except GraphoptError as error:
-        return {"loads": False, "equal": False, "verdict": first_line(error)}
+        # Without the folder, which says nothing of the model.
+        return {"loads": False, "equal": False, "verdict": first_line(error).replace(str(path), path.name)}
     verdict = verifier.check(path)
     return {"loads": True, "equal": verdict.ok, "verdict": verdict.summary, "margin": verdict.to_dict()["margin"]}
 
