@@ -100,7 +100,9 @@ class Tool:
             split = self.arguments.index("optimize") + 1
             places = (str(model), "-o", str(target), "--force")
             return [sys.executable, *self.arguments[:split], *places, *self.arguments[split:]]
-        external = sum(f.stat().st_size for f in model_files(model)) > INLINE_BYTES
+        files = model_files(model)
+        # A peer that writes inline may leave references to the original's data file, which isn't beside the result.
+        external = len(files) > 1 or sum(f.stat().st_size for f in files) > INLINE_BYTES
         return [sys.executable, *self.arguments, str(model), str(target), "1" if external else ""]
 
     @property
