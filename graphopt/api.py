@@ -259,7 +259,7 @@ def inspect(
         passes = load_recipe().passes()
         # Structure is read off the canonical graph: what a target runs fastest is spelled in its own way.
         canonical = [pass_ for pass_ in passes if getattr(pass_, "family", "") != "lower"]
-        run = PassManager(canonical, verify="none")(copy)
+        PassManager(canonical, verify="none")(copy)
         raised = Counter(node.op_type for node in nodes(copy))
         data["structures"] = {name: raised[name] for name in STRUCTURES if raised[name]}
         data |= structure(copy)

@@ -172,12 +172,14 @@ def _reader(node: ir.Node) -> ir.Node:
 
 
 def _attention_roles(one: AttentionSite, by_node: dict[ir.Node, LinearSite]) -> None:
-    found = {name: _makers(value, by_node) for name, value in (("q", one.q), ("k", one.k), ("v", one.v))}
+    found: dict[Role, list[LinearSite]] = {
+        "q": _makers(one.q, by_node), "k": _makers(one.k, by_node), "v": _makers(one.v, by_node)
+    }  # fmt: skip
     for name, makers in found.items():
         for site in makers:
             also = {other for other, others in found.items() if site in others}
             if len(also) == 1:
-                site.role = name  # type: ignore[assignment]
+                site.role = name
             elif site.role in ("other", "q", "k", "v"):
                 site.role = "qkv" if len(also) == 3 or "q" in also else "kv"
     for site in _takers(one.output, by_node):

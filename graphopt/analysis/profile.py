@@ -145,11 +145,13 @@ class Profile:
     entries: tuple[Entry, ...]
     executed: dict[str, dict[str, Executed]] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    @functools.cached_property
+    def _points(self) -> dict[tuple[str, int], dict[tuple[int, int], Entry]]:
+        """The entries by choice and threads, then by (rows, width)."""
         points: dict[tuple[str, int], dict[tuple[int, int], Entry]] = {}
         for entry in self.entries:
             points.setdefault((entry.choice, entry.threads), {})[entry.rows, entry.width] = entry
-        object.__setattr__(self, "_points", points)
+        return points
 
     @property
     def id(self) -> str:
@@ -173,8 +175,8 @@ class Profile:
         alternative, over = (self._representative(choice, name) for name in (alternative, over))
         if alternative == over:
             return Comparison(1.0, 0.0, 1.0, 0.0)
-        points: dict[tuple[int, int], Entry] = self._points.get((choice, threads), {})  # type: ignore[attr-defined]
-        points = {at: e for at, e in points.items() if {alternative, over} <= e.alternatives.keys()}
+        measured = self._points.get((choice, threads), {})
+        points = {at: e for at, e in measured.items() if {alternative, over} <= e.alternatives.keys()}
         if not points:
             return None
         cpu = wall = cpu_noise = wall_noise = 0.0

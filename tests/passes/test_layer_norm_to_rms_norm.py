@@ -206,7 +206,7 @@ def test_inside_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_centred(axis: int, dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.graph.computed.LAZY_BYTES", 0)
-    monkeypatch.setattr("graphopt.passes.fold.centring._CHUNK", 7)
+    monkeypatch.setattr("graphopt.passes.fold.layers._CHUNK", 7)
     array = np.random.default_rng(0).normal(size=(5, 4, 3)).astype(dtype)
     tensor = centred(ir.tensor(array, name="t"), axis)
     assert isinstance(tensor, ir.LazyTensor)

@@ -18,9 +18,8 @@ from graphopt.analysis.feature_space import FeatureSpace, Writer
 from graphopt.graph.computed import identity, weight
 from graphopt.graph.constants import constant_tensor, is_constant
 from graphopt.graph.edits import Editor
+from graphopt.passes.fold.layers import FLOATS, chunks
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_CHUNK = 1 << 20
 COPIED_BYTES = 1 << 14
 """A constant of at most so many bytes (a bias) that something else reads too is copied."""
 
@@ -75,7 +74,7 @@ def plan_centring(space: FeatureSpace) -> Plan | str:
         writers = [w for w in space.writers if _reads_constant(w, value)]
         if any(w.kind == "constant" and not is_op(w.node, "Gather") for w in writers if w.node is not None):
             reader = tied[0] if isinstance(tied, list) else None
-            return f"{value.name!r} is shared with {_name(reader)}"
+            return f"{value.name!r} is shared with {described(reader)}"
         plan.at_run_time.extend(w for w in writers if w not in plan.at_run_time)
     return plan
 
@@ -121,16 +120,14 @@ def centred(tensor: ir.TensorProtocol, axis: int) -> ir.TensorProtocol:
         if array.ndim < -axis or array.shape[axis] == 1:
             return ir.tensor(np.zeros_like(array), dtype=tensor.dtype, name=tensor.name)
         result = np.empty(array.shape, dtype=array.dtype)
-        rows = max(1, _CHUNK // max(1, array[:1].size))
-        starts = range(0, len(array), rows)
         overall: npt.NDArray[Any] | None = None
         if -axis == array.ndim:  # over the rows themselves
-            total = sum(array[i : i + rows].astype(np.float64).sum(axis=0, keepdims=True) for i in starts)
+            total = sum(rows.astype(np.float64).sum(axis=0, keepdims=True) for _, rows in chunks(tensor))
             overall = np.asarray(total) / len(array)
-        for i in starts:
-            part = array[i : i + rows].astype(np.float64)
+        for start, rows in chunks(tensor):
+            part = rows.astype(np.float64)
             mean = part.mean(axis=axis, keepdims=True) if overall is None else overall
-            result[i : i + rows] = part - mean
+            result[start : start + len(rows)] = part - mean
         return ir.tensor(result, dtype=tensor.dtype, name=tensor.name)
 
     return weight(compute, tensor.dtype, tensor.shape.numpy(), tensor.name, ("centred", axis, identity(tensor)))
@@ -157,7 +154,7 @@ def _uses(writer: Writer) -> list[_Use] | str | None:
         tensor = constant_tensor(value)
         if tensor is None or value is None or not is_constant(value):
             return None
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             return f"the constant {value.name!r} of {node.op_type} {node.name!r} is {tensor.dtype.name.lower()}"
     return uses
 
@@ -182,5 +179,6 @@ def _centre_at_run_time(value: ir.Value, axis: int, edit: Editor) -> None:
         user.replace_input_with(index, new)
 
 
-def _name(node: ir.Node | None) -> str:
+def described(node: ir.Node | None) -> str:
+    """A reader in words; None stands for a graph output."""
     return "an output of the graph" if node is None else f"{node.op_type} {node.name!r}"

@@ -17,7 +17,7 @@ from graphopt.graph.constants import constant_array, constant_tensor
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import RulePass
 from graphopt.passes.clean.fold_constants import evaluate, frozen_copy
-from graphopt.passes.fold.layers import Layer, Numbers, layer_of
+from graphopt.passes.fold.layers import Layer, Numbers, bias_behind, layer_of, sole_reader
 
 _MAX_NODES = 16
 _LAYERS = ("MatMul", "Gemm", "Conv")
@@ -127,7 +127,8 @@ class RemoveDeadChannels(RulePass):
         shift = np.where(dead & ~unread & np.isfinite(known), known, 0.0)
         bias = None
         if shift.any():
-            second = _with_bias(second)
+            if (add := bias_behind(second, sole_reader)) is not None:
+                second = dataclasses.replace(second, add=add)
             old = second.bias()
             if isinstance(old, str):
                 return self.left(node, f"{count} of {dead.size} channels are dead, but {old}")
@@ -261,17 +262,6 @@ def _output_axis(layer: Layer) -> int:
 def _padded(node: ir.Node) -> bool:
     pads, auto = node.attributes.get("pads"), node.attributes.get("auto_pad")
     return (pads is not None and any(pads.value)) or (auto is not None and auto.value not in ("NOTSET", "VALID"))
-
-
-def _with_bias(layer: Layer) -> Layer:
-    """With the Add of a constant that alone reads a MatMul."""
-    output = layer.output
-    if layer.node.op_type == "MatMul" and len(output.uses()) == 1 and not output.is_graph_output():
-        (use,) = output.uses()
-        ended = layer_of(use.node) if use.node.op_type == "Add" and use.node.graph is layer.node.graph else ""
-        if isinstance(ended, Layer) and not isinstance(ended.bias(), str):
-            return ended
-    return layer
 
 
 def _zero_channels(tensor: ir.TensorProtocol, axis: int) -> Flags:

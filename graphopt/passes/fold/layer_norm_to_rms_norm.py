@@ -12,7 +12,7 @@ from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.constants import constant_array
 from graphopt.graph.edits import Editor, opset, walk
 from graphopt.passes.base import Pass
-from graphopt.passes.fold.centring import Plan, centre, plan_centring
+from graphopt.passes.fold.centring import Plan, centre, described, plan_centring
 
 
 class LayerNormToRmsNorm(Pass):
@@ -97,7 +97,7 @@ class LayerNormToRmsNorm(Pass):
             return space.conflict
         for reader in space.readers:
             if reader.node not in norms:
-                return f"the mean of {reader.value.name!r} is seen by {_described(reader.node)}"
+                return f"the mean of {reader.value.name!r} is seen by {described(reader.node)}"
         if len(norms) < self.min_norms:
             return f"only {len(norms)} norm reads the stream (min_norms {self.min_norms})"
         for norm in norms:
@@ -112,7 +112,7 @@ class LayerNormToRmsNorm(Pass):
         plan = plan_centring(space)
         if isinstance(plan, Plan) and len(plan.at_run_time) > len(norms) // 4:
             writer = plan.at_run_time[0]
-            what = _described(writer.value.producer() or writer.node)
+            what = described(writer.value.producer() or writer.node)
             return (
                 f"{len(plan.at_run_time)} of its {len(space.writers)} writers, for example {what}, would have to be "
                 f"centred at run time, for {len(norms)} norms"
@@ -139,7 +139,3 @@ def has_bias(norm: ir.Node) -> bool:
         return False
     array = constant_array(norm.inputs[2])
     return array is None or bool(array.any())
-
-
-def _described(node: ir.Node | None) -> str:
-    return "an output of the graph" if node is None else f"{node.op_type} {node.name!r}"

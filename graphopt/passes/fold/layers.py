@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ class Layer:
         axes = tuple(axis for axis in range(self.rank) if axis != self._output_axis)
         parts = [
             (rows.astype(np.float64) * _rows(factor, start, len(rows))).sum(axis=axes)
-            for start, rows in _chunks(self.weight)
+            for start, rows in chunks(self.weight)
         ]
         total = np.sum(parts, axis=0) if self._output_axis else np.concatenate(parts)
         return np.asarray(total * self._number("alpha", 1.0))
@@ -141,7 +142,7 @@ class Layer:
         dtype = self.weight.dtype
         highest = _largest(dtype)
         peak = np.zeros(1)
-        for start, rows in _chunks(self.weight):
+        for start, rows in chunks(self.weight):
             products = np.abs(rows.astype(np.float64) * _rows(factor, start, len(rows)))
             if not (products <= highest).all():
                 return f"the weights of {self.name} would overflow {dtype.name.lower()}"
@@ -250,10 +251,29 @@ def layer_of(node: ir.Node) -> Layer | str:
     return Layer(node, weight)
 
 
-def bias_behind(layer: Layer) -> ir.Node | None:
-    """The Add of a constant that alone reads a MatMul, where it adds one number a column."""
+def sole_reader(value: ir.Value) -> str | None:
+    """Why `value` can't be changed for the sake of its one reader: None where it has one and nothing else sees it."""
+    return _readers(value, [user for user, _ in value.uses()])
+
+
+def sole_reader_of_numbers(value: ir.Value) -> str | None:
+    """As `sole_reader`, for who leaves the shape as it is: what asks for the shape alone doesn't count."""
+    return _readers(value, [user for user, _ in value.uses() if not is_op(user, "Shape", "Size")])
+
+
+def _readers(value: ir.Value, readers: list[ir.Node]) -> str | None:
+    if value.is_graph_output():
+        return f"{value.name!r} is a graph output"
+    return f"{value.name!r} is read by {len(readers)} nodes" if len(readers) > 1 else None
+
+
+def bias_behind(layer: Layer, obstacle: Callable[[ir.Value], str | None] = sole_reader_of_numbers) -> ir.Node | None:
+    """The Add of a constant that alone reads a MatMul, where it adds one number a column.
+
+    `obstacle` says why another reader stands in the way: `sole_reader` for who changes the product's shape or drops it.
+    """
     output = layer.output
-    if layer.node.op_type != "MatMul" or sole_reader_of_numbers(output) is not None:
+    if layer.node.op_type != "MatMul" or obstacle(output) is not None:
         return None
     for use in output.uses():
         ended = layer_of(use.node) if use.node.op_type == "Add" and use.node.graph is layer.node.graph else ""
@@ -278,28 +298,12 @@ def _transposed_weight(node: ir.Node) -> ir.TensorProtocol | None:
     )  # fmt: skip
 
 
-def sole_reader(value: ir.Value) -> str | None:
-    """Why `value` can't be changed for the sake of its one reader: None where it has one and nothing else sees it."""
-    return _readers(value, [user for user, _ in value.uses()])
-
-
-def sole_reader_of_numbers(value: ir.Value) -> str | None:
-    """As `sole_reader`, for who leaves the shape as it is: what asks for the shape alone doesn't count."""
-    return _readers(value, [user for user, _ in value.uses() if not is_op(user, "Shape", "Size")])
-
-
-def _readers(value: ir.Value, readers: list[ir.Node]) -> str | None:
-    if value.is_graph_output():
-        return f"{value.name!r} is a graph output"
-    return f"{value.name!r} is read by {len(readers)} nodes" if len(readers) > 1 else None
-
-
 def multiplied(tensor: ir.TensorProtocol, factor: Numbers) -> ir.TensorProtocol:
     """`tensor` · `factor` in float64, rounded once to the type of `tensor`; large ones when they are asked for."""
 
     def compute() -> ir.TensorProtocol:
         result = np.empty(tensor.shape.numpy(), dtype=tensor.dtype.numpy())
-        for start, rows in _chunks(tensor):
+        for start, rows in chunks(tensor):
             result[start : start + len(rows)] = rows.astype(np.float64) * _rows(factor, start, len(rows))
         return ir.tensor(result, dtype=tensor.dtype, name=tensor.name)
 
@@ -318,7 +322,7 @@ def _set_constant(node: ir.Node, index: int, tensor: ir.TensorProtocol, label: s
         edit.set_input(node, index, edit.constant(tensor, label))
 
 
-def _chunks(tensor: ir.TensorProtocol) -> list[tuple[int, npt.NDArray[Any]]]:
+def chunks(tensor: ir.TensorProtocol) -> list[tuple[int, npt.NDArray[Any]]]:
     """Views of some rows each, by their first row, so that their copies in float64 stay small."""
     array = tensor.numpy()
     rows = max(1, _CHUNK // max(1, array[:1].size))

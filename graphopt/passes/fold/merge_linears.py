@@ -15,7 +15,7 @@ from graphopt.analysis.views import chain_above, permutation
 from graphopt.graph.computed import identity, weight
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor
-from graphopt.passes.fold.layers import Layer, Numbers, layer_of, sole_reader
+from graphopt.passes.fold.layers import Layer, Numbers, bias_behind, layer_of, sole_reader
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
 _CHUNK = 1 << 20
@@ -139,15 +139,9 @@ class MergeLinears(ShapeRulePass):
 
     def _with_bias(self, layer: Layer) -> Layer:
         """The layer with the Add of a constant that alone reads it, where that adds one number a column."""
-        output = layer.output
-        if layer.node.op_type != "MatMul" or sole_reader(output) is not None:
-            return layer
-        for use in output.uses():
-            if use.node.op_type == "Add" and use.node.graph is layer.node.graph:
-                ended = layer_of(use.node)
-                if isinstance(ended, Layer) and not isinstance(ended.bias(), str) and self._fits(ended):
-                    return ended
-        return layer
+        add = bias_behind(layer, sole_reader)
+        ended = layer if add is None else dataclasses.replace(layer, add=add)
+        return ended if self._fits(ended) else layer
 
     def _fits(self, layer: Layer) -> bool:
         """Whether the Add of a bias gives no more axes than the product has."""
