@@ -127,6 +127,7 @@ def _read(path: Path, facts: ShapeFacts) -> AttentionForm:
     scores = read_scores(path, scoring.result(queries, keys), facts)
     if scores.axes[-1] and set(settled(scores.axes)[-1]) <= set(_leaves(queries[-2])):
         # The product is keys times queries, exchanged afterwards.
+        scores = read_scores(path, scoring.result(queries, keys, 1), facts)
         queries, keys, q_stages, k_stages = keys, queries, k_stages, q_stages
     axes = scores.axes
     for node in path.weighing:
@@ -144,7 +145,7 @@ def _read(path: Path, facts: ShapeFacts) -> AttentionForm:
     weights, values = rows[path.place], _exchanged(rows[1 - path.place])
     if set(settled(weights)[-1]) != set(settled(scores.axes)[-1]):
         raise NotAttention("the sum over the values isn't along the axis of the Softmax")
-    output, out_axes = path.weighted.outputs[0], weighting.result(*rows)
+    output, out_axes = path.weighted.outputs[0], weighting.result(*rows, first=path.place)
     q_roles, k_roles, v_roles = _roles(queries, keys, values, weights)
     out_roles: Roles = (q_roles[0], q_roles[1], q_roles[2], v_roles[3])
     out_roles, output, out_axes = _following(out_roles, output, out_axes, facts)
@@ -229,11 +230,12 @@ class Contraction:
         """Both operands as [batch ..., rows, summed]."""
         return tuple(a[axis] for axis in self.left), tuple(b[axis] for axis in self.right)
 
-    def result(self, a: Axes, b: Axes) -> Axes:
-        """The axes of the result for operands in rows; the batch axes are those of `a` where it has them."""
+    def result(self, a: Axes, b: Axes, first: int = 0) -> Axes:
+        """The axes of the result for operands in rows; the batch axes are those of operand `first` where it has them."""
         rank = len(self.out)
         a, b = ((),) * (rank - len(a)) + a, ((),) * (rank - len(b)) + b
-        joined = (*(x or y for x, y in zip(a[:-2], b[:-2], strict=True)), a[-2], b[-2])
+        batch, other = (a[:-2], b[:-2]) if first == 0 else (b[:-2], a[:-2])
+        joined = (*(x or y for x, y in zip(batch, other, strict=True)), a[-2], b[-2])
         return tuple(joined[axis] for axis in self.out)
 
 

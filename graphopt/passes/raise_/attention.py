@@ -88,6 +88,7 @@ class RaiseAttention(RulePass):
 
     def rewrite(self, node: ir.Node, edit: Editor) -> bool:
         """See the class."""
+        mark = edit.made()
         try:
             if node.op_type == "Attention":
                 return self._rewrite_operator(node, edit)
@@ -98,6 +99,7 @@ class RaiseAttention(RulePass):
                 raise NotAttention(f"needs opset {OPSET}, the model has {edit.opset}: run convert-opset first")
             return self.applied(node, _write(form, self._facts, edit))
         except (NotAttention, NotAView) as reason:
+            edit.discard(mark)
             return self.left(node, f"attention isn't raised: {reason}")
 
     def _rewrite_operator(self, node: ir.Node, edit: Editor) -> bool:
@@ -180,7 +182,7 @@ class _Writer:
     def __init__(self, parts: Sequence[Operand], facts: ShapeFacts, edit: Editor) -> None:
         self.facts, self.edit = facts, edit
         self.views = Rearrangement(edit, facts, [stage for operand in parts for stage in operand.stages])
-        self._presents: list[tuple[ir.Value, ir.Value]] = []
+        self._replaced: list[tuple[ir.Value, ir.Value]] = []
 
     def operator(
         self,
@@ -204,14 +206,14 @@ class _Writer:
         if found is not None:
             node = y.producer()
             assert node is not None
-            self._presents = [(k, node.outputs[1]), (v, node.outputs[2])]
-            for old, new in self._presents:
+            for old, new in ((k, node.outputs[1]), (v, node.outputs[2])):
                 new.type, new.shape = old.type, old.shape
+                self._replaced.append((old, new))
         return y, found is not None
 
     def finish(self) -> None:
-        """Let what read the cache read the results of the operator."""
-        for old, new in self._presents:
+        """Let what read the cache read the results of the operator, and take out what the scale has taken over."""
+        for old, new in self._replaced:
             self.edit.replace(old, new)
 
     def placed(self, operand: Operand, number: bool = True) -> tuple[ir.Value, float]:
@@ -239,7 +241,7 @@ class _Writer:
                 break
             if len(after.scales) > len(before.scales):
                 factor *= after.factor / before.factor
-                self.edit.replace(before.value, after.value)
+                self._replaced.append((before.value, after.value))
         return factor
 
     def cache(
