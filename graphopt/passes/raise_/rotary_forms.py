@@ -5,9 +5,8 @@ chains of operators, a value is described element by element: each is a sum of t
 
     sign · x[i] · table[j]          sign ∈ {-1, 0, 1}; x or the table may be absent
 
-where x is one chosen value and a table anything that is multiplied with it (cos and sin of the positions). A form is
-an integer array of the shape (terms, 4, *elements); its four rows are sign, index in x, table, index in the table. Every
-operator that moves elements is then one numpy call on the trailing axes.
+where x is one chosen value and a table anything that is multiplied with it (cos and sin of the positions). Every
+operator that moves elements is then one numpy call on the trailing axes of an array (see `rotary_terms`).
 
 The leading axes (batch, heads, positions) are the same for all elements. A table says for each of them which axis of its
 own stands there, or that it is broadcast.
@@ -19,19 +18,30 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.analysis.algebra import attribute_int, cast_target, is_op, source
+from graphopt.analysis.algebra import attribute_int, cast_target, source
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.constants import constant_array, is_constant, scalar
+from graphopt.passes.raise_.rotary_terms import (
+    MAX_TERMS,
+    SIGN,
+    TABLE,
+    Form,
+    X,
+    columns_of,
+    fits,
+    lengthened,
+    multiplied,
+    negated,
+    of_x,
+    packed,
+    term,
+)
 
-Form = npt.NDArray[np.int64]
 Lead = tuple[int | None, ...]
 
-SIGN, X, TABLE, INDEX = range(4)
 _MAX_NODES = 64
-_MAX_TERMS = 4
 _MAX_ELEMENTS = 1 << 13
 
 
@@ -67,19 +77,28 @@ class Table:
     lead: Lead
 
 
+class Tables(list[Table]):
+    """The tables met, each once; forms name them by number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers: dict[Table, int] = {}
+
+    def number(self, table: Table) -> int:
+        """The number of `table`."""
+        number = self._numbers.setdefault(table, len(self))
+        if number == len(self):
+            self.append(table)
+        return number
+
+
 class Forms:
     """Forms of the values between a chosen `x` and what is computed from it."""
 
-    def __init__(self, facts: ShapeFacts, x: ir.Value | None, tables: dict[Table, int]) -> None:
+    def __init__(self, facts: ShapeFacts, x: ir.Value | None, tables: Tables) -> None:
         self.x, self.nodes = x, dict[ir.Node, None]()
-        self._facts, self._numbers = facts, tables
-        self._tables = list(tables)
+        self._facts, self._tables = facts, tables
         self._known: dict[tuple[ir.Value, int], Form | None] = {}
-
-    @property
-    def tables(self) -> Sequence[Table]:
-        """The tables by number."""
-        return self._tables
 
     def of(self, value: ir.Value, lead: int) -> Form | None:
         """The form of `value` with `lead` leading axes; None where its elements can't be counted."""
@@ -102,7 +121,7 @@ class Forms:
                 self.nodes[node] = None
                 form = rule(self, node, value, lead)
                 if form is not None:
-                    return form if len(form) <= _MAX_TERMS else None
+                    return form if len(form) <= MAX_TERMS else None
         return self._atom(value, lead)
 
     # ---- leaves
@@ -112,14 +131,14 @@ class Forms:
         if elements is None or lead != (self._rank(value) or 0) - 1:
             return None
         count = int(np.prod(elements))
-        return _form(1, np.arange(count).reshape(elements), -1, 0)
+        return term(1, np.arange(count).reshape(elements), -1, 0)
 
     def _atom(self, value: ir.Value, lead: int) -> Form | None:
         elements = self.elements(value, lead)
         if elements is None:
             return None
-        table = self._number(Table(value, lead, (), tuple(range(lead))))
-        return _form(1, -1, table, np.arange(int(np.prod(elements))).reshape(elements))
+        table = self._tables.number(Table(value, lead, (), tuple(range(lead))))
+        return term(1, -1, table, np.arange(int(np.prod(elements))).reshape(elements))
 
     def _constant(self, value: ir.Value, lead: int) -> Form | None:
         """A constant: signs where it holds nothing else, else a table in which equal and opposite columns are one."""
@@ -129,18 +148,11 @@ class Forms:
             return self._atom(value, lead)
         numbers = np.asarray(array, dtype=np.float64)
         if int(np.prod(array.shape[:lead])) == 1 and np.isin(numbers, (-1.0, 0.0, 1.0)).all():
-            return _form(numbers.reshape(elements).astype(np.int64), -1, -1, 0)
+            return term(numbers.reshape(elements).astype(np.int64), -1, -1, 0)
         columns = numbers.reshape(-1, int(np.prod(elements))).T + 0.0  # no negative zeros
-        signs, index = _columns(columns)
-        table = self._number(Table(value, lead, (), tuple(range(lead))))
-        return _form(signs.reshape(elements), -1, table, index.reshape(elements))
-
-    def _number(self, table: Table) -> int:
-        if table not in self._numbers:
-            self._numbers[table] = len(self._numbers)
-        if len(self._tables) < len(self._numbers):
-            self._tables = list(self._numbers)
-        return self._numbers[table]
+        signs, index = columns_of(columns)
+        table = self._tables.number(Table(value, lead, (), tuple(range(lead))))
+        return term(signs.reshape(elements), -1, table, index.reshape(elements))
 
     # ---- shapes
 
@@ -171,7 +183,7 @@ class Forms:
             if number >= 0:
                 table = self._tables[number]
                 axes = tuple(None if s is None else table.lead[s] for s in sources)
-                moved = self._number(dataclasses.replace(table, lead=axes))
+                moved = self._tables.number(dataclasses.replace(table, lead=axes))
                 result[:, TABLE][form[:, TABLE] == number] = moved
         return result
 
@@ -184,7 +196,7 @@ class Forms:
         result = form.copy()
         for number in np.unique(form[0, TABLE]):
             table = self._tables[number]
-            further = self._number(dataclasses.replace(table, steps=(*table.steps, step)))
+            further = self._tables.number(dataclasses.replace(table, steps=(*table.steps, step)))
             result[0, TABLE][form[0, TABLE] == number] = further
         return result
 
@@ -210,10 +222,10 @@ class Forms:
         if a is None or b is None or a.shape[2:] != b.shape[2:]:
             return None
         if node.op_type == "Sub":
-            b = _negated(b)
-        if not (_of_x(a) and _of_x(b)):
+            b = negated(b)
+        if not (of_x(a) and of_x(b)):
             return None
-        return _packed(np.concatenate([a, b]))
+        return packed(np.concatenate([a, b]))
 
     def _product(self, node: ir.Node, value: ir.Value, lead: int) -> Form | None:
         a, b = node.inputs
@@ -227,12 +239,12 @@ class Forms:
         if node.op_type == "Div":
             return None
         first, second = self._operands(node, value, lead)
-        return None if first is None or second is None else _multiplied(first, second)
+        return None if first is None or second is None else multiplied(first, second)
 
     def _negative(self, node: ir.Node, value: ir.Value, lead: int) -> Form | None:
         del value
         form = self.of(_input(node), lead)
-        return None if form is None else _negated(form)
+        return None if form is None else negated(form)
 
     def _step(self, node: ir.Node, value: ir.Value, lead: int) -> Form | None:
         del value
@@ -307,7 +319,7 @@ class Forms:
             return None
         known = [form for form in forms if form is not None]
         terms = max(len(form) for form in known)
-        padded = [_lengthened(form, terms) for form in known]
+        padded = [lengthened(form, terms) for form in known]
         return np.concatenate(padded, axis=axis % rank - lead + 2)
 
     def _reshape(self, node: ir.Node, value: ir.Value, lead: int) -> Form | None:
@@ -358,7 +370,7 @@ class Forms:
         if node.op_type == "Tile":
             form = form.reshape(*form.shape[:2], *[1] * (len(elements) - (form.ndim - 2)), *form.shape[2:])
             return np.tile(form, [1, 1, *(n // m for n, m in zip(elements, form.shape[2:], strict=True))])
-        return np.broadcast_to(form, (*form.shape[:2], *elements)) if _fits(form.shape[2:], elements) else None
+        return np.broadcast_to(form, (*form.shape[:2], *elements)) if fits(form.shape[2:], elements) else None
 
     def _transpose(self, node: ir.Node, value: ir.Value, lead: int) -> Form | None:
         del value
@@ -375,8 +387,6 @@ class Forms:
         return self._relead(form, lead, perm[:lead])
 
 
-_NONE = np.array([0, -1, -1, 0], dtype=np.int64)
-
 Rule = Callable[[Forms, ir.Node, ir.Value, int], "Form | None"]
 
 _RULES: Mapping[str, Rule] = {
@@ -392,85 +402,3 @@ def _input(node: ir.Node) -> ir.Value:
     value = node.inputs[0]
     assert value is not None
     return value
-
-
-def _form(sign: npt.ArrayLike, x: npt.ArrayLike, table: npt.ArrayLike, index: npt.ArrayLike) -> Form:
-    return np.stack(np.broadcast_arrays(sign, x, table, index)).astype(np.int64)[None]
-
-
-def _columns(columns: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """For every row the first that is equal to it or to its negative, and which of the two."""
-    seen: dict[bytes, int] = {}
-    signs, index = np.ones(len(columns), np.int64), np.arange(len(columns))
-    for i, column in enumerate(columns):
-        same, opposite = seen.get(column.tobytes()), seen.get((0.0 - column).tobytes())
-        if same is not None:
-            index[i] = same
-        elif opposite is not None:
-            index[i], signs[i] = opposite, -1
-        else:
-            seen[column.tobytes()] = i
-    return signs, index
-
-
-def _negated(form: Form) -> Form:
-    result = form.copy()
-    result[:, SIGN] *= -1
-    return result
-
-
-def _of_x(form: Form) -> bool:
-    """Whether every term has x in it."""
-    return bool(((form[:, X] >= 0) | (form[:, SIGN] == 0)).all())
-
-
-def _lengthened(form: Form, terms: int) -> Form:
-    nothing = np.broadcast_to(_NONE.reshape((1, 4) + (1,) * (form.ndim - 2)), (terms - len(form), *form.shape[1:]))
-    return np.concatenate([form, nothing])
-
-
-def _multiplied(a: Form, b: Form) -> Form | None:
-    if len(a) * len(b) > _MAX_TERMS:
-        return None
-    shape = _broadcast(a.shape[2:], b.shape[2:])
-    if shape is None:
-        return None
-    a = a.reshape(*a.shape[:2], *[1] * (len(shape) - (a.ndim - 2)), *a.shape[2:])
-    b = b.reshape(*b.shape[:2], *[1] * (len(shape) - (b.ndim - 2)), *b.shape[2:])
-    terms = []
-    for one in a:
-        for other in b:
-            one, other = (np.broadcast_to(f, (4, *shape)) for f in (one, other))
-            there = one[SIGN] * other[SIGN] != 0
-            if (there & (((one[X] >= 0) & (other[X] >= 0)) | ((one[TABLE] >= 0) & (other[TABLE] >= 0)))).any():
-                return None
-            term = np.stack(
-                [
-                    one[SIGN] * other[SIGN],
-                    np.maximum(one[X], other[X]),
-                    np.maximum(one[TABLE], other[TABLE]),
-                    np.where(one[TABLE] >= 0, one[INDEX], other[INDEX]),
-                ]
-            )
-            term[:, ~there] = _NONE[:, None]
-            terms.append(term)
-    return np.stack(terms)
-
-
-def _packed(form: Form) -> Form:
-    """`form` with the terms that are there first and those that no element has left out."""
-    order = np.argsort(form[:, SIGN] == 0, axis=0, kind="stable")
-    form = np.take_along_axis(form, order[:, None], axis=0)
-    used = (form[:, SIGN] != 0).reshape(len(form), -1).any(axis=1)
-    return form[: max(int(used.sum()), 1)]
-
-
-def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:
-    try:
-        return np.broadcast_shapes(a, b)
-    except ValueError:
-        return None
-
-
-def _fits(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return _broadcast(a, b) == b

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,8 @@ from graphopt.analysis.dims import Dim, as_symbol
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.constants import constant_array
 from graphopt.graph.edits import Editor
-from graphopt.passes.raise_.rotary_forms import INDEX, SIGN, TABLE, Form, Step, Table, X
+from graphopt.passes.raise_.rotary_forms import Step, Table, Tables
+from graphopt.passes.raise_.rotary_terms import INDEX, SIGN, TABLE, Form, X
 
 Numbers = npt.NDArray[np.int64]
 
@@ -84,8 +86,8 @@ def _half(rows: Numbers) -> Half:
 class TableWriter:
     """Writes tables [batch, positions, pairs] into one graph, each once, before the first site that reads it."""
 
-    def __init__(self, facts: ShapeFacts, tables: dict[Table, int]) -> None:
-        self._facts, self._tables = facts, list(tables)
+    def __init__(self, facts: ShapeFacts, tables: Tables) -> None:
+        self._facts, self._tables = facts, tables
         self._made: dict[tuple[object, ...], ir.Value] = {}
 
     # ---- before anything is written
@@ -112,22 +114,24 @@ class TableWriter:
 
     # ---- writing
 
-    def write(self, half: Half, batch: int, positions: int, count: int, edit: Editor) -> ir.Value:
+    def write(self, half: Half, batch: int | None, positions: int, count: int, edit: Editor) -> ir.Value:
         """The table with batch and positions taken from these of the `count` leading axes of x."""
         key = (half.sign, half.table.tobytes(), half.index.tobytes(), batch, positions, count)
         if key not in self._made:
             edges = [0, *(np.flatnonzero(np.diff(half.table)) + 1), len(half.table)]
             parts = [
                 self._part(self._tables[half.table[a]], half.index[a:b], batch, positions, count, edit)
-                for a, b in zip(edges, edges[1:], strict=False)
+                for a, b in itertools.pairwise(edges)
             ]
             value = parts[0] if len(parts) == 1 else edit.op("Concat", parts, {"axis": -1})
             self._made[key] = value if half.sign > 0 else edit.op("Neg", [value])
         return self._made[key]
 
-    def _part(self, table: Table, index: Numbers, batch: int, positions: int, count: int, edit: Editor) -> ir.Value:
+    def _part(
+        self, table: Table, index: Numbers, batch: int | None, positions: int, count: int, edit: Editor
+    ) -> ir.Value:
         missing = count - len(table.lead)
-        places = [table.lead[i - missing] if i >= missing else None for i in (batch, positions)]
+        places = [None if i is None or i < missing else table.lead[i - missing] for i in (batch, positions)]
         key = (table.base, table.steps, index.tobytes(), *places)
         if key in self._made:
             return self._made[key]
@@ -203,40 +207,72 @@ class Sizes:
                 if dim.value is None:
                     self._inputs.setdefault(dim, (value, axis))
         self._made: dict[Dim, ir.Value] = {}
-        self._expanded: dict[tuple[ir.Value, tuple[Dim, Dim]], ir.Value] = {}
+        self._targets: dict[tuple[Dim, ...], ir.Value] = {}
+        self._fitted: dict[tuple[object, ...], ir.Value] = {}
 
-    def fitted(
-        self, table: ir.Value, wanted: tuple[Dim, Dim], x: ir.Value, axes: tuple[int, int], edit: Editor
-    ) -> ir.Value:
-        """`table` [batch, positions, pairs] expanded to the sizes that x has, where it isn't known to have them."""
-        shape = self._facts.shape(table)
+    def fitted(self, value: ir.Value, x: ir.Value, axes: Sequence[int | None], edit: Editor) -> ir.Value:
+        """`value` [batch, positions, ...] with these axes of the size that `axes` of x have, None standing for 1.
+
+        It is expanded where it isn't known to have them.
+        """
+        shape, of_x = self._facts.shape(value), self._facts.shape(x)
         assert shape is not None
-        if all(has(dim, size) for dim, size in zip(shape, wanted, strict=False)):
-            return table
-        key = table, wanted
-        if key not in self._expanded:
-            known = [d.value for d in wanted]
-            if all(size is not None for size in known):
-                target = edit.constant(np.array([*known, 1], dtype=np.int64), "sizes")
+        assert of_x is not None
+        wanted = [Dim.of(1) if axis is None else of_x[axis] for axis in axes]
+        if all(_has(own, size) for own, size in zip(shape, wanted, strict=False)):
+            return value
+        if any(
+            own.value not in (None, 1) and size.value not in (None, own.value)
+            for own, size in zip(shape, wanted, strict=False)
+        ):
+            return value  # which no run can be with
+        target = [Dim.of(1) if _has(own, size) else size for own, size in zip(shape, wanted, strict=False)]
+        target += [Dim.of(1)] * (len(shape) - len(target))
+        key = value, *target
+        if key not in self._fitted:
+            self._fitted[key] = edit.op("Expand", [value, self._target(target, x, axes, edit)])
+        return self._fitted[key]
+
+    def counted(self, start: ir.Value, x: ir.Value, axes: Sequence[int], edit: Editor) -> ir.Value:
+        """The positions [batch, positions] of x counted from one number."""
+        shape = self._facts.shape(x)
+        assert shape is not None
+        wanted = [shape[axis] for axis in axes]
+        key = start, *wanted, "counted"
+        if key not in self._fitted:
+            scalars = [edit.constant(np.array(number, dtype=np.int64)) for number in (0, 1)]
+            length = edit.op("Squeeze", [self._size(wanted[1], x, axes[1], edit)])
+            counted = edit.op("Add", [edit.op("Range", [scalars[0], length, scalars[1]]), start])
+            self._fitted[key] = edit.op("Expand", [counted, self._target(wanted, x, axes, edit)])
+        return self._fitted[key]
+
+    def vector(self, number: int, edit: Editor) -> ir.Value:
+        """A constant vector of one integer."""
+        return edit.constant(np.array([number], dtype=np.int64))
+
+    def _target(self, sizes: Sequence[Dim], x: ir.Value, axes: Sequence[int | None], edit: Editor) -> ir.Value:
+        key = tuple(sizes)
+        if key not in self._targets:
+            known = [size.value for size in sizes]
+            if None not in known:
+                self._targets[key] = edit.constant(np.array(known, dtype=np.int64), "sizes")
             else:
-                parts = [
-                    self._size(dim, x, axis, edit) if not has(own, dim) else edit.constant(np.array([1]), "one")
-                    for own, dim, axis in zip(shape, wanted, axes, strict=False)
-                ]
-                target = edit.op("Concat", [*parts, edit.constant(np.array([1]), "one")], {"axis": 0})
-            self._expanded[key] = edit.op("Expand", [table, target])
-        return self._expanded[key]
+                padded = [*axes, *[None] * (len(sizes) - len(axes))]
+                parts = [self._size(size, x, axis, edit) for size, axis in zip(sizes, padded, strict=True)]
+                self._targets[key] = edit.op("Concat", parts, {"axis": 0})
+        return self._targets[key]
 
-    def _size(self, dim: Dim, x: ir.Value, axis: int, edit: Editor) -> ir.Value:
-        if dim.value is not None:
-            return edit.constant(np.array([dim.value], dtype=np.int64), "size")
-        if dim not in self._made:
-            value, place = self._inputs.get(dim, (x, axis))
-            self._made[dim] = edit.op("Shape", [value], {"start": place, "end": place + 1})
-        return self._made[dim]
+    def _size(self, size: Dim, x: ir.Value, axis: int | None, edit: Editor) -> ir.Value:
+        if size not in self._made:
+            if size.value is not None or axis is None:
+                self._made[size] = self.vector(size.value or 0, edit)
+            else:
+                value, place = self._inputs.get(size, (x, axis))
+                self._made[size] = edit.op("Shape", [value], {"start": place, "end": place + 1})
+        return self._made[size]
 
 
-def has(dim: Dim, size: Dim) -> bool:
+def _has(dim: Dim, size: Dim) -> bool:
     """Whether an axis of size `dim` is one of `size`, or was broadcast to it."""
     symbol = as_symbol(dim)
     return dim == size or (symbol is not None and symbol.op == "broadcast" and size in symbol.args)
