@@ -335,14 +335,14 @@ class Forms:
             if inner is None or int(np.prod(inner)) != count:
                 continue
             old = [axis for axis in range(own) if before[axis] != 1]
-            if len(old) != len(kept) or any(before[o] != after[k] for o, k in zip(old, kept, strict=True)):
-                continue
             sources: list[int | None] = [None] * lead
-            if own == lead and all(before[i] == after[i] for i in range(lead)):
-                sources = list(range(lead))
-            else:
+            if own == lead and sum(before[axis] != after[axis] for axis in range(lead)) <= 1:
+                sources = list(range(lead))  # the number of all elements is the same, so what may differ doesn't
+            elif len(old) == len(kept) and all(before[o] == after[k] for o, k in zip(old, kept, strict=True)):
                 for o, k in zip(old, kept, strict=True):
                     sources[k] = o
+            else:
+                continue
             form = self._relead(self.of(_input(node), own), own, sources)
             if form is not None:
                 return form.reshape(*form.shape[:2], *elements)

@@ -274,5 +274,9 @@ class Sizes:
 
 def _has(dim: Dim, size: Dim) -> bool:
     """Whether an axis of size `dim` is one of `size`, or was broadcast to it."""
+    return dim == size or _parts(size) <= _parts(dim)
+
+
+def _parts(dim: Dim) -> set[Dim]:
     symbol = as_symbol(dim)
-    return dim == size or (symbol is not None and symbol.op == "broadcast" and size in symbol.args)
+    return set(symbol.args) if symbol is not None and symbol.op == "broadcast" else {dim}
