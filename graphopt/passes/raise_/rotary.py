@@ -194,7 +194,10 @@ class RaiseRotary(ShapeRulePass):
         }
         kind = "interleaved" if turned.interleaved else "in halves"
         self.applied(node, f"{turned.size} of {shape[-1]} elements, {kind}")
-        x, added = site.x, 0 if site.batch is None else 1 if site.heads is None else None
+        x = site.x
+        if turned.order is not None:
+            x = edit.op("Gather", [x, edit.constant(turned.order, "order")], {"axis": -1}, like=x)
+        added = 0 if site.batch is None else 1 if site.heads is None else None
         if added is not None:
             x = edit.op("Unsqueeze", [x, sizes.vector(added, edit)])
         swapped = site.heads is not None and site.heads > site.positions

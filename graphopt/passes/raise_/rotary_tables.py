@@ -32,10 +32,19 @@ class Half:
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """What turns the first `size` elements of a vector in pairs, and leaves the others."""
+    """What turns the first `size` elements of a vector in pairs, and leaves the others.
+
+    Attributes:
+        size: How many elements are turned.
+        interleaved: Whether neighbours make a pair; else the element in the same place of the other half does.
+        order: The elements of the vector in the order in which they are turned; None: as they are.
+        cos: The cosine of each pair.
+        sin: Its sine.
+    """
 
     size: int
     interleaved: bool
+    order: Numbers | None
     cos: Half
     sin: Half
 
@@ -43,40 +52,52 @@ class Rotation:
 def rotation(form: Form) -> Rotation | str | None:
     """The rotation that a form is; the reason where it nearly is one; None where it is something else.
 
-    y[i] = x[i] c - x[k] s,   y[k] = x[k] c + x[i] s        for pairs (i, k)
+        y[i] = x[o(i)] c - x[o(k)] s,   y[k] = x[o(k)] c + x[o(i)] s        for pairs (i, k)
+
+    The order o is that of x itself but for models that take pairs apart and put halves together.
     """
-    count = form.shape[-1]
     if form.ndim != 3 or len(form) != 2:
         return None
-    place = np.arange(count)
+    count = form.shape[-1]
     there = (form[:, SIGN] != 0).sum(axis=0)
-    straight = (form[0, TABLE] < 0) & (form[0, X] == place) & (form[0, SIGN] == 1) & (there == 1)
+    straight = (form[0, TABLE] < 0) & (form[0, SIGN] == 1) & (there == 1)
     turned = (there == 2) & (form[:, TABLE] >= 0).all(axis=0)
     size = int(turned.sum())
-    if size < 2 or size % 2 or not (straight | turned).all():
+    if size < 2 or size % 2 or not turned[:size].all() or not straight[size:].all():
         return None
-    own = form[0, X] == place
-    cos, sin = np.where(own, form[0], form[1]), np.where(own, form[1], form[0])
-    if not turned[:size].all():
-        return None
-    cos, sin = cos[:, :size], sin[:, :size]
-    if (cos[X] != place[:size]).any():
-        return None
-    place = place[:size]
-    half = size // 2
-    if (sin[X] == (place + half) % size).all():
+    near: str | None = None
+    place = np.arange(count)
+    first = form[0, TABLE, 0]
+    for own in (form[0, X] == place, form[0, TABLE] == first, form[0, TABLE] != first):
+        own = own | (place >= size)
+        order = np.where(own, form[0, X], form[1, X])
+        if len(np.unique(order)) != count:
+            continue
+        cos, sin = (np.where(mask, form[0], form[1])[:, :size] for mask in (own, ~own))
+        found = _paired(cos, sin, None if (order == place).all() else order)
+        if isinstance(found, Rotation):
+            return found
+        near = near or found
+    return near
+
+
+def _paired(cos: Numbers, sin: Numbers, order: Numbers | None) -> Rotation | str | None:
+    """The rotation of these terms by x itself and by its partner, in halves or interleaved."""
+    size = cos.shape[-1]
+    place, half = np.arange(size), size // 2
+    if (sin[X] == cos[X][(place + half) % size]).all():
         first, second, interleaved = place[:half], place[half:], False
-    elif (sin[X] == place ^ 1).all():
+    elif (sin[X] == cos[X][place ^ 1]).all():
         first, second, interleaved = place[::2], place[1::2], True
     else:
         return None
     for name, both, opposite in (("cosines", cos, 1), ("sines", sin, -1)):
         a, b = both[:, first], both[:, second]
-        if (a[TABLE:] != b[TABLE:]).any() or (a[SIGN] != opposite * b[SIGN]).any():
+        if (a[TABLE:] != b[TABLE:]).any():
             return f"the {name} of the two elements that turn together aren't known to be the same"
-        if len(np.unique(a[SIGN])) != 1:
-            return f"the {name} have different signs"
-    return Rotation(size, interleaved, _half(cos[:, second]), _half(sin[:, second]))
+        if (a[SIGN] != opposite * b[SIGN]).any() or len(np.unique(a[SIGN])) != 1:
+            return f"the signs of the {name} aren't those of a rotation"
+    return Rotation(size, interleaved, order, _half(cos[:, second]), _half(sin[:, second]))
 
 
 def _half(rows: Numbers) -> Half:
