@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op, producer, source
@@ -138,7 +139,7 @@ class RaiseRotary(ShapeRulePass):
             turned = None if form is None else rotation(form)
             if isinstance(turned, str):
                 near = near or turned
-            elif turned is not None:
+            elif turned is not None and _is_new(node, turned):
                 nodes.update(forms.nodes)
                 return self._laid_out(node, x, turned, tables, forms.nodes, edit)
             if isinstance(turned, str):
@@ -188,32 +189,36 @@ class RaiseRotary(ShapeRulePass):
             sizes.fitted(writer.write(half, *axes, len(shape) - 1, edit), site.x, axes, edit)
             for half in (turned.cos, turned.sin)
         )
+        partial = turned.start == 0 and shape[-1] != turned.size
         attributes = {
             "interleaved": 1 if turned.interleaved else None,
-            "rotary_embedding_dim": None if shape[-1] == turned.size else turned.size,
+            "rotary_embedding_dim": turned.size if partial else None,
         }
         kind = "interleaved" if turned.interleaved else "in halves"
         self.applied(node, f"{turned.size} of {shape[-1]} elements, {kind}")
         x = site.x
         if turned.order is not None:
             x = edit.op("Gather", [x, edit.constant(turned.order, "order")], {"axis": -1}, like=x)
+        before, x, after = _cut(x, turned, edit)
         added = 0 if site.batch is None else 1 if site.heads is None else None
         if added is not None:
             x = edit.op("Unsqueeze", [x, sizes.vector(added, edit)])
         swapped = site.heads is not None and site.heads > site.positions
         if swapped:
             x = edit.op("Transpose", [x], {"perm": _SWAPPED})
-        like = old if added is None and not swapped else None
-        new = edit.op("RotaryEmbedding", [x, cos, sin], attributes, like=like)
-        if swapped and added is None:
+        whole = before is None and after is None
+        new = edit.op("RotaryEmbedding", [x, cos, sin], attributes)
+        if swapped and added is None and whole:
             _into_transposes(old, new, edit)
             if node.graph is None:
                 return
             edit.at(node)
         if swapped:
-            new = edit.op("Transpose", [new], {"perm": _SWAPPED}, like=old if added is None else None)
+            new = edit.op("Transpose", [new], {"perm": _SWAPPED})
         if added is not None:
-            new = edit.op("Squeeze", [new, sizes.vector(added, edit)], like=old)
+            new = edit.op("Squeeze", [new, sizes.vector(added, edit)])
+        if not whole:
+            new = edit.op("Concat", [part for part in (before, new, after) if part is not None], {"axis": -1})
         edit.replace(old, new)
 
     # ---- what is one operator already
@@ -261,6 +266,13 @@ def _candidates(root: ir.Node) -> Iterator[ir.Value]:
         yield from found
 
 
+def _is_new(root: ir.Node, turned: Rotation) -> bool:
+    """Whether a rotation that doesn't begin at the first element isn't written as one of the operands already."""
+    return turned.start == 0 or (
+        len(root.inputs) > 2 and all(producer(v, "RotaryEmbedding") is None for v in root.inputs)
+    )
+
+
 def _turned_half(node: ir.Node) -> ir.Value | None:
     """The x of Concat(-x[half:], x[:half]) that is multiplied with something."""
     if len(node.inputs) != 2 or not any(is_op(user, "Mul") for user, _ in node.outputs[0].uses()):
@@ -272,6 +284,19 @@ def _turned_half(node: ir.Node) -> ir.Value | None:
         if first is not None and second is not None and first.inputs[0] is second.inputs[0]:
             return first.inputs[0]
     return None
+
+
+def _cut(x: ir.Value, turned: Rotation, edit: Editor) -> tuple[ir.Value | None, ir.Value, ir.Value | None]:
+    """What comes before the turned elements, these, and what comes after, where the first isn't turned."""
+    if turned.start == 0:
+        return None, x, None
+    end, count = turned.start + turned.size, np.iinfo(np.int64).max
+
+    def part(start: int, stop: int) -> ir.Value:
+        return edit.op("Slice", [x, *(edit.constant(np.array([n], dtype=np.int64)) for n in (start, stop, -1))])
+
+    rest = None if turned.last else part(end, count)
+    return part(0, turned.start), part(turned.start, end), rest
 
 
 def _into_transposes(old: ir.Value, new: ir.Value, edit: Editor) -> None:

@@ -372,6 +372,34 @@ class Forms:
             return np.tile(form, [1, 1, *(n // m for n, m in zip(elements, form.shape[2:], strict=True))])
         return np.broadcast_to(form, (*form.shape[:2], *elements)) if fits(form.shape[2:], elements) else None
 
+    def _rotary(self, node: ir.Node, value: ir.Value, lead: int) -> Form | None:
+        """A RotaryEmbedding whose tables are [batch, positions, pairs]."""
+        x, cos, sin = node.inputs[:3]
+        size, interleaved = attribute_int(node, "rotary_embedding_dim", 0), attribute_int(node, "interleaved", 0)
+        if len(node.inputs) > 3 or lead != 3 or self._rank(value) != 4 or size is None or interleaved is None:
+            return None
+        assert x is not None
+        assert cos is not None
+        assert sin is not None
+        form = self.of(x, lead)
+        tables = [self._relead(self.of(table, 2), 2, (0, None, 1)) for table in (cos, sin)]
+        if form is None or tables[0] is None or tables[1] is None:
+            return None
+        count = form.shape[-1]
+        size = size or count
+        place = np.arange(size)
+        pair, partner, first = place % (size // 2), (place + size // 2) % size, place < size // 2
+        if interleaved:
+            pair, partner, first = place // 2, place ^ 1, place % 2 == 0
+        rest = np.arange(size, count)
+        straight = np.broadcast_to(term(1, -1, -1, 0)[..., None], (1, 4, len(rest)))
+        cosines = np.concatenate([tables[0][..., pair], straight], axis=-1)
+        sines = np.concatenate([tables[1][..., pair], straight], axis=-1)
+        sines[:, SIGN] *= np.concatenate([np.where(first, -1, 1), np.zeros(len(rest), np.int64)])
+        own = multiplied(form, cosines)
+        other = multiplied(form[..., np.concatenate([partner, rest])], sines)
+        return None if own is None or other is None else packed(np.concatenate([own, other]))
+
     def _transpose(self, node: ir.Node, value: ir.Value, lead: int) -> Form | None:
         del value
         rank, attribute = self._rank(_input(node)), node.attributes.get("perm")
@@ -394,7 +422,7 @@ _RULES: Mapping[str, Rule] = {
     "Cos": Forms._step, "Sin": Forms._step, "Cast": Forms._step, "Slice": Forms._slice, "Split": Forms._split,
     "Gather": Forms._gather, "Concat": Forms._concat, "Reshape": Forms._reshape, "Squeeze": Forms._reshape,
     "Unsqueeze": Forms._reshape, "Flatten": Forms._reshape, "Expand": Forms._expand, "Tile": Forms._expand,
-    "Transpose": Forms._transpose,
+    "Transpose": Forms._transpose, "RotaryEmbedding": Forms._rotary,
 }  # fmt: skip
 
 

@@ -32,9 +32,11 @@ class Half:
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """What turns the first `size` elements of a vector in pairs, and leaves the others.
+    """What turns `size` elements of a vector in pairs, and leaves the others.
 
     Attributes:
+        start: The first element that is turned.
+        last: Whether the last element of the vector is turned.
         size: How many elements are turned.
         interleaved: Whether neighbours make a pair; else the element in the same place of the other half does.
         order: The elements of the vector in the order in which they are turned; None: as they are.
@@ -42,6 +44,8 @@ class Rotation:
         sin: Its sine.
     """
 
+    start: int
+    last: bool
     size: int
     interleaved: bool
     order: Numbers | None
@@ -62,26 +66,29 @@ def rotation(form: Form) -> Rotation | str | None:
     there = (form[:, SIGN] != 0).sum(axis=0)
     straight = (form[0, TABLE] < 0) & (form[0, SIGN] == 1) & (there == 1)
     turned = (there == 2) & (form[:, TABLE] >= 0).all(axis=0)
-    size = int(turned.sum())
-    if size < 2 or size % 2 or not turned[:size].all() or not straight[size:].all():
+    size, start = int(turned.sum()), int(turned.argmax())
+    end = start + size
+    if size < 2 or size % 2 or not turned[start:end].all() or not straight[~turned].all():
         return None
     near: str | None = None
     place = np.arange(count)
-    first = form[0, TABLE, 0]
+    first = form[0, TABLE, start]
     for own in (form[0, X] == place, form[0, TABLE] == first, form[0, TABLE] != first):
-        own = own | (place >= size)
+        own = own | ~turned
         order = np.where(own, form[0, X], form[1, X])
         if len(np.unique(order)) != count:
             continue
-        cos, sin = (np.where(mask, form[0], form[1])[:, :size] for mask in (own, ~own))
-        found = _paired(cos, sin, None if (order == place).all() else order)
+        cos, sin = (np.where(mask, form[0], form[1])[:, start:end] for mask in (own, ~own))
+        found = _paired(cos, sin)
         if isinstance(found, Rotation):
-            return found
+            return dataclasses.replace(
+                found, start=start, last=end == count, order=None if (order == place).all() else order
+            )
         near = near or found
     return near
 
 
-def _paired(cos: Numbers, sin: Numbers, order: Numbers | None) -> Rotation | str | None:
+def _paired(cos: Numbers, sin: Numbers) -> Rotation | str | None:
     """The rotation of these terms by x itself and by its partner, in halves or interleaved."""
     size = cos.shape[-1]
     place, half = np.arange(size), size // 2
@@ -97,7 +104,7 @@ def _paired(cos: Numbers, sin: Numbers, order: Numbers | None) -> Rotation | str
             return f"the {name} of the two elements that turn together aren't known to be the same"
         if (a[SIGN] != opposite * b[SIGN]).any() or len(np.unique(a[SIGN])) != 1:
             return f"the signs of the {name} aren't those of a rotation"
-    return Rotation(size, interleaved, order, _half(cos[:, second]), _half(sin[:, second]))
+    return Rotation(0, True, size, interleaved, None, _half(cos[:, second]), _half(sin[:, second]))
 
 
 def _half(rows: Numbers) -> Half:
@@ -174,7 +181,12 @@ class TableWriter:
         shape = self._facts.shape(base)
         assert shape is not None
         value = base
-        if shape[-1] != len(index) or (index != np.arange(len(index))).any():
+        whole = shape[-1] == len(index) and (index == np.arange(len(index))).all()
+        gathered = None if whole and producer(base, "GatherElements") is None else self._rows(base)
+        if gathered is not None:
+            rows, positions = gathered
+            value = edit.op("Gather", [edit.constant(np.ascontiguousarray(rows[:, index]), "table"), positions])
+        elif not whole:
             value = self._picked(base, index, edit)
         self._made[key] = value
         return value
@@ -183,18 +195,43 @@ class TableWriter:
         numbers = constant_array(base)
         if numbers is not None:
             return edit.constant(np.ascontiguousarray(numbers[..., index]), "table")
-        gather = producer(base, "Gather")
-        if gather is not None and attribute_int(gather, "axis", 0) == 0:
-            rows = constant_array(gather.inputs[0])
-            if rows is not None and rows.ndim == 2:
-                return edit.op(
-                    "Gather", [edit.constant(np.ascontiguousarray(rows[:, index]), "table"), gather.inputs[1]]
-                )
         steps = np.unique(np.diff(index))
         if len(index) > 1 and len(steps) == 1 and steps[0] > 0:
             bounds = ([index[0]], [index[-1] + 1], [-1], [steps[0]])
             return edit.op("Slice", [base, *(edit.constant(np.array(b, dtype=np.int64)) for b in bounds)])
         return edit.op("Gather", [base, edit.constant(index)], {"axis": -1})
+
+    def _rows(self, base: ir.Value) -> tuple[npt.NDArray[np.generic], ir.Value] | None:
+        """The constant rows and the positions that a table is gathered from and by.
+
+        GatherElements of rows repeated for each batch, by positions repeated for each element, is that too.
+        """
+        node = producer(base, "Gather", "GatherElements")
+        shape = self._facts.shape(base)
+        if node is None or shape is None or any(value is None for value in node.inputs):
+            return None
+        rows, positions = node.inputs
+        assert rows is not None
+        assert positions is not None
+        if node.op_type == "Gather":
+            array = constant_array(rows)
+            axis = attribute_int(node, "axis", 0)
+            return None if array is None or array.ndim != 2 or axis != 0 else (array, positions)
+        whole, repeated = self._facts.shape(rows), producer(positions, "Expand", "Tile")
+        while (node_above := producer(rows, "Expand", "Tile")) is not None and node_above.inputs[0] is not None:
+            rows = node_above.inputs[0]
+        array = constant_array(rows)
+        single = None if repeated is None else producer(repeated.inputs[0], "Unsqueeze")
+        if array is None or whole is None or repeated is None or single is None or len(shape) != 3:
+            return None
+        before, plain = self._facts.shape(repeated.inputs[0]), single.inputs[0]
+        axis = attribute_int(node, "axis", 0)
+        if before is None or before[2] != 1 or before[:2] != shape[:2] or self._facts.shape(plain) != shape[:2]:
+            return None
+        if axis not in (1, -2) or array.size != array.shape[-1] * array.shape[-2] or whole[1:] != array.shape[-2:]:
+            return None
+        assert plain is not None
+        return array.reshape(array.shape[-2:]), plain
 
     def _placed(self, value: ir.Value, table: Table, places: Sequence[int | None], edit: Editor) -> ir.Value:
         """`value` as [batch, positions, pairs], of size 1 where a table is broadcast."""
