@@ -15,6 +15,7 @@ from graphopt.passes.base import qualified
 from graphopt.passes.raise_.root_mean_square import NotRaised
 from graphopt.passes.raise_.rotary_forms import Forms, Tables
 from graphopt.passes.raise_.rotary_operators import CONTRIB, from_contrib, sizes_of
+from graphopt.passes.raise_.rotary_rules import RULES
 from graphopt.passes.raise_.rotary_tables import Rotation, Sizes, TableWriter, rotation
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
@@ -134,7 +135,7 @@ class RaiseRotary(ShapeRulePass):
             shape = self.dims(x)
             if shape is None or result is None or len(shape) != len(result) or shape[-1] != result[-1]:
                 continue
-            forms = Forms(self._facts, x, tables)
+            forms = Forms(self._facts, x, tables, RULES)
             form = forms.of(y, len(shape) - 1)
             turned = None if form is None else rotation(form)
             if isinstance(turned, str):

@@ -1,7 +1,8 @@
 """Sums of signed products as arrays: the numbers behind `rotary_forms`.
 
 A form is an integer array of the shape (terms, 4, *elements): each element of a vector is a sum of terms, each of which
-is a sign in {-1, 0, 1}, an index in x, the number of a table, and an index in the table; -1 where there is no x or table.
+is a sign in {-1, 0, 1}, an index in x, the number of a table, and an index in the table; -1 where there is no x or no
+table.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ NONE = np.array([0, -1, -1, 0], dtype=np.int64)
 
 
 def term(sign: npt.ArrayLike, x: npt.ArrayLike, table: npt.ArrayLike, index: npt.ArrayLike) -> Form:
+    """A form of one term."""
     return np.stack(np.broadcast_arrays(sign, x, table, index)).astype(np.int64)[None]
 
 
@@ -36,6 +38,7 @@ def columns_of(columns: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64],
 
 
 def negated(form: Form) -> Form:
+    """The form with every sign turned."""
     result = form.copy()
     result[:, SIGN] *= -1
     return result
@@ -47,11 +50,13 @@ def of_x(form: Form) -> bool:
 
 
 def lengthened(form: Form, terms: int) -> Form:
+    """The form with terms added that no element has."""
     nothing = np.broadcast_to(NONE.reshape((1, 4) + (1,) * (form.ndim - 2)), (terms - len(form), *form.shape[1:]))
     return np.concatenate([form, nothing])
 
 
 def multiplied(a: Form, b: Form) -> Form | None:
+    """The product of two forms, None where x, or two tables, would be multiplied with each other."""
     if len(a) * len(b) > MAX_TERMS:
         return None
     shape = broadcast(a.shape[2:], b.shape[2:])
@@ -88,6 +93,7 @@ def packed(form: Form) -> Form:
 
 
 def broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The common shape, None where there is none."""
     try:
         return np.broadcast_shapes(a, b)
     except ValueError:
@@ -95,4 +101,5 @@ def broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def fits(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether the shape `a` broadcasts to `b`."""
     return broadcast(a, b) == b
