@@ -229,11 +229,11 @@ class RaiseRotary(ShapeRulePass):
             if node.domain != "":
                 edit.replace(node.outputs[0], from_contrib(node, self, sizes, edit))
                 return self.applied(node, "from com.microsoft")
-            return self._fitted(node, sizes, edit)
+            return self._fit(node, sizes, edit) and self.applied(node, "its tables expanded to the batch")
         except NotRaised as reason:
             return self.left(node, str(reason))
 
-    def _fitted(self, node: ir.Node, sizes: Sizes, edit: Editor) -> bool:
+    def _fit(self, node: ir.Node, sizes: Sizes, edit: Editor) -> bool:
         """Tables (or positions) of batch 1 expanded to the batch of x: ONNX Runtime wants them as large."""
         x = node.inputs[0]
         axes = None if x is None else sizes_of(self.rank(x))
@@ -247,7 +247,7 @@ class RaiseRotary(ShapeRulePass):
                 if fitting is not value:
                     edit.set_input(node, place, fitting)
                     changed = True
-        return changed and self.applied(node, "its tables expanded to the batch")
+        return changed
 
 
 def _candidates(root: ir.Node) -> Iterator[ir.Value]:

@@ -40,10 +40,8 @@ def from_contrib(node: ir.Node, facts: ShapeRulePass, sizes: Sizes, edit: Editor
     rank = facts.rank(positions)
     if shape is None or axes is None or cache is None or len(cache) != 2 or rank is None:
         raise NotRaised("the ranks of its inputs aren't known")
-    if rank != 2:
-        if any(size != 1 for size in facts.shape(positions) or ()):
-            raise NotRaised("its positions are neither one number nor [batch, positions]")
-        positions = sizes.counted(positions, x, axes, edit)
+    if rank != 2 and any(size != 1 for size in facts.shape(positions) or ()):
+        raise NotRaised("its positions are neither one number nor [batch, positions]")
     size = attribute_int(node, "rotary_embedding_dim", 0) or 0
     heads = attribute_int(node, "num_heads", 0) or 0
     attributes = {"interleaved": attribute_int(node, "interleaved", 0) or None}
@@ -63,4 +61,6 @@ def from_contrib(node: ir.Node, facts: ShapeRulePass, sizes: Sizes, edit: Editor
                 raise NotRaised(f"{shape[-1]} elements aren't {heads or 'whole'} heads of {width}")
             heads = shape[-1] // width
         attributes["num_heads"] = heads
+    # What ONNX Runtime's own operator wants as large as x already.
+    positions = sizes.fitted(positions, x, axes, edit) if rank == 2 else sizes.counted(positions, x, axes, edit)
     return edit.op("RotaryEmbedding", [x, cos, sin, positions], attributes, like=node.outputs[0])

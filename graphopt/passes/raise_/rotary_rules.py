@@ -176,7 +176,7 @@ def _reshape(forms: Forms, node: ir.Node, value: ir.Value, lead: int) -> Form | 
         return None
     kept = [axis for axis in range(lead) if after[axis] != 1]
     count = int(np.prod(elements))
-    for own in reversed(range(len(before) + 1)):
+    for own in dict.fromkeys((lead, *reversed(range(len(before) + 1)))):
         inner = forms.elements(_input(node), own)
         if inner is None or int(np.prod(inner)) != count:
             continue

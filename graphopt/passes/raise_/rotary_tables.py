@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -118,17 +119,6 @@ class TableWriter:
         self._facts, self._tables = facts, tables
         self._made: dict[tuple[object, ...], ir.Value] = {}
 
-    # ---- before anything is written
-
-    def obstacle(self, half: Half) -> str | None:
-        """Why a table can't be written, None where it can."""
-        for number in np.unique(half.table):
-            table = self._tables[number]
-            shape = self._facts.shape(table.base)
-            if shape is None or len(shape) != table.first + 1:
-                return f"the elements of {table.base.name!r} aren't along its last axis"
-        return None
-
     def axes(self, half: Half, count: int) -> set[int]:
         """The leading axes along which a table isn't broadcast, of the `count` of x."""
         found = set()
@@ -180,14 +170,19 @@ class TableWriter:
             return self._made[key]
         shape = self._facts.shape(base)
         assert shape is not None
-        value = base
-        whole = shape[-1] == len(index) and (index == np.arange(len(index))).all()
+        count = math.prod(dim.value or 0 for dim in shape[table.first :])
+        whole = count == len(index) and (index == np.arange(count)).all()
         gathered = None if whole and producer(base, "GatherElements") is None else self._rows(base)
         if gathered is not None:
             rows, positions = gathered
             value = edit.op("Gather", [edit.constant(np.ascontiguousarray(rows[:, index]), "table"), positions])
-        elif not whole:
-            value = self._picked(base, index, edit)
+        else:
+            value = base
+            if len(shape) > table.first + 1:
+                sizes = np.array([0] * table.first + [count], dtype=np.int64)
+                value = edit.op("Reshape", [base, edit.constant(sizes, "sizes")])
+            if not whole:
+                value = self._picked(value, index, edit)
         self._made[key] = value
         return value
 
