@@ -6,8 +6,8 @@ import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int
 from graphopt.analysis.conditions import FALSE, TRUE
-from graphopt.analysis.dims import Dim
-from graphopt.analysis.elements import Elements, Indices, rule
+from graphopt.analysis.dims import Dim, as_symbol
+from graphopt.analysis.elements import Elements, Indices, SameSize, rule
 from graphopt.analysis.leaves import Cases, Element, OpaqueError, Poly
 from graphopt.analysis.shapes import Shape
 
@@ -92,7 +92,7 @@ def _transpose(elements: Elements, node: ir.Node, indices: Indices) -> Element:
     return elements.at(node.inputs[0], tuple(source))
 
 
-@rule("Reshape")
+@rule("Reshape Flatten")
 def _reshape(elements: Elements, node: ir.Node, indices: Indices) -> Element:
     """Axes of 1 come and go; a run of axes is merged or split where its number of elements is provably the same."""
     before, after = _shape(elements, node.inputs[0]), _shape(elements, node.outputs[0])
@@ -139,8 +139,13 @@ def _divided(elements: Elements, place: Dim, size: Dim) -> tuple[Dim, Dim]:
             rest = rest + term
         else:
             whole = whole + quotient
-    if not elements.logic.nonnegative(rest) or not elements.logic.nonnegative(size - 1 - rest):
+    if not elements.logic.nonnegative(rest):
         raise OpaqueError("an index can't be split over the axes of a Reshape")
+    if not elements.logic.nonnegative(size - 1 - rest):
+        last = elements.logic.last.get(symbol) if (symbol := as_symbol(rest)) is not None else None
+        if last is None:
+            raise OpaqueError("an index can't be split over the axes of a Reshape")
+        elements.assume(SameSize(last + 1, size))  # the index counts another size
     return whole, rest
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis import element_arithmetic, element_moves  # noqa: F401  (they register the rules)
+from graphopt.analysis.algebra import is_op
 from graphopt.analysis.conditions import FALSE, TRUE, Condition, Group, Literal, TooComplexError
 from graphopt.analysis.dims import ZERO, Dim, Symbol, as_symbol
 from graphopt.analysis.elements import Assumption, Binary, Elements, Read, SameSize
@@ -34,6 +36,7 @@ class MaskForm:
 
     Attributes:
         value: The mask.
+        axes: The symbols b, h, i, j of the conditions; 0 where there is but one.
         rows: Number of query rows S.
         columns: Number of key columns T.
         boolean: Whether it is boolean (True: attend), else it is added to the scores.
@@ -57,6 +60,7 @@ class MaskForm:
     """
 
     value: ir.Value
+    axes: tuple[Dim, Dim, Dim, Dim]
     rows: Dim
     columns: Dim
     boolean: bool
@@ -176,8 +180,10 @@ class _Site:
         if dtype is None or not (dtype == ir.DataType.BOOL or dtype.is_floating_point()):
             return NoForm(self.value, "it is neither boolean nor float")
         self.assumed: set[Assumption] = set()
+        self.shape = shape
         sizes = self._sizes(shape)
-        self.axes = tuple(self.elements.index(name, size) for name, size in zip("bhij", sizes, strict=True))
+        b, h, i, j = (self.elements.index(name, size) for name, size in zip("bhij", sizes, strict=True))
+        self.axes = (b, h, i, j)
         self.rows, self.columns = sizes[2], sizes[3]
         indices = tuple(
             Dim.of(0) if size == 1 else index for size, index in zip(shape, self.axes[4 - len(shape) :], strict=True)
@@ -218,16 +224,19 @@ class _Site:
         if allowed == FALSE or not free:
             raise OpaqueError("it masks everything")
         biases = {leaf for _, leaf in free}
+        shared = {leaf.terms for leaf in biases}
+        if any(leaf.terms and leaf.terms not in shared for _, leaf in masked):
+            raise OpaqueError("whether it masks depends on what isn't followed")
         values = tuple(sorted({leaf.constant for _, leaf in masked}, reverse=True))
         return self._made(allowed, False, values, next(iter(biases)) if len(biases) == 1 else None)
 
     def _made(self, allowed: Condition, boolean: bool, values: tuple[float, ...], bias: Poly | None) -> MaskForm:
         biased = not boolean and (bias is None or bias != Poly(0.0))
         form = MaskForm(
-            self.value, self.rows, self.columns, boolean, allowed, biased=biased,
+            self.value, self.axes, self.rows, self.columns, boolean, allowed, biased=biased,
             masked_value=values[0] if values else None, masked_values=values,
             alibi=self._alibi(bias) if biased and bias is not None else None,
-            bias=_added(self.elements, self.value, self.axes) if biased else None,
+            bias=self._added(self.value, self.axes[4 - len(self.shape) :], bias) if biased else None,
             obstacles=tuple(self._obstacles(allowed, bias)),
         )  # fmt: skip
         form = self._conditions(form, allowed)
@@ -269,6 +278,28 @@ class _Site:
             return None
         place = [i for i in read.indices if i != 0]
         return (array.reshape(-1).astype(np.float64),) if place == [self.axes[1]] else None
+
+    def _added(self, value: ir.Value, indices: Sequence[Dim], bias: Poly | None) -> ir.Value | None:
+        """The value that is the bias: what is added to a pure mask, or chosen beside a masked value."""
+        if bias is None:
+            return None
+        element, _ = self.elements.element(value, indices)
+        if isinstance(element, Cases) and element.leaf == bias:
+            return value
+        node = value.producer()
+        if node is None or not is_op(node, "Add", "Where", "Identity"):
+            return None
+        for operand in node.inputs:
+            if operand is None or self.facts.dtype(operand) != self.facts.dtype(self.value):
+                continue
+            try:
+                place = self.elements.broadcast(node, operand, tuple(indices))
+            except OpaqueError:
+                continue
+            found = self._added(operand, place, bias)
+            if found is not None:
+                return found
+        return None
 
     # ---- conditions
 
@@ -371,11 +402,6 @@ def _symbols(condition: Condition) -> set[Symbol]:
     for part in condition.parts:
         found |= _symbols(part)
     return found
-
-
-def _added(elements: Elements, value: ir.Value, axes: tuple[Dim, ...]) -> ir.Value | None:
-    """The operand that is the bias of an additive mask: added to a pure mask, or chosen beside a masked value."""
-    return None
 
 
 __all__ = ["Leaf", "MaskForm", "Masks", "NoForm"]
