@@ -20,9 +20,9 @@ import onnx_ir as ir
 from graphopt.analysis import element_arithmetic, element_moves  # noqa: F401  (they register the rules)
 from graphopt.analysis.algebra import is_op
 from graphopt.analysis.conditions import FALSE, TRUE, Condition, Group, Literal, TooComplexError
-from graphopt.analysis.dims import ZERO, Dim, Symbol, as_symbol
+from graphopt.analysis.dims import ZERO, Dim, Symbol, as_symbol, rank
 from graphopt.analysis.elements import Assumption, Binary, Elements, Read, SameSize
-from graphopt.analysis.leaves import Cases, Leaf, OpaqueError, Poly
+from graphopt.analysis.leaves import Cases, Element, OpaqueError, Poly
 from graphopt.analysis.shapes import Shape, ShapeFacts
 from graphopt.graph.constants import constant_array
 
@@ -41,6 +41,7 @@ class MaskForm:
         columns: Number of key columns T.
         boolean: Whether it is boolean (True: attend), else it is added to the scores.
         allowed: The whole condition under which a key is attended to.
+        element: All of the mask: the condition, or the number in each case.
         causal: Whether j ≤ i + `offset` is demanded.
         offset: The number of key columns before the first row's own, where `causal` or `window` is given.
         from_past: Whether `offset` is proven to be T - S, the number of past positions.
@@ -65,6 +66,7 @@ class MaskForm:
     columns: Dim
     boolean: bool
     allowed: Condition
+    element: Element
     causal: bool = False
     offset: Dim | None = None
     from_past: bool = False
@@ -80,6 +82,11 @@ class MaskForm:
     masked_values: tuple[float, ...] = ()
     assumptions: frozenset[Assumption] = frozenset()
     obstacles: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> object:
+        """Two masks of one model with the same key hold the same numbers in every run, broadcast to [B, H, S, T]."""
+        return (self.boolean, self.element, self.assumptions)
 
     @property
     def always(self) -> bool:
@@ -192,13 +199,13 @@ class _Site:
         self.assumed |= assumed
         try:
             if not isinstance(element, Cases):
-                return self._made(element, True, (), None)
+                return self._made(element, element, (), None)
             return self._additive(element)
         except (OpaqueError, TooComplexError) as error:
             return NoForm(self.value, str(error) or "its conditions are too many")
 
     def _sizes(self, shape: Shape) -> tuple[Dim, Dim, Dim, Dim]:
-        full = [*[Dim.of(1)] * (4 - len(shape)), *shape]
+        full = [*[Dim.of(1)] * (4 - len(shape)), *(self._one_of(size) for size in shape)]
         for axis, wanted in zip((2, 3), self.wanted, strict=True):
             size = full[axis]
             if wanted is not None and size != 1:
@@ -208,6 +215,13 @@ class _Site:
             elif wanted is not None:
                 full[axis] = wanted
         return full[0], full[1], full[2], full[3]
+
+    def _one_of(self, size: Dim) -> Dim:
+        """`size`, or of sizes that broadcast against each other one: that which says most of how it came about."""
+        parts = _broadcast_parts(size)
+        if len(parts) > 1:
+            self.assumed.add(SameSize(size, size))
+        return max(parts, key=lambda dim: len(dim.terms()))
 
     # ---- additive masks
 
@@ -228,12 +242,13 @@ class _Site:
         if any(leaf.terms and leaf.terms not in shared for _, leaf in masked):
             raise OpaqueError("whether it masks depends on what isn't followed")
         values = tuple(sorted({leaf.constant for _, leaf in masked}, reverse=True))
-        return self._made(allowed, False, values, next(iter(biases)) if len(biases) == 1 else None)
+        return self._made(allowed, element, values, next(iter(biases)) if len(biases) == 1 else None)
 
-    def _made(self, allowed: Condition, boolean: bool, values: tuple[float, ...], bias: Poly | None) -> MaskForm:
+    def _made(self, allowed: Condition, element: Element, values: tuple[float, ...], bias: Poly | None) -> MaskForm:
+        boolean = not isinstance(element, Cases)
         biased = not boolean and (bias is None or bias != Poly(0.0))
         form = MaskForm(
-            self.value, self.axes, self.rows, self.columns, boolean, allowed, biased=biased,
+            self.value, self.axes, self.rows, self.columns, boolean, allowed, element, biased=biased,
             masked_value=values[0] if values else None, masked_values=values,
             alibi=self._alibi(bias) if biased and bias is not None else None,
             bias=self._added(self.value, self.axes[4 - len(self.shape) :], bias) if biased else None,
@@ -386,11 +401,7 @@ class _Site:
             if not isinstance(assumption, SameSize):
                 needed.add(assumption)
                 continue
-            parts: list[Dim] = []
-            for dim in (assumption.a, assumption.b):
-                symbol = as_symbol(dim)
-                parts += symbol.args if symbol is not None and symbol.op == "broadcast" else (dim,)
-            parts = list(dict.fromkeys(parts))
+            parts = sorted({*_broadcast_parts(assumption.a), *_broadcast_parts(assumption.b)}, key=rank)
             needed.update(SameSize(parts[0], other) for other in parts[1:])
         return frozenset(needed)
 
@@ -404,4 +415,6 @@ def _symbols(condition: Condition) -> set[Symbol]:
     return found
 
 
-__all__ = ["Leaf", "MaskForm", "Masks", "NoForm"]
+def _broadcast_parts(size: Dim) -> tuple[Dim, ...]:
+    symbol = as_symbol(size)
+    return symbol.args if symbol is not None and symbol.op == "broadcast" else (size,)
