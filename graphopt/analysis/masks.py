@@ -20,6 +20,7 @@ import onnx_ir as ir
 from graphopt.analysis import element_arithmetic, element_moves  # noqa: F401  (they register the rules)
 from graphopt.analysis.algebra import is_op
 from graphopt.analysis.conditions import FALSE, TRUE, Condition, Group, Literal, TooComplexError
+from graphopt.analysis.dim_functions import known
 from graphopt.analysis.dims import ZERO, Dim, Symbol, as_symbol, rank
 from graphopt.analysis.elements import Assumption, Binary, Elements, Read, SameSize
 from graphopt.analysis.leaves import Cases, Element, OpaqueError, Poly
@@ -189,6 +190,8 @@ class _Site:
         self.assumed: set[Assumption] = set()
         self.shape = shape
         sizes = self._sizes(shape)
+        # A mask without elements is of any form.
+        self.true = [size - 1 for size in sizes] + self._within(shape)
         b, h, i, j = (self.elements.index(name, size) for name, size in zip("bhij", sizes, strict=True))
         self.axes = (b, h, i, j)
         self.rows, self.columns = sizes[2], sizes[3]
@@ -215,6 +218,16 @@ class _Site:
             elif wanted is not None:
                 full[axis] = wanted
         return full[0], full[1], full[2], full[3]
+
+    def _within(self, shape: Shape) -> list[Dim]:
+        """What holds in any run in which the mask broadcasts: columns that are the first T of a longer constant."""
+        wanted = self.wanted[1]
+        symbol = as_symbol(shape[-1]) if shape else None
+        if wanted is None or symbol is None or symbol.op != "min" or wanted not in symbol.args:
+            return []
+        others = [arg for arg in symbol.args if arg != wanted]
+        # min(c, T) is T or 1; c is greater than 1: so T isn't greater than c.
+        return [other - wanted for other in others] if all(other.low >= 2 for other in others) else []
 
     def _one_of(self, size: Dim) -> Dim:
         """`size`, or of sizes that broadcast against each other one: that which says most of how it came about."""
@@ -324,7 +337,7 @@ class _Site:
         uppers: list[Dim] = []
         lowers: list[Dim] = []
         row, column = self.axes[2], self.axes[3]
-        for part in parts:
+        for part in sorted(parts, key=repr):
             distance = part.dim + column - row if isinstance(part, Literal) and part.kind == "ge" else None
             below = part.dim - column + row if isinstance(part, Literal) and part.kind == "ge" else None
             if distance is not None and not self._indexed(distance):
@@ -400,6 +413,8 @@ class _Site:
         for assumption in self.assumed:
             if not isinstance(assumption, SameSize):
                 needed.add(assumption)
+                continue
+            if known(assumption.a, self.true) == known(assumption.b, self.true):
                 continue
             parts = sorted({*_broadcast_parts(assumption.a), *_broadcast_parts(assumption.b)}, key=rank)
             needed.update(SameSize(parts[0], other) for other in parts[1:])

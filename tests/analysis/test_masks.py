@@ -66,7 +66,8 @@ def form_of(model: ir.Model, name: str = "mask", sizes: bool = False) -> MaskFor
     masks = Masks(facts)
     value = next(v for n in model.graph for v in n.outputs if v.name == name)
     ids, past = facts.shape(model.graph.inputs[0]), facts.shape(model.graph.inputs[2])
-    assert ids is not None and past is not None
+    assert ids is not None
+    assert past is not None
     form = masks.form(value, ids[1], ids[1] + past[2]) if sizes else masks.form(value)
     if isinstance(form, MaskForm):
         proto = ir.to_proto(model)
@@ -89,8 +90,12 @@ def understood(model: ir.Model, name: str = "mask", sizes: bool = False) -> Mask
 def test_causal_with_past_and_padding() -> None:
     form = understood(graph(f"{PADDED} seen = LessOrEqual(j, i) mask = And(seen, pad)"))
     assert form.describe().startswith("causal, padding from 'attention_mask'")
-    assert form.causal and form.from_past and form.boolean and form.shift == 0
-    assert form.padding is not None and form.padding.name == "attention_mask"
+    assert form.causal
+    assert form.from_past
+    assert form.boolean
+    assert form.shift == 0
+    assert form.padding is not None
+    assert form.padding.name == "attention_mask"
     assert [sorted(map(repr, pair)) for pair in form.equalities] == [["attention_mask[1]", "ids[1] + past[2]"]]
     assert not form.row_never_empty
 
@@ -113,7 +118,10 @@ def test_causal_with_past_and_padding() -> None:
 )
 def test_spellings_of_causal(text: str) -> None:
     form = understood(graph(text, "bool[c, d] mask"))
-    assert form.describe() == "causal" and form.from_past and form.row_never_empty and not form.assumptions
+    assert form.describe() == "causal"
+    assert form.from_past
+    assert form.row_never_empty
+    assert not form.assumptions
 
 
 def test_triangle_of_the_lowest_number_times_what_is_beyond_the_positions() -> None:
@@ -127,7 +135,9 @@ def test_triangle_of_the_lowest_number_times_what_is_beyond_the_positions() -> N
         factor = Cast <to = 1> (beyond)
         mask = Mul(upper, factor)
     """, "float[c, d] mask"))  # fmt: skip
-    assert form.describe() == "causal" and form.from_past and not form.boolean
+    assert form.describe() == "causal"
+    assert form.from_past
+    assert not form.boolean
     assert form.masked_values == (pytest.approx(-3.4028235e38),)
 
 
@@ -145,7 +155,8 @@ def test_padding_written_into_a_causal_mask() -> None:
         hidden = Equal(sum, nought)
         mask = Where(hidden, low, causal)
     """, "float[a, b, c, d] mask"))  # fmt: skip
-    assert form.describe() == "causal, padding from 'attention_mask'" and not form.binary
+    assert form.describe() == "causal, padding from 'attention_mask'"
+    assert not form.binary
 
 
 @pytest.mark.parametrize("low", ["-10000", "-3.4028235e38", "-inf"])
@@ -162,7 +173,8 @@ def test_one_minus_the_mask_times_a_low_number(low: str) -> None:
             m = Cast <to = 1> (attention_mask) m4 = Unsqueeze(m, axes)
             inverted = Sub(unit, m4) mask = Mul(inverted, lowest)""", "float[a, b, c, d] mask")  # fmt: skip
     form = understood(model)
-    assert form.padding is not None and form.padding.name == "attention_mask"
+    assert form.padding is not None
+    assert form.padding.name == "attention_mask"
     assert form.masked_value == pytest.approx(float(low))
     assert [v.name for v in form.binary] == ["attention_mask"]
     assert form.describe() == "padding from 'attention_mask', if 'attention_mask' is 0 or 1"
@@ -189,7 +201,9 @@ def test_a_window() -> None:
         near = Greater(j, start)
         mask = And(seen, near)
     """, "bool[c, d] mask"))  # fmt: skip
-    assert form.describe() == "causal, window 3" and form.window == 3 and form.row_never_empty
+    assert form.describe() == "causal, window 3"
+    assert form.window == 3
+    assert form.row_never_empty
 
 
 def test_padding_read_by_indices() -> None:
@@ -215,7 +229,8 @@ def test_padding_read_by_indices() -> None:
         seen = LessOrEqual(j, i)
         mask = And(seen, pad)
     """))  # fmt: skip
-    assert form.describe() == "causal, padding from 'attention_mask'" and not form.assumptions
+    assert form.describe() == "causal, padding from 'attention_mask'"
+    assert not form.assumptions
 
 
 def test_padding_read_from_a_flattened_mask() -> None:
@@ -236,7 +251,8 @@ def test_padding_read_from_a_flattened_mask() -> None:
         found = Gather(flat, place)
         mask = Cast <to = 9> (found)
     """))  # fmt: skip
-    assert form.describe() == "padding from 'attention_mask'" and not form.assumptions
+    assert form.describe() == "padding from 'attention_mask'"
+    assert not form.assumptions
 
 
 def test_a_constant_triangle_sliced() -> None:
@@ -258,7 +274,8 @@ def test_a_constant_triangle_sliced() -> None:
     model.graph.register_initializer(constant)
     ir.convenience.replace_all_uses_with(value, constant)
     form = understood(model, sizes=True)
-    assert form.describe() == "causal" and form.from_past
+    assert form.describe() == "causal"
+    assert form.from_past
 
 
 def test_alibi() -> None:
@@ -277,9 +294,12 @@ def test_alibi() -> None:
         causal = Where(seen, nought, low)
         mask = Add(bias, causal)
     """, "float[b, c, d] mask"))  # fmt: skip
-    assert form.describe() == "causal, ALiBi of 2 heads" and form.from_past
-    assert form.alibi is not None and form.alibi.tolist() == [0.5, 0.25]
-    assert form.bias is not None and form.bias.name == "bias"
+    assert form.describe() == "causal, ALiBi of 2 heads"
+    assert form.from_past
+    assert form.alibi is not None
+    assert form.alibi.tolist() == [0.5, 0.25]
+    assert form.bias is not None
+    assert form.bias.name == "bias"
 
 
 def test_a_bias_beside_a_masked_value() -> None:
@@ -288,7 +308,10 @@ def test_a_bias_beside_a_masked_value() -> None:
         seen = LessOrEqual(j, i)
         mask = Where(seen, relative, low)
     """, "float[a, b, c, d] mask", INPUTS + ", float[1, 2, S, T] relative"))  # fmt: skip
-    assert form.causal and form.bias is not None and form.bias.name == "relative" and form.alibi is None
+    assert form.causal
+    assert form.bias is not None
+    assert form.bias.name == "relative"
+    assert form.alibi is None
 
 
 def test_positions_from_an_input() -> None:
@@ -296,7 +319,9 @@ def test_positions_from_an_input() -> None:
         "at = Unsqueeze(cache_position, second) mask = LessOrEqual(j, at)", "bool[c, d] mask",
         INPUTS + ", int64[S] cache_position",
     ))  # fmt: skip
-    assert form.positions is not None and form.positions.name == "cache_position" and not form.causal
+    assert form.positions is not None
+    assert form.positions.name == "cache_position"
+    assert not form.causal
 
 
 def test_what_isnt_understood_is_other() -> None:
@@ -307,7 +332,9 @@ def test_what_isnt_understood_is_other() -> None:
         even = Equal(rest, zero)
         mask = And(seen, even)
     """, "bool[c, d] mask"))  # fmt: skip
-    assert form.causal and len(form.other) == 1 and form.obstacles == ("'rest': Mod isn't followed",)
+    assert form.causal
+    assert len(form.other) == 1
+    assert form.obstacles == ("'rest': Mod isn't followed",)
     assert not form.row_never_empty
 
 
@@ -326,7 +353,8 @@ def test_everything_masked_is_no_form() -> None:
         size = Concat <axis = 0> (s_shape, t1)
         mask = Expand(low, size)
     """, "float[c, d] mask"))  # fmt: skip
-    assert isinstance(form, NoForm) and form.reason == "it masks everything"
+    assert isinstance(form, NoForm)
+    assert form.reason == "it masks everything"
 
 
 def test_equal_forms_of_equal_masks() -> None:
@@ -338,7 +366,9 @@ def test_equal_forms_of_equal_masks() -> None:
     masks = Masks(lazily(model))
     named = {v.name: v for n in model.graph for v in n.outputs}
     a, b = masks.form(named["mask"]), masks.form(named["seen"])
-    assert isinstance(a, MaskForm) and isinstance(b, MaskForm) and a.key == b.key
+    assert isinstance(a, MaskForm)
+    assert isinstance(b, MaskForm)
+    assert a.key == b.key
 
 
 # ---- random compositions
