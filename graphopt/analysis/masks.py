@@ -95,13 +95,10 @@ class MaskForm:
         return self.allowed == TRUE and not self.biased
 
     @property
-    def exactly_causal(self) -> bool:
-        """Whether it is j ≤ i + (T - S) and nothing else, with no assumption."""
-        return self.causal and self.from_past and self._bare and self.window is None and self.padding is None
-
-    @property
-    def _bare(self) -> bool:
-        return not self.biased and not self.other and self.positions is None and not self.assumptions
+    def is_only_causal(self) -> bool:
+        """Whether it is j ≤ i + `offset` and nothing else (where `equalities` hold, if there are any)."""
+        alone = self.window is None and self.padding is None and self.positions is None and not self.other
+        return self.causal and alone and not self.biased and not self.binary
 
     @property
     def row_never_empty(self) -> bool:
