@@ -122,7 +122,7 @@ class MaskForm:
         """As words: "causal, window 4096, padding from 'attention_mask'"."""
         parts = []
         if self.causal:
-            parts.append("causal" if self.from_past else f"causal from column {self.offset!r} on")
+            parts.append("causal" if self.from_past else f"causal with offset {self.offset!r}")
         if self.window is not None:
             parts.append(f"window {self.window}")
         if self.positions is not None:

@@ -91,9 +91,8 @@ class AttentionMasks(ShapeRulePass):
         plain, form = self._masks.form(mask), self._masks.form(mask, rows, columns)
         shape = self._facts.shape(mask)
         if isinstance(form, NoForm) or shape is None:
-            reason = form.reason if isinstance(form, NoForm) else "its rank isn't known"
-            where = form.value.name if isinstance(form, NoForm) else mask.name
-            return self.left(node, f"mask kept: {where!r} isn't understood ({reason})")
+            missing = form.reason if isinstance(form, NoForm) else "its rank isn't known"
+            return self.left(node, f"mask kept: {mask.name!r} isn't understood: {missing}")
         fits = edit.opset < 24 or (bool(shape) and shape[-1] == columns)  # a shorter mask hides the rest of the keys
         if fits and any(isinstance(f, MaskForm) and f.always and not f.assumptions for f in (plain, form)):
             edit.set_input(node, 3, None)
@@ -128,7 +127,7 @@ class AttentionMasks(ShapeRulePass):
             missing = "".join(f", {why}" for why in form.obstacles)
             return f"it is {form.describe()}{missing}"
         if form.offset != past:
-            return f"it is causal from column {form.offset!r} on, and {past!r} positions are past"
+            return f"it is causal with offset {form.offset!r}, and {past!r} positions are past"
         if form.equalities:
             a, b = form.equalities[0]
             return f"it is causal where {a!r} and {b!r} are equal, which isn't proven"
