@@ -239,6 +239,11 @@ def carried(model: ir.Model) -> Assumptions:
     return Assumptions(tuple(dict.fromkeys(entry.assumption for entry in read(model))))
 
 
+def listed(relied: Iterable[Reliance]) -> list[dict[str, Any]]:
+    """What a model takes for granted, as JSON data for a report: one entry for each assumption and pass."""
+    return [{**entry.to_dict(), "meaning": meaning(entry.assumption)} for entry in relied]
+
+
 def unneeded(given: Assumptions, relied: Iterable[Reliance]) -> list[str]:
     """What was assumed without need, a phrase each: "batch=1", or "no-padding (no-left-padding was enough)"."""
     used = list(dict.fromkeys(entry.assumption for entry in relied))
