@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,6 +107,16 @@ def test_every_kind_says_what_it_is() -> None:
         assert kind.example
         assert kind.roles
     assert meaning("max-length=2048") == "past and new tokens together are at most 2048"
+
+
+def test_the_guide_has_them_all() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "user-guide.md").read_text()
+    rows = re.findall(r"^\| `([\w=-]+)` \| (.*?) \|", guide, re.MULTILINE)
+    assert [name for name, _ in rows] == list(KINDS)
+    for name, words in rows:
+        assert KINDS[name].meaning.split(" (")[0].replace("attention mask", "mask") in words.replace(
+            "attention mask", "mask"
+        )
 
 
 # ---- metadata
