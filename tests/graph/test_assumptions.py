@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -110,7 +110,10 @@ def test_every_kind_says_what_it_is() -> None:
 
 
 def test_the_guide_has_them_all() -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "user-guide.md").read_text()
+    guide = (
+        (Path(__file__).parents[2] / "docs" / "user-guide.md").read_text().partition("## What the result assumes")[2]
+    )
+    guide = guide.partition("## ")[0]
     rows = re.findall(r"^\| `([\w=-]+)` \| (.*?) \|", guide, re.MULTILINE)
     assert [name for name, _ in rows] == list(KINDS)
     for name, words in rows:
@@ -195,6 +198,7 @@ def test_padding(convert: Callable[[Any], Any]) -> None:
     assert both([1, 0, 1])[1] == "row 0 of 'attention_mask' has a 0 at 1 before a 1"
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(arrays.arrays(np.int64, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.integers(0, 1)))
 def test_no_left_padding_is_what_a_count_of_ones_says(mask: np.ndarray[Any, Any]) -> None:
     counted = (np.arange(mask.shape[1]) < mask.sum(1)[:, None]).astype(np.int64)
