@@ -7,6 +7,7 @@ metadata by the pass that relied on it, and checked wherever the model is run or
 | `no-left-padding` | each row of the mask is ones, then zeros; what comes out at padded positions is unspecified | prompts of several lengths, padded at the end |
 | `batch=1` | the batch is 1 | a chat program |
 | `no-batched-chunks` | the batch is 1, or one token comes at a time, or the cache is empty | batched generation without chunked prefill |
+| `counted-positions` | position ids count up from the number of tokens in the cache (those of padding may be anything) | position ids as generation makes them |
 | `max-length=N` | past and new tokens together are at most N | a context of 2048 tokens |
 
 `no-padding` implies `no-left-padding`, `batch=1` implies `no-batched-chunks`, and a length implies every longer one.
@@ -43,7 +44,8 @@ class Kind:
         meaning: Where it holds, as a clause.
         example: For whom that is so.
         roles: The inputs that show whether it holds, as alternatives of roles: "mask" is a 0/1 mask [B, T] over past
-            and new tokens, "ids" the token ids or embeddings [B, S, ...], "past" the first key cache [B, H, P, D].
+            and new tokens, "ids" the token ids or embeddings [B, S, ...], "positions" the position ids [B, S], "past"
+            the first key cache [B, H, P, D].
         implies: Names of the assumptions that hold wherever this one does.
     """
 
@@ -76,6 +78,12 @@ KINDS: dict[str, Kind] = {
             "the batch is 1, or one token comes at a time, or the cache is empty",
             "batched generation without chunked prefill",
             (("ids", "mask"), ("ids", "past")),
+        ),
+        Kind(
+            "counted-positions",
+            "position ids count up from the number of tokens in the cache (those of padding may be anything)",
+            "position ids as generation makes them",
+            (("positions", "mask"), ("positions", "past")),
         ),
         Kind(
             f"{MAX_LENGTH}=N",
@@ -267,6 +275,8 @@ def violation(reliance: Reliance, feeds: Mapping[str, Any]) -> str | None:
     if name in ("no-padding", "no-left-padding"):
         mask = _numbers(feeds.get(inputs["mask"]))
         return None if mask is None else _padding(name, inputs["mask"], mask)
+    if name == "counted-positions":
+        return _counting(inputs, feeds)
     batch = _size(feeds, inputs, "ids", 0)
     if name == "batch=1":
         return None if batch in (None, 1) else f"the batch of {inputs['ids']!r} is {batch}"
@@ -318,6 +328,28 @@ def _numbers(value: Any) -> np.ndarray[Any, Any] | None:
     if hasattr(value, "device_name"):
         return np.asarray(value.numpy()) if value.device_name() == "cpu" else None
     return np.asarray(value)
+
+
+def _counting(inputs: Mapping[str, str], feeds: Mapping[str, Any]) -> str | None:
+    positions = _numbers(feeds.get(inputs["positions"]))
+    if positions is None or positions.ndim == 0:
+        return None
+    new, total = positions.shape[-1], _size(feeds, inputs, "mask", -1)
+    past = _size(feeds, inputs, "past", 2) if total is None else total - new
+    if past is None:
+        return None
+    wrong = positions != np.arange(past, past + new)
+    if not wrong.any():  # the usual case
+        return None
+    if total is not None:  # positions of padding don't count, but where it is can't be seen on a device
+        mask = _numbers(feeds.get(inputs["mask"]))
+        wrong = wrong & (mask[..., -new:] != 0) if mask is not None else np.zeros(1, np.bool_)
+    if not wrong.any():
+        return None
+    at = np.argwhere(wrong)[0]
+    found = np.broadcast_to(positions, wrong.shape)[tuple(at)]
+    where = f"row {at[-2]} of {inputs['positions']!r}" if len(at) > 1 else repr(inputs["positions"])
+    return f"{where} has {found} where {past + at[-1]} is the count of tokens before"
 
 
 def _size(feeds: Mapping[str, Any], inputs: Mapping[str, str], role: str, axis: int) -> int | None:

@@ -37,7 +37,7 @@ CACHED = {"ids": "input_ids", "past": "past_key_values.0.key"}
 
 
 def model(text: str | None = None) -> ir.Model:
-    names = ("input_ids", "attention_mask", "past_key_values.0.key")
+    names = ("input_ids", "attention_mask", "position_ids", "past_key_values.0.key")
     made = ir.Model(ir.Graph([ir.val(n) for n in names], [], nodes=[], opset_imports={"": 23}, name="g"), ir_version=10)
     if text is not None:
         made.metadata_props[ASSUMPTIONS_KEY] = text
@@ -48,13 +48,14 @@ def model(text: str | None = None) -> ir.Model:
 
 
 def test_what_follows_from_what() -> None:
-    every = ("no-padding", "no-left-padding", "batch=1", "no-batched-chunks", "max-length=7")
+    every = ("no-padding", "no-left-padding", "batch=1", "no-batched-chunks", "counted-positions", "max-length=7")
     held = {name: [other for other in every if Assumptions.parse([name]).holds(other)] for name in every}
     assert held == {
         "no-padding": ["no-padding", "no-left-padding"],
         "no-left-padding": ["no-left-padding"],
         "batch=1": ["batch=1", "no-batched-chunks"],
         "no-batched-chunks": ["no-batched-chunks"],
+        "counted-positions": ["counted-positions"],
         "max-length=7": ["max-length=7"],
     }
     assert not any(Assumptions().holds(name) for name in every)
@@ -86,7 +87,10 @@ def test_names_are_read_leniently_and_once() -> None:
     [
         ("no-leftpadding", "did you mean no-left-padding?"),
         ("batch=2", "did you mean batch=1?"),
-        ("quick", "no assumption 'quick'; there are no-padding, no-left-padding, batch=1, no-batched-chunks, max-leng"),
+        (
+            "quick",
+            "no assumption 'quick'; there are no-padding, no-left-padding, batch=1, no-batched-chunks, counted-p",
+        ),
         ("max-length", "as in max-length=2048"),
         ("max-length=0", "as in max-length=2048"),
         ("max-length=N", "as in max-length=2048"),
@@ -228,6 +232,29 @@ def test_the_mask_tells_how_much_of_a_buffer_is_used() -> None:
     for name in ("no-batched-chunks", "max-length=10"):
         assert said(name, CACHED | MASK, feeds) is None
         assert said(name, CACHED, feeds) is not None
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask", "told"),
+    [
+        ([[2, 3, 4]], [[1] * 5], None),
+        ([2, 3, 4], [[1] * 5] * 2, None),
+        ([[2, 3, 4], [2, 3, 1]], [[1] * 5, [1, 1, 1, 1, 0]], None),
+        ([[2, 3, 4], [2, 3, 1]], [[1] * 5] * 2, "row 1 of 'position_ids' has 1 where 4 is the count of tokens before"),
+        ([[0, 1, 2]], [[1] * 5], "row 0 of 'position_ids' has 0 where 2 is the count of tokens before"),
+        ([[2, 3, 4], [0, 1, 2]], [[1] * 5, [0, 0, 1, 1, 1]], "row 1 of 'position_ids' has 0 where 2 is"),
+    ],
+)
+def test_positions(positions: list[Any], mask: list[list[int]], told: str | None) -> None:
+    feeds = shaped(len(mask), 3, 2) | {"position_ids": np.array(positions), "attention_mask": np.array(mask)}
+    roles = {"positions": "position_ids"}
+    found = said("counted-positions", roles | MASK, feeds)
+    assert found is None if told is None else (found or "").startswith(told)
+    without = said("counted-positions", {**roles, "past": "past_key_values.0.key"}, feeds)
+    if np.all(np.array(mask)):
+        assert without == found
+    del feeds["attention_mask"], feeds["past_key_values.0.key"]
+    assert said("counted-positions", roles | MASK, feeds) is None
 
 
 def test_words() -> None:
