@@ -23,6 +23,7 @@ from graphopt.errors import InputDataError, ModelError, UsageError, Verification
 from graphopt.graph import load, session_settings
 from graphopt.graph import save as save_model
 from graphopt.graph.edits import nodes, walk
+from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.load import EXTERNAL_KEY, PATH_KEY, normalize
 from graphopt.graph.save import Progress as SaveProgress
 from graphopt.pass_manager import PassManager, Progress, VerifyMode
@@ -251,10 +252,13 @@ def inspect(
         "attention": {},
         "linear": {},
         "tied_layers": [],
+        "kv_cache": None,
         "problems": problems,
         "why": None,
     }
     if all(map(found_by_onnx, problems)):
+        decoder = kv_interface(model)
+        data["kv_cache"] = None if decoder is None else decoder.to_dict()
         copy = model.clone()
         passes = load_recipe().passes()
         # Structure is read off the canonical graph: what a target runs fastest is spelled in its own way.

@@ -44,6 +44,7 @@ class InputRoles:
         use_cache: A flag that an If reads.
         others: All other inputs.
         vocabulary: Rows of the embedding that the token ids index.
+        positions_from_mask: Whether the mask also reaches a rotation or a table: positions are counted in it.
     """
 
     token_ids: str | None
@@ -52,6 +53,7 @@ class InputRoles:
     use_cache: str | None
     others: tuple[str, ...]
     vocabulary: int | None
+    positions_from_mask: bool
 
     @classmethod
     def read(cls, inputs: Sequence[ir.Value]) -> InputRoles:
@@ -79,6 +81,7 @@ class InputRoles:
             flag_name,
             others=tuple(v.name or "" for v in inputs if v not in roles),
             vocabulary=None if tokens is None else tables[tokens],
+            positions_from_mask=mask is not None and "position" in reached[mask],
         )
 
 

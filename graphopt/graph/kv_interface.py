@@ -68,9 +68,11 @@ class KVInterface:
 
     Attributes:
         token_ids: Rows of an embedding are gathered with it.
-        attention_mask: 1 for tokens that count, over past and new, or new alone.
+        attention_mask: 1 for tokens that count, over past and new.
         position_ids: Position of each token.
+        positions_from_mask: Whether the graph counts positions in the mask.
         logits: The output over the vocabulary.
+        vocabulary: Rows of the embedding, None where there is no token_ids.
         use_cache: A flag that chooses between a branch with and one without a past.
         pairs: The cache, by layer, keys before values; without those of another sequence.
         cross: Cache inputs of another sequence (an encoder's): read as they are.
@@ -81,7 +83,9 @@ class KVInterface:
     token_ids: str | None
     attention_mask: str | None
     position_ids: str | None
+    positions_from_mask: bool
     logits: str | None
+    vocabulary: int | None
     use_cache: str | None
     pairs: tuple[CachePair, ...]
     cross: tuple[CachePair, ...]
@@ -142,7 +146,9 @@ def kv_interface(model: ir.Model) -> KVInterface | None:
         token_ids=roles.token_ids,
         attention_mask=roles.attention_mask,
         position_ids=roles.position_ids,
+        positions_from_mask=roles.positions_from_mask,
         logits=_logits(model, presents, roles.vocabulary),
+        vocabulary=roles.vocabulary,
         use_cache=roles.use_cache,
         pairs=own,
         cross=cross,
