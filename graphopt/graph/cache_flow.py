@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from typing import Literal
 
 import onnx_ir as ir
@@ -30,6 +31,7 @@ MOVES = frozenset({"Cast", "CastLike", "DequantizeLinear", "Dropout", "Identity"
                    "Squeeze", "Transpose", "Unsqueeze"})  # fmt: skip
 """Operators through which a cache stays a cache, whatever its layout or type."""
 _ON_KEYS = MOVES | {"Add", "Concat", "Div", "Expand", "Gather", "Mul", "Neg", "RotaryEmbedding", "Split", "Sub", "Tile"}
+_AS_IT_IS = _ON_KEYS - {"Concat"}
 _ON_SCORES = frozenset({"Add", "Cast", "Clip", "Concat", "Div", "Identity", "Max", "Mul", "Reshape", "Sub", "Tanh",
                         "Transpose", "Where"})  # fmt: skip
 _ON_WEIGHTS = frozenset({"Cast", "Div", "Dropout", "Identity", "Mul", "Reshape", "Slice", "Transpose", "Where"})
@@ -97,7 +99,7 @@ class CacheFlow:
                     found = self._spelled_out(node, axes)
                     if found is not None:
                         return found
-        part, attention = self.reader(past)
+        part, attention = self.reader(past, _AS_IT_IS)
         if part is not None:
             unjoined = Join(None, past, self.present(past)[0], None, part, attention, False)
         return unjoined
@@ -160,8 +162,9 @@ class CacheFlow:
             for body in bodies:
                 yield from (owner.outputs[i] for i, output in enumerate(body.outputs) if output is value)
 
-    def reader(self, value: ir.Value) -> tuple[Part | None, ir.Node | None]:
-        """As what an attention reads `value`, and that attention: its Softmax, or the operator."""
+    def reader(self, value: ir.Value, through: AbstractSet[str] = _ON_KEYS) -> tuple[Part | None, ir.Node | None]:
+        """As what an attention reads `value`, `through` some operators, and that attention: its Softmax, or the
+        operator."""
         pending, seen = deque([value]), {value}
         while pending and len(seen) <= _FURTHEST:
             current = pending.popleft()
@@ -172,9 +175,11 @@ class CacheFlow:
                 if node.op_type in ("MatMul", "Einsum", "FusedMatMul", "Gemm"):
                     if (weights := _softmax_above(node.inputs[1 - slot] if slot < 2 else None)) is not None:
                         return "value", weights
-                    if (scores := _softmax_below(node)) is not None:
+                    # The left operand of the scores is the queries; an Einsum may name its operands in any order.
+                    left = slot == 0 and node.op_type != "Einsum"
+                    if not left and (scores := _softmax_below(node)) is not None:
                         return "key", scores
-                elif (slot == 0 or node.op_type in ("Concat", "Mul", "Add")) and node.op_type in _ON_KEYS:
+                elif (slot == 0 or node.op_type in ("Concat", "Mul", "Add")) and node.op_type in through:
                     for output in node.outputs:
                         if output not in seen:
                             seen.add(output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
@@ -56,11 +56,16 @@ class InputRoles:
     positions_from_mask: bool
 
     @classmethod
-    def read(cls, inputs: Sequence[ir.Value]) -> InputRoles:
-        """The roles of `inputs`, the caches left out."""
+    def read(cls, inputs: Sequence[ir.Value], widths: Collection[int] = ()) -> InputRoles:
+        """The roles of `inputs`, the caches left out; `widths` are those of the outputs, of which the logits' is the
+        vocabulary."""
         rest = [v for v in inputs if v.name]
         tables = {v: rows for v in rest if (rows := _table_rows(v))}
-        tokens = max(tables, key=lambda v: (not _named(v, "pos", "type", "segment"), tables[v]), default=None)
+        tokens = max(
+            tables,
+            key=lambda v: (not _named(v, "pos", "type", "segment"), tables[v] in widths, tables[v]),
+            default=None,
+        )
         if tokens is not None and _named(tokens, "pos", "type", "segment"):
             tokens = None  # a model that is fed with embeddings
         rest = [v for v in rest if v is not tokens]

@@ -140,8 +140,9 @@ def kv_interface(model: ir.Model) -> KVInterface | None:
     cross = tuple(pair for pair in pairs if pair.cross)
     taken = {pair.past for pair in pairs}
     rest = [v for v in model.graph.inputs if not v.is_initializer() and v.name not in taken]
-    roles = InputRoles.read(rest)
     presents = {pair.present for pair in pairs}
+    widths = {_width(v) for v in model.graph.outputs if v.name not in presents}
+    roles = InputRoles.read(rest, [width for width in widths if width is not None])
     return KVInterface(
         token_ids=roles.token_ids,
         attention_mask=roles.attention_mask,

@@ -230,11 +230,12 @@ class Generator:
 
 
 def _session(path: str, threads: int, sess_options: onnxruntime.SessionOptions | None) -> onnxruntime.InferenceSession:
-    if sess_options is None and threads:
+    if sess_options is None:
         import onnxruntime
 
         sess_options = onnxruntime.SessionOptions()
         sess_options.intra_op_num_threads = threads
+        sess_options.log_severity_level = 4  # what fails is raised, and told once
     return make_session(path, sess_options)
 
 
