@@ -46,6 +46,10 @@ def print_report(report: Data, console: Console) -> None:
         _print_timing_body(report["timing"], printer)
     _print_left(summary.left_groups(report), printer)
     _print_settings(report, printer)
+    if renamed := report.get("renamed"):
+        printer.heading(f"Renamed: {units.plural(len(renamed), 'input or output', 'inputs and outputs')}")
+        shown = [f"{before} → {now}" for before, now in list(renamed.items())[:3]]
+        printer.line(", ".join(shown) + (", ... (--json has all)" if len(renamed) > len(shown) else ""))
     printer.line()
     took = f"Passes {units.seconds(report.get('seconds'))}"
     if report.get("verification"):
