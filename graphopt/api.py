@@ -23,6 +23,8 @@ from graphopt.errors import InputDataError, ModelError, UsageError, Verification
 from graphopt.graph import assumptions, load, session_settings
 from graphopt.graph import save as save_model
 from graphopt.graph.edits import nodes, walk
+from graphopt.graph.kv_interface import kv_interface
+from graphopt.graph.kv_names import rename_kv_cache
 from graphopt.graph.load import EXTERNAL_KEY, PATH_KEY, normalize
 from graphopt.graph.save import Progress as SaveProgress
 from graphopt.pass_manager import PassManager, Progress, VerifyMode
@@ -83,6 +85,7 @@ def optimize(
     calibration: TextDataset | None = None,
     profile: Profile | str | os.PathLike[str] | None = None,
     assume: str | Sequence[str] = (),
+    rename_kv: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -100,13 +103,14 @@ def optimize(
         assume: What may be taken for granted about inputs, besides what the recipe and the model say: names such as
             "no-left-padding" or "max-length=2048"; see `graphopt.graph.assumptions`. What a pass relied on is written
             into the result, which is judged where that holds, and `graphopt.session` refuses other inputs.
+        rename_kv: Give the inputs and outputs of a decoder the names of docs/generation.md at the end.
         seed: Seed of the generated probe inputs.
         progress: Called before each pass.
 
     Raises:
         ModelError: The model is broken or ONNX Runtime can't run it.
         UsageError: An unknown recipe, pass, option, target or assumption; a profile that is none, or for another
-            target.
+            target; names for the cache of a model that has none.
         InputDataError: `inputs` doesn't fit the model.
         VerificationError: No probe input runs on the original.
     """
@@ -160,7 +164,11 @@ def optimize(
         assumptions=assumed,
         progress=progress,
     )
+    if rename_kv and kv_interface(model) is None:
+        raise UsageError("--rename-kv-cache is for decoders, and no attention here joins an input to new keys.")
     run = manager(model)
+    # After all is verified: outputs are compared by name.
+    renamed = rename_kv_cache(model) if rename_kv else {}
     report = Report(
         source,
         chosen,
@@ -174,6 +182,7 @@ def optimize(
         profile=None if found is None else {"id": found.id, "date": found.date, "description": found.description},
         assumed=given,
         relied=assumptions.read(model),
+        renamed=renamed,
     )
     return Result(model, report)
 
@@ -268,10 +277,13 @@ def inspect(
         "linear": {},
         "tied_layers": [],
         "assumptions": assumptions.listed(assumptions.read(model)),
+        "kv_cache": None,
         "problems": problems,
         "why": None,
     }
     if all(map(found_by_onnx, problems)):
+        decoder = kv_interface(model)
+        data["kv_cache"] = None if decoder is None else decoder.to_dict()
         copy = model.clone()
         passes = load_recipe().passes()
         # Structure is read off the canonical graph: what a target runs fastest is spelled in its own way.

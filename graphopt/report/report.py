@@ -36,6 +36,7 @@ class Report:
         profile: Which target profile the passes followed: its id, date and description; None: the safe defaults.
         assumed: What the passes could take for granted about inputs.
         relied: What the result does take for granted.
+        renamed: Inputs and outputs that got other names, name before to name now.
     """
 
     source: dict[str, Any]
@@ -53,6 +54,7 @@ class Report:
     profile: dict[str, str] | None = None
     assumed: Assumptions = NOTHING
     relied: list[Reliance] = dataclasses.field(default_factory=list)
+    renamed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -95,6 +97,7 @@ class Report:
             "skipped_probes": self.skipped_probes,
             "session_settings": [{"setting": s, "value": v, "reason": r} for s, v, r in self.session_settings],
             "timing": self.timing,
+            "renamed": self.renamed,
             "arguments": self.arguments,
         }
 
