@@ -25,7 +25,7 @@ from graphopt.analysis.layout import Atom, Axes, NotAView, Stage, above, below, 
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.constants import scalar
 
-__all__ = ["AttentionForm", "Bias", "Keep", "NotAttention", "Operand", "read"]
+__all__ = ["AttentionForm", "Bias", "Keep", "NotAttention", "Operand", "Roles", "concatenated", "operands", "read"]
 
 _LONGEST = 16
 
@@ -140,6 +140,24 @@ def _read(path: Path, facts: ShapeFacts) -> AttentionForm:
         path, Operand(q_stages, q_roles), Operand(k_stages, k_roles), Operand(v_stages, v_roles), scores,
         output, out_axes, out_roles,
     )  # fmt: skip
+
+
+def operands(node: ir.Node, facts: ShapeFacts) -> tuple[Operand, Operand, Operand]:
+    """Queries, keys and values of an `Attention` with operands of four axes; heads without repetition.
+
+    Raises:
+        NotAttention: A fact is missing.
+    """
+    found = []
+    for value in node.inputs[:3]:
+        assert value is not None
+        axes = plain_axes(value, facts)
+        if len(axes) != 4:
+            raise NotAttention(f"{value.name!r} hasn't four axes")
+        found.append((axes, climb(value, axes, facts)))
+    (q, q_stages), (k, k_stages), (v, v_stages) = found
+    q_roles, k_roles, v_roles = _roles(q, k, v, (q[0], q[1], q[2], k[2]))
+    return Operand(q_stages, q_roles), Operand(k_stages, k_roles), Operand(v_stages, v_roles)
 
 
 def climb(value: ir.Value, axes: Axes, facts: ShapeFacts) -> list[Stage]:

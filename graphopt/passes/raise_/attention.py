@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.attention_form import AttentionForm, NotAttention, Operand, concatenated, read
+from graphopt.analysis.algebra import attribute_int
+from graphopt.analysis.attention_form import AttentionForm, NotAttention, Operand, concatenated, operands, read
 from graphopt.analysis.layout import NotAView, Stage
 from graphopt.analysis.shapes import ShapeFacts, lazily
 from graphopt.graph.edits import Editor, sort
@@ -43,7 +44,9 @@ class RaiseAttention(RulePass):
        Softmax (IsNaN, Where): the operator does the same.
     5. The KV cache: `Concat(past, new)` along the sequence, with the past an input of the graph, becomes `past_key`,
        `past_value`, and its results `present_key`, `present_value`.
-    6. Scores as kᵀ·q and results as vᵀ·wᵀ, transposed afterwards.
+    6. An `Attention` that is there already, with repeated keys and values or a cache in front, as torch.export writes it
+       for opset 23.
+    7. Scores as kᵀ·q and results as vᵀ·wᵀ, transposed afterwards.
 
     **Needs:** opset 23. **Guarantees:** the same function. Where all keys are hidden by −∞ the spelled-out form gives
     NaN and the operator 0. Hidden by a finite number, they have equal weights in both: the lowest float32, which ONNX
@@ -66,7 +69,7 @@ class RaiseAttention(RulePass):
     name: ClassVar[str] = "raise-attention"
     family: ClassVar[str] = "raise"
     paper: ClassVar[str] = "Attention Is All You Need"
-    anchors: ClassVar[tuple[str, ...]] = ("Softmax",)
+    anchors: ClassVar[tuple[str, ...]] = ("Softmax", "Attention")
 
     def prepare(self, model: ir.Model, edit: Editor) -> None:
         """Know what is known already."""
@@ -85,80 +88,129 @@ class RaiseAttention(RulePass):
     def rewrite(self, node: ir.Node, edit: Editor) -> bool:
         """See the class."""
         try:
+            if node.op_type == "Attention":
+                return self._rewrite_operator(node, edit)
             form = read(node, self._facts)
             if form is None:
                 return False
             if edit.opset < OPSET:
                 raise NotAttention(f"needs opset {OPSET}, the model has {edit.opset}: run convert-opset first")
-            return self.applied(node, _Writer(form, self._facts, edit).write())
+            return self.applied(node, _write(form, self._facts, edit))
         except (NotAttention, NotAView) as reason:
             return self.left(node, f"attention isn't raised: {reason}")
 
+    def _rewrite_operator(self, node: ir.Node, edit: Editor) -> bool:
+        inputs = [*node.inputs, *[None] * 6][:6]
+        shapes = [None if value is None else self._facts.shape(value) for value in inputs[:3]]
+        if any(shape is None or len(shape) != 4 for shape in shapes) or inputs[4] is not None:
+            return False
+        if any(a.is_ref() for a in node.attributes.values()) or any(out.uses() for out in node.outputs[1:]):
+            return False
+        q, k, v = operands(node, self._facts)
+        if not _repeated(k) and not _repeated(v) and (concatenated(k.stages[0].value) is None or causal(node)):
+            return False
+        edit.at(node)
+        writer = _Writer((q, k, v), self._facts, edit)
+        keys, values = (writer.placed(operand, number=False)[0] for operand in (k, v))
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        y, cached = writer.operator(
+            inputs[0], keys, values, inputs[3], attributes, node.outputs[0], cache=not causal(node)
+        )
+        edit.replace(node.outputs[0], y)
+        writer.finish()
+        return self.applied(node, f"wrote Attention{_heads(q, k)}" + (" with a cache" if cached else ""))
+
+
+def causal(node: ir.Node) -> bool:
+    """Whether an `Attention` hides the keys behind a query by itself."""
+    return attribute_int(node, "is_causal", 0) != 0
+
+
+def _repeated(operand: Operand) -> bool:
+    return any(atom.repeat for axis in operand.stages[0].settled() for atom in axis)
+
+
+def _write(form: AttentionForm, facts: ShapeFacts, edit: Editor) -> str:
+    edit.at(form.path.weighted)
+    dtype = facts.dtype(form.q.stages[0].value)
+    if dtype not in _TYPES:
+        raise NotAttention(f"it computes in {'an unknown type' if dtype is None else dtype.name}")
+    writer = _Writer((form.q, form.k, form.v), facts, edit)
+    scores = form.scores
+    mask = mask_of(form, facts, edit, writer.views, dtype)
+    q, q_factor = writer.placed(form.q)
+    k, k_factor = writer.placed(form.k)
+    v, _ = writer.placed(form.v, number=False)
+    for temperature in scores.temperatures:
+        shape = facts.shape(temperature)
+        if len(scores.axes) != 4 or shape is None or len(shape) > 4:
+            raise NotAttention(f"the axes of the temperature {temperature.name!r} aren't those of the queries")
+        q = edit.op("Mul", [q, temperature], like=q)
+    precision = scores.precision
+    attributes = {
+        "scale": float(np.float32(scores.scale * q_factor * k_factor)),
+        "softcap": float(np.float32(scores.softcap)) or None,
+        "softmax_precision": precision.value if precision not in (None, dtype) else None,
+    }
+    y, cached = writer.operator(q, k, v, mask, attributes, None)
+    result = writer.views.to(y, form.output_roles, form.output_axes)
+    if result is y:
+        y.type, y.shape = form.output.type, form.output.shape
+    edit.replace(form.output, result)
+    writer.finish()
+    parts = (("a mask", mask is not None), ("a cache", cached), ("a cap", bool(scores.softcap)))
+    extras = [name for name, there in parts if there]
+    return f"wrote Attention{_heads(form.q, form.k)}" + (f", with {' and '.join(extras)}" if extras else "")
+
+
+def _heads(q: Operand, k: Operand) -> str:
+    heads, kv_heads = q.sizes[1].value, k.sizes[1].value
+    if heads is None:
+        return ""
+    return f" of {heads} heads" + (f" on {kv_heads} of keys and values" if kv_heads not in (None, heads) else "")
+
 
 class _Writer:
-    """Writes one attention."""
+    """Writes one operator, at the site of `edit`."""
 
-    def __init__(self, form: AttentionForm, facts: ShapeFacts, edit: Editor) -> None:
-        self.form, self.facts, self.edit = form, facts, edit
-        edit.at(form.path.weighted)
-        stages = [stage for operand in (form.q, form.k, form.v) for stage in operand.stages]
-        self.views = Rearrangement(edit, facts, stages)
+    def __init__(self, parts: Sequence[Operand], facts: ShapeFacts, edit: Editor) -> None:
+        self.facts, self.edit = facts, edit
+        self.views = Rearrangement(edit, facts, [stage for operand in parts for stage in operand.stages])
+        self._presents: list[tuple[ir.Value, ir.Value]] = []
 
-    def write(self) -> str:
-        form, edit = self.form, self.edit
-        dtype = self.facts.dtype(form.q.stages[0].value)
-        if dtype not in _TYPES:
-            raise NotAttention(f"it computes in {'an unknown type' if dtype is None else dtype.name}")
-        mask = mask_of(form, self.facts, edit, self.views, dtype)
-        q, q_factor = self._placed(form.q)
-        k, k_factor = self._placed(form.k)
-        v, _ = self._placed(form.v, number=False)
-        for temperature in form.scores.temperatures:
-            shape = self.facts.shape(temperature)
-            if len(form.scores.axes) != 4 or shape is None or len(shape) > 4:
-                raise NotAttention(f"the axes of the temperature {temperature.name!r} aren't those of the queries")
-            q = edit.op("Mul", [q, temperature], like=q)
-        cache = self._cache(k, v, [q, mask])
+    def operator(
+        self,
+        q: ir.Value | None,
+        k: ir.Value,
+        v: ir.Value,
+        mask: ir.Value | None,
+        attributes: Mapping[str, Any],
+        like: ir.Value | None,
+        cache: bool = True,
+    ) -> tuple[ir.Value, bool]:
+        """The result of a new Attention, and whether it has the cache."""
+        found = self._cache(k, v, [q, mask]) if cache else None
         inputs: list[ir.Value | None] = [q, k, v, mask]
-        if cache is not None:
-            (past_k, new_k), (past_v, new_v) = cache
+        if found is not None:
+            (past_k, new_k), (past_v, new_v) = found
             inputs = [q, new_k, new_v, mask, past_k, past_v]
         while inputs[-1] is None:
             inputs.pop()
-        precision = form.scores.precision
-        attributes = {
-            "scale": float(np.float32(form.scores.scale * q_factor * k_factor)),
-            "softcap": float(np.float32(form.scores.softcap)) or None,
-            "softmax_precision": precision.value if precision not in (None, dtype) else None,
-        }
-        y = edit.op("Attention", inputs, attributes, outputs=1 if cache is None else 3)
-        if cache is not None:
+        y = self.edit.op("Attention", inputs, attributes, outputs=1 if found is None else 3, like=like)
+        if found is not None:
             node = y.producer()
             assert node is not None
-            for old, new in ((k, node.outputs[1]), (v, node.outputs[2])):
+            self._presents = [(k, node.outputs[1]), (v, node.outputs[2])]
+            for old, new in self._presents:
                 new.type, new.shape = old.type, old.shape
-        result = self.views.to(y, form.output_roles, form.output_axes)
-        if result is y:
-            y.type, y.shape = form.output.type, form.output.shape
-        edit.replace(form.output, result)
-        if cache is not None:
-            edit.replace(k, node.outputs[1])
-            edit.replace(v, node.outputs[2])
-        return self._said(mask is not None, cache is not None)
+        return y, found is not None
 
-    def _said(self, masked: bool, cached: bool) -> str:
-        form = self.form
-        heads = "" if form.heads is None else f" of {form.heads} heads"
-        if form.kv_heads is not None and form.kv_heads != form.heads:
-            heads += f" on {form.kv_heads} of keys and values"
-        extras = [
-            name for name, there in (
-                ("a mask", masked), ("a cache", cached), ("a cap", bool(form.scores.softcap)),
-            ) if there
-        ]  # fmt: skip
-        return f"wrote Attention{heads}" + (f", with {' and '.join(extras)}" if extras else "")
+    def finish(self) -> None:
+        """Let what read the cache read the results of the operator."""
+        for old, new in self._presents:
+            self.edit.replace(old, new)
 
-    def _placed(self, operand: Operand, number: bool = True) -> tuple[ir.Value, float]:
+    def placed(self, operand: Operand, number: bool = True) -> tuple[ir.Value, float]:
         """An operand as [batch, head, sequence, depth], and the number to multiply it by."""
         stages = [stage for stage in operand.stages if number or stage.factor == 1.0]
         chosen: Stage | None = None
