@@ -74,7 +74,7 @@ KINDS: dict[str, Kind] = {
             "no-batched-chunks",
             "the batch is 1, or one token comes at a time, or the cache is empty",
             "batched generation without chunked prefill",
-            (("ids", "past"),),
+            (("ids", "mask"), ("ids", "past")),
         ),
         Kind(
             f"{MAX_LENGTH}=N",
@@ -265,14 +265,15 @@ def violation(reliance: Reliance, feeds: Mapping[str, Any]) -> str | None:
     if name == "batch=1":
         batch = _size(shapes, "ids", 0)
         return None if batch in (None, 1) else f"the batch of {inputs['ids']!r} is {batch}"
-    new, past = _size(shapes, "ids", 1), _size(shapes, "past", 2)
+    new, past, total = _size(shapes, "ids", 1), _size(shapes, "past", 2), _size(shapes, "mask", -1)
+    if total is not None and new is not None:  # the length of a cache may be that of its buffer
+        past = max(0, total - new)
     if name == "no-batched-chunks":
         batch = _size(shapes, "ids", 0)
         if batch in (None, 1) or new in (None, 1) or past in (None, 0):
             return None
         return f"{new} tokens come for each of {batch} rows of {inputs['ids']!r} after {past} in the cache"
     limit = _length(name)
-    total = _size(shapes, "mask", -1)
     if total is None and new is not None:
         total = new + (past or 0)
     if limit is None or total is None or total <= limit:

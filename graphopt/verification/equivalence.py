@@ -10,8 +10,9 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.errors import VerificationError
+from graphopt.graph.assumptions import carried
 from graphopt.graph.load import load
-from graphopt.verification.probes import load_probes
+from graphopt.verification.probes import load_probes, make_probes
 from graphopt.verification.verifier import Verdict, Verifier
 
 
@@ -24,7 +25,7 @@ def verify(
     bitwise: bool = False,
     threads: int | None = None,
 ) -> Verdict:
-    """Compare two models.
+    """Compare two models, where what they take for granted (`graphopt.graph.assumptions`) holds.
 
     Args:
         path_a: The original, or its file; its signature gives the probes.
@@ -54,7 +55,9 @@ def verify(
                     f"The models can't be compared: {kind} {name!r} is {first[name].type} in {_label(path_a)} "
                     f"and {second[name].type} in {_label(path_b)}."
                 )
-    verifier = Verifier(path_a, load_probes(inputs, a) if inputs is not None else None, seed=seed, threads=threads)
+    known = carried(a) | carried(b)
+    probes = load_probes(inputs, a) if inputs is not None else make_probes(a, seed, assumptions=known)
+    verifier = Verifier(path_a, probes, seed=seed, threads=threads)
     try:
         return verifier.check(path_b, bitwise)
     finally:

@@ -136,7 +136,7 @@ def test_what_was_given_without_need() -> None:
 def test_what_can_not_be_checked_is_refused() -> None:
     with pytest.raises(ValueError, match="'mask' is no input"):
         note(model(), Reliance("no-padding", {"mask": "mask"}, "", "a"))
-    with pytest.raises(ValueError, match="needs the name of the input that is ids and past"):
+    with pytest.raises(ValueError, match="needs the name of the input that is ids and mask or ids and past"):
         note(model(), Reliance("no-batched-chunks", NEW, "", "a"))
     with pytest.raises(ValueError, match="mask or ids"):
         note(model(), Reliance("max-length=5", {}, "", "a"))
@@ -201,9 +201,17 @@ def test_no_left_padding_is_what_a_count_of_ones_says(mask: np.ndarray[Any, Any]
 )
 def test_shapes(sizes: tuple[int, int, int], fails: list[str]) -> None:
     feeds = shaped(*sizes)
-    roles = {"batch=1": NEW, "no-batched-chunks": CACHED, "max-length=10": CACHED}
-    assert [name for name, inputs in roles.items() if said(name, inputs, feeds)] == fails
+    for chunk in (CACHED, NEW | MASK, CACHED | MASK):
+        roles = {"batch=1": NEW, "no-batched-chunks": chunk, "max-length=10": chunk}
+        assert [name for name, inputs in roles.items() if said(name, inputs, feeds)] == fails
     assert bool(said("max-length=10", MASK, feeds)) == ("max-length=10" in fails)
+
+
+def test_the_mask_tells_how_much_of_a_buffer_is_used() -> None:
+    feeds = shaped(3, 4, 0) | {"past_key_values.0.key": np.zeros((3, 2, 512, 4), np.float32)}
+    for name in ("no-batched-chunks", "max-length=10"):
+        assert said(name, CACHED | MASK, feeds) is None
+        assert said(name, CACHED, feeds) is not None
 
 
 def test_words() -> None:
