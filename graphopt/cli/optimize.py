@@ -10,6 +10,7 @@ import click
 from graphopt.cli.console import (
     MODEL,
     OUTPUT,
+    assume_option,
     inputs_option,
     json_option,
     out,
@@ -33,6 +34,7 @@ Examples:
   graphopt optimize model.onnx -o fast/model.onnx --report report.html --bench
   graphopt optimize model.onnx --recipe clean --verify phase
   graphopt optimize model.onnx --inputs real.npz --json > report.json
+  graphopt optimize decoder.onnx --assume no-left-padding --assume max-length=2048
 
 \b
 Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing to compare on;
@@ -52,6 +54,7 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
 @click.option(
     "--profile", metavar="FILE|none", help="Target profile to lower by  [default: this machine's, if it was measured]"
 )
+@assume_option("Take for granted that inputs suit this; what a pass relies on is noted in the result.")
 @seed_option
 @click.option("--external-data/--inline", "external_data", default=None,
               help="Weights beside the model or in it  [default: as the input]")  # fmt: skip
@@ -71,6 +74,7 @@ def command(
     calibration: Path | None,
     tokenizer: Path | None,
     profile: str | None,
+    assume: tuple[str, ...],
     seed: int,
     external_data: bool | None,
     shard_size: str | None,
@@ -117,6 +121,7 @@ def command(
             inputs=inputs,
             calibration=data_set,
             profile=chosen_profile(profile, target),
+            assume=assume,
             seed=seed,
             progress=bar,
         )
@@ -139,6 +144,7 @@ def command(
         given["--profile"] = used
     given |= {"--shard-size": shard_size}
     result.report.arguments = [str(part) for pair in given.items() if pair[1] is not None for part in pair]
+    result.report.arguments += [part for name in assume for part in ("--assume", name)]
     if external_data is not None:
         result.report.arguments.append("--external-data" if external_data else "--inline")
     data = result.report.to_dict()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -239,6 +240,11 @@ def carried(model: ir.Model) -> Assumptions:
     return Assumptions(tuple(dict.fromkeys(entry.assumption for entry in read(model))))
 
 
+def listed(relied: Iterable[Reliance]) -> list[dict[str, Any]]:
+    """What a model takes for granted, as JSON data for a report: one entry for each assumption and pass."""
+    return [{**entry.to_dict(), "meaning": meaning(entry.assumption)} for entry in relied]
+
+
 def unneeded(given: Assumptions, relied: Iterable[Reliance]) -> list[str]:
     """What was assumed without need, a phrase each: "batch=1", or "no-padding (no-left-padding was enough)"."""
     used = list(dict.fromkeys(entry.assumption for entry in relied))
@@ -261,16 +267,16 @@ def violation(reliance: Reliance, feeds: Mapping[str, Any]) -> str | None:
     if name in ("no-padding", "no-left-padding"):
         mask = _numbers(feeds.get(inputs["mask"]))
         return None if mask is None else _padding(name, inputs["mask"], mask)
-    shapes = {role: shape for role, key in inputs.items() if (shape := _shape(feeds.get(key))) is not None}
+    batch = _size(feeds, inputs, "ids", 0)
     if name == "batch=1":
-        batch = _size(shapes, "ids", 0)
         return None if batch in (None, 1) else f"the batch of {inputs['ids']!r} is {batch}"
-    new, past, total = _size(shapes, "ids", 1), _size(shapes, "past", 2), _size(shapes, "mask", -1)
-    if total is not None and new is not None:  # the length of a cache may be that of its buffer
-        past = max(0, total - new)
+    if name == "no-batched-chunks" and batch in (None, 1):
+        return None
+    new, total = _size(feeds, inputs, "ids", 1), _size(feeds, inputs, "mask", -1)
+    # The mask goes first: the length of a cache may be that of its buffer.
+    past = _size(feeds, inputs, "past", 2) if total is None or new is None else max(0, total - new)
     if name == "no-batched-chunks":
-        batch = _size(shapes, "ids", 0)
-        if batch in (None, 1) or new in (None, 1) or past in (None, 0):
+        if new in (None, 1) or past in (None, 0):
             return None
         return f"{new} tokens come for each of {batch} rows of {inputs['ids']!r} after {past} in the cache"
     limit = _length(name)
@@ -296,22 +302,13 @@ def _padding(assumption: str, name: str, mask: np.ndarray[Any, Any]) -> str | No
         return f"{name!r} holds zeros"
     if mask.ndim == 0:
         return None
-    ones = mask != 0
-    rises = ones[..., 1:] & ~ones[..., :-1]
+    ones = mask.astype(np.bool_)
+    rises = np.greater(ones[..., 1:], ones[..., :-1])
     if not rises.any():
         return None
     row = np.argwhere(rises)[0]
     where = f"row {row[0]} of {name!r}" if len(row) > 1 else repr(name)
     return f"{where} has a 0 at {row[-1]} before a 1"
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    shape = getattr(value, "shape", None)
-    if shape is None:
-        return tuple(np.shape(value))
-    return tuple(int(size) for size in (shape() if callable(shape) else shape))
 
 
 def _numbers(value: Any) -> np.ndarray[Any, Any] | None:
@@ -323,11 +320,17 @@ def _numbers(value: Any) -> np.ndarray[Any, Any] | None:
     return np.asarray(value)
 
 
-def _size(shapes: Mapping[str, tuple[int, ...]], role: str, axis: int) -> int | None:
-    shape = shapes.get(role)
-    if shape is None or not -len(shape) <= axis < len(shape):
+def _size(feeds: Mapping[str, Any], inputs: Mapping[str, str], role: str, axis: int) -> int | None:
+    """One size of the input of a role; None where it isn't fed or has no such axis."""
+    value = feeds.get(inputs.get(role, ""))
+    if value is None:
         return None
-    return int(shape[axis])
+    shape = getattr(value, "shape", None)
+    if callable(shape):
+        shape = shape()
+    elif shape is None:
+        shape = np.shape(value)
+    return int(shape[axis]) if -len(shape) <= axis < len(shape) else None
 
 
 # ---- names
@@ -336,6 +339,7 @@ def _size(shapes: Mapping[str, tuple[int, ...]], role: str, axis: int) -> int | 
 _LENGTH = re.compile(rf"^{MAX_LENGTH}=([1-9][0-9]*)$")
 
 
+@functools.cache
 def _length(name: str) -> int | None:
     found = _LENGTH.match(name)
     return None if found is None else int(found[1])

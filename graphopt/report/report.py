@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import graphopt
+from graphopt.graph.assumptions import NOTHING, Assumptions, Reliance, listed, unneeded
 from graphopt.recipe import Recipe
 from graphopt.run_report import PassRecord, RunReport
 
@@ -33,6 +34,8 @@ class Report:
         timing: Result of a benchmark against the original, where one was run.
         arguments: Further command line arguments that the output depends on.
         profile: Which target profile the passes followed: its id, date and description; None: the safe defaults.
+        assumed: What the passes could take for granted about inputs.
+        relied: What the result does take for granted.
     """
 
     source: dict[str, Any]
@@ -48,6 +51,8 @@ class Report:
     timing: dict[str, Any] | None = None
     arguments: list[str] = dataclasses.field(default_factory=list)
     profile: dict[str, str] | None = None
+    assumed: Assumptions = NOTHING
+    relied: list[Reliance] = dataclasses.field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -71,6 +76,11 @@ class Report:
             "target": self.target,
             "profile": self.profile or "defaults",
             "seed": self.seed,
+            "assumptions": {
+                "given": list(self.assumed.names),
+                "relied": listed(self.relied),
+                "unneeded": unneeded(self.assumed, self.relied),
+            },
             "recipe": {"name": self.recipe.name, **self.recipe.to_data()},
             "ok": self.ok,
             "before": dataclasses.asdict(self.run.before),

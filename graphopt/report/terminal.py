@@ -12,7 +12,7 @@ from rich.text import Text
 
 from graphopt.report import measured, summary, units
 from graphopt.report.structure_lines import structure_lines
-from graphopt.report.summary import Effect, LeftGroup
+from graphopt.report.summary import Condition, Effect, LeftGroup
 
 Data = Mapping[str, Any]
 
@@ -39,6 +39,9 @@ def print_report(report: Data, console: Console) -> None:
         [[row.label, row.before, row.after, row.change] for row in summary.sizes(report)],
         right=(1, 2, 3),
     )
+    _print_conditions(summary.valid_only_for(report), printer)
+    if sentence := summary.not_needed(report):
+        printer.line(sentence)
     _print_passes(report, printer)
     _print_verification(report, printer)
     if report.get("timing"):
@@ -76,6 +79,7 @@ def print_inspection(data: Data, console: Console) -> None:
     printer.line(
         f"{units.count(data.get('nodes'))} nodes, {weights}, {units.count(data.get('flops'))} FLOPs{_bound(data)}"
     )
+    _print_conditions(summary.conditions(data.get("assumptions") or []), printer)
     for title, key in (("Inputs", "inputs"), ("Inputs with a default", "overridable"), ("Outputs", "outputs")):
         values = data.get(key) or []
         if values:
@@ -141,6 +145,13 @@ def print_timing(data: Data, console: Console) -> None:
 
 
 # ---- parts
+
+
+def _print_conditions(conditions: Sequence[Condition], printer: _Printer) -> None:
+    if conditions:
+        printer.heading("Valid only for (graphopt.session checks it)")
+        for condition in conditions:
+            printer.bullet(condition.sentence)
 
 
 def _print_passes(report: Data, printer: _Printer) -> None:
