@@ -7,6 +7,7 @@ metadata by the pass that relied on it, and checked wherever the model is run or
 | `no-left-padding` | each row of the mask is ones, then zeros; what comes out at padded positions is unspecified | prompts of several lengths, padded at the end |
 | `batch=1` | the batch is 1 | a chat program |
 | `no-batched-chunks` | the batch is 1, or one token comes at a time, or the cache is empty | batched generation without chunked prefill |
+| `counted-positions` | position ids count up from the number of tokens in the cache (those of padding may be anything) | position ids as generation makes them |
 | `max-length=N` | past and new tokens together are at most N | a context of 2048 tokens |
 
 `no-padding` implies `no-left-padding`, `batch=1` implies `no-batched-chunks`, and a length implies every longer one.
@@ -43,7 +44,8 @@ class Kind:
         meaning: Where it holds, as a clause.
         example: For whom that is so.
         roles: The inputs that show whether it holds, as alternatives of roles: "mask" is a 0/1 mask [B, T] over past
-            and new tokens, "ids" the token ids or embeddings [B, S, ...], "past" the first key cache [B, H, P, D].
+            and new tokens, "ids" the token ids or embeddings [B, S, ...], "positions" the position ids [B, S], "past"
+            the first key cache [B, H, P, D].
         implies: Names of the assumptions that hold wherever this one does.
     """
 
@@ -76,6 +78,12 @@ KINDS: dict[str, Kind] = {
             "the batch is 1, or one token comes at a time, or the cache is empty",
             "batched generation without chunked prefill",
             (("ids", "mask"), ("ids", "past")),
+        ),
+        Kind(
+            "counted-positions",
+            "position ids count up from the number of tokens in the cache (those of padding may be anything)",
+            "position ids as generation makes them",
+            (("positions", "mask"), ("positions", "past")),
         ),
         Kind(
             f"{MAX_LENGTH}=N",
