@@ -143,7 +143,8 @@ class GroupQueryAttention(RulePass):
                 needs += found.needs
         for need in needs:
             if not self.assumptions.holds(need.assumption):
-                raise NotTaken(f"{need.problem}: --assume {need.assumption}")
+                instead = f", or {need.instead}" if need.instead else ""
+                raise NotTaken(f"{need.problem}: --assume {need.assumption}{instead}")
         return _Plan(mask, window, needs, table, self._packed(site, table))
 
     def _mask(self, site: CachedSite) -> tuple[ir.Value | None, int, list[Need]]:
