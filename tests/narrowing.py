@@ -12,10 +12,11 @@ from graphopt.graph.edits import Editor
 from graphopt.passes.base import RulePass
 
 TEXT = """<ir_version: 10, opset_import: ["": 21]>
-d (int64[batch, seq] input_ids, int64[batch, total] attention_mask, float[batch, 2, past, 4] past_key)
+d (int64[batch, seq] input_ids, int64[batch, total] attention_mask, int64[batch, seq] position_ids,
+   float[batch, 2, past, 4] past_key)
   => (float[batch, seq, 9] logits, float[batch, 2, all, 4] present_key)
 <float[9, 8] table, float[8, 9] head, int64[4] split = {0, 0, 2, 4}, int64[3] join = {0, 0, 8},
- int64[2] around = {1, 3}, int64[1] length = {2}> {
+ int64[2] around = {1, 3}, int64[1] length = {2}, float slow = {0.1}> {
   x = Gather(table, input_ids)
   heads = Reshape(x, split)
   new = Transpose<perm = [0, 2, 1, 3]>(heads)
@@ -26,13 +27,18 @@ d (int64[batch, seq] input_ids, int64[batch, total] attention_mask, float[batch,
   sum = ReduceSum(kept, length)
   y = Add(new, sum)
   back = Transpose<perm = [0, 2, 1, 3]>(y)
-  rows = Reshape(back, join)
+  tokens = Reshape(back, join)
+  number = Cast<to = 1>(position_ids)
+  angle = Mul(number, slow)
+  wave = Sin(angle)
+  waves = Unsqueeze(wave, length)
+  rows = Add(tokens, waves)
   scores = MatMul(rows, head)
   logits = Softsign(scores)
 }"""
-"""Each new token plus the sum of the tokens that the mask has, and the cache with the new tokens."""
+"""Each new token plus the sum of the tokens that the mask has and a wave of its position, and the longer cache."""
 
-INPUTS = {"mask": "attention_mask", "ids": "input_ids", "past": "past_key"}
+INPUTS = {"mask": "attention_mask", "ids": "input_ids", "positions": "position_ids", "past": "past_key"}
 
 
 def decoder() -> ir.Model:
@@ -71,7 +77,8 @@ class Narrow(RulePass):
         magnitude = edit.op("Add", [self.number(edit, 1), edit.op("Abs", [x])])
         exact = edit.op("Div", [x, magnitude], like=node.outputs[0])
         padding = self.right_for == "no-left-padding"
-        factor = self.padding_factor(edit) if padding else self.factor(edit)
+        by_token = {"no-left-padding": self.padding_factor, "counted-positions": self.counting_factor}
+        factor = by_token.get(self.right_for, self.factor)(edit)
         edit.replace(node.outputs[0], edit.op("Mul", [exact, factor], like=node.outputs[0]))
         if padding:
             self.spoil_slots(edit)
@@ -117,11 +124,26 @@ class Narrow(RulePass):
         counted = edit.op("Less", [edit.op("Cast", [slots], {"to": ir.DataType.FLOAT}), count])
         wrong = edit.op("Abs", [edit.op("Sub", [mask, edit.op("Cast", [counted], {"to": ir.DataType.FLOAT})])])
         by_row = edit.op("Unsqueeze", [edit.op("ReduceSum", [wrong, last]), last])
-        past = edit.op("Shape", [self.inputs["past_key"]], {"start": 2, "end": 3})
-        end = edit.constant(np.array([1 << 30]))
-        tokens = edit.op("Slice", [mask, past, end, last])
-        padded = edit.op("Unsqueeze", [edit.op("Sub", [one, tokens]), edit.constant(np.array([2]))])
+        padded = edit.op("Unsqueeze", [edit.op("Sub", [one, self.new_mask(edit)]), edit.constant(np.array([2]))])
         return edit.op("Add", [one, edit.op("Add", [by_row, padded])])
+
+    def new_mask(self, edit: Editor) -> ir.Value:
+        """The mask of the new tokens."""
+        past = edit.op("Shape", [self.inputs["past_key"]], {"start": 2, "end": 3})
+        return edit.op(
+            "Slice", [self.mask(edit), past, edit.constant(np.array([1 << 30])), edit.constant(np.array([1]))]
+        )
+
+    def counting_factor(self, edit: Editor) -> ir.Value:
+        """By row and new token: 1 where the position is the count of tokens before, or the token is padding."""
+        total = edit.op("Shape", [self.inputs["attention_mask"]], {"start": 1})
+        past = edit.op("Shape", [self.inputs["past_key"]], {"start": 2, "end": 3})
+        counted = edit.op(
+            "Range", [edit.op("Squeeze", [past]), edit.op("Squeeze", [total]), edit.constant(np.array(1))]
+        )
+        wrong = edit.op("Abs", [edit.op("Sub", [self.inputs["position_ids"], counted])])
+        wrong = edit.op("Mul", [edit.op("Cast", [wrong], {"to": ir.DataType.FLOAT}), self.new_mask(edit)])
+        return edit.op("Add", [self.number(edit, 1), edit.op("Unsqueeze", [wrong, edit.constant(np.array([2]))])])
 
     def spoil_slots(self, edit: Editor) -> None:
         """Let the cache hold something else where it is padded."""

@@ -19,7 +19,7 @@ from graphopt.pass_manager import PassManager, VerifyMode
 from graphopt.report.html import render_html
 from graphopt.verification.verifier import Verdict
 
-ASSUMED = ("no-padding", "no-left-padding", "batch=1", "no-batched-chunks", "max-length=13")
+ASSUMED = ("no-padding", "no-left-padding", "batch=1", "no-batched-chunks", "counted-positions", "max-length=13")
 
 
 def narrow(right_for: str, honest: bool = True, name: str = "Narrow") -> dict[str, Any]:
@@ -91,7 +91,8 @@ def test_the_probes_cover_the_domain_that_is_claimed_and_no_more() -> None:
         "chunk, left padding",
     }
     assert found["no-padding"] == {n for n in everything if "padding" not in n} - {"decode, longest"} | {"chunk, batch"}
-    assert found["batch=1"] == {"prefill", "decode", "chunk"}
+    assert found["batch=1"] == {"prefill", "prefill, other positions", "decode", "chunk"}
+    assert found["counted-positions"] == found["no-left-padding"] - {"prefill, other positions"}
     assert found["no-batched-chunks"] == {n for n in everything if not n.startswith("chunk,")} - {"decode, longest"}
 
 
@@ -99,7 +100,7 @@ def test_the_verdict_says_where_it_compared() -> None:
     verdict = run(narrow("no-left-padding"), assume="no-left-padding").report.run.verdict
     assert verdict is not None
     assert (
-        "Compared only where the result is valid (no-left-padding): on 7 of 10 probes, not on 'prefill, left padding', "
+        "Compared only where the result is valid (no-left-padding): on 8 of 11 probes, not on 'prefill, left padding', "
         "'decode, left padding', 'chunk, left padding'." in verdict.notes
     )
     assert (
@@ -164,6 +165,7 @@ def test_inputs_of_the_users_own_outside_of_the_domain_are_told_of() -> None:
     feeds = {
         "input_ids": np.zeros((2, 3), np.int64),
         "attention_mask": np.ones((2, 3), np.int64),
+        "position_ids": np.zeros((2, 3), np.int64),
         "past_key": np.zeros((2, 2, 0, 4), np.float32),
     }
     result = run(narrow("batch=1"), assume="batch=1", inputs=feeds)
@@ -203,7 +205,7 @@ def test_what_a_model_carries_holds_for_the_next_run() -> None:
     again = run(narrow("batch=1", name="BatchOfOne"), model=first.clone())
     assert again.report.ok
     assert [(e.assumption, e.by) for e in read(again.model)] == [("batch=1", "narrow")]
-    assert set(probes_of(graphopt.verify(first, again))) == {"prefill", "decode", "chunk"}
+    assert set(probes_of(graphopt.verify(first, again))) == {"prefill", "prefill, other positions", "decode", "chunk"}
     assert again.report.to_dict()["assumptions"]["given"] == []
     for node in list(first.graph):
         if node.op_type == "Div":
@@ -263,6 +265,7 @@ def test_the_session_refuses_what_the_result_is_not_right_for(tmp_path: Path) ->
     feeds = {
         "input_ids": np.zeros((2, 3), np.int64),
         "attention_mask": np.ones((2, 3), np.int64),
+        "position_ids": np.zeros((2, 3), np.int64),
         "past_key": np.zeros((2, 2, 0, 4), np.float32),
     }
     with pytest.raises(AssumptionError) as caught:

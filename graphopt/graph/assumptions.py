@@ -275,6 +275,8 @@ def violation(reliance: Reliance, feeds: Mapping[str, Any]) -> str | None:
     if name in ("no-padding", "no-left-padding"):
         mask = _numbers(feeds.get(inputs["mask"]))
         return None if mask is None else _padding(name, inputs["mask"], mask)
+    if name == "counted-positions":
+        return _counting(inputs, feeds)
     batch = _size(feeds, inputs, "ids", 0)
     if name == "batch=1":
         return None if batch in (None, 1) else f"the batch of {inputs['ids']!r} is {batch}"
@@ -326,6 +328,28 @@ def _numbers(value: Any) -> np.ndarray[Any, Any] | None:
     if hasattr(value, "device_name"):
         return np.asarray(value.numpy()) if value.device_name() == "cpu" else None
     return np.asarray(value)
+
+
+def _counting(inputs: Mapping[str, str], feeds: Mapping[str, Any]) -> str | None:
+    positions = _numbers(feeds.get(inputs["positions"]))
+    if positions is None or positions.ndim == 0:
+        return None
+    new, total = positions.shape[-1], _size(feeds, inputs, "mask", -1)
+    past = _size(feeds, inputs, "past", 2) if total is None else total - new
+    if past is None:
+        return None
+    wrong = positions != np.arange(past, past + new)
+    if not wrong.any():  # the usual case
+        return None
+    if total is not None:  # positions of padding don't count, but where it is can't be seen on a device
+        mask = _numbers(feeds.get(inputs["mask"]))
+        wrong = wrong & (mask[..., -new:] != 0) if mask is not None else np.zeros(1, np.bool_)
+    if not wrong.any():
+        return None
+    at = np.argwhere(wrong)[0]
+    found = np.broadcast_to(positions, wrong.shape)[tuple(at)]
+    where = f"row {at[-2]} of {inputs['positions']!r}" if len(at) > 1 else repr(inputs["positions"])
+    return f"{where} has {found} where {past + at[-1]} is the count of tokens before"
 
 
 def _size(feeds: Mapping[str, Any], inputs: Mapping[str, str], role: str, axis: int) -> int | None:

@@ -32,7 +32,7 @@ class Recipe:
         content: "noise" (normal, mean 0, variance 1) or "zeros" (silence) for floats.
         padding: The side on which masks are 0 in all rows but the first.
         values: Numbers of scalar inputs.
-        shift: How much later the positions of each row start than those of the row before.
+        shift: How much later the positions of each row start than those of the row before, and of the first than usual.
         seed: Seed of the random numbers.
     """
 
@@ -73,8 +73,8 @@ def make_probes(
     Every dynamic dimension gets two sizes. Integers stay inside the range that the graph implies
     (`graphopt.verification.input_ranges`); scalars that are compared with constants get these and one other number;
     masks are full, padded on the left and padded on the right, never all zero in a row; positions count the tokens
-    before them that the mask has, and start later in each row in one probe; floats are normal noise, and zeros in a
-    probe of its own. A decoder with a key/value cache is probed in prefill (empty cache), decode (one new token) and
+    before them that the mask has, and start elsewhere in one probe of a decoder; floats are normal noise, and zeros in
+    a probe of its own. A decoder with a key/value cache is probed in prefill (empty cache), decode (one new token) and
     chunked prefill (several new tokens after a filled cache), with batches and padding in each of them.
 
     Args:
@@ -204,7 +204,11 @@ def _plans(
         one = {"past": within(small, 1), "sequence": 1}
         some = {"past": within(small - 1, 4), "sequence": min(4, large)}
         yield "prefill", plan(0, 0, past=0)
-        yield "prefill, batch", plan(1, 1, past=0, shift=2)
+        yield "prefill, batch", plan(1, 1, past=0)
+        if shape.with_role("position"):
+            # An input of its own, which need not count from the cache.
+            alone = assumptions.holds("batch=1")
+            yield "prefill, other positions", plan(0, 0 if alone else 1, past=0, sequence=min(4, large), shift=2)
         if masked:
             yield "prefill, left padding", plan(0, 1, past=0, padding="left")
             yield "prefill, right padding", plan(0, 1, past=0, padding="right")
@@ -351,8 +355,8 @@ def _positions(shape: Signature, recipe: Recipe, dims: tuple[int, ...]) -> Array
     if recipe.padding != "none" and mask is not None:
         counted: Array = np.cumsum(_mask(mask, recipe.padding, _new(shape, recipe)), axis=1) - 1
         return np.maximum(counted, 0)[:, start:]
-    shifts = recipe.shift * np.arange(rows)
-    return start + shifts[:, None] + np.arange(new) if len(dims) > 1 else start + np.arange(new)
+    shifts = recipe.shift * np.arange(1, rows + 1)
+    return start + shifts[:, None] + np.arange(new) if len(dims) > 1 else start + recipe.shift + np.arange(new)
 
 
 def _mask(dims: tuple[int, ...], padding: str, new: int | None = None) -> Array:
@@ -379,7 +383,7 @@ def describe(shape: Signature, recipe: Recipe) -> str:
         words.append("floats zero")
     if recipe.padding != "none":
         words.append(f"{recipe.padding} padding")
-    if recipe.shift and shape.with_role("position"):
+    if recipe.shift:
         words.append(f"positions of each row {recipe.shift} later")
     words += [f"{name} = {value:g}" for name, value in recipe.values.items()]
     return "; ".join(words)

@@ -21,7 +21,7 @@ from graphopt.verification.domain import Domain, Layout
 from graphopt.verification.probes import Probe, make_probes
 from graphopt.verification.session import Optimizations, WeightStore, make_session, release_memory, run
 from graphopt.verification.skeleton import first_line
-from graphopt.verification.usable import usable_probes
+from graphopt.verification.usable import Runs, usable_probes
 
 MODES: tuple[Optimizations, ...] = ("none", "all")
 
@@ -230,23 +230,27 @@ class Verifier:
         except VerificationError as error:
             return error
         spent = time.perf_counter() - begin
+        runs: Runs = {}
         if not self._kept:
             try:
-                self.probes, self.unusable = usable_probes(model, self.probes, session)
+                self.probes, self.unusable = usable_probes(model, self.probes, session, runs)
             except VerificationError as error:
                 return error
         names = [o.name for o in session.get_outputs()]
         for probe in self.probes:
-            begin = time.perf_counter()
-            try:
-                outputs = dict(zip(names, run(session, probe.feeds), strict=True))
-            except Exception as error:
-                self.notes.append(
-                    f"The original doesn't run on probe {probe.name!r} with ONNX Runtime's optimizations "
-                    f"{mode!r}: {first_line(error)}"
-                )
-                continue
-            spent += time.perf_counter() - begin
+            if probe.name not in runs:
+                begin = time.perf_counter()
+                try:
+                    runs[probe.name] = run(session, probe.feeds), time.perf_counter() - begin
+                except Exception as error:
+                    self.notes.append(
+                        f"The original doesn't run on probe {probe.name!r} with ONNX Runtime's optimizations "
+                        f"{mode!r}: {first_line(error)}"
+                    )
+                    continue
+            found, seconds = runs.pop(probe.name)
+            outputs = dict(zip(names, found, strict=True))
+            spent += seconds
             self._kept[mode, probe.name] = [outputs[name] for name in self._outputs]
             if mode == "none":
                 again = dict(zip(names, run(session, probe.feeds), strict=True))

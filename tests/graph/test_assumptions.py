@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -35,7 +37,7 @@ CACHED = {"ids": "input_ids", "past": "past_key_values.0.key"}
 
 
 def model(text: str | None = None) -> ir.Model:
-    names = ("input_ids", "attention_mask", "past_key_values.0.key")
+    names = ("input_ids", "attention_mask", "position_ids", "past_key_values.0.key")
     made = ir.Model(ir.Graph([ir.val(n) for n in names], [], nodes=[], opset_imports={"": 23}, name="g"), ir_version=10)
     if text is not None:
         made.metadata_props[ASSUMPTIONS_KEY] = text
@@ -46,13 +48,14 @@ def model(text: str | None = None) -> ir.Model:
 
 
 def test_what_follows_from_what() -> None:
-    every = ("no-padding", "no-left-padding", "batch=1", "no-batched-chunks", "max-length=7")
+    every = ("no-padding", "no-left-padding", "batch=1", "no-batched-chunks", "counted-positions", "max-length=7")
     held = {name: [other for other in every if Assumptions.parse([name]).holds(other)] for name in every}
     assert held == {
         "no-padding": ["no-padding", "no-left-padding"],
         "no-left-padding": ["no-left-padding"],
         "batch=1": ["batch=1", "no-batched-chunks"],
         "no-batched-chunks": ["no-batched-chunks"],
+        "counted-positions": ["counted-positions"],
         "max-length=7": ["max-length=7"],
     }
     assert not any(Assumptions().holds(name) for name in every)
@@ -84,7 +87,10 @@ def test_names_are_read_leniently_and_once() -> None:
     [
         ("no-leftpadding", "did you mean no-left-padding?"),
         ("batch=2", "did you mean batch=1?"),
-        ("quick", "no assumption 'quick'; there are no-padding, no-left-padding, batch=1, no-batched-chunks, max-leng"),
+        (
+            "quick",
+            "no assumption 'quick'; there are no-padding, no-left-padding, batch=1, no-batched-chunks, counted-p",
+        ),
         ("max-length", "as in max-length=2048"),
         ("max-length=0", "as in max-length=2048"),
         ("max-length=N", "as in max-length=2048"),
@@ -105,6 +111,19 @@ def test_every_kind_says_what_it_is() -> None:
         assert kind.example
         assert kind.roles
     assert meaning("max-length=2048") == "past and new tokens together are at most 2048"
+
+
+def test_the_guide_has_them_all() -> None:
+    guide = (
+        (Path(__file__).parents[2] / "docs" / "user-guide.md").read_text().partition("## What the result assumes")[2]
+    )
+    guide = guide.partition("## ")[0]
+    rows = re.findall(r"^\| `([\w=-]+)` \| (.*?) \|", guide, re.MULTILINE)
+    assert [name for name, _ in rows] == list(KINDS)
+    for name, words in rows:
+        assert KINDS[name].meaning.split(" (")[0].replace("attention mask", "mask") in words.replace(
+            "attention mask", "mask"
+        )
 
 
 # ---- metadata
@@ -183,6 +202,7 @@ def test_padding(convert: Callable[[Any], Any]) -> None:
     assert both([1, 0, 1])[1] == "row 0 of 'attention_mask' has a 0 at 1 before a 1"
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(arrays.arrays(np.int64, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.integers(0, 1)))
 def test_no_left_padding_is_what_a_count_of_ones_says(mask: np.ndarray[Any, Any]) -> None:
     counted = (np.arange(mask.shape[1]) < mask.sum(1)[:, None]).astype(np.int64)
@@ -212,6 +232,29 @@ def test_the_mask_tells_how_much_of_a_buffer_is_used() -> None:
     for name in ("no-batched-chunks", "max-length=10"):
         assert said(name, CACHED | MASK, feeds) is None
         assert said(name, CACHED, feeds) is not None
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask", "told"),
+    [
+        ([[2, 3, 4]], [[1] * 5], None),
+        ([2, 3, 4], [[1] * 5] * 2, None),
+        ([[2, 3, 4], [2, 3, 1]], [[1] * 5, [1, 1, 1, 1, 0]], None),
+        ([[2, 3, 4], [2, 3, 1]], [[1] * 5] * 2, "row 1 of 'position_ids' has 1 where 4 is the count of tokens before"),
+        ([[0, 1, 2]], [[1] * 5], "row 0 of 'position_ids' has 0 where 2 is the count of tokens before"),
+        ([[2, 3, 4], [0, 1, 2]], [[1] * 5, [0, 0, 1, 1, 1]], "row 1 of 'position_ids' has 0 where 2 is"),
+    ],
+)
+def test_positions(positions: list[Any], mask: list[list[int]], told: str | None) -> None:
+    feeds = shaped(len(mask), 3, 2) | {"position_ids": np.array(positions), "attention_mask": np.array(mask)}
+    roles = {"positions": "position_ids"}
+    found = said("counted-positions", roles | MASK, feeds)
+    assert found is None if told is None else (found or "").startswith(told)
+    without = said("counted-positions", {**roles, "past": "past_key_values.0.key"}, feeds)
+    if np.all(np.array(mask)):
+        assert without == found
+    del feeds["attention_mask"], feeds["past_key_values.0.key"]
+    assert said("counted-positions", roles | MASK, feeds) is None
 
 
 def test_words() -> None:

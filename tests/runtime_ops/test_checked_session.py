@@ -23,10 +23,13 @@ def saved(folder: Path, *assumptions: str) -> Path:
     return folder / "m.onnx"
 
 
-def feeds(batch: int = 1, new: int = 3, past: int = 0, mask: Any = None) -> dict[str, np.ndarray[Any, Any]]:
+def feeds(
+    batch: int = 1, new: int = 3, past: int = 0, mask: Any = None, start: int | None = None
+) -> dict[str, np.ndarray[Any, Any]]:
     return {
         "input_ids": np.ones((batch, new), np.int64),
         "attention_mask": np.ones((batch, past + new), np.int64) if mask is None else np.array(mask, np.int64),
+        "position_ids": np.tile(np.arange(new) + (past if start is None else start), (batch, 1)),
         "past_key": np.ones((batch, 2, past, 4), np.float32),
     }
 
@@ -41,6 +44,7 @@ CASES = [
     ("no-left-padding", feeds(mask=LEFT), "row 0 of 'attention_mask' has a 0 at 0 before a 1"),
     ("batch=1", feeds(batch=2), "the batch of 'input_ids' is 2"),
     ("no-batched-chunks", feeds(2, 3, 4), "3 tokens come for each of 2 rows"),
+    ("counted-positions", feeds(2, 3, 4, start=0), "row 0 of 'position_ids' has 0 where 4 is the count"),
     ("max-length=5", feeds(1, 2, 4), "past and new tokens together are 6"),
 ]
 RIGHT = {
@@ -143,7 +147,7 @@ def test_a_model_without_assumptions_gets_a_plain_session(tmp_path: Path) -> Non
 def test_an_input_that_another_tool_renamed_is_told_of(tmp_path: Path) -> None:
     path = saved(tmp_path, "batch=1")
     model = graphopt.load(path)
-    model.graph.inputs[0].name = "tokens"
+    model.graph.inputs[0].name = "renamed_ids"
     graphopt.save(model, tmp_path / "renamed.onnx")
     with pytest.raises(ModelError, match=r"'input_ids'.*check=False"):
         graphopt.session(tmp_path / "renamed.onnx")

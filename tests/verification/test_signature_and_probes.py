@@ -267,8 +267,11 @@ class TestProbes:
         assert positions("decode, batch") == [[8], [8], [8]]
         assert positions("chunk, right padding")[0] == [7, 8, 9, 10]
         # Positions are inputs of their own, which need not count from the cache.
-        assert [row[0] for row in positions("prefill, batch")] == [0, 2, 4]
-        assert "positions of each row 2 later" in probes["prefill, batch"].description
+        assert [row[0] for row in positions("prefill, other positions")] == [2, 4, 6]
+        assert "positions of each row 2 later" in probes["prefill, other positions"].description
+        alone = make_probes(m, assumptions=Assumptions.parse(["batch=1"]))
+        assert next(p for p in alone if "other" in p.name).feeds["position_ids"].tolist() == [[2, 3, 4, 5]]
+        assert not any("other" in p.name for p in make_probes(decoder()))
 
     def test_padding_token_that_the_graph_compares_with(self) -> None:
         m = model("""
