@@ -116,6 +116,7 @@ def assert_form(form: MaskForm, elements: Elements, arrays: Arrays) -> None:
         bias = np.broadcast_to(Numbers(elements, arrays).array(form.bias), mask.shape)
         np.testing.assert_allclose(mask[expected], bias[expected], rtol=1e-6)
     if form.alibi is not None:
+        mask, expected = (a.reshape((1,) * (4 - a.ndim) + a.shape) for a in (mask, expected))
         full = np.broadcast_to(mask, (mask.shape[0], len(form.alibi), *mask.shape[2:]))
         columns = np.arange(mask.shape[-1]) * form.alibi[None, :, None, None]
         shared = np.where(np.broadcast_to(expected, full.shape), full - columns, np.nan)

@@ -155,6 +155,12 @@ class Logic:
         kept = self._strongest(literals)
         if kept is None:
             return FALSE
+        for edge in [lit for lit in kept if lit.kind == "ne"]:
+            # p >= 0 and p != 0 is p - 1 >= 0
+            beside = next((lit for lit in kept if lit.kind == "ge" and lit.dim in (edge.dim, -edge.dim)), None)
+            if beside is not None:
+                rest = [lit for lit in kept if lit not in (edge, beside)]
+                return self.all_of([*rest, self.ge(beside.dim - 1), *choices])
         return self._with_choices(kept, choices)
 
     def _strongest(self, literals: list[Literal]) -> list[Literal] | None:

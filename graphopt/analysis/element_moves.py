@@ -130,22 +130,31 @@ def _equal_run(before: Shape, after: Shape, left: list[int], right: list[int]) -
 
 
 def _divided(elements: Elements, place: Dim, size: Dim) -> tuple[Dim, Dim]:
-    """Quotient and remainder of `place` by `size`, by what its terms say."""
-    whole, rest = Dim.of(0), Dim.of(0)
-    for monomial, factor in place.terms().items():
-        term = Dim({monomial: factor})
-        quotient = term.exact_div(size)
-        if quotient is None:
-            rest = rest + term
-        else:
-            whole = whole + quotient
-    if not elements.logic.nonnegative(rest):
+    """Quotient and remainder of `place` by `size`, by what its terms say.
+
+    An index that counts steps of another size, or steps of 1 up to another size, is taken to mean this one.
+    """
+    logic = elements.logic
+    whole, rest = Dim.of(0), place
+    for symbol in sorted(s for s in place.symbols() if s in logic.last):
+        step = Dim(
+            {tuple(s for s in m if s is not symbol): f for m, f in place.terms().items() if m.count(symbol) == 1}
+        )
+        index = Dim({(symbol,): 1})
+        times = step.exact_div(size)
+        if times is None and step.value is None:
+            elements.assume(SameSize(step, size))
+            times = Dim.of(1)
+        if times is not None and times != 0:
+            whole, rest = whole + index * times, rest - index * step
+    if not logic.nonnegative(rest):
         raise OpaqueError("an index can't be split over the axes of a Reshape")
-    if not elements.logic.nonnegative(size - 1 - rest):
-        last = elements.logic.last.get(symbol) if (symbol := as_symbol(rest)) is not None else None
+    if not logic.nonnegative(size - 1 - rest):
+        counted = as_symbol(rest)
+        last = None if counted is None else logic.last.get(counted)
         if last is None:
             raise OpaqueError("an index can't be split over the axes of a Reshape")
-        elements.assume(SameSize(last + 1, size))  # the index counts another size
+        elements.assume(SameSize(last + 1, size))
     return whole, rest
 
 

@@ -21,6 +21,7 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from graphopt.analysis.conditions import Condition, Logic, TooComplexError
+from graphopt.analysis.dim_functions import known
 from graphopt.analysis.dims import Dim, Symbol, as_symbol
 from graphopt.analysis.leaves import Cases, Element, Numbers, OpaqueError, Poly
 from graphopt.analysis.shapes import ShapeFacts
@@ -139,9 +140,29 @@ class Elements:
             finally:
                 assumed = self._assumed.pop()
                 self._depth -= 1
-            self._memo[key] = (found, frozenset(assumed))
+            self._memo[key] = (self._decided(found, indices), frozenset(assumed))
         found, needs = self._memo[key]
         self._assumed[-1] |= needs
+        return found
+
+    def _decided(self, element: Element, indices: Indices) -> Element:
+        """`element` without the minima that are decided where there is an element at `indices`: no axis is empty."""
+        if not isinstance(element, Cases) or not any(isinstance(leaf, Dim) and leaf.depth for _, leaf in element.items):
+            return element
+        lasts = self.lasts(indices)
+        items = [(guard, known(leaf, lasts) if isinstance(leaf, Dim) else leaf) for guard, leaf in element.items]
+        return self.numbers.cases(element.dtype, items)
+
+    def lasts(self, indices: Sequence[Dim]) -> list[Dim]:
+        """The last index of each axis that the symbols in `indices` count: not negative where there is an element."""
+        found: list[Dim] = []
+        for index in indices:
+            for symbol in index.symbols():
+                last = self.logic.last.get(symbol)
+                if last is not None:
+                    size = as_symbol(last + 1)
+                    parts = size.args if size is not None and size.op == "broadcast" else (last + 1,)
+                    found += [part - 1 for part in parts]
         return found
 
     def assume(self, assumption: Assumption) -> None:

@@ -20,9 +20,10 @@ import onnx_ir as ir
 from graphopt.analysis import element_arithmetic, element_moves  # noqa: F401  (they register the rules)
 from graphopt.analysis.algebra import is_op
 from graphopt.analysis.conditions import FALSE, TRUE, Condition, Group, Literal, TooComplexError
-from graphopt.analysis.dims import ZERO, Dim, Symbol, as_symbol
+from graphopt.analysis.dim_functions import known
+from graphopt.analysis.dims import ZERO, Dim, Symbol, as_symbol, rank
 from graphopt.analysis.elements import Assumption, Binary, Elements, Read, SameSize
-from graphopt.analysis.leaves import Cases, Leaf, OpaqueError, Poly
+from graphopt.analysis.leaves import Cases, Element, OpaqueError, Poly
 from graphopt.analysis.shapes import Shape, ShapeFacts
 from graphopt.graph.constants import constant_array
 
@@ -41,6 +42,7 @@ class MaskForm:
         columns: Number of key columns T.
         boolean: Whether it is boolean (True: attend), else it is added to the scores.
         allowed: The whole condition under which a key is attended to.
+        element: All of the mask: the condition, or the number in each case.
         causal: Whether j ≤ i + `offset` is demanded.
         offset: The number of key columns before the first row's own, where `causal` or `window` is given.
         from_past: Whether `offset` is proven to be T - S, the number of past positions.
@@ -65,6 +67,7 @@ class MaskForm:
     columns: Dim
     boolean: bool
     allowed: Condition
+    element: Element
     causal: bool = False
     offset: Dim | None = None
     from_past: bool = False
@@ -82,18 +85,20 @@ class MaskForm:
     obstacles: tuple[str, ...] = ()
 
     @property
+    def key(self) -> object:
+        """Two masks of one model with the same key hold the same numbers in every run, broadcast to [B, H, S, T]."""
+        return (self.boolean, self.element, self.assumptions)
+
+    @property
     def always(self) -> bool:
         """Whether it masks nothing and adds nothing."""
         return self.allowed == TRUE and not self.biased
 
     @property
-    def exactly_causal(self) -> bool:
-        """Whether it is j ≤ i + (T - S) and nothing else, with no assumption."""
-        return self.causal and self.from_past and self._bare and self.window is None and self.padding is None
-
-    @property
-    def _bare(self) -> bool:
-        return not self.biased and not self.other and self.positions is None and not self.assumptions
+    def is_only_causal(self) -> bool:
+        """Whether it is j ≤ i + `offset` and nothing else (where `equalities` hold, if there are any)."""
+        alone = self.window is None and self.padding is None and self.positions is None and not self.other
+        return self.causal and alone and not self.biased and not self.binary
 
     @property
     def row_never_empty(self) -> bool:
@@ -117,7 +122,7 @@ class MaskForm:
         """As words: "causal, window 4096, padding from 'attention_mask'"."""
         parts = []
         if self.causal:
-            parts.append("causal" if self.from_past else f"causal from column {self.offset!r} on")
+            parts.append("causal" if self.from_past else f"causal with offset {self.offset!r}")
         if self.window is not None:
             parts.append(f"window {self.window}")
         if self.positions is not None:
@@ -182,6 +187,8 @@ class _Site:
         self.assumed: set[Assumption] = set()
         self.shape = shape
         sizes = self._sizes(shape)
+        # A mask without elements is of any form.
+        self.true = [size - 1 for size in sizes] + self._within(shape)
         b, h, i, j = (self.elements.index(name, size) for name, size in zip("bhij", sizes, strict=True))
         self.axes = (b, h, i, j)
         self.rows, self.columns = sizes[2], sizes[3]
@@ -192,13 +199,13 @@ class _Site:
         self.assumed |= assumed
         try:
             if not isinstance(element, Cases):
-                return self._made(element, True, (), None)
+                return self._made(element, element, (), None)
             return self._additive(element)
         except (OpaqueError, TooComplexError) as error:
             return NoForm(self.value, str(error) or "its conditions are too many")
 
     def _sizes(self, shape: Shape) -> tuple[Dim, Dim, Dim, Dim]:
-        full = [*[Dim.of(1)] * (4 - len(shape)), *shape]
+        full = [*[Dim.of(1)] * (4 - len(shape)), *(self._one_of(size) for size in shape)]
         for axis, wanted in zip((2, 3), self.wanted, strict=True):
             size = full[axis]
             if wanted is not None and size != 1:
@@ -208,6 +215,23 @@ class _Site:
             elif wanted is not None:
                 full[axis] = wanted
         return full[0], full[1], full[2], full[3]
+
+    def _within(self, shape: Shape) -> list[Dim]:
+        """What holds in any run in which the mask broadcasts: columns that are the first T of a longer constant."""
+        wanted = self.wanted[1]
+        symbol = as_symbol(shape[-1]) if shape else None
+        if wanted is None or symbol is None or symbol.op != "min" or wanted not in symbol.args:
+            return []
+        others = [arg for arg in symbol.args if arg != wanted]
+        # min(c, T) is T or 1; c is greater than 1: so T isn't greater than c.
+        return [other - wanted for other in others] if all(other.low >= 2 for other in others) else []
+
+    def _one_of(self, size: Dim) -> Dim:
+        """`size`, or of sizes that broadcast against each other one: that which says most of how it came about."""
+        parts = _broadcast_parts(size)
+        if len(parts) > 1:
+            self.assumed.add(SameSize(size, size))
+        return max(parts, key=lambda dim: len(dim.terms()))
 
     # ---- additive masks
 
@@ -228,12 +252,13 @@ class _Site:
         if any(leaf.terms and leaf.terms not in shared for _, leaf in masked):
             raise OpaqueError("whether it masks depends on what isn't followed")
         values = tuple(sorted({leaf.constant for _, leaf in masked}, reverse=True))
-        return self._made(allowed, False, values, next(iter(biases)) if len(biases) == 1 else None)
+        return self._made(allowed, element, values, next(iter(biases)) if len(biases) == 1 else None)
 
-    def _made(self, allowed: Condition, boolean: bool, values: tuple[float, ...], bias: Poly | None) -> MaskForm:
+    def _made(self, allowed: Condition, element: Element, values: tuple[float, ...], bias: Poly | None) -> MaskForm:
+        boolean = not isinstance(element, Cases)
         biased = not boolean and (bias is None or bias != Poly(0.0))
         form = MaskForm(
-            self.value, self.axes, self.rows, self.columns, boolean, allowed, biased=biased,
+            self.value, self.axes, self.rows, self.columns, boolean, allowed, element, biased=biased,
             masked_value=values[0] if values else None, masked_values=values,
             alibi=self._alibi(bias) if biased and bias is not None else None,
             bias=self._added(self.value, self.axes[4 - len(self.shape) :], bias) if biased else None,
@@ -309,7 +334,7 @@ class _Site:
         uppers: list[Dim] = []
         lowers: list[Dim] = []
         row, column = self.axes[2], self.axes[3]
-        for part in parts:
+        for part in sorted(parts, key=repr):
             distance = part.dim + column - row if isinstance(part, Literal) and part.kind == "ge" else None
             below = part.dim - column + row if isinstance(part, Literal) and part.kind == "ge" else None
             if distance is not None and not self._indexed(distance):
@@ -386,11 +411,9 @@ class _Site:
             if not isinstance(assumption, SameSize):
                 needed.add(assumption)
                 continue
-            parts: list[Dim] = []
-            for dim in (assumption.a, assumption.b):
-                symbol = as_symbol(dim)
-                parts += symbol.args if symbol is not None and symbol.op == "broadcast" else (dim,)
-            parts = list(dict.fromkeys(parts))
+            if known(assumption.a, self.true) == known(assumption.b, self.true):
+                continue
+            parts = sorted({*_broadcast_parts(assumption.a), *_broadcast_parts(assumption.b)}, key=rank)
             needed.update(SameSize(parts[0], other) for other in parts[1:])
         return frozenset(needed)
 
@@ -404,4 +427,6 @@ def _symbols(condition: Condition) -> set[Symbol]:
     return found
 
 
-__all__ = ["Leaf", "MaskForm", "Masks", "NoForm"]
+def _broadcast_parts(size: Dim) -> tuple[Dim, ...]:
+    symbol = as_symbol(size)
+    return symbol.args if symbol is not None and symbol.op == "broadcast" else (size,)

@@ -48,7 +48,8 @@ def table(
         if all(int(n) == first + step * k for k, n in enumerate(array)):
             return numbers.constant(dtype, left[0] * step + first)
     kinds = np.unique(array) if array.ndim <= 2 else np.empty(0)
-    if len(kinds) == 2:
+    masks = dtype is not None and (not dtype.is_floating_point() or (len(kinds) and float(kinds[0]) < -1))
+    if len(kinds) == 2 and (masks or array.ndim == 2):
         two_axes = array if array.ndim == 2 else array[None, :]
         row = left[0] if array.ndim == 2 else Dim.of(0)
         band = _band(numbers, two_axes == kinds[1], left[-1] - row)
