@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +16,8 @@ from graphopt.analysis.dims import Dim, as_symbol
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.constants import constant_array
 from graphopt.graph.edits import Editor
-from graphopt.passes.raise_.rotary_forms import INDEX, SIGN, TABLE, Form, Step, Table, X
+from graphopt.passes.raise_.rotary_forms import Step, Table, Tables
+from graphopt.passes.raise_.rotary_terms import INDEX, SIGN, TABLE, Form, X
 
 Numbers = npt.NDArray[np.int64]
 
@@ -30,10 +33,23 @@ class Half:
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """What turns the first `size` elements of a vector in pairs, and leaves the others."""
+    """What turns `size` elements of a vector in pairs, and leaves the others.
 
+    Attributes:
+        start: The first element that is turned.
+        last: Whether the last element of the vector is turned.
+        size: How many elements are turned.
+        interleaved: Whether neighbours make a pair; else the element in the same place of the other half does.
+        order: The elements of the vector in the order in which they are turned; None: as they are.
+        cos: The cosine of each pair.
+        sin: Its sine.
+    """
+
+    start: int
+    last: bool
     size: int
     interleaved: bool
+    order: Numbers | None
     cos: Half
     sin: Half
 
@@ -41,40 +57,55 @@ class Rotation:
 def rotation(form: Form) -> Rotation | str | None:
     """The rotation that a form is; the reason where it nearly is one; None where it is something else.
 
-    y[i] = x[i] c - x[k] s,   y[k] = x[k] c + x[i] s        for pairs (i, k)
+        y[i] = x[o(i)] c - x[o(k)] s,   y[k] = x[o(k)] c + x[o(i)] s        for pairs (i, k)
+
+    The order o is that of x itself but for models that take pairs apart and put halves together.
     """
-    count = form.shape[-1]
     if form.ndim != 3 or len(form) != 2:
         return None
-    place = np.arange(count)
+    count = form.shape[-1]
     there = (form[:, SIGN] != 0).sum(axis=0)
-    straight = (form[0, TABLE] < 0) & (form[0, X] == place) & (form[0, SIGN] == 1) & (there == 1)
+    straight = (form[0, TABLE] < 0) & (form[0, SIGN] == 1) & (there == 1)
     turned = (there == 2) & (form[:, TABLE] >= 0).all(axis=0)
-    size = int(turned.sum())
-    if size < 2 or size % 2 or not (straight | turned).all():
+    size, start = int(turned.sum()), int(turned.argmax())
+    end = start + size
+    if size < 2 or size % 2 or not turned[start:end].all() or not straight[~turned].all():
         return None
-    own = form[0, X] == place
-    cos, sin = np.where(own, form[0], form[1]), np.where(own, form[1], form[0])
-    if not turned[:size].all():
-        return None
-    cos, sin = cos[:, :size], sin[:, :size]
-    if (cos[X] != place[:size]).any():
-        return None
-    place = place[:size]
-    half = size // 2
-    if (sin[X] == (place + half) % size).all():
+    near: str | None = None
+    place = np.arange(count)
+    first = form[0, TABLE, start]
+    for own in (form[0, X] == place, form[0, TABLE] == first, form[0, TABLE] != first):
+        own = own | ~turned
+        order = np.where(own, form[0, X], form[1, X])
+        if len(np.unique(order)) != count:
+            continue
+        cos, sin = (np.where(mask, form[0], form[1])[:, start:end] for mask in (own, ~own))
+        found = _paired(cos, sin)
+        if isinstance(found, Rotation):
+            return dataclasses.replace(
+                found, start=start, last=end == count, order=None if (order == place).all() else order
+            )
+        near = near or found
+    return near
+
+
+def _paired(cos: Numbers, sin: Numbers) -> Rotation | str | None:
+    """The rotation of these terms by x itself and by its partner, in halves or interleaved."""
+    size = cos.shape[-1]
+    place, half = np.arange(size), size // 2
+    if (sin[X] == cos[X][(place + half) % size]).all():
         first, second, interleaved = place[:half], place[half:], False
-    elif (sin[X] == place ^ 1).all():
+    elif (sin[X] == cos[X][place ^ 1]).all():
         first, second, interleaved = place[::2], place[1::2], True
     else:
         return None
     for name, both, opposite in (("cosines", cos, 1), ("sines", sin, -1)):
         a, b = both[:, first], both[:, second]
-        if (a[TABLE:] != b[TABLE:]).any() or (a[SIGN] != opposite * b[SIGN]).any():
+        if (a[TABLE:] != b[TABLE:]).any():
             return f"the {name} of the two elements that turn together aren't known to be the same"
-        if len(np.unique(a[SIGN])) != 1:
-            return f"the {name} have different signs"
-    return Rotation(size, interleaved, _half(cos[:, second]), _half(sin[:, second]))
+        if (a[SIGN] != opposite * b[SIGN]).any() or len(np.unique(a[SIGN])) != 1:
+            return f"the signs of the {name} aren't those of a rotation"
+    return Rotation(0, True, size, interleaved, None, _half(cos[:, second]), _half(sin[:, second]))
 
 
 def _half(rows: Numbers) -> Half:
@@ -84,20 +115,9 @@ def _half(rows: Numbers) -> Half:
 class TableWriter:
     """Writes tables [batch, positions, pairs] into one graph, each once, before the first site that reads it."""
 
-    def __init__(self, facts: ShapeFacts, tables: dict[Table, int]) -> None:
-        self._facts, self._tables = facts, list(tables)
+    def __init__(self, facts: ShapeFacts, tables: Tables) -> None:
+        self._facts, self._tables = facts, tables
         self._made: dict[tuple[object, ...], ir.Value] = {}
-
-    # ---- before anything is written
-
-    def obstacle(self, half: Half) -> str | None:
-        """Why a table can't be written, None where it can."""
-        for number in np.unique(half.table):
-            table = self._tables[number]
-            shape = self._facts.shape(table.base)
-            if shape is None or len(shape) != table.first + 1:
-                return f"the elements of {table.base.name!r} aren't along its last axis"
-        return None
 
     def axes(self, half: Half, count: int) -> set[int]:
         """The leading axes along which a table isn't broadcast, of the `count` of x."""
@@ -112,22 +132,24 @@ class TableWriter:
 
     # ---- writing
 
-    def write(self, half: Half, batch: int, positions: int, count: int, edit: Editor) -> ir.Value:
+    def write(self, half: Half, batch: int | None, positions: int, count: int, edit: Editor) -> ir.Value:
         """The table with batch and positions taken from these of the `count` leading axes of x."""
         key = (half.sign, half.table.tobytes(), half.index.tobytes(), batch, positions, count)
         if key not in self._made:
             edges = [0, *(np.flatnonzero(np.diff(half.table)) + 1), len(half.table)]
             parts = [
                 self._part(self._tables[half.table[a]], half.index[a:b], batch, positions, count, edit)
-                for a, b in zip(edges, edges[1:], strict=False)
+                for a, b in itertools.pairwise(edges)
             ]
             value = parts[0] if len(parts) == 1 else edit.op("Concat", parts, {"axis": -1})
             self._made[key] = value if half.sign > 0 else edit.op("Neg", [value])
         return self._made[key]
 
-    def _part(self, table: Table, index: Numbers, batch: int, positions: int, count: int, edit: Editor) -> ir.Value:
+    def _part(
+        self, table: Table, index: Numbers, batch: int | None, positions: int, count: int, edit: Editor
+    ) -> ir.Value:
         missing = count - len(table.lead)
-        places = [table.lead[i - missing] if i >= missing else None for i in (batch, positions)]
+        places = [None if i is None or i < missing else table.lead[i - missing] for i in (batch, positions)]
         key = (table.base, table.steps, index.tobytes(), *places)
         if key in self._made:
             return self._made[key]
@@ -148,9 +170,19 @@ class TableWriter:
             return self._made[key]
         shape = self._facts.shape(base)
         assert shape is not None
-        value = base
-        if shape[-1] != len(index) or (index != np.arange(len(index))).any():
-            value = self._picked(base, index, edit)
+        count = math.prod(dim.value or 0 for dim in shape[table.first :])
+        whole = count == len(index) and (index == np.arange(count)).all()
+        gathered = None if whole and producer(base, "GatherElements") is None else self._rows(base)
+        if gathered is not None:
+            rows, positions = gathered
+            value = edit.op("Gather", [edit.constant(np.ascontiguousarray(rows[:, index]), "table"), positions])
+        else:
+            value = base
+            if len(shape) > table.first + 1:
+                sizes = np.array([0] * table.first + [count], dtype=np.int64)
+                value = edit.op("Reshape", [base, edit.constant(sizes, "sizes")])
+            if not whole:
+                value = self._picked(value, index, edit)
         self._made[key] = value
         return value
 
@@ -158,18 +190,43 @@ class TableWriter:
         numbers = constant_array(base)
         if numbers is not None:
             return edit.constant(np.ascontiguousarray(numbers[..., index]), "table")
-        gather = producer(base, "Gather")
-        if gather is not None and attribute_int(gather, "axis", 0) == 0:
-            rows = constant_array(gather.inputs[0])
-            if rows is not None and rows.ndim == 2:
-                return edit.op(
-                    "Gather", [edit.constant(np.ascontiguousarray(rows[:, index]), "table"), gather.inputs[1]]
-                )
         steps = np.unique(np.diff(index))
         if len(index) > 1 and len(steps) == 1 and steps[0] > 0:
             bounds = ([index[0]], [index[-1] + 1], [-1], [steps[0]])
             return edit.op("Slice", [base, *(edit.constant(np.array(b, dtype=np.int64)) for b in bounds)])
         return edit.op("Gather", [base, edit.constant(index)], {"axis": -1})
+
+    def _rows(self, base: ir.Value) -> tuple[npt.NDArray[np.generic], ir.Value] | None:
+        """The constant rows and the positions that a table is gathered from and by.
+
+        GatherElements of rows repeated for each batch, by positions repeated for each element, is that too.
+        """
+        node = producer(base, "Gather", "GatherElements")
+        shape = self._facts.shape(base)
+        if node is None or shape is None or any(value is None for value in node.inputs):
+            return None
+        rows, positions = node.inputs
+        assert rows is not None
+        assert positions is not None
+        if node.op_type == "Gather":
+            array = constant_array(rows)
+            axis = attribute_int(node, "axis", 0)
+            return None if array is None or array.ndim != 2 or axis != 0 else (array, positions)
+        whole, repeated = self._facts.shape(rows), producer(positions, "Expand", "Tile")
+        while (node_above := producer(rows, "Expand", "Tile")) is not None and node_above.inputs[0] is not None:
+            rows = node_above.inputs[0]
+        array = constant_array(rows)
+        single = None if repeated is None else producer(repeated.inputs[0], "Unsqueeze")
+        if array is None or whole is None or repeated is None or single is None or len(shape) != 3:
+            return None
+        before, plain = self._facts.shape(repeated.inputs[0]), single.inputs[0]
+        axis = attribute_int(node, "axis", 0)
+        if before is None or before[2] != 1 or before[:2] != shape[:2] or self._facts.shape(plain) != shape[:2]:
+            return None
+        if axis not in (1, -2) or array.size != array.shape[-1] * array.shape[-2] or whole[1:] != array.shape[-2:]:
+            return None
+        assert plain is not None
+        return array.reshape(array.shape[-2:]), plain
 
     def _placed(self, value: ir.Value, table: Table, places: Sequence[int | None], edit: Editor) -> ir.Value:
         """`value` as [batch, positions, pairs], of size 1 where a table is broadcast."""
@@ -203,40 +260,76 @@ class Sizes:
                 if dim.value is None:
                     self._inputs.setdefault(dim, (value, axis))
         self._made: dict[Dim, ir.Value] = {}
-        self._expanded: dict[tuple[ir.Value, tuple[Dim, Dim]], ir.Value] = {}
+        self._targets: dict[tuple[Dim, ...], ir.Value] = {}
+        self._fitted: dict[tuple[object, ...], ir.Value] = {}
 
-    def fitted(
-        self, table: ir.Value, wanted: tuple[Dim, Dim], x: ir.Value, axes: tuple[int, int], edit: Editor
-    ) -> ir.Value:
-        """`table` [batch, positions, pairs] expanded to the sizes that x has, where it isn't known to have them."""
-        shape = self._facts.shape(table)
+    def fitted(self, value: ir.Value, x: ir.Value, axes: Sequence[int | None], edit: Editor) -> ir.Value:
+        """`value` [batch, positions, ...] with these axes of the size that `axes` of x have, None standing for 1.
+
+        It is expanded where it isn't known to have them.
+        """
+        shape, of_x = self._facts.shape(value), self._facts.shape(x)
         assert shape is not None
-        if all(has(dim, size) for dim, size in zip(shape, wanted, strict=False)):
-            return table
-        key = table, wanted
-        if key not in self._expanded:
-            known = [d.value for d in wanted]
-            if all(size is not None for size in known):
-                target = edit.constant(np.array([*known, 1], dtype=np.int64), "sizes")
+        assert of_x is not None
+        wanted = [Dim.of(1) if axis is None else of_x[axis] for axis in axes]
+        if all(_has(own, size) for own, size in zip(shape, wanted, strict=False)):
+            return value
+        if any(
+            own.value not in (None, 1) and size.value not in (None, own.value)
+            for own, size in zip(shape, wanted, strict=False)
+        ):
+            return value  # which no run can be with
+        target = [Dim.of(1) if _has(own, size) else size for own, size in zip(shape, wanted, strict=False)]
+        target += [Dim.of(1)] * (len(shape) - len(target))
+        key = value, *target
+        if key not in self._fitted:
+            self._fitted[key] = edit.op("Expand", [value, self._target(target, x, axes, edit)])
+        return self._fitted[key]
+
+    def counted(self, start: ir.Value, x: ir.Value, axes: Sequence[int], edit: Editor) -> ir.Value:
+        """The positions [batch, positions] of x counted from one number."""
+        shape = self._facts.shape(x)
+        assert shape is not None
+        wanted = [shape[axis] for axis in axes]
+        key = start, *wanted, "counted"
+        if key not in self._fitted:
+            scalars = [edit.constant(np.array(number, dtype=np.int64)) for number in (0, 1)]
+            length = edit.op("Squeeze", [self._size(wanted[1], x, axes[1], edit)])
+            counted = edit.op("Add", [edit.op("Range", [scalars[0], length, scalars[1]]), start])
+            self._fitted[key] = edit.op("Expand", [counted, self._target(wanted, x, axes, edit)])
+        return self._fitted[key]
+
+    def vector(self, number: int, edit: Editor) -> ir.Value:
+        """A constant vector of one integer."""
+        return edit.constant(np.array([number], dtype=np.int64))
+
+    def _target(self, sizes: Sequence[Dim], x: ir.Value, axes: Sequence[int | None], edit: Editor) -> ir.Value:
+        key = tuple(sizes)
+        if key not in self._targets:
+            known = [size.value for size in sizes]
+            if None not in known:
+                self._targets[key] = edit.constant(np.array(known, dtype=np.int64), "sizes")
             else:
-                parts = [
-                    self._size(dim, x, axis, edit) if not has(own, dim) else edit.constant(np.array([1]), "one")
-                    for own, dim, axis in zip(shape, wanted, axes, strict=False)
-                ]
-                target = edit.op("Concat", [*parts, edit.constant(np.array([1]), "one")], {"axis": 0})
-            self._expanded[key] = edit.op("Expand", [table, target])
-        return self._expanded[key]
+                padded = [*axes, *[None] * (len(sizes) - len(axes))]
+                parts = [self._size(size, x, axis, edit) for size, axis in zip(sizes, padded, strict=True)]
+                self._targets[key] = edit.op("Concat", parts, {"axis": 0})
+        return self._targets[key]
 
-    def _size(self, dim: Dim, x: ir.Value, axis: int, edit: Editor) -> ir.Value:
-        if dim.value is not None:
-            return edit.constant(np.array([dim.value], dtype=np.int64), "size")
-        if dim not in self._made:
-            value, place = self._inputs.get(dim, (x, axis))
-            self._made[dim] = edit.op("Shape", [value], {"start": place, "end": place + 1})
-        return self._made[dim]
+    def _size(self, size: Dim, x: ir.Value, axis: int | None, edit: Editor) -> ir.Value:
+        if size not in self._made:
+            if size.value is not None or axis is None:
+                self._made[size] = self.vector(size.value or 0, edit)
+            else:
+                value, place = self._inputs.get(size, (x, axis))
+                self._made[size] = edit.op("Shape", [value], {"start": place, "end": place + 1})
+        return self._made[size]
 
 
-def has(dim: Dim, size: Dim) -> bool:
+def _has(dim: Dim, size: Dim) -> bool:
     """Whether an axis of size `dim` is one of `size`, or was broadcast to it."""
+    return dim == size or _parts(size) <= _parts(dim)
+
+
+def _parts(dim: Dim) -> set[Dim]:
     symbol = as_symbol(dim)
-    return dim == size or (symbol is not None and symbol.op == "broadcast" and size in symbol.args)
+    return set(symbol.args) if symbol is not None and symbol.op == "broadcast" else {dim}
