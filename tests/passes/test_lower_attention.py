@@ -248,8 +248,11 @@ def test_any_attention(data: st.DataObject) -> None:
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     feeds: dict[str, Any] = {n: rng.normal(size=s).astype(np.float32) for n, s in zip("qkv", shapes, strict=True)}
     kind = draw(st.sampled_from(("", "float", "infinite", "bool")))
+    causal = draw(st.booleans())
     if kind:
-        shape = [int(sizes.get(n, 1)) for n in draw(st.sampled_from(SHAPES)).split(", ")]
+        # The evaluator makes the causal part as long as the mask, so that one for all queries hides too much.
+        shapes_left = [s for s in SHAPES if "S, T" in s or not causal]
+        shape = [int(sizes.get(n, 1)) for n in draw(st.sampled_from(shapes_left)).split(", ")]
         seen = rng.random(size=shape) < 0.6
         numbers = rng.normal(size=shape) if kind == "float" else np.where(seen, rng.normal(size=shape), -np.inf)
         feeds["m"] = seen if kind == "bool" else numbers.astype(np.float32)
@@ -262,7 +265,7 @@ def test_any_attention(data: st.DataObject) -> None:
         attributes["scale"] = draw(st.sampled_from((1.0, 0.3)))
     if draw(st.booleans()):
         attributes["softcap"] = 1.5
-    if draw(st.booleans()):
+    if causal:
         attributes["is_causal"] = 1
     if merged:
         attributes |= {"q_num_heads": count, "kv_num_heads": kv}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.bounds import Bounds
@@ -265,7 +267,7 @@ class Forms:
     def _sizes(self, *sizes: int | None) -> ir.Value:
         return self._constant(np.array(sizes, dtype=np.int64), "sizes")
 
-    def _constant(self, array: np.ndarray, name: str) -> ir.Value:  # type: ignore[type-arg]
+    def _constant(self, array: npt.NDArray[Any], name: str) -> ir.Value:
         key = ("constant", self._graph, array.dtype.str, array.shape, array.tobytes())
         known = self._shared.get(key)
         if known is None or (known.graph is None):
