@@ -6,15 +6,12 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from graphopt.analysis.attention_form import LOWERED
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.edits import Editor, sort
 from graphopt.passes.lower.attention_forms import Forms
 from graphopt.passes.lower.attention_site import NotLowered, Site, may_hide_all, merged, read
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
-
-LOWERED = "graphopt.lowered"
-"""In `ir.Node.meta` of a Softmax that was written here: raising it again would only be undone."""
-
 
 class LowerAttention(ShapeRulePass):
     """Write `Attention` in the form that the target runs fastest.
