@@ -13,6 +13,7 @@ from graphopt.passes.lower.attention_forms import Forms
 from graphopt.passes.lower.attention_site import NotLowered, Site, may_hide_all, merged, read
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
+
 class LowerAttention(ShapeRulePass):
     """Write `Attention` in the form that the target runs fastest.
 
