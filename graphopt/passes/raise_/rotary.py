@@ -16,7 +16,7 @@ from graphopt.passes.raise_.root_mean_square import NotRaised
 from graphopt.passes.raise_.rotary_forms import Forms, Tables
 from graphopt.passes.raise_.rotary_operators import CONTRIB, from_contrib, sizes_of
 from graphopt.passes.raise_.rotary_rules import RULES
-from graphopt.passes.raise_.rotary_tables import Rotation, Sizes, TableWriter, rotation
+from graphopt.passes.raise_.rotary_tables import Replaced, Rotation, Sizes, TableWriter, rotation
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
 OPSET = 23
@@ -103,10 +103,11 @@ class RaiseRotary(ShapeRulePass):
                 if site is not None:
                     found.append(site)
                     inside.update(site.nodes)
-        writer = TableWriter(self._facts, tables)
+        written = Replaced(edit)
+        writer = TableWriter(self._facts, tables, written)
         for site in reversed(found):
             edit.at(site.root)
-            self._write(site, writer, sizes, edit)
+            self._write(site, writer, written, sizes, edit)
         if not found:
             self._say(graph, reasons)
         return bool(found)
@@ -168,7 +169,7 @@ class RaiseRotary(ShapeRulePass):
         count = len(shape) - 1
         if count not in (2, 3):
             raise NotRaised(f"{x.name!r} has {len(shape)} axes, which can't be told to be batch, heads and positions")
-        writer = TableWriter(self._facts, tables)
+        writer = TableWriter(self._facts, tables, Replaced(edit))
         moving = writer.axes(turned.cos, count) | writer.axes(turned.sin, count)
         if {count - 1, count - 2} <= moving and count == 3:
             raise NotRaised("the angles differ from head to head")
@@ -181,13 +182,14 @@ class RaiseRotary(ShapeRulePass):
 
     # ---- writing
 
-    def _write(self, site: _Site, writer: TableWriter, sizes: Sizes, edit: Editor) -> None:
+    def _write(self, site: _Site, writer: TableWriter, written: Replaced, sizes: Sizes, edit: Editor) -> None:
         node, turned, old = site.root, site.rotation, site.root.outputs[0]
-        shape = self.dims(site.x)
+        x = written.now(site.x)
+        shape = self.dims(x)
         assert shape is not None
         axes = (site.batch, site.positions)
         cos, sin = (
-            sizes.fitted(writer.write(half, *axes, len(shape) - 1, edit), site.x, axes, edit)
+            sizes.fitted(writer.write(half, *axes, len(shape) - 1, edit), x, axes, edit)
             for half in (turned.cos, turned.sin)
         )
         partial = turned.start == 0 and shape[-1] != turned.size
@@ -197,7 +199,6 @@ class RaiseRotary(ShapeRulePass):
         }
         kind = "interleaved" if turned.interleaved else "in halves"
         self.applied(node, f"{turned.size} of {shape[-1]} elements, {kind}")
-        x = site.x
         if turned.order is not None:
             x = edit.op("Gather", [x, edit.constant(turned.order, "order")], {"axis": -1}, like=x)
         before, x, after = _cut(x, turned, edit)
@@ -210,7 +211,7 @@ class RaiseRotary(ShapeRulePass):
         whole = before is None and after is None
         new = edit.op("RotaryEmbedding", [x, cos, sin], attributes)
         if swapped and added is None and whole:
-            _into_transposes(old, new, edit)
+            _into_transposes(old, new, written, edit)
             if node.graph is None:
                 return
             edit.at(node)
@@ -220,7 +221,7 @@ class RaiseRotary(ShapeRulePass):
             new = edit.op("Squeeze", [new, sizes.vector(added, edit)])
         if not whole:
             new = edit.op("Concat", [part for part in (before, new, after) if part is not None], {"axis": -1})
-        edit.replace(old, new)
+        written.replace(old, new)
 
     # ---- what is one operator already
 
@@ -300,7 +301,7 @@ def _cut(x: ir.Value, turned: Rotation, edit: Editor) -> tuple[ir.Value | None, 
     return part(0, turned.start), part(turned.start, end), rest
 
 
-def _into_transposes(old: ir.Value, new: ir.Value, edit: Editor) -> None:
+def _into_transposes(old: ir.Value, new: ir.Value, written: Replaced, edit: Editor) -> None:
     """What transposes `old` reads `new` instead, in which heads and positions are exchanged already."""
     for user in [user for user, _ in old.uses()]:
         perm = _perm(user)
@@ -309,7 +310,7 @@ def _into_transposes(old: ir.Value, new: ir.Value, edit: Editor) -> None:
         order, result = [_SWAPPED.index(axis) for axis in perm], user.outputs[0]
         edit.at(user)
         same = order == [0, 1, 2, 3]
-        edit.replace(result, new if same else edit.op("Transpose", [new], {"perm": order}, like=result))
+        written.replace(result, new if same else edit.op("Transpose", [new], {"perm": order}, like=result))
 
 
 def _perm(node: ir.Node) -> list[int] | None:

@@ -112,11 +112,30 @@ def _half(rows: Numbers) -> Half:
     return Half(int(rows[SIGN, 0]), rows[TABLE], rows[INDEX])
 
 
+class Replaced:
+    """Replacements, and what stands now for a value that was read before them."""
+
+    def __init__(self, edit: Editor) -> None:
+        self._edit = edit
+        self._new: dict[ir.Value, ir.Value] = {}
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let `new` take the place of `old`."""
+        self._edit.replace(old, new)
+        self._new[old] = new
+
+    def now(self, value: ir.Value) -> ir.Value:
+        """What stands for `value`."""
+        while value in self._new:
+            value = self._new[value]
+        return value
+
+
 class TableWriter:
     """Writes tables [batch, positions, pairs] into one graph, each once, before the first site that reads it."""
 
-    def __init__(self, facts: ShapeFacts, tables: Tables) -> None:
-        self._facts, self._tables = facts, tables
+    def __init__(self, facts: ShapeFacts, tables: Tables, written: Replaced) -> None:
+        self._facts, self._tables, self._written = facts, tables, written
         self._made: dict[tuple[object, ...], ir.Value] = {}
 
     def axes(self, half: Half, count: int) -> set[int]:
@@ -164,7 +183,7 @@ class TableWriter:
 
     def _selected(self, table: Table, index: Numbers, edit: Editor) -> ir.Value:
         """The elements of a table that are asked for."""
-        base = table.base
+        base = self._written.now(table.base)
         key = (base, index.tobytes())
         if key in self._made:
             return self._made[key]
