@@ -101,6 +101,9 @@ def _reshape(elements: Elements, node: ir.Node, indices: Indices) -> Element:
     source = [Dim.of(0)] * len(before)
     while rest_in or rest_out:
         runs = _equal_run(before, after, rest_in, rest_out)
+        differ = [(a, b) for a, b in zip(rest_in, rest_out, strict=False) if before[a] != after[b]]
+        if runs is None and len(rest_in) == len(rest_out) and len(differ) == 1:
+            runs = 1, 1  # the number of elements is the same, so this axis is too
         if runs is None:
             raise OpaqueError("the sizes around a Reshape aren't provably the same")
         taken_in, taken_out = rest_in[: runs[0]], rest_out[: runs[1]]
@@ -151,10 +154,10 @@ def _divided(elements: Elements, place: Dim, size: Dim) -> tuple[Dim, Dim]:
         raise OpaqueError("an index can't be split over the axes of a Reshape")
     if not logic.nonnegative(size - 1 - rest):
         counted = as_symbol(rest)
-        last = None if counted is None else logic.last.get(counted)
-        if last is None:
+        lasts = () if counted is None else logic.last.get(counted, ())
+        if not lasts:
             raise OpaqueError("an index can't be split over the axes of a Reshape")
-        elements.assume(SameSize(last + 1, size))
+        elements.assume(SameSize(lasts[0] + 1, size))
     return whole, rest
 
 
@@ -196,13 +199,14 @@ def _concat(elements: Elements, node: ir.Node, indices: Indices) -> Element:
         before = before + size
     result: Element | None = None
     for start, size, value in reversed(pieces):
-        here = elements.logic.ge(indices[axis] - start)
-        if here == FALSE or elements.logic.ge(indices[axis] - start - size) == TRUE:
+        begun, within = elements.logic.ge(indices[axis] - start), elements.logic.ge(start + size - 1 - indices[axis])
+        if FALSE in (begun, within):
             continue
         source = (*indices[:axis], indices[axis] - start, *indices[axis + 1 :])
         element = elements.at(value, source)
-        result = element if result is None else elements.numbers.choose(here, element, result)
-        if here == TRUE:
+        # What lies before the first piece, or behind the last one, is never asked for.
+        result = element if result is None else elements.numbers.choose(within, element, result)
+        if begun == TRUE:
             break
     if result is None:
         raise OpaqueError("no piece of a Concat holds the index")

@@ -111,12 +111,14 @@ class MaskForm:
     @property
     def equalities(self) -> tuple[tuple[Dim, Dim], ...]:
         """Pairs of sizes that must be equal for the form to hold (in other runs one of them is 1 and broadcasts)."""
-        return tuple((a.a, a.b) for a in self.assumptions if isinstance(a, SameSize))
+        pairs = [(a.a, a.b) for a in self.assumptions if isinstance(a, SameSize)]
+        return tuple(sorted(pairs, key=repr))
 
     @property
     def binary(self) -> tuple[ir.Value, ...]:
         """Tensors that must hold nothing but 0 and 1 for the form to hold."""
-        return tuple(a.value for a in self.assumptions if isinstance(a, Binary))
+        values = [a.value for a in self.assumptions if isinstance(a, Binary)]
+        return tuple(sorted(values, key=lambda value: value.name or ""))
 
     def describe(self) -> str:
         """As words: "causal, window 4096, padding from 'attention_mask'"."""
@@ -188,10 +190,10 @@ class _Site:
         self.shape = shape
         sizes = self._sizes(shape)
         # A mask without elements is of any form.
-        self.true = [size - 1 for size in sizes] + self._within(shape)
-        b, h, i, j = (self.elements.index(name, size) for name, size in zip("bhij", sizes, strict=True))
+        self.true = [size - 1 for ways in sizes for size in ways] + self._within(shape)
+        b, h, i, j = (self.elements.index(name, *ways) for name, ways in zip("bhij", sizes, strict=True))
         self.axes = (b, h, i, j)
-        self.rows, self.columns = sizes[2], sizes[3]
+        self.rows, self.columns = sizes[2][-1], sizes[3][-1]
         indices = tuple(
             Dim.of(0) if size == 1 else index for size, index in zip(shape, self.axes[4 - len(shape) :], strict=True)
         )
@@ -204,17 +206,18 @@ class _Site:
         except (OpaqueError, TooComplexError) as error:
             return NoForm(self.value, str(error) or "its conditions are too many")
 
-    def _sizes(self, shape: Shape) -> tuple[Dim, Dim, Dim, Dim]:
-        full = [*[Dim.of(1)] * (4 - len(shape)), *(self._one_of(size) for size in shape)]
+    def _sizes(self, shape: Shape) -> list[tuple[Dim, ...]]:
+        """The size of each axis, and the one that it is said to have where that isn't provably the same."""
+        sizes: list[tuple[Dim, ...]] = [(Dim.of(1),)] * (4 - len(shape))
+        sizes += [(self._one_of(size),) for size in shape]
         for axis, wanted in zip((2, 3), self.wanted, strict=True):
-            size = full[axis]
-            if wanted is not None and size != 1:
-                if size != wanted and size.low < 2:
-                    self.assumed.add(SameSize(size, wanted))
-                full[axis] = wanted
-            elif wanted is not None:
-                full[axis] = wanted
-        return full[0], full[1], full[2], full[3]
+            size = sizes[axis][0]
+            if wanted is None or size == wanted:
+                continue
+            if size != 1 and size.low < 2:
+                self.assumed.add(SameSize(size, wanted))
+            sizes[axis] = (wanted,) if size == 1 else (size, wanted)
+        return sizes
 
     def _within(self, shape: Shape) -> list[Dim]:
         """What holds in any run in which the mask broadcasts: columns that are the first T of a longer constant."""
