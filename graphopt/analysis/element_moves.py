@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int
 from graphopt.analysis.conditions import FALSE, TRUE
+from graphopt.analysis.dim_functions import follows, maximum
 from graphopt.analysis.dims import Dim, as_symbol
 from graphopt.analysis.elements import Elements, Indices, SameSize, rule
 from graphopt.analysis.leaves import Cases, Element, OpaqueError, Poly
@@ -177,10 +178,8 @@ def _slice(elements: Elements, node: ir.Node, indices: Indices) -> Element:
             if not elements.logic.nonnegative(start - (shape[axis] - 1)) and start != -1:
                 raise OpaqueError("a Slice goes backwards from the middle")
             start = shape[axis] - 1
-        elif start.high < 0:
-            start = start + shape[axis]
-            if not elements.logic.nonnegative(start):
-                raise OpaqueError("a Slice may start before the first element")
+        elif follows(-start - 1, elements.lasts(indices)):
+            start = maximum(start + shape[axis], Dim.of(0))
         elif not elements.logic.nonnegative(start):
             raise OpaqueError("whether a Slice starts from the end isn't known")
         # A start beyond the end gives no elements, so that nothing is said of any.
