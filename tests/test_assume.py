@@ -21,6 +21,12 @@ from graphopt.verification.verifier import Verdict
 
 ASSUMED = ("no-padding", "no-left-padding", "batch=1", "no-batched-chunks", "counted-positions", "max-length=13")
 
+ONE_ROW = {
+    "prefill", "prefill, other positions", "decode", "chunk",
+    "chunk of one, left padding", "chunk of one, right padding",
+}  # fmt: skip
+"""The probes of a decoder with a batch of one, where that is assumed."""
+
 
 def narrow(right_for: str, honest: bool = True, name: str = "Narrow") -> dict[str, Any]:
     return {f"narrowing:{name}": {"right_for": right_for, "honest": honest}}
@@ -91,9 +97,10 @@ def test_the_probes_cover_the_domain_that_is_claimed_and_no_more() -> None:
         "chunk, left padding",
     }
     assert found["no-padding"] == {n for n in everything if "padding" not in n} - {"decode, longest"} | {"chunk, batch"}
-    assert found["batch=1"] == {"prefill", "prefill, other positions", "decode", "chunk"}
+    assert found["batch=1"] == ONE_ROW
     assert found["counted-positions"] == found["no-left-padding"] - {"prefill, other positions"}
-    assert found["no-batched-chunks"] == {n for n in everything if not n.startswith("chunk,")} - {"decode, longest"}
+    unbatched = {n for n in everything if not n.startswith("chunk,")} - {"decode, longest"}
+    assert found["no-batched-chunks"] == unbatched | ONE_ROW
 
 
 def test_the_verdict_says_where_it_compared() -> None:
@@ -148,8 +155,8 @@ def test_each_of_two_claims_is_judged() -> None:
     result = run(*steps, assume=["no-left-padding", "batch=1"], verify="phase")
     assert result.report.ok
     first, second = (r.verdict for r in result.report.run.records if r.status == "applied")
-    assert len(probes_of(first)) == 8
-    assert set(probes_of(second)) == {"prefill", "prefill, other positions", "decode", "chunk"}
+    assert len(probes_of(first)) == 8 + 1  # one row, padded on the right
+    assert set(probes_of(second)) == ONE_ROW - {"chunk of one, left padding"}
 
 
 def test_what_was_not_assumed_can_not_be_relied_on() -> None:
@@ -224,12 +231,7 @@ def test_what_a_model_carries_holds_for_the_next_run() -> None:
         }
         assert again.report.to_dict()["assumptions"]["given"] == []
         for reference in (decoder(), first):
-            assert set(probes_of(graphopt.verify(reference, again))) == {
-                "prefill",
-                "prefill, other positions",
-                "decode",
-                "chunk",
-            }
+            assert set(probes_of(graphopt.verify(reference, again))) == ONE_ROW
     assert not run(narrow("no-padding", name="NarrowWaves"), model=first.clone()).report.run.modified
 
 
