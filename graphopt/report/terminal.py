@@ -161,8 +161,8 @@ def print_generation(data: Data, console: Console) -> None:
     batch, threads = units.plural(data["batch"], "row"), data["threads"] or "all"
     printer.line(
         f"Tokens read per second (prefill) and written (decode), medians of {data['runs']} rounds in turn; {batch} of "
-        f"{data['prompt_tokens']} prompt tokens and {data['new_tokens']} new ones, threads: {threads}. Time and CPU time "
-        "are ratios to the first model: below 1 is faster, and no ratio closer to 1 than the control's says anything.",
+        f"{data['prompt_tokens']} prompt tokens and {data['new_tokens']} new ones, threads: {threads}. Time and CPU "
+        "time are ratios to the first model: below 1 is faster, and none closer to 1 than the control's says anything.",
         style="dim",
     )
     for name, found in zip(names, data.get("perplexity") or [], strict=False):
