@@ -71,6 +71,7 @@ class KVInterface:
         attention_mask: 1 for tokens that count, over past and new.
         position_ids: Position of each token.
         positions_from_mask: Whether the graph counts positions in the mask.
+        mask_values: Whether the graph reads what is in the mask; else it takes its length, or nothing, from it.
         logits: The output over the vocabulary.
         vocabulary: Rows of the embedding, None where there is no token_ids.
         use_cache: A flag that chooses between a branch with and one without a past.
@@ -84,6 +85,7 @@ class KVInterface:
     attention_mask: str | None
     position_ids: str | None
     positions_from_mask: bool
+    mask_values: bool
     logits: str | None
     vocabulary: int | None
     use_cache: str | None
@@ -148,6 +150,7 @@ def kv_interface(model: ir.Model) -> KVInterface | None:
         attention_mask=roles.attention_mask,
         position_ids=roles.position_ids,
         positions_from_mask=roles.positions_from_mask,
+        mask_values=roles.mask_values,
         logits=_logits(model, presents, roles.vocabulary),
         vocabulary=roles.vocabulary,
         use_cache=roles.use_cache,
