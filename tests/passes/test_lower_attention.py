@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from exactness import RTOL_FLOAT64, assert_exact, op_types, parse
+from exactness import RTOL_FLOAT64, assert_exact, op_types, parse, parse_weighted
 from fake_profiles import fake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -292,3 +292,69 @@ def test_any_attention(data: st.DataObject) -> None:
     rtol = RTOL_FLOAT64 if written else 1e-6
     after = assert_exact(before, LowerAttention(SPELLED), feeds=feeds, seeds=1, rtol=rtol)
     assert "Attention" not in op_types(after)
+
+
+def packed(mask: str = "") -> ir.Model:
+    """The layers, the heads and the attention of an encoder."""
+    weights = ", ".join(f"float[8, 8] w{c}, float[8] b{c}" for c in "qkv")
+    lines = " ".join(
+        f"{c}0 = MatMul(x, w{c}) {c}1 = Add({c}0, b{c}) {c}3 = Reshape({c}1, split) "
+        f"{c}4 = Transpose <perm = [0, 2, 1, 3]> ({c}3)"
+        for c in "qkv"
+    )
+    return parse_weighted(f"""{HEAD} g (float[B, S, 8] x{mask and ", bool[B, 1, S, S] seen"}) => (float[B, S, 8] y)
+        <int64[4] split = {{0, 0, 2, 4}}, int64[3] join = {{0, 0, 8}}, float zero = {{0}}, float hidden = {{-3e38}},
+        {weights}> {{ {mask} {lines}
+        o4 = Attention <scale = 0.5> (q4, k4, v4{mask and ", m"})
+        o3 = Transpose <perm = [0, 2, 1, 3]> (o4)
+        y = Reshape(o3, join)
+    }}""")
+
+
+def equal_in_runtime(before: ir.Model, after: ir.Model, feeds: dict[str, Any]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    first, second = (
+        onnxruntime.InferenceSession(ir.to_proto(m).SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, feeds
+        )[0]
+        for m in (before, after)
+    )
+    np.testing.assert_allclose(second, first, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", ["", "m = Where(seen, zero, hidden)"])
+def test_layers_heads_and_attention_as_one_operator(mask: str) -> None:
+    before = packed(mask)
+    after = before.clone()
+    assert LowerAttention("contrib-attention")(after).modified
+    assert op_types(after) == (["Where", "Attention"] if mask else ["Attention"])
+    assert after.graph.node(-1).domain == "com.microsoft"
+    assert after.graph.opset_imports["com.microsoft"] == 1
+    assert {v.const_value.shape.numpy() for v in after.graph.initializers.values() if v.const_value.size > 1} == {
+        (8, 24), (24,)
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    feeds: dict[str, Any] = {"x": rng.normal(size=(3, 5, 8)).astype(np.float32)}
+    if mask:
+        feeds["seen"] = rng.random(size=(3, 1, 5, 5)) < 0.5
+        feeds["seen"][1, 0, 2] = False
+    equal_in_runtime(before, after, feeds)
+    assert not LowerAttention("contrib-attention")(after).modified
+
+
+def test_a_mask_that_may_hide_all_keys_stays_with_the_standard_operator() -> None:
+    after = packed("m = And(seen, seen)").clone()
+    assert LowerAttention("contrib-attention")(after).modified
+    assert [n.domain for n in after.graph if n.op_type == "Attention"] == [""]
+
+
+def test_weights_with_another_reader_stay_where_they_are() -> None:
+    before = packed()
+    weight = before.graph.initializers["wq"]
+    before.graph.append(ir.node("Identity", [weight], name="other"))
+    before.graph.outputs.append(before.graph.node("other").outputs[0])
+    before.graph.outputs[-1].name, before.graph.outputs[-1].type = "out", weight.type
+    before.graph.outputs[-1].shape = weight.shape
+    after = before.clone()
+    assert LowerAttention("contrib-attention")(after).modified
+    assert [n.domain for n in after.graph if n.op_type == "Attention"] == [""]
