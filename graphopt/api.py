@@ -23,6 +23,8 @@ from graphopt.errors import InputDataError, ModelError, UsageError, Verification
 from graphopt.graph import load, session_settings
 from graphopt.graph import save as save_model
 from graphopt.graph.edits import nodes, walk
+from graphopt.graph.kv_interface import kv_interface
+from graphopt.graph.kv_names import rename_kv_cache
 from graphopt.graph.load import EXTERNAL_KEY, PATH_KEY, normalize
 from graphopt.graph.save import Progress as SaveProgress
 from graphopt.pass_manager import PassManager, Progress, VerifyMode
@@ -82,6 +84,7 @@ def optimize(
     inputs: Inputs | None = None,
     calibration: TextDataset | None = None,
     profile: Profile | str | os.PathLike[str] | None = None,
+    rename_kv: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -96,12 +99,14 @@ def optimize(
         calibration: Text for passes that need data; see `graphopt.calibration.text.load_text`.
         profile: What was measured of the target, which lowering then follows: a profile or its file, or "auto" for the
             one of this machine from the cache, if there is one (target cpu). None: safe defaults.
+        rename_kv: Give the inputs and outputs of a decoder the names of docs/generation.md at the end.
         seed: Seed of the generated probe inputs.
         progress: Called before each pass.
 
     Raises:
         ModelError: The model is broken or ONNX Runtime can't run it.
-        UsageError: An unknown recipe, pass, option or target; a profile that is none, or for another target.
+        UsageError: An unknown recipe, pass, option or target; a profile that is none, or for another target; names
+            for the cache of a model that has none.
         InputDataError: `inputs` doesn't fit the model.
         VerificationError: No probe input runs on the original.
     """
@@ -150,7 +155,11 @@ def optimize(
         profile=found,
         progress=progress,
     )
+    if rename_kv and kv_interface(model) is None:
+        raise UsageError("--rename-kv-cache is for decoders, and no attention here joins an input to new keys.")
     run = manager(model)
+    # After all is verified: outputs are compared by name.
+    renamed = rename_kv_cache(model) if rename_kv else {}
     report = Report(
         source,
         chosen,
@@ -162,6 +171,7 @@ def optimize(
         skipped_probes=[{"name": p.name, "reason": reason} for p, reason in unusable],
         session_settings=session_settings.read(model).listed(),
         profile=None if found is None else {"id": found.id, "date": found.date, "description": found.description},
+        renamed=renamed,
     )
     return Result(model, report)
 
@@ -251,10 +261,13 @@ def inspect(
         "attention": {},
         "linear": {},
         "tied_layers": [],
+        "kv_cache": None,
         "problems": problems,
         "why": None,
     }
     if all(map(found_by_onnx, problems)):
+        decoder = kv_interface(model)
+        data["kv_cache"] = None if decoder is None else decoder.to_dict()
         copy = model.clone()
         passes = load_recipe().passes()
         # Structure is read off the canonical graph: what a target runs fastest is spelled in its own way.

@@ -33,6 +33,7 @@ class Report:
         timing: Result of a benchmark against the original, where one was run.
         arguments: Further command line arguments that the output depends on.
         profile: Which target profile the passes followed: its id, date and description; None: the safe defaults.
+        renamed: Inputs and outputs that got other names, name before to name now.
     """
 
     source: dict[str, Any]
@@ -48,6 +49,7 @@ class Report:
     timing: dict[str, Any] | None = None
     arguments: list[str] = dataclasses.field(default_factory=list)
     profile: dict[str, str] | None = None
+    renamed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -85,6 +87,7 @@ class Report:
             "skipped_probes": self.skipped_probes,
             "session_settings": [{"setting": s, "value": v, "reason": r} for s, v, r in self.session_settings],
             "timing": self.timing,
+            "renamed": self.renamed,
             "arguments": self.arguments,
         }
 

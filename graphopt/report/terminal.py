@@ -46,6 +46,10 @@ def print_report(report: Data, console: Console) -> None:
         _print_timing_body(report["timing"], printer)
     _print_left(summary.left_groups(report), printer)
     _print_settings(report, printer)
+    if renamed := report.get("renamed"):
+        printer.heading(f"Renamed: {units.plural(len(renamed), 'input or output', 'inputs and outputs')}")
+        shown = [f"{before} → {now}" for before, now in list(renamed.items())[:3]]
+        printer.line(", ".join(shown) + (", ... (--json has all)" if len(renamed) > len(shown) else ""))
     printer.line()
     took = f"Passes {units.seconds(report.get('seconds'))}"
     if report.get("verification"):
@@ -138,6 +142,32 @@ def print_verdict(data: Data, console: Console) -> None:
 def print_timing(data: Data, console: Console) -> None:
     """Print what `BenchResult.to_dict()` holds."""
     _print_timing_body(data, _Printer(console))
+
+
+def print_generation(data: Data, console: Console) -> None:
+    """Print what `graphopt bench --generate` measured."""
+    printer = _Printer(console)
+    rows = []
+    names = [row.label for row in measured.timing_rows(data)]
+    for index, timing in enumerate([*data["models"], data["control"]]):
+        row = [names[index], str(timing["cache"])]
+        for phase in ("prefill", "decode"):
+            ratio = timing[f"{phase}_ratio"]
+            spread = f"{units.ratio(ratio['median'])} ± {ratio['uncertainty']:.2f}" if index else units.ratio(1.0)
+            row += [f"{timing[f'{phase}_tokens_s']:,.1f}", spread, units.ratio(timing[f"{phase}_cpu_ratio"]["median"])]
+        rows.append(row)
+    headers = ["model", "cache", "read/s", "time", "CPU", "written/s", "time", "CPU"]
+    printer.table(headers, rows, right=(2, 3, 4, 5, 6, 7))
+    batch, threads = units.plural(data["batch"], "row"), data["threads"] or "all"
+    printer.line(
+        f"Tokens read per second (prefill) and written (decode), medians of {data['runs']} rounds in turn; {batch} of "
+        f"{data['prompt_tokens']} prompt tokens and {data['new_tokens']} new ones, threads: {threads}. Time and CPU "
+        "time are ratios to the first model: below 1 is faster, and none closer to 1 than the control's says anything.",
+        style="dim",
+    )
+    for name, found in zip(names, data.get("perplexity") or [], strict=False):
+        windows = f"{units.plural(found['windows'], 'window')} of {found['window']} tokens"
+        printer.line(f"{name}: perplexity {found['value']:.4f} over {found['tokens']:,} tokens in {windows}")
 
 
 # ---- parts
