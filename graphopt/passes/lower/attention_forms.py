@@ -50,7 +50,9 @@ class Forms:
         node = site.node
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         attributes |= {"q_num_heads": site.heads, "kv_num_heads": site.kv_heads}
-        inputs = [merged.q, merged.k, merged.v, *node.inputs[3:]]
+        q = self._turned(merged.q, merged.q_rotation, site.heads)
+        k = self._turned(merged.k, merged.k_rotation, site.kv_heads)
+        inputs = [q, k, merged.v, *node.inputs[3:]]
         wanted = [site.output(index) for index in range(len(node.outputs))]
         result = self.edit.op("Attention", inputs, attributes, outputs=len(node.outputs), like=merged.output)
         made = result.producer()
@@ -60,6 +62,14 @@ class Forms:
                 new.type, new.shape = old.type, old.shape
                 self.edit.replace(old, new)
         self.edit.replace(merged.output, result)
+
+    def _turned(self, value: ir.Value, rotation: ir.Node | None, heads: int) -> ir.Value:
+        """[batch, sequence, heads · depth] as `rotation` turns the heads of it."""
+        if rotation is None:
+            return value
+        attributes = {name: attribute.value for name, attribute in rotation.attributes.items()}
+        inputs = [value, *rotation.inputs[1:]]
+        return self.edit.op("RotaryEmbedding", inputs, attributes | {"num_heads": heads}, like=value)
 
     # ---- spelled out
 

@@ -163,12 +163,16 @@ class Merged:
         k: The keys so.
         v: The values so.
         output: The result so.
+        q_rotation: The RotaryEmbedding between the heads of the queries and the operator.
+        k_rotation: That of the keys.
     """
 
     q: ir.Value
     k: ir.Value
     v: ir.Value
     output: ir.Value
+    q_rotation: ir.Node | None = None
+    k_rotation: ir.Node | None = None
 
 
 def merged(site: Site, facts: ShapeFacts) -> Merged | None:
@@ -176,7 +180,9 @@ def merged(site: Site, facts: ShapeFacts) -> Merged | None:
     to it, or something else reads the result of the operator."""
     if site.merged:
         return Merged(site.operand("q"), site.operand("k"), site.operand("v"), site.node.outputs[0])
-    sources = [_joined(site.operand(name), facts) for name in ("q", "k", "v")]
+    q_rotation, q = _rotated(site.operand("q"))
+    k_rotation, k = _rotated(site.operand("k"))
+    sources = [_joined(value, facts) for value in (q, k, site.operand("v"))]
     q, k, v = sources
     if q is None or k is None or v is None:
         return None
@@ -198,7 +204,19 @@ def merged(site: Site, facts: ShapeFacts) -> Merged | None:
     if not is_op(use.node, "Reshape") or use.idx != 0 or use.node.graph is not site.node.graph:
         return None
     result = use.node.outputs[0]
-    return Merged(q, k, v, result) if _joins(facts, exchanged, result, use.node) else None
+    if not _joins(facts, exchanged, result, use.node):
+        return None
+    return Merged(q, k, v, result, q_rotation, k_rotation)
+
+
+def _rotated(value: ir.Value) -> tuple[ir.Node | None, ir.Value]:
+    """(RotaryEmbedding, what it rotates) where a rotation that nothing else reads makes `value`; else (None, `value`)."""
+    node = value.producer()
+    if node is None or not is_op(node, "RotaryEmbedding") or node.inputs[0] is None or sole_reader(value) is not None:
+        return None, value
+    if len(value.uses()) != 1 or any(attribute.is_ref() for attribute in node.attributes.values()):
+        return None, value
+    return node, node.inputs[0]
 
 
 def _joined(value: ir.Value, facts: ShapeFacts) -> ir.Value | None:
