@@ -89,9 +89,9 @@ class RaiseRotary(ShapeRulePass):
     each checked to be a row, tables of 2 axes with at least as many rows as there are positions.
 
     Measured on ONNX Runtime 1.31 (CPU time, interleaved, 9 heads of 64, median ratio to the spelled-out form at 1, 128
-    and 512 tokens, one thread): half-rotated 0.36, 0.29, 0.16; half by half 0.30, 0.34, 0.23; partial 0.32, 0.28, 0.23;
-    interleaved 0.24, 0.09, 0.09; with heads behind positions 0.48, 0.30, 0.21; pairs taken apart 0.63, 0.89 (1 and 128).
-    With two threads 0.09 to 0.87. Slower nowhere.
+    and 512 tokens, one thread): half-rotated 0.36, 0.29, 0.16; half by half 0.30, 0.34, 0.23; partial 0.32, 0.30,
+    0.23; interleaved 0.24, 0.09, 0.09; with heads behind positions 0.48, 0.30, 0.21; pairs taken apart 0.63 and 0.89 at
+    1 and 128. With two threads 0.09 to 0.87. Slower nowhere.
 
     **Needs:** opset 23; the size of the last axis of x. **Guarantees:** the same function up to the order of sums. The
     result has the shape of x: a run in which larger tables would broadcast x, which the shapes can't always rule out,
