@@ -189,6 +189,16 @@ def test_lengths_that_share_a_name_arent_equal() -> None:
     assert "isn't proven" in details[0]
 
 
+def test_a_mask_made_from_the_past_of_another_layer() -> None:
+    model = parse(f"""{HEAD} g ({PAST}, float[B, 2, P, 4] pk1, float[B, 2, P, 4] pv1) => (float[a, b, c, d] z) {{
+        {LENGTHS.replace("k_shape = Shape <start = 2, end = 3> (k)", "k_shape = Identity(s_shape)")}
+        mask = LessOrEqual(j, i)
+        y, ok, ov = Attention(q, q, v, mask, pk, pv)
+        z, ok1, ov1 = Attention(y, q, v, mask, pk1, pv1) }}""")
+    for sizes in (DIMS, {"B": 2, "S": 1, "P": 0}, {"B": 1, "S": 4, "P": 0}):
+        assert attentions(assert_exact(model, AttentionMasks(), dims=sizes)) == [(False, 1), (False, 1)]
+
+
 def test_a_mask_read_elsewhere_stays_for_its_reader() -> None:
     model = parse(f"""{HEAD} g ({PAST}) => (float[a, b, c, d] y, bool[e, f] mask) {{
         {LENGTHS} mask = LessOrEqual(j, i) {ATTEND} }}""")
