@@ -331,3 +331,42 @@ def test_rows_that_see_nothing_in_onnx_runtime() -> None:
         rows[number] = session.run(None, {**feeds, "mask": mask})[0][0, 0, 0]
     assert not rows[-np.inf].any()
     np.testing.assert_allclose(rows[-1e4], rows[0], rtol=1e-2)
+
+
+@pytest.mark.export
+def test_what_torch_exports_at_opset_23(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Each layer makes its causal mask in another way; padding keeps the third."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as attend
+
+    class Layers(torch.nn.Module):
+        def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            steps = torch.arange(x.shape[2])
+            x = attend(x, x, x, attn_mask=(steps[None, :] <= steps[:, None])[None, None])
+            hidden = torch.triu(torch.full((x.shape[2], x.shape[2]), float("-inf")), diagonal=1)
+            x = attend(x, x, x, attn_mask=hidden)
+            padding = (attention_mask[:, None, None, :] != 0).expand(-1, 1, x.shape[2], -1)
+            return attend(x, x, x, attn_mask=padding)
+
+    free = torch.export.Dim.DYNAMIC
+    torch.onnx.export(
+        Layers().eval(), (torch.randn(2, 2, 5, 4), torch.ones(2, 5, dtype=torch.long)), tmp_path / "model.onnx",
+        dynamo=True, opset_version=23, dynamic_shapes=({0: free, 2: free}, {0: free, 1: free}), external_data=False,
+        verbose=False,
+    )  # fmt: skip
+    model = ir.load(tmp_path / "model.onnx")
+    after = model.clone()
+    rule = AttentionMasks()
+    rule(after)
+    assert attentions(after) == [(False, 1), (False, 1), (True, 0)]
+    assert rule.sites[-1].detail == "mask kept: it is padding from 'attention_mask'"
+    rng = np.random.default_rng(0)
+    feeds = {
+        "x": rng.normal(size=(3, 2, 4, 4)).astype(np.float32),
+        "attention_mask": np.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]]),
+    }
+    before, result = (
+        ort.InferenceSession(ir.to_proto(m).SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+        for m in (model, after)
+    )
+    np.testing.assert_allclose(result, before, rtol=1e-5, atol=1e-6)
