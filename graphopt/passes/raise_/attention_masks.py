@@ -40,8 +40,8 @@ class AttentionMasks(ShapeRulePass):
     Rows that see no key differ by spelling, which is why no additive mask becomes a boolean one or the other way round:
     a boolean mask and -∞ give rows of 0, by the standard, its reference and ONNX Runtime 1.31 (CPU, float32 and
     float16); the lowest finite number gives the mean of the values by the standard and its reference, but 0 in ONNX
-    Runtime; -10000 gives what no mask at all gives. (ONNX Runtime also takes no mask with a row axis of 1 where S isn't,
-    which the standard allows; such masks are left as they are.)
+    Runtime; -10000 gives what no mask at all gives. (ONNX Runtime also takes no mask with a row axis of 1 where S
+    isn't 1, which the standard allows; such masks are left as they are.)
 
     **Needs:** ai.onnx `Attention` (opset 23 or later), and the lengths of queries, keys and past as expressions.
 
