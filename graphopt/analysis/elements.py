@@ -103,7 +103,7 @@ class Elements:
         """The index symbol `name` of an axis of `size` elements, which is `also` another size; 0 where there is one."""
         if size == 1:
             return Dim.of(0)
-        key = (name, size, *also)
+        key: tuple[str | Dim, ...] = (name, size, *also)
         if key not in self._indices:
             made = Dim.unknown(name, 0, max(size.high - 1, 0))
             symbol = as_symbol(made)
@@ -212,7 +212,8 @@ class Elements:
         content = self.facts.data(value)
         if content is not None and content.ndim == len(indices):
             inside = all(n is None or 0 <= n < size for n, size in zip(fixed, content.shape, strict=True))
-            picked = {content[tuple(fixed)]} if None not in fixed and inside else set(content.flat)
+            place = tuple(n for n in fixed if n is not None)
+            picked: set[Dim] = {content[place]} if inside and len(place) == len(fixed) else set(content.flat)
             if inside and len(picked) == 1:
                 return self._whole(next(iter(picked)), dtype)
         array = constant_array(value, MAX_TABLE)
