@@ -10,7 +10,7 @@ from graphopt.analysis.algebra import cast_target
 from graphopt.analysis.conditions import FALSE, TRUE
 from graphopt.analysis.dims import Dim
 from graphopt.analysis.elements import Binary, Elements, Indices, rule
-from graphopt.analysis.leaves import Cases, Element, Leaf, OpaqueError, Poly
+from graphopt.analysis.leaves import WHOLE, Cases, Element, Leaf, OpaqueError, Poly
 from graphopt.graph.constants import is_constant
 
 _SPLIT_FROM = 1e3
@@ -107,7 +107,14 @@ def _minus_one(elements: Elements, dtype: ir.DataType | None) -> Element:
     return elements.numbers.constant(dtype, Poly(-1.0) if real else Dim.of(-1))
 
 
+def _require_followed(dtype: ir.DataType | None) -> None:
+    if dtype is None or not (dtype in WHOLE or dtype.is_floating_point()):
+        raise OpaqueError("arithmetic in an integer type that wraps round")
+
+
 def _sum(elements: Elements, parts: Sequence[Element], dtype: ir.DataType | None) -> Cases:
+    _require_followed(dtype)
+
     def plus(x: Leaf, y: Leaf) -> Leaf:
         if isinstance(x, Dim) and isinstance(y, Dim):
             return x + y
@@ -120,6 +127,7 @@ def _sum(elements: Elements, parts: Sequence[Element], dtype: ir.DataType | None
 
 def _product(elements: Elements, parts: Sequence[Element]) -> Cases:
     dtype = next((p.dtype for p in parts if isinstance(p, Cases)), None)
+    _require_followed(dtype)
 
     def times(x: Leaf, y: Leaf) -> Leaf:
         if isinstance(x, Dim) and isinstance(y, Dim):
@@ -155,7 +163,10 @@ def _div(elements: Elements, node: ir.Node, indices: Indices) -> Element:
 
 
 def _split(elements: Elements, element: Element) -> Element:
-    """An element that is linear in one element read from a mask, for both values of that: 1 and 0."""
+    """An element that is linear in one element read from a mask, for both values of that: 1 and 0.
+
+    A mask is an integer tensor, or a float one that the model is given; what it computes in floats is a bias.
+    """
     if not isinstance(element, Cases):
         return element
     result: Element | None = None
@@ -165,7 +176,8 @@ def _split(elements: Elements, element: Element) -> Element:
             symbols = {s for m, _ in leaf.terms for s in m}
             symbol = next(iter(symbols))
             read = elements.reads.get(symbol)
-            if len(symbols) == 1 and read is not None and not is_constant(read.value):
+            computed = symbol in elements.numbers.reals and read is not None and read.value.producer() is not None
+            if len(symbols) == 1 and read is not None and not computed and not is_constant(read.value):
                 total = leaf.constant + sum(f for _, f in leaf.terms)
                 condition = elements.logic.ne(Dim({(symbol,): 1}))
                 one = elements.numbers.constant(element.dtype, Poly.of(total))

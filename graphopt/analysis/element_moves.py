@@ -146,7 +146,8 @@ def _divided(elements: Elements, place: Dim, size: Dim) -> tuple[Dim, Dim]:
         )
         index = Dim({(symbol,): 1})
         times = step.exact_div(size)
-        if times is None and step.value is None:
+        varies = any(s in logic.last or s in elements.reads for s in step.symbols())
+        if times is None and step.value is None and not varies:
             elements.assume(SameSize(step, size))
             times = Dim.of(1)
         if times is not None and times != 0:

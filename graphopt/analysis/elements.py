@@ -25,12 +25,13 @@ from graphopt.analysis.dim_functions import known
 from graphopt.analysis.dims import Dim, Symbol, as_symbol
 from graphopt.analysis.leaves import Cases, Element, Numbers, OpaqueError, Poly
 from graphopt.analysis.shapes import ShapeFacts
+from graphopt.analysis.shapes.facts import RULE_FAULTS
 from graphopt.analysis.tables import table
 from graphopt.graph.constants import constant_array
 
 Indices: TypeAlias = tuple[Dim, ...]
 
-MAX_DEPTH = 150
+MAX_DEPTH = 100
 MAX_TABLE = 1 << 24
 _LIMITS = {ir.DataType.INT64: 63, ir.DataType.INT32: 31, ir.DataType.INT16: 15, ir.DataType.INT8: 7}
 
@@ -102,7 +103,7 @@ class Elements:
         """The index symbol `name` of an axis of `size` elements, which is `also` another size; 0 where there is one."""
         if size == 1:
             return Dim.of(0)
-        key = (name, size, *also)
+        key: tuple[str | Dim, ...] = (name, size, *also)
         if key not in self._indices:
             made = Dim.unknown(name, 0, max(size.high - 1, 0))
             symbol = as_symbol(made)
@@ -133,9 +134,11 @@ class Elements:
             self._depth += 1
             try:
                 found = self._find(value, indices)
-            except (OpaqueError, TooComplexError) as error:
+            except (OpaqueError, TooComplexError, *RULE_FAULTS) as error:
                 self._assumed[-1] = set()
-                self.obstacles.setdefault(value, str(error) or "its conditions are too many")
+                known_fault = isinstance(error, OpaqueError | TooComplexError)
+                reason = (str(error) or "its conditions are too many") if known_fault else "its node is malformed"
+                self.obstacles.setdefault(value, reason)
                 found = self.read(value, indices)
             finally:
                 assumed = self._assumed.pop()
@@ -195,6 +198,7 @@ class Elements:
         if dtype == ir.DataType.BOOL:
             return self.logic.ge(dim - 1)
         if dtype is None or dtype.is_floating_point():
+            self.numbers.reals.add(symbol)
             return self.numbers.constant(dtype, Poly(0.0, frozenset({((symbol,), 1.0)})))
         return self.numbers.constant(dtype, dim)
 
@@ -207,8 +211,10 @@ class Elements:
         fixed = [i.value for i in indices]
         content = self.facts.data(value)
         if content is not None and content.ndim == len(indices):
-            picked = {content[tuple(i for i in fixed)]} if None not in fixed else set(content.flat)
-            if len(picked) == 1:
+            inside = all(n is None or 0 <= n < size for n, size in zip(fixed, content.shape, strict=True))
+            place = tuple(n for n in fixed if n is not None)
+            picked: set[Dim] = {content[place]} if inside and len(place) == len(fixed) else set(content.flat)
+            if inside and len(picked) == 1:
                 return self._whole(next(iter(picked)), dtype)
         array = constant_array(value, MAX_TABLE)
         if array is not None:

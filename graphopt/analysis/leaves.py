@@ -109,11 +109,21 @@ def is_condition(element: Element) -> bool:
     return isinstance(element, Literal | Group)
 
 
+WHOLE = frozenset({ir.DataType.INT64, ir.DataType.INT32})
+"""Integer types in which arithmetic is followed; it is taken not to overflow. Smaller ones wrap round."""
+
+
 class Numbers:
-    """Arithmetic of elements."""
+    """Arithmetic of elements.
+
+    Attributes:
+        logic: Makes the conditions.
+        reals: Symbols that may be no integers: elements of float tensors.
+    """
 
     def __init__(self, logic: Logic) -> None:
         self.logic = logic
+        self.reals: set[Symbol] = set()
 
     def cases(self, dtype: ir.DataType | None, items: Iterable[tuple[Condition, Leaf]]) -> Cases:
         """Cases of which equal leaves are merged and impossible ones dropped."""
@@ -141,11 +151,13 @@ class Numbers:
         if real:
             leaves = [(g, _as_float(leaf, dtype)) for g, leaf in element.items]
             return self.cases(dtype, leaves)
+        if dtype not in WHOLE:
+            raise OpaqueError("a cast to an integer type that may not hold it")
         found: list[tuple[Condition, Leaf]] = []
         for guard, leaf in element.items:
             if isinstance(leaf, Poly):
                 whole = leaf.integer()
-                if whole is None:
+                if whole is None or whole.symbols() & self.reals:
                     raise OpaqueError("a float that may be no integer is cast to one")
                 leaf = whole
             found.append((guard, leaf))
@@ -181,7 +193,7 @@ class Numbers:
             if not (p.terms or q.terms) or not (math.isfinite(p.constant) and math.isfinite(q.constant)):
                 return TRUE if _holds(p.constant, q.constant, kind) else FALSE
             difference = p.plus(q, None, -1.0).integer()
-            if difference is None:
+            if difference is None or (kind in ("ge", "gt") and difference.symbols() & self.reals):
                 raise OpaqueError("floats that aren't constant are compared")
         else:
             difference = x - y

@@ -76,6 +76,7 @@ class _Site:
         b, h, i, j = (self.elements.index(name, *ways) for name, ways in zip("bhij", sizes, strict=True))
         self.axes = (b, h, i, j)
         self.rows, self.columns = sizes[2][-1], sizes[3][-1]
+        self.lengths = {columns - rows for rows in sizes[2] for columns in sizes[3]}
         indices = tuple(
             Dim.of(0) if size == 1 else index for size, index in zip(shape, self.axes[4 - len(shape) :], strict=True)
         )
@@ -184,7 +185,7 @@ class _Site:
             else:
                 left.append(part)
         if len(uppers) == 1:
-            past = self._past(uppers[0])
+            past = uppers[0] in self.lengths
             form = dataclasses.replace(form, causal=True, offset=uppers[0], from_past=past)
         elif uppers:
             left += [Literal("ge", d + row - column) for d in uppers]
@@ -200,9 +201,6 @@ class _Site:
     def _indexed(self, dim: Dim) -> bool:
         symbols = dim.symbols()
         return any(s in self.elements.logic.last or s in self.elements.reads for s in symbols)
-
-    def _past(self, offset: Dim) -> bool:
-        return offset == self.columns - self.rows
 
     def _read(self, symbols: set[Symbol]) -> tuple[Symbol, Read] | None:
         found = [(s, self.elements.reads[s]) for s in symbols if s in self.elements.reads]

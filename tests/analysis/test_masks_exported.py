@@ -21,8 +21,7 @@ from mask_values import assert_form
 
 from graphopt.analysis.masks import MaskForm, Masks
 from graphopt.analysis.shapes import lazily
-
-pytestmark = pytest.mark.export
+from graphopt.models.catalogue import fetch
 
 BATCH, TOKENS, PAST = 2, 5, 3
 SIZES = {"batch": 3, "sequence": 4, "past": 2, "total": 6, "target": 7}
@@ -207,6 +206,7 @@ def _from_product(value: ir.Value | None, depth: int = 0) -> bool:
     return node.op_type in through and any(_from_product(v, depth + 1) for v in node.inputs)
 
 
+@pytest.mark.export
 @pytest.mark.parametrize(
     ("name", "exporter", "past", "mask", "expected"),
     [
@@ -303,6 +303,7 @@ def _window(ids: Any, mask: Any, past: Any) -> Any:
     return torch.where(near[None, None] & (mask[:, None, None, :] != 0), 0.0, float("-inf"))
 
 
+@pytest.mark.export
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 @pytest.mark.parametrize(
     ("code", "expected"),
@@ -332,3 +333,15 @@ def test_masks_of_older_code(code: Callable[[Any, Any, Any], Any], expected: str
     assert form.from_past
     if code is _buffer:
         assert not form.assumptions
+
+
+@pytest.mark.real
+def test_the_mask_of_a_real_encoder() -> None:
+    model = ir.load(fetch("paraphrase-minilm"))
+    masks = Masks(lazily(model))
+    forms = [masks.form(value) for value in masks_of(model)]
+    assert forms
+    for form in forms:
+        assert isinstance(form, MaskForm)
+        assert form.describe() == "padding from 'attention_mask', if 'attention_mask' is 0 or 1"
+        assert form.masked_value == _lowest()

@@ -93,9 +93,7 @@ def test_without_a_past_it_starts_top_left() -> None:
 
 
 def test_another_offset_isnt_the_operators() -> None:
-    after, details = run_exact(with_past("mask = LessOrEqual(j, r) r = Unsqueeze(rows, second)".replace(
-        "mask = LessOrEqual(j, r) r = Unsqueeze(rows, second)", "r = Unsqueeze(rows, second) mask = LessOrEqual(j, r)"
-    )))  # fmt: skip
+    after, details = run_exact(with_past("r = Unsqueeze(rows, second) mask = LessOrEqual(j, r)"))
     assert attentions(after) == [(True, 0)]
     assert details == ["mask kept: it is causal with offset 0, and pk[2] positions are past"]
 
@@ -106,9 +104,7 @@ def test_another_offset_isnt_the_operators() -> None:
         "mask = GreaterOrEqual(j, zero)",
         "mask = Less(j, t)",
         "all = Shape(j) mask = ConstantOfShape <value = float[1] {0}> (all)",
-        "yes = Constant <value = bool {1}> () mask = Or(seen, yes) seen = LessOrEqual(j, i)".replace(
-            "mask = Or(seen, yes) seen = LessOrEqual(j, i)", "seen = LessOrEqual(j, i) mask = Or(seen, yes)"
-        ),
+        "yes = Constant <value = bool {1}> () seen = LessOrEqual(j, i) mask = Or(seen, yes)",
     ],
 )
 def test_a_mask_that_masks_nothing_goes(mask: str) -> None:
@@ -187,6 +183,16 @@ def test_lengths_that_share_a_name_arent_equal() -> None:
     )
     assert attentions(after) == [(True, 0)]
     assert "isn't proven" in details[0]
+
+
+def test_a_mask_made_from_the_past_of_another_layer() -> None:
+    model = parse(f"""{HEAD} g ({PAST}, float[B, 2, P, 4] pk1, float[B, 2, P, 4] pv1) => (float[a, b, c, d] z) {{
+        {LENGTHS.replace("k_shape = Shape <start = 2, end = 3> (k)", "k_shape = Identity(s_shape)")}
+        mask = LessOrEqual(j, i)
+        y, ok, ov = Attention(q, q, v, mask, pk, pv)
+        z, ok1, ov1 = Attention(y, q, v, mask, pk1, pv1) }}""")
+    for sizes in (DIMS, {"B": 2, "S": 1, "P": 0}, {"B": 1, "S": 4, "P": 0}):
+        assert attentions(assert_exact(model, AttentionMasks(), dims=sizes)) == [(False, 1), (False, 1)]
 
 
 def test_a_mask_read_elsewhere_stays_for_its_reader() -> None:
@@ -321,3 +327,42 @@ def test_rows_that_see_nothing_in_onnx_runtime() -> None:
         rows[number] = session.run(None, {**feeds, "mask": mask})[0][0, 0, 0]
     assert not rows[-np.inf].any()
     np.testing.assert_allclose(rows[-1e4], rows[0], rtol=1e-2)
+
+
+@pytest.mark.export
+def test_what_torch_exports_at_opset_23(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Each layer makes its causal mask in another way; padding keeps the third."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as attend
+
+    class Layers(torch.nn.Module):
+        def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            steps = torch.arange(x.shape[2])
+            x = attend(x, x, x, attn_mask=(steps[None, :] <= steps[:, None])[None, None])
+            hidden = torch.triu(torch.full((x.shape[2], x.shape[2]), float("-inf")), diagonal=1)
+            x = attend(x, x, x, attn_mask=hidden)
+            padding = (attention_mask[:, None, None, :] != 0).expand(-1, 1, x.shape[2], -1)
+            return attend(x, x, x, attn_mask=padding)
+
+    free = torch.export.Dim.DYNAMIC
+    torch.onnx.export(
+        Layers().eval(), (torch.randn(2, 2, 5, 4), torch.ones(2, 5, dtype=torch.long)), tmp_path / "model.onnx",
+        dynamo=True, opset_version=23, dynamic_shapes=({0: free, 2: free}, {0: free, 1: free}), external_data=False,
+        verbose=False,
+    )  # fmt: skip
+    model = ir.load(tmp_path / "model.onnx")
+    after = model.clone()
+    rule = AttentionMasks()
+    rule(after)
+    assert attentions(after) == [(False, 1), (False, 1), (True, 0)]
+    assert rule.sites[-1].detail == "mask kept: it is padding from 'attention_mask'"
+    rng = np.random.default_rng(0)
+    feeds = {
+        "x": rng.normal(size=(3, 2, 4, 4)).astype(np.float32),
+        "attention_mask": np.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]]),
+    }
+    before, result = (
+        ort.InferenceSession(ir.to_proto(m).SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+        for m in (model, after)
+    )
+    np.testing.assert_allclose(result, before, rtol=1e-5, atol=1e-6)

@@ -31,15 +31,17 @@ class AttentionMasks(ShapeRulePass):
     1. **Nothing masked.** allowed is always true and bias 0: the mask goes.
     2. **Causal and nothing else.** allowed is j ≤ i + offset with offset = P, and bias 0: `is_causal` = 1 and no mask.
        That is how the operator aligns it: query i sees key j where j ≤ i + P, also where S and S' differ (from the top
-       left without a past). No row is empty, as i + P ≥ 0, so that the masked value doesn't matter as long as it is
-       -∞ or close to the lowest number of its type, next to which any score vanishes.
+       left without a past). The mask may have been made from the past of another layer: their lengths are the same
+       wherever it fits. No row is empty, as i + P ≥ 0, so that the masked value doesn't matter as long as it is -∞ or
+       close to the lowest number of its type, next to which any score vanishes.
     3. **The same mask twice.** Masks of equal numbers and shapes are read from the first one, also where each layer
        computes its own in another way.
 
     Rows that see no key differ by spelling, which is why no additive mask becomes a boolean one or the other way round:
     a boolean mask and -∞ give rows of 0, by the standard, its reference and ONNX Runtime 1.31 (CPU, float32 and
     float16); the lowest finite number gives the mean of the values by the standard and its reference, but 0 in ONNX
-    Runtime; -10000 gives what no mask at all gives.
+    Runtime; -10000 gives what no mask at all gives. (ONNX Runtime also takes no mask with a row axis of 1 where S
+    isn't 1, which the standard allows; such masks are left as they are.)
 
     **Needs:** ai.onnx `Attention` (opset 23 or later), and the lengths of queries, keys and past as expressions.
 
@@ -87,7 +89,7 @@ class AttentionMasks(ShapeRulePass):
         lengths = self._lengths(node)
         if lengths is None:
             return self.left(node, "mask kept: the lengths of queries, keys and past aren't known")
-        rows, past, columns = lengths
+        rows, _, columns = lengths
         plain, form = self._masks.form(mask), self._masks.form(mask, rows, columns)
         shape = self._facts.shape(mask)
         if isinstance(form, NoForm) or shape is None:
@@ -97,7 +99,7 @@ class AttentionMasks(ShapeRulePass):
         if fits and any(isinstance(f, MaskForm) and f.always and not f.assumptions for f in (plain, form)):
             edit.set_input(node, 3, None)
             return self.applied(node, "mask dropped: it masks nothing")
-        reason = self._not_causal(node, form, past) if fits else "it may be shorter than the keys"
+        reason = self._not_causal(node, form, plain, lengths) if fits else "it may be shorter than the keys"
         if reason is None:
             node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
             edit.set_input(node, 3, None)
@@ -121,16 +123,20 @@ class AttentionMasks(ShapeRulePass):
         rows, new, past = sizes
         return rows, past, past + new
 
-    def _not_causal(self, node: ir.Node, form: MaskForm, past: Dim) -> str | None:
+    def _not_causal(
+        self, node: ir.Node, form: MaskForm, plain: MaskForm | NoForm, lengths: tuple[Dim, Dim, Dim]
+    ) -> str | None:
         """Why `is_causal` can't say what the mask says; None where it can."""
+        rows, past, columns = lengths
         if not form.is_only_causal:
             missing = "".join(f", {why}" for why in form.obstacles)
             return f"it is {form.describe()}{missing}"
-        if form.offset != past:
-            return f"it is causal with offset {form.offset!r}, and {past!r} positions are past"
-        if form.equalities:
-            a, b = form.equalities[0]
-            return f"it is causal where {a!r} and {b!r} are equal, which isn't proven"
+        if columns - rows != past or isinstance(plain, NoForm) or not _square(plain, rows):
+            if form.offset != past:
+                return f"it is causal with offset {form.offset!r}, and {past!r} positions are past"
+            if form.equalities:
+                a, b = form.equalities[0]
+                return f"it is causal where {a!r} and {b!r} are equal, which isn't proven"
         if not form.boolean and not _hides(form, self._facts.dtype(form.value)):
             return f"it is causal by adding {form.masked_value:g}, which a score may outweigh"
         if len(node.outputs) > 3 and (node.outputs[3].uses() or node.outputs[3].is_graph_output()):
@@ -144,6 +150,17 @@ class AttentionMasks(ShapeRulePass):
             return False
         edit.set_input(node, 3, first)
         return self.applied(node, f"mask shared: {first.name!r} holds the same numbers")
+
+
+def _square(form: MaskForm, rows: Dim) -> bool:
+    """Whether the mask is j ≤ i + (C - S) with C columns of its own and S = `rows` rows.
+
+    It is then the operator's causal mask wherever it fits T = P + S keys, which a past of another name than that in C
+    doesn't prove: where C = T, and where C is 1 and broadcasts, since the only row then sees all keys in both.
+    """
+    if not form.is_only_causal or form.assumptions or form.rows != rows or form.offset is None:
+        return False
+    return form.offset.low >= 0 and form.offset == form.columns - rows
 
 
 def _given(node: ir.Node, place: int) -> ir.Value | None:
