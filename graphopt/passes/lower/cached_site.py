@@ -136,11 +136,24 @@ def read(node: ir.Node, facts: ShapeFacts) -> CachedSite | None:
     batch, tokens = shape[0], shape[1 if joined else 2]
     if new[0] != batch or new[1 if joined else 2] != tokens:
         raise NotTaken("it isn't certain that there are as many new keys as queries")
-    operands = [_operand(x, h, depth, (batch, tokens), facts) for x, h in ((q, heads), (k, kv_heads), (v, kv_heads))]
+    rows = (batch, tokens)
     return CachedSite(
-        node, *operands, mask, past_key, past_value, bool(attribute_int(node, "is_causal", 0)),
-        _number(node, "scale"), _number(node, "softcap") or 0.0, depth, batch, tokens, cache[2] + tokens, joined,
-    )  # fmt: skip
+        node,
+        _operand(q, heads, depth, rows, facts),
+        _operand(k, kv_heads, depth, rows, facts),
+        _operand(v, kv_heads, depth, rows, facts),
+        mask,
+        past_key,
+        past_value,
+        bool(attribute_int(node, "is_causal", 0)),
+        _number(node, "scale"),
+        _number(node, "softcap") or 0.0,
+        depth,
+        batch,
+        tokens,
+        cache[2] + tokens,
+        joined,
+    )
 
 
 def _number(node: ir.Node, name: str) -> float | None:

@@ -134,7 +134,7 @@ class GroupQueryAttention(RulePass):
     def _plan(self, site: CachedSite, model: ir.Model) -> _Plan:
         mask, window, needs = self._mask(site)
         if site.batch != 1 and site.tokens != 1:
-            needs.append(self._chunks(site, model))
+            needs.append(self._chunks(site, mask, model))
         table = None
         if self.rotary and site.rotation is not None:
             found = self._tables.plan(site, mask)
@@ -178,16 +178,13 @@ class GroupQueryAttention(RulePass):
         )  # fmt: skip
         return form.padding, form.window or 0, [need]
 
-    def _chunks(self, site: CachedSite, model: ir.Model) -> Need:
+    def _chunks(self, site: CachedSite, mask: ir.Value | None, model: ir.Model) -> Need:
         problem = "a batch with several tokens after a past isn't ruled out"
-        ids = first_input(model, self._facts, site)
-        past = self._lengths.past(site)
-        if ids is None or past is None:
+        given = {"ids": first_input(model, self._facts, site), "past": self._lengths.past(site), "mask": mask}
+        roles = {role: value.name or "" for role, value in given.items() if value is not None}
+        if "ids" not in roles or len(roles) < 2:
             raise NotTaken(f"{problem}, and no inputs of the model show whether it comes")
-        inputs = {"ids": ids.name or "", "past": past.name or ""}
-        if self.assumptions.holds("batch=1"):
-            return Need("batch=1", {"ids": ids.name or ""}, "GroupQueryAttention takes one row at a time", problem)
-        return Need(CHUNKS, inputs, "GroupQueryAttention takes chunks after a past row by row", problem, "batch=1")
+        return Need(CHUNKS, roles, "GroupQueryAttention takes chunks after a past row by row", problem, "batch=1")
 
     def _packed(self, site: CachedSite, table: Table | None) -> list[Layer]:
         if not self.packed or (site.rotation is not None and table is None):

@@ -136,7 +136,7 @@ class RotaryTables:
         for value in (cos, sin):
             if positions is not None:
                 rows = constant_tensor(value)
-                if rows is None or rows.shape[0] < longest or source is not positions:
+                if rows is None or int(rows.shape.numpy()[0]) < longest or source is not positions:
                     return None
                 made.append(value)
                 continue

@@ -75,19 +75,20 @@ class SkipRmsNorm(ShapeRulePass):
         read_elsewhere = len(summed.uses()) > 1 or summed.is_graph_output()
         if read_elsewhere and not is_constant(scale):
             return self.left(node, "not merged with the addition before it: its scale isn't constant")
-        y = edit.op("SkipSimplifiedLayerNormalization", inputs, attributes, domain=CONTRIB, outputs=4)
+        wanted = 4 if read_elsewhere else 1
+        y = edit.op("SkipSimplifiedLayerNormalization", inputs, attributes, domain=CONTRIB, outputs=wanted)
         edit.model.graph.opset_imports.setdefault(CONTRIB, 1)
         made = y.producer()
         assert made is not None
         y.type, y.shape = node.outputs[0].type, node.outputs[0].shape
-        total = made.outputs[3]
         self.applied(node, f"merged with {addition.name!r}")
         edit.replace(node.outputs[0], y)
         if read_elsewhere:
+            total = made.outputs[3]
+            for unused in made.outputs[1:3]:
+                unused.name = ""
             total.type, total.shape = summed.type, summed.shape
             edit.replace(summed, total)
-        for unused in made.outputs[1:3] if read_elsewhere else made.outputs[1:]:
-            unused.name = ""
         return True
 
     def _obstacle(self, node: ir.Node, addition: ir.Node) -> str | None:
