@@ -302,7 +302,7 @@ def packed(mask: str = "") -> ir.Model:
         f"{c}4 = Transpose <perm = [0, 2, 1, 3]> ({c}3)"
         for c in "qkv"
     )
-    return parse_weighted(f"""{HEAD} g (float[B, S, 8] x{mask and ", bool[B, 1, S, S] seen"}) => (float[B, S, 8] y)
+    return parse_weighted(f"""{HEAD} g (float[3, 5, 8] x{mask and ", bool[3, 1, 5, 5] seen"}) => (float[3, 5, 8] y)
         <int64[4] split = {{0, 0, 2, 4}}, int64[3] join = {{0, 0, 8}}, float zero = {{0}}, float hidden = {{-3e38}},
         {weights}> {{ {mask} {lines}
         o4 = Attention <scale = 0.5> (q4, k4, v4{mask and ", m"})
