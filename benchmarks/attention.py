@@ -71,7 +71,17 @@ PARTS = [*SOURCES, *ENCODERS]
 def main() -> None:
     """Measure what is asked for, write the page, print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"Of {PARTS}.")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"Of {', '.join(PARTS)}."
+    )
+    parser.add_argument(
+        "--tools",
+        nargs="*",
+        choices=PEER_NAMES,
+        default=PEER_NAMES,
+        metavar="PEER",
+        help=f"Of {', '.join(PEER_NAMES)}.",
+    )
     parser.add_argument("--resume", action="store_true", help="Keep the results that are there.")
     parser.add_argument("--keep", action="store_true", help="Keep the files that the tools wrote.")
     parser.add_argument("--recipe", help="graphopt's recipe in place of its default one.")
@@ -87,7 +97,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="Folder of the page; default docs/ where all parts run.")
     arguments = parser.parse_args()
     arguments.sources = arguments.sources or arguments.folder / "sources"
-    peers = [tool for tool in PEERS if tool.name in PEER_NAMES]
+    peers = [tool for tool in PEERS if tool.name in arguments.tools]
     tools = [graphopt_tool(recipe=arguments.recipe), graphopt_tool(recipe=arguments.recipe, assume=ASSUMED), *peers]
     parts: dict[str, functools.partial[dict[str, Any]]] = {}
     for key in PARTS:
@@ -107,7 +117,8 @@ def main() -> None:
         "models": results,
     }
     text = attention_page.page(data)
-    if folder := arguments.docs or (ROOT / "docs" if len(parts) == len(PARTS) and not arguments.recipe else None):
+    complete = len(parts) == len(PARTS) and len(peers) == len(PEER_NAMES) and not arguments.recipe
+    if folder := arguments.docs or (ROOT / "docs" if complete else None):
         (folder / "attention.md").write_text(text)
         (folder / "attention.json").write_text(json.dumps(data, indent=1) + "\n")
     print(text)
@@ -143,6 +154,8 @@ def decoder(key: str, tools: list[Tool], arguments: argparse.Namespace, tell: Te
             narrow = name in ("graphopt assuming", BUILDER, GENAI)
             bad = [f"{label} ({error})" for label, error in differing(tool["errors"], narrow).items()]
             tool |= {"equal": not bad, "verdict": f"not alike: {'; '.join(bad)}" if bad else ""}
+            if "not_generated" in tool:
+                tool["error"] = f"not timed: {tool['not_generated']}"
     if not arguments.keep:
         shutil.rmtree(folder)
     return {"model": key, "use": use, "source": report, "builder": said, **judged, "tools": found}

@@ -78,7 +78,8 @@ def _head(data: Results) -> Iterator[str]:
     yield (
         f"Measured on {where['date']} with ONNX Runtime {where['onnxruntime']}, {where['threads']} thread"
         f"{'s' * (where['threads'] != 1)} of {where['processor']}; {', '.join(versions)}. graphopt assuming: with "
-        f"{' '.join(f'`--assume {text}`' for text in data['assumed'])}, and judged on the calls that this allows; "
+        f"{' '.join(f'`--assume {text}`' for text in data['assumed'])}, where `graphopt.session` refuses all other "
+        "calls; "
         "onnxscript for ORT: `optimize_for_ort`; ORT transformers: `onnxruntime.transformers.optimizer`; genai graph: "
         "the builder's fp32 file, run like all the others by graphopt's generator in a plain session; genai: the same "
         "file in onnxruntime-genai's own generator."

@@ -29,6 +29,7 @@ from graphopt.analysis.interleaved import NO_SPINNING, Interleaved, Ratio
 from graphopt.errors import GraphoptError, first_line
 from graphopt.runtime_ops.generation import Generator
 from graphopt.runtime_ops.scoring import perplexity
+from graphopt.runtime_ops.session import session
 from graphopt.verification.session import release_memory
 
 WARMUP_STEPS = 8
@@ -48,7 +49,7 @@ def main() -> None:
     runnable = {
         name: path
         for name, path in files.items()
-        if all(isinstance(tools[name].get("errors", {}).get(label), float) for label in needed)
+        if "cache" in tools[name] and all(isinstance(tools[name]["errors"][label], float) for label in needed)
     }
     timings = time_all(source, runnable, text[: request["prompt"]], request) if request["rounds"] else []
     if GENAI in (timings[0]["ratios"] if timings else {}):
@@ -61,38 +62,49 @@ def judge(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Sizes, errors over the table of calls, and perplexities: of the original, and by tool."""
     tools: dict[str, dict[str, Any]] = {}
-    generators: dict[str, Generator] = {}
+    calls: dict[str, Call] = {}
     for name, path in {"original": source, **files}.items():
         tools[name] = {**size(path), "loads": True}
         try:
-            generators[name] = Generator(path, sess_options=session_options(request["threads"]))
+            calls[name] = Call(session(path, session_options(request["threads"]), ["CPUExecutionProvider"]))
         except GraphoptError as error:
-            # Without the folder, which says nothing of the model.
-            tools[name] |= {"loads": False, "verdict": first_line(error).replace(str(path), path.name)}
-    reference = generators["original"].session
+            tools[name] |= {"loads": False, "verdict": _said(error, path)}
     print("calls", flush=True)
-    calls = {name: Call(generator.session, ["logits"]) for name, generator in generators.items() if name != "original"}
-    for name, found in errors(Call(reference), calls, sizes(reference)).items():
+    reference = calls.pop("original")
+    for name, found in errors(reference, calls, sizes(reference.session)).items():
         tools[name]["errors"] = found
-    for name, generator in generators.items():
+    calls.clear()
+    del reference
+    release_memory()
+    for name, path in {"original": source, **files}.items():
+        if not tools[name]["loads"]:
+            continue
+        try:
+            generator = Generator(path, sess_options=session_options(request["threads"]))
+        except GraphoptError as error:
+            tools[name]["not_generated"] = _said(error, path)
+            continue
         tools[name]["cache"] = generator.cache
         if name in request["scored"]:
             print(f"perplexity of {name}", flush=True)
             ids = text[: request["windows"] * request["window"]]
             tools[name]["perplexity"] = perplexity(generator, ids, request["window"]).value
-    generators.clear()
-    calls.clear()
     release_memory()
     return tools.pop("original"), tools
+
+
+def _said(error: Exception, path: Path) -> str:
+    """One line, without the folder, which says nothing of the model."""
+    return first_line(error).replace(str(path), path.name)
 
 
 class Call:
     """A session as a function of inputs by name; inputs that it doesn't have are left out."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, outputs: Sequence[str] | None = None) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self.session = session
         self.inputs = {item.name for item in session.get_inputs()}
-        self.outputs = list(outputs or (item.name for item in session.get_outputs()))
+        self.outputs = [item.name for item in session.get_outputs()]
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         options = onnxruntime.RunOptions()
