@@ -1,0 +1,127 @@
+"""Tiny transformers of many architectures by every exporter: which attentions does graphopt find, raise, leave, miss?
+
+    python benchmarks/attention_matrix.py                                    the whole matrix
+    python benchmarks/attention_matrix.py --models llama bert --variants all  a part, in more variants
+    python benchmarks/attention_matrix.py --list                             models and variants
+
+What is true is counted on the PyTorch side. Exports are kept in a folder and made once; making all of them takes about
+half an hour on two cores, judging them some minutes. Exit status 1 where an attention softmax(q·kᵀ)·v is missed or a
+number is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from attention_judge import Outcome, judge
+from attention_page import page, table
+from rich.console import Console
+
+FOLDER = Path("build/attention-matrix")
+
+
+def main() -> int:
+    """Parse the command line, make what is missing, judge, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", help="keys of the models (default: all)")
+    parser.add_argument("--variants", nargs="*", help="names of variants, or all (default: the usual ones)")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"where exports and results are kept ({FOLDER})")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--no-export", action="store_true", help="judge the exports that are there")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--page", type=Path, help="write the page to this file")
+    parser.add_argument("--list", action="store_true", help="list models and variants, and stop")
+    options = parser.parse_args()
+    items = list(wanted(options.models, options.variants))
+    if options.list:
+        for item in items:
+            print(item.model, item.variant)
+        return 0
+    exports = options.folder / "exports"
+    if not options.no_export:
+        make_exports(sorted({item.model for item in items}), options.variants, exports, options.jobs)
+    outcomes = list(judged(items, exports, options.jobs))
+    if options.json:
+        options.json.write_text(json.dumps([dataclasses.asdict(o) for o in outcomes], indent=1) + "\n")
+    if options.page:
+        options.page.write_text(page(outcomes, forms()))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for part in table(outcomes):
+        console.print(part)
+    return int(any(outcome.bad for outcome in outcomes))
+
+
+def forms() -> dict[str, str]:
+    """What each model is an example of."""
+    from attention_models import MODELS
+
+    return {key: model.form for key, model in MODELS.items()}
+
+
+def wanted(models: Sequence[str] | None, variants: Sequence[str] | None) -> Iterator[Outcome]:
+    """An empty outcome for every model and variant asked for."""
+    import attention_modules
+    import attention_texts  # noqa: F401
+    from attention_models import MODELS
+    from attention_variants import variants_of
+
+    del attention_modules
+    for key in models or MODELS:
+        if key not in MODELS:
+            raise SystemExit(f"There is no model {key!r}; --list lists them.")
+        for variant in variants_of(MODELS[key], variants):
+            yield Outcome(key, variant.name, MODELS[key].sites, MODELS[key].others)
+
+
+def place(folder: Path, outcome: Outcome) -> Path:
+    """Where the export lies."""
+    return folder / outcome.model.replace(":", "-") / f"{outcome.variant}.onnx"
+
+
+def make_exports(models: Sequence[str], variants: Sequence[str] | None, folder: Path, jobs: int) -> None:
+    """Make the exports that aren't there, in processes of their own: an exporter may bring its process down."""
+    script = str(Path(__file__).with_name("attention_exports.py"))
+    more = [] if variants is None else ["--variants", *variants]
+
+    def run(part: Sequence[str]) -> None:
+        command = [sys.executable, script, "--folder", str(folder), "--models", *part, *more]
+        while subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+            pass  # what brought the process down is recorded, and the next one goes on behind it
+
+    missing = [m for m in models if any(not place(folder, o).with_suffix(".json").exists() for o in wanted([m], variants))]
+    size = 6
+    parts = [missing[i : i + size] for i in range(0, len(missing), size)]
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, parts))
+
+
+def judged(items: Sequence[Outcome], exports: Path, jobs: int) -> Iterator[Outcome]:
+    """The outcomes in order."""
+    there = [item for item in items if place(exports, item).with_suffix(".json").exists()]
+    if jobs == 1:
+        yield from (judge(place(exports, item), item) for item in there)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        paths = [place(exports, item) for item in there]
+        yield from pool.map(judge, paths, there, chunksize=4)
+
+
+def read(path: Path) -> list[Outcome]:
+    """The outcomes that --json wrote."""
+    data: list[dict[str, Any]] = json.loads(path.read_text())
+    return [Outcome(**{**row, "nodes": tuple(row["nodes"])}) for row in data]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
