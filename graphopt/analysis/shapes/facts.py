@@ -321,8 +321,9 @@ def infer(model: ir.Model, *, believe_names: bool = False, earlier: ShapeFacts |
 
     Args:
         model: The model; it isn't changed.
-        believe_names: Take two input sizes of the same `dim_param` for equal. ONNX Runtime doesn't check that, so the
-            facts are then true only of runs that keep to the names: for finding structure, not for removing nodes.
+        believe_names: Take sizes of two inputs with the same `dim_param` for equal (not two sizes of one input: files
+            call height and width alike). ONNX Runtime doesn't check that, so the facts are then true only of runs that
+            keep to the names: for finding structure, and for operators that check the sizes themselves when they run.
         earlier: Facts of the model as it was at some time, made with the same `believe_names`; None: those made last,
             where `model.meta` has them. The result is the same and comes sooner.
 
@@ -343,8 +344,10 @@ def infer(model: ir.Model, *, believe_names: bool = False, earlier: ShapeFacts |
     return facts
 
 
-def lazily(model: ir.Model) -> ShapeFacts:
+def lazily(model: ir.Model, *, believe_names: bool = False) -> ShapeFacts:
     """As `infer`, but for the values that are asked for only: for passes that look at few places."""
+    if believe_names:
+        return ShapeFacts(model, believe_names=True)
     kept: ShapeFacts | None = model.meta.pop(KEPT_KEY, None)
     return ShapeFacts(model) if kept is None else kept
 
@@ -388,11 +391,12 @@ def _input_fact(value: ir.Value, believe_names: bool) -> Fact:
         return NOTHING
     if value.shape is None or len(value.shape) == 0:
         return Fact(value.type.dtype)
+    names = [getattr(size, "value", None) for size in value.shape]
     dims = []
-    for axis, size in enumerate(value.shape):
+    for axis, (size, name) in enumerate(zip(value.shape, names, strict=True)):
         if isinstance(size, int) and size > 0:
             dims.append(Dim.of(size))
         else:
-            name = getattr(size, "value", None) if believe_names else None
-            dims.append(Dim.symbol(name if name and name != "?" else f"{value.name}[{axis}]"))
+            believed = believe_names and name and name != "?" and names.count(name) == 1
+            dims.append(Dim.symbol(name if believed else f"{value.name}[{axis}]"))
     return Fact(value.type.dtype, tuple(dims))
