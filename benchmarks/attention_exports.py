@@ -154,7 +154,7 @@ def dynamic(case: Case) -> dict[str, dict[int, str]]:
         elif name == "x" and case.model.kind == "series":
             axes[2] = "tokens"
         elif case.model.kind not in ("map", "spectrum") and name not in ("pixel_values", "input_features"):
-            axes[1] = "output_tokens" if name == "decoder_input_ids" else "tokens"
+            axes[1] = "output_tokens" if name.startswith("decoder_") else "tokens"
         found[name] = axes
     return found
 

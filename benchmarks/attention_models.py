@@ -66,7 +66,11 @@ def _decoder(config: str, form: str, settings: dict[str, Any], layers: int = 2, 
         made = getattr(transformers, config + "Config")(**settings)
         # Falcon takes its implementation here only.
         chosen = {"attn_implementation": "eager"} if key == "falcon-alibi" else {}
-        return transformers.AutoModelForCausalLM.from_config(made, **chosen)
+        module = transformers.AutoModelForCausalLM.from_config(made, **chosen)
+        if module._can_set_experts_implementation():
+            # The usual one counts tokens by expert with an operator that no exporter has.
+            module.set_experts_implementation("batched_mm")
+        return module
 
     add(key or _key(config), "decoder", layers, form, build, implementations=_implementations(key or config), **more)
 
@@ -320,7 +324,11 @@ def feeds(model: Model, batch: int, tokens: int = 7, past: int = 0, padded: int 
         case "seq2seq":
             return {"input_ids": ids(tokens), "attention_mask": mask(tokens), "decoder_input_ids": ids(tokens - 2)}
         case "spectrogram":
-            return {"input_features": rng.normal(size=(batch, 16, 40)).astype(np.float32), "decoder_input_ids": ids(tokens)}
+            return {
+                "input_features": rng.normal(size=(batch, 16, 40)).astype(np.float32),
+                "decoder_input_ids": ids(tokens),
+                "decoder_attention_mask": mask(tokens),
+            }
         case "spectrum":
             return {"input_values": rng.normal(size=(batch, 20, 16)).astype(np.float32)}
         case "waveform":

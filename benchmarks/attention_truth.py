@@ -73,6 +73,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[misc]
             return frozenset({"weight"})
         if all("weight" in m for m in marks):
             return frozenset({"weight"})
+        if name in ("index", "index_select"):
+            return marks[0]  # an expert's weights stay weights
         if _FUSED in name:
             return frozenset()
         if name in _PRODUCTS:
