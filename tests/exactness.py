@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.reference
+import onnx.reference.ops.op_attention
 import onnx_ir as ir
 from onnx.reference.op_run import OpRun
 
@@ -120,11 +121,21 @@ class GroupNormalization(OpRun):
         return ((normal * scale.reshape(shape) + bias.reshape(shape)).astype(x.dtype),)
 
 
+class Attention(onnx.reference.ops.op_attention.Attention_23):  # type: ignore[misc, name-defined]
+    """Attention with the root of its scale in the type of its inputs: the evaluator takes it in float32."""
+
+    def _run(self, *inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
+        for name in ("scale", "softcap"):
+            if attributes.get(name) is not None:
+                attributes[name] = float(attributes[name])
+        return tuple(super()._run(*inputs, **attributes))
+
+
 def reference_outputs(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> list[Any]:
     """Outputs of the onnx reference evaluator, mended where it doesn't compute in the type of its inputs."""
-    return onnx.reference.ReferenceEvaluator(ir.to_proto(model), new_ops=[Erf, Gelu, GroupNormalization]).run(
-        None, dict(feeds)
-    )
+    return onnx.reference.ReferenceEvaluator(
+        ir.to_proto(model), new_ops=[Erf, Gelu, GroupNormalization, Attention]
+    ).run(None, dict(feeds))
 
 
 def random_feeds(model: ir.Model, seed: int = 0, dims: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:

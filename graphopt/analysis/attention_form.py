@@ -1,4 +1,4 @@
-"""What an attention consists of, whatever views and spellings it is written in: its operands with the roles of their axes.
+"""What an attention consists of, whatever views and spellings it is written in: operands with the roles of their axes.
 
 `read(softmax, facts)` is an `AttentionForm`, or raises `NotAttention` with the node and the fact that is missing.
 """
@@ -117,22 +117,35 @@ def read(softmax: ir.Node, facts: ShapeFacts) -> AttentionForm | None:
 
 def _read(path: Path, facts: ShapeFacts) -> AttentionForm:
     check_weighing(path)
-    q_value, k_value, q_axes, k_axes = _scored(path.product, facts)
+    q_value, k_value = path.product.inputs
+    assert q_value is not None
+    assert k_value is not None
+    q_axes, k_axes = plain_axes(q_value, facts), plain_axes(k_value, facts)
+    scoring = contraction(path.product, len(q_axes), len(k_axes))
     q_stages, k_stages = climb(q_value, q_axes, facts), climb(k_value, k_axes, facts)
-    queries, keys = _row_axes(path.product, q_axes, k_axes)
-    scores = read_scores(path, _product_axes(queries, keys), facts)
-    swapped = scores.axes[-1] and set(settled(scores.axes)[-1]) <= set(_leaves(queries[-2]))
-    if swapped:
-        # The product is keys times queries; a Transpose followed.
+    queries, keys = scoring.rows(q_axes, k_axes)
+    scores = read_scores(path, scoring.result(queries, keys), facts)
+    if scores.axes[-1] and set(settled(scores.axes)[-1]) <= set(_leaves(queries[-2])):
+        # The product is keys times queries, exchanged afterwards.
+        scores = read_scores(path, scoring.result(queries, keys, 1), facts)
         queries, keys, q_stages, k_stages = keys, queries, k_stages, q_stages
-    v_value, v_axes, weights = _values(path, scores.axes, facts)
+    axes = scores.axes
+    for node in path.weighing:
+        if not is_op(node, "Cast", "Dropout", "Where"):
+            axes = below(node, axes, facts)
+    v_value = path.weighted.inputs[1 - path.place]
+    assert v_value is not None
+    v_axes = plain_axes(v_value, facts)
     v_stages = climb(v_value, v_axes, facts)
-    transposed = path.place == 1  # values · weightsᵀ
-    values = v_axes if not transposed else _exchanged(v_axes)
-    out_axes = _product_axes(weights, _exchanged(values))
-    if transposed:
-        out_axes = _exchanged(out_axes)
-    output = path.weighted.outputs[0]
+    factors = (axes, v_axes) if path.place == 0 else (v_axes, axes)
+    weighting = contraction(path.weighted, len(factors[0]), len(factors[1]))
+    if path.weighted.op_type == "FusedMatMul" and not _plain_alpha(path.weighted):
+        raise NotAttention(f"{path.weighted.name!r} multiplies the result by a number")
+    rows = weighting.rows(*factors)
+    weights, values = rows[path.place], _exchanged(rows[1 - path.place])
+    if set(settled(weights)[-1]) != set(settled(scores.axes)[-1]):
+        raise NotAttention("the sum over the values isn't along the axis of the Softmax")
+    output, out_axes = path.weighted.outputs[0], weighting.result(*rows, first=path.place)
     q_roles, k_roles, v_roles = _roles(queries, keys, values, weights)
     out_roles: Roles = (q_roles[0], q_roles[1], q_roles[2], v_roles[3])
     out_roles, output, out_axes = _following(out_roles, output, out_axes, facts)
@@ -199,60 +212,84 @@ def _scaled(node: ir.Node, facts: ShapeFacts) -> tuple[ir.Value, float] | None:
 # ---- the products
 
 
-def _scored(product: ir.Node, facts: ShapeFacts) -> tuple[ir.Value, ir.Value, Axes, Axes]:
-    a, b = product.inputs
-    assert a is not None
-    assert b is not None
-    if is_op(product, "Einsum"):
-        raise NotAttention(f"Einsum {product.name!r} isn't read")
-    if product.op_type == "FusedMatMul" and any(
-        product.attributes[name].as_int() for name in ("transBatchA", "transBatchB") if name in product.attributes
-    ):
-        raise NotAttention(f"FusedMatMul {product.name!r} exchanges batch axes")
-    a_axes, b_axes = plain_axes(a, facts), plain_axes(b, facts)
-    if len(a_axes) < 2 or len(b_axes) < 2:
-        raise NotAttention(f"an operand of {product.name!r} is a vector")
-    return a, b, a_axes, b_axes
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """A product of two tensors over one axis, however it is written.
+
+    Attributes:
+        left: The order of the axes of the left operand that makes it [batch ..., rows, summed].
+        right: That of the right operand.
+        out: For each axis of the result its place among [batch ..., rows of the left, rows of the right].
+    """
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    out: tuple[int, ...]
+
+    def rows(self, a: Axes, b: Axes) -> tuple[Axes, Axes]:
+        """Both operands as [batch ..., rows, summed]."""
+        return tuple(a[axis] for axis in self.left), tuple(b[axis] for axis in self.right)
+
+    def result(self, a: Axes, b: Axes, first: int = 0) -> Axes:
+        """The axes of the result for operands in rows; the batch axes are those of operand `first` where it has them."""
+        rank = len(self.out)
+        a, b = ((),) * (rank - len(a)) + a, ((),) * (rank - len(b)) + b
+        batch, other = (a[:-2], b[:-2]) if first == 0 else (b[:-2], a[:-2])
+        joined = (*(x or y for x, y in zip(batch, other, strict=True)), a[-2], b[-2])
+        return tuple(joined[axis] for axis in self.out)
 
 
-def _row_axes(product: ir.Node, a: Axes, b: Axes) -> tuple[Axes, Axes]:
-    """Both operands as [..., rows, depth]."""
-    fused = product.attributes if product.op_type == "FusedMatMul" else {}
-    if "transA" in fused and fused["transA"].as_int():
-        a = _exchanged(a)
-    if not ("transB" in fused and fused["transB"].as_int()):
-        b = _exchanged(b)
-    return a, b
+def contraction(node: ir.Node, left_rank: int, right_rank: int) -> Contraction:
+    """How a MatMul, FusedMatMul or Einsum multiplies operands of these ranks.
+
+    Raises:
+        NotAttention: It isn't a product of matrices, or sums over something else than one axis.
+    """
+    if is_op(node, "Einsum"):
+        return _einsum(node)
+    if left_rank < 2 or right_rank < 2:
+        raise NotAttention(f"an operand of {node.name!r} is a vector")
+    attributes = {} if node.op_type == "MatMul" else node.attributes
+    flags = {name: attribute.as_int() != 0 for name, attribute in attributes.items() if name.startswith("trans")}
+    if flags.get("transBatchA") or flags.get("transBatchB"):
+        raise NotAttention(f"FusedMatMul {node.name!r} exchanges batch axes")
+    left, right = tuple(range(left_rank)), tuple(range(right_rank))
+    if flags.get("transA"):
+        left = (*left[:-2], left[-1], left[-2])
+    if not flags.get("transB"):
+        right = (*right[:-2], right[-1], right[-2])
+    return Contraction(left, right, tuple(range(max(left_rank, right_rank))))
+
+
+def _einsum(node: ir.Node) -> Contraction:
+    equation = node.attributes["equation"].as_string().replace(" ", "")
+    operands, _, out = equation.partition("->")
+    left, _, right = operands.partition(",")
+    batch = [letter for letter in out if letter in left and letter in right]
+    rows = [
+        [letter for letter in side if letter in out and letter not in other]
+        for side, other in ((left, right), (right, left))
+    ]
+    summed = [letter for letter in left if letter in right and letter not in out]
+    letters = [*batch, *rows[0], *rows[1]]
+    if "." in equation or any(len(found) != 1 for found in (*rows, summed)) or sorted(letters) != sorted(out):
+        raise NotAttention(f"Einsum {node.name!r} ({equation}) isn't a product of matrices")
+    sides = [
+        tuple(side.index(letter) for letter in (*batch, own[0], summed[0]))
+        for side, own in ((left, rows[0]), (right, rows[1]))
+    ]
+    if any(len(order) != len(side) for order, side in zip(sides, (left, right), strict=True)):
+        raise NotAttention(f"Einsum {node.name!r} ({equation}) isn't a product of matrices")
+    return Contraction(sides[0], sides[1], tuple(letters.index(letter) for letter in out))
+
+
+def _plain_alpha(node: ir.Node) -> bool:
+    alpha = node.attributes.get("alpha")
+    return alpha is None or (not alpha.is_ref() and alpha.as_float() == 1.0)
 
 
 def _exchanged(axes: Axes) -> Axes:
     return (*axes[:-2], axes[-1], axes[-2])
-
-
-def _product_axes(a: Axes, b: Axes) -> Axes:
-    """The axes of a · bᵀ with both as [..., rows, depth]: the batch axes are those of `a` where it has them."""
-    rank = max(len(a), len(b))
-    a, b = ((),) * (rank - len(a)) + a, ((),) * (rank - len(b)) + b
-    batch = tuple(x or y for x, y in zip(a[:-2], b[:-2], strict=True))
-    return (*batch, a[-2], b[-2])
-
-
-def _values(path: Path, axes: Axes, facts: ShapeFacts) -> tuple[ir.Value, Axes, Axes]:
-    """The values with their axes, and the axes of the weights as [..., queries, keys]."""
-    for node in path.weighing:
-        if is_op(node, "Cast", "Dropout", "Where"):
-            continue
-        axes = below(node, axes, facts)
-    value = path.weighted.inputs[1 - path.place]
-    assert value is not None
-    v_axes = plain_axes(value, facts)
-    if is_op(path.weighted, "Einsum") or len(v_axes) < 2 or len(axes) < 2:
-        raise NotAttention(f"the product {path.weighted.name!r} with the values isn't read")
-    if path.weighted.op_type == "FusedMatMul":
-        raise NotAttention(f"FusedMatMul {path.weighted.name!r} with the values isn't read")
-    if path.place == 1:
-        axes = _exchanged(axes)
-    return value, v_axes, axes
 
 
 # ---- the roles
@@ -348,7 +385,7 @@ def _following(roles: Roles, output: ir.Value, axes: Axes, facts: ShapeFacts) ->
             return leaves, output, axes
         if len(output.uses()) != 1 or output.is_graph_output():
             break
-        node = output.uses()[0].node
+        node = next(iter(output.uses())).node
         try:
             axes = below(node, axes, facts)
         except NotAView:

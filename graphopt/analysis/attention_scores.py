@@ -21,7 +21,7 @@ HIDING = -1e4
 """What is written in place of a score, or added to it, hides the key where it is at most this."""
 
 
-class NotAttention(Exception):  # noqa: N818 - it isn't an error, it is the answer "no"
+class NotAttention(Exception):
     """A Softmax between two products that isn't understood as attention; the message says which fact is missing."""
 
 
@@ -88,12 +88,15 @@ def is_product(node: ir.Node) -> bool:
     return known and len(node.inputs) == 2 and not any(v is None or is_constant(v) for v in node.inputs)
 
 
-_ON_WEIGHTS = ("Cast", "Dropout", "Slice", "Split", *VIEWS)
+QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
+_ON_WEIGHTS = ("Cast", "Dropout", "Slice", "Split", *QUANTIZING, *VIEWS)
 
 
 def weighing(softmax: ir.Node) -> tuple[list[ir.Node], ir.Node, int, bool, list[tuple[ir.Value, bool]]] | None:
-    """(nodes, product, place, guarded, rekept) from a Softmax to the product with the values; None where there is none."""
-    current, steps, guarded, rekept = softmax.outputs[0], [], False, []
+    """(nodes, product, place, guarded, rekept) from a Softmax to the product with the values; None without one."""
+    current, guarded = softmax.outputs[0], False
+    steps: list[ir.Node] = []
+    rekept: list[tuple[ir.Value, bool]] = []
     for _ in range(12):
         readers = users(current)
         for reader in readers:
@@ -143,7 +146,7 @@ def paths(softmax: ir.Node) -> Iterator[Path]:
 
 def _carriers(node: ir.Node) -> tuple[int, ...]:
     """The inputs of a node through which scores may come."""
-    if is_op(node, *VIEWS, "Cast", "Div", "Sub", "Tanh", "Clip", "Dropout"):
+    if is_op(node, *VIEWS, *QUANTIZING, "Cast", "Div", "Sub", "Tanh", "Clip", "Dropout"):
         return (0,)
     if is_op(node, "Add", "Mul", "Max", "Concat"):
         return (0, 1) if len(node.inputs) == 2 else ()
@@ -186,6 +189,8 @@ def read_scores(path: Path, axes: Axes, facts: ShapeFacts) -> Scores:
     tanh = False
     alpha = path.product.attributes.get("alpha")
     if path.product.op_type == "FusedMatMul" and alpha is not None:
+        if alpha.is_ref():
+            raise NotAttention(f"the scale of {path.product.name!r} is set by a caller")
         scores.scale = alpha.as_float()
     for node, index in path.steps:
         only_reader(inner, node)
@@ -217,6 +222,8 @@ def read_scores(path: Path, axes: Axes, facts: ShapeFacts) -> Scores:
             scores.precision = cast_target(node)
         elif is_op(node, "Dropout"):
             pass
+        elif is_op(node, *QUANTIZING):
+            raise NotAttention(f"{node.op_type} {node.name!r} quantizes the scores")
         elif is_op(node, "Concat"):
             raise NotAttention(f"Concat {node.name!r} puts further scores (attention sinks) beside those of the keys")
         else:
@@ -284,8 +291,12 @@ def check_weighing(path: Path) -> None:
     value = path.softmax.outputs[0]
     for node in [*path.weighing, path.weighted]:
         tests = [user for user in users(value) if is_op(user, "IsNaN")]
-        if value.is_graph_output() or any(u is not node and u not in tests and not is_op(u, "Shape") for u in users(value)):
+        if value.is_graph_output() or any(
+            u is not node and u not in tests and not is_op(u, "Shape") for u in users(value)
+        ):
             raise NotAttention(f"the weights {value.name!r} are read elsewhere too")
+        if is_op(node, *QUANTIZING):
+            raise NotAttention(f"{node.op_type} {node.name!r} quantizes the weights")
         if is_op(node, "Slice", "Split"):
             raise NotAttention(f"{node.op_type} {node.name!r} takes a part of the weights (attention sinks)")
         value = node.outputs[0]

@@ -5,9 +5,9 @@ Each returns a polynomial where bounds or equality decide, else the interned sym
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from graphopt.analysis.dims import ONE, ZERO, Dim, as_symbol, operation, rank
+from graphopt.analysis.dims import ONE, ZERO, Dim, Symbol, as_symbol, operation, rank
 
 
 def ceil_div(a: Dim | int, b: Dim | int) -> Dim:
@@ -97,3 +97,40 @@ def product(dims: Iterable[Dim]) -> Dim:
     for dim in dims:
         result = result * dim
     return result
+
+
+def known(dim: Dim, nonnegative: Sequence[Dim]) -> Dim:
+    """`dim` with the minima, maxima and broadcasts in it decided that are once all of `nonnegative` are ≥ 0."""
+    if not any(symbol.op in ("min", "max", "broadcast") for symbol in dim.symbols()):
+        return dim
+    result = ZERO
+    for monomial, factor in dim.terms().items():
+        term = Dim.of(factor)
+        for symbol in monomial:
+            term = term * _known_symbol(symbol, nonnegative)
+        result = result + term
+    return result
+
+
+def _known_symbol(symbol: Symbol, nonnegative: Sequence[Dim]) -> Dim:
+    if symbol.op not in ("min", "max", "broadcast"):
+        return Dim({(symbol,): 1})
+    args = [known(arg, nonnegative) for arg in symbol.args]
+    result = args[0]
+    for arg in args[1:]:
+        if symbol.op == "broadcast":
+            result = broadcast(result, arg)
+            continue
+        first, second = (result, arg) if symbol.op == "min" else (arg, result)
+        if follows(second - first, nonnegative):
+            continue
+        if follows(first - second, nonnegative):
+            result = arg
+        else:
+            result = minimum(result, arg) if symbol.op == "min" else maximum(result, arg)
+    return result
+
+
+def follows(dim: Dim, nonnegative: Sequence[Dim]) -> bool:
+    """Whether `dim` ≥ 0 is proven once all of `nonnegative` are."""
+    return dim.low >= 0 or any((dim - other).low >= 0 for other in nonnegative)

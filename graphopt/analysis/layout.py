@@ -21,7 +21,7 @@ from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.constants import constant_array
 
 
-class NotAView(Exception):  # noqa: N818 - it isn't an error, it is the answer "no"
+class NotAView(Exception):
     """Raised where the arrangement can't be followed; the message is the missing fact, as a phrase."""
 
 

@@ -114,6 +114,7 @@ class Editor:
             self._function_graphs.update(function.subgraphs())
         self._site: ir.Node | None = None
         self._touched: dict[ir.Node, None] = {}
+        self._made: list[ir.Node] = []
 
     @functools.cached_property
     def names(self) -> Names:
@@ -172,7 +173,20 @@ class Editor:
         assert site.graph is not None
         site.graph.insert_before(site, node)
         self._touched[node] = None
+        self._made.append(node)
         return values[0]
+
+    def made(self) -> int:
+        """How many nodes `op` has made: a mark for `discard`."""
+        return len(self._made)
+
+    def discard(self, mark: int) -> None:
+        """Remove the nodes made since `mark` that nothing uses: a rewrite that fails halfway leaves nothing behind."""
+        for node in reversed(self._made[mark:]):
+            if node.graph is not None:
+                self.remove_dead(node)
+        del self._made[mark:]
+        self._touched = {node: None for node in self._touched if node.graph is not None}
 
     def constant(self, array: npt.NDArray[Any] | ir.TensorProtocol, name: str = "constant") -> ir.Value:
         """A new constant visible at the site: an initializer, or a Constant node inside a function."""

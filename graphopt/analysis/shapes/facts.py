@@ -397,6 +397,7 @@ def _input_fact(value: ir.Value, believe_names: bool) -> Fact:
         if isinstance(size, int) and size > 0:
             dims.append(Dim.of(size))
         else:
-            believed = believe_names and name and name != "?" and names.count(name) == 1
-            dims.append(Dim.symbol(name if believed else f"{value.name}[{axis}]"))
+            own = f"{value.name}[{axis}]"
+            believed = believe_names and name != "?" and names.count(name) == 1
+            dims.append(Dim.symbol((name if believed else None) or own))
     return Fact(value.type.dtype, tuple(dims))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -44,8 +45,8 @@ class RaiseAttention(RulePass):
        Softmax (IsNaN, Where): the operator does the same.
     5. The KV cache: `Concat(past, new)` along the sequence, with the past an input of the graph, becomes `past_key`,
        `past_value`, and its results `present_key`, `present_value`.
-    6. An `Attention` that is there already, with repeated keys and values or a cache in front, as torch.export writes it
-       for opset 23.
+    6. An `Attention` that is there already, with repeated keys and values or a cache in front, as torch.export writes
+       it for opset 23.
     7. Scores as kᵀ·q and results as vᵀ·wᵀ, transposed afterwards.
 
     **Needs:** opset 23. **Guarantees:** the same function. Where all keys are hidden by −∞ the spelled-out form gives
@@ -87,6 +88,7 @@ class RaiseAttention(RulePass):
 
     def rewrite(self, node: ir.Node, edit: Editor) -> bool:
         """See the class."""
+        mark = edit.made()
         try:
             if node.op_type == "Attention":
                 return self._rewrite_operator(node, edit)
@@ -97,6 +99,7 @@ class RaiseAttention(RulePass):
                 raise NotAttention(f"needs opset {OPSET}, the model has {edit.opset}: run convert-opset first")
             return self.applied(node, _write(form, self._facts, edit))
         except (NotAttention, NotAView) as reason:
+            edit.discard(mark)
             return self.left(node, f"attention isn't raised: {reason}")
 
     def _rewrite_operator(self, node: ir.Node, edit: Editor) -> bool:
@@ -107,10 +110,13 @@ class RaiseAttention(RulePass):
         if any(a.is_ref() for a in node.attributes.values()) or any(out.uses() for out in node.outputs[1:]):
             return False
         q, k, v = operands(node, self._facts)
-        if not _repeated(k) and not _repeated(v) and (concatenated(k.stages[0].value) is None or causal(node)):
-            return False
         edit.at(node)
         writer = _Writer((q, k, v), self._facts, edit)
+        if not _repeated(k) and not _repeated(v):
+            assert inputs[1] is not None
+            assert inputs[2] is not None
+            if causal(node) or writer.cache(inputs[1], inputs[2], [inputs[0], inputs[3]]) is None:
+                return False
         keys, values = (writer.placed(operand, number=False)[0] for operand in (k, v))
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         y, cached = writer.operator(
@@ -176,7 +182,7 @@ class _Writer:
     def __init__(self, parts: Sequence[Operand], facts: ShapeFacts, edit: Editor) -> None:
         self.facts, self.edit = facts, edit
         self.views = Rearrangement(edit, facts, [stage for operand in parts for stage in operand.stages])
-        self._presents: list[tuple[ir.Value, ir.Value]] = []
+        self._replaced: list[tuple[ir.Value, ir.Value]] = []
 
     def operator(
         self,
@@ -189,7 +195,7 @@ class _Writer:
         cache: bool = True,
     ) -> tuple[ir.Value, bool]:
         """The result of a new Attention, and whether it has the cache."""
-        found = self._cache(k, v, [q, mask]) if cache else None
+        found = self.cache(k, v, [q, mask]) if cache else None
         inputs: list[ir.Value | None] = [q, k, v, mask]
         if found is not None:
             (past_k, new_k), (past_v, new_v) = found
@@ -200,14 +206,14 @@ class _Writer:
         if found is not None:
             node = y.producer()
             assert node is not None
-            self._presents = [(k, node.outputs[1]), (v, node.outputs[2])]
-            for old, new in self._presents:
+            for old, new in ((k, node.outputs[1]), (v, node.outputs[2])):
                 new.type, new.shape = old.type, old.shape
+                self._replaced.append((old, new))
         return y, found is not None
 
     def finish(self) -> None:
-        """Let what read the cache read the results of the operator."""
-        for old, new in self._presents:
+        """Let what read the cache read the results of the operator, and take out what the scale has taken over."""
+        for old, new in self._replaced:
             self.edit.replace(old, new)
 
     def placed(self, operand: Operand, number: bool = True) -> tuple[ir.Value, float]:
@@ -230,18 +236,18 @@ class _Writer:
         """The product of the numbers that `chosen` is multiplied by further up, taken out of there."""
         factor = 1.0
         later = stages[stages.index(chosen) :]
-        for before, after in zip(later, later[1:], strict=False):
+        for before, after in itertools.pairwise(later):
             if len(before.value.uses()) > 1 or before.value.is_graph_output():
                 break
             if len(after.scales) > len(before.scales):
                 factor *= after.factor / before.factor
-                self.edit.replace(before.value, after.value)
+                self._replaced.append((before.value, after.value))
         return factor
 
-    def _cache(
+    def cache(
         self, k: ir.Value, v: ir.Value, others: Sequence[ir.Value | None]
     ) -> tuple[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value]] | None:
-        """((past, new) of the keys, of the values), where both are appended to inputs and nothing else needs them first."""
+        """((past, new) of the keys, of the values), where both are appended to inputs and nothing needs them first."""
         keys, values = concatenated(k), concatenated(v)
         if keys is None or values is None or k is v or self._reach([*others, *keys, *values], {k, v}):
             return None
@@ -267,5 +273,3 @@ class _Writer:
 
 def _read_elsewhere(value: ir.Value) -> bool:
     return len(value.uses()) > 1
-
-

@@ -49,7 +49,9 @@ class _Mask:
         for keep in keeps:
             if math.isfinite(keep.fill) and self.dtype != ir.DataType.FLOAT:
                 raise NotAttention(f"scores are hidden by a finite number in {self.dtype.name}")
-        certain = all(not math.isfinite(k.fill) or (k.condition, k.kept) in rekept for k in keeps) and not scores.clamped
+        certain = (
+            all(not math.isfinite(k.fill) or (k.condition, k.kept) in rekept for k in keeps) and not scores.clamped
+        )
         kept = self._kept(keeps)
         bias = self._bias()
         if kept is None and bias is None:
@@ -109,7 +111,7 @@ class _Mask:
         )
         there = {atom for axis in own for atom in axis}
         wanted: list[tuple[object, ...]] = []
-        missing = []
+        missing: list[object] = []
         for role in self.roles:
             inside = tuple(atom for atom in role if atom in there)
             if inside and inside != role:
@@ -148,8 +150,9 @@ class _Mask:
 
 
 def may_be_lowest(value: ir.Value) -> bool:
-    """Whether the lowest float32 may be among the numbers of `value`, as far as the constants that it is made of tell."""
-    stack, seen = [value], set()
+    """Whether the lowest float32 may be among the numbers of `value`, as far as the constants behind it tell."""
+    stack = [value]
+    seen: set[ir.Value] = set()
     while stack and len(seen) < _DEPTH:
         current = stack.pop()
         if current in seen:

@@ -97,8 +97,8 @@ class Rearrangement:
         return self.edit.op("Concat", parts, {"axis": 0})
 
     def length(self, atoms: Sequence[Atom]) -> ir.Value:
-        """The length of an axis of these atoms, read off an input of the graph (all layers then read the same), else off
-        a value that has it.
+        """The length of an axis of these atoms, read off an input of the graph (all layers then read the same), else
+        off a value that has it.
 
         Raises:
             NotAttention: No value is known to have it.
