@@ -91,8 +91,13 @@ def judge(path: Path, outcome: Outcome) -> Outcome:
         outcome.fault = f"not exported: {record['error']}"
         return outcome
     try:
+        truths = _truths(path, record["outputs"], outcome)
+        if all(truth is None for truth in truths):
+            outcome.fault = f"not exported: what it writes runs on no probe: {outcome.unusable[0].partition(': ')[2]}"
+            outcome.unusable.clear()
+            return outcome
         _count(path, outcome)
-        _compare(path, record["outputs"], outcome)
+        _compare(path, record["outputs"], truths, outcome)
     except GraphoptError as error:
         outcome.fault = f"failed: {type(error).__name__}: {first_line(error)}"
     return outcome
@@ -119,46 +124,69 @@ def _count(path: Path, outcome: Outcome) -> None:
     left = [site for site in found if not _is_raised(site)]
     softmax = [site for site in left if site.operator == "Softmax"]
     outcome.raised = len(found) - len(left)
-    outcome.left = dict(Counter(reasons.get(site.node.name or "", UNSAID) for site in left))
-    outcome.missed = max(0, outcome.sites - outcome.raised - len(softmax))
+    outcome.left = dict(Counter(reasons.get(site.node.name or "") or _unfused(site) for site in left))
+    # A softmax may be written with another operator, such as Exp and a division behind the product.
+    instead = max(0, len(left) - len(softmax) - outcome.others)
+    outcome.missed = max(0, outcome.sites - outcome.raised - len(softmax) - instead)
     outcome.unseen = max(0, outcome.sites + outcome.others - len(found) - outcome.missed)
+
+
+def _unfused(site: AttentionSite) -> str:
+    return UNSAID if site.operator == "Softmax" else f"{site.operator} instead of a softmax: no operator computes that"
 
 
 def _is_raised(site: AttentionSite) -> bool:
     return site.node.op_type.endswith("Attention")
 
 
-def _compare(path: Path, outputs: list[str], outcome: Outcome) -> None:
+def _truths(path: Path, outputs: list[str], outcome: Outcome) -> list[list[np.ndarray] | None]:
+    """What the original gives for each probe, None where it doesn't run."""
+    session = make_session(path, "none", threads=1)
+    accepted = {item.name for item in session.get_inputs()}
+    truths: list[list[np.ndarray] | None] = []
+    for name, given, expected in _probes(path):
+        try:
+            truth = session.run(outputs, {key: array for key, array in given.items() if key in accepted})
+        except Exception as error:  # the runtime has many classes of errors
+            outcome.unusable.append(f"{name}: {_said(error)}")
+            truths.append(None)
+            continue
+        truths.append(truth)
+        if expected:
+            outcome.exporter_error = max([outcome.exporter_error, *map(distance, expected, truth)])
+    return truths
+
+
+def _compare(path: Path, outputs: list[str], truths: list[list[np.ndarray] | None], outcome: Outcome) -> None:
     result = optimize(path, verify="none")
     run = result.report.run
     outcome.nodes, outcome.seconds = (run.before.nodes, run.after.nodes), round(run.seconds, 2)
     counts = Counter(node.op_type for node in nodes(result.model))
     outcome.operators = {name: counts[name] for name in ATTENTION if counts[name]}
-    if run.rolled_back:
-        record = run.rolled_back[0]
+    for record in run.rolled_back:
         outcome.wrong.append(f"{record.name} was rolled back: {first_line(Exception(record.detail))}")
-    first = make_session(path, "none", threads=1)
-    second = make_session(result.model, "all", threads=1)
-    accepted = {item.name for item in first.get_inputs()}
-    for name, given, expected in _probes(path):
-        given = {key: array for key, array in given.items() if key in accepted}
+    session = make_session(result.model, "all", threads=1)
+    accepted = {item.name for item in session.get_inputs()}
+    for (name, given, expected), truth in zip(_probes(path), truths, strict=True):
+        # Where the original doesn't run, PyTorch says what is true, if the result runs.
+        told = expected if truth is None else truth
         try:
-            truth = first.run(outputs, given)
-        except Exception as error:  # the runtime has many classes of errors
-            outcome.unusable.append(f"{name}: {first_line(error)[:160]}")
-            truth = expected  # then PyTorch says what is true
-        if expected:
-            outcome.exporter_error = max([outcome.exporter_error, *map(distance, expected, truth)])
-        try:
-            found = second.run(outputs, given)
+            found = session.run(outputs, {key: array for key, array in given.items() if key in accepted})
         except Exception as error:
-            if truth is not expected:
-                outcome.wrong.append(f"{name}: {first_line(error)[:200]}")
+            if truth is not None:
+                outcome.wrong.append(f"{name}: {_said(error)}")
             continue
-        worst = max(map(distance, truth, found))
+        worst = max(map(distance, told, found), default=0.0)
         outcome.error = max(outcome.error, worst)
         if not worst <= TOLERANCE:
-            outcome.wrong.append(f"{name}: off by {worst:.1e}")
+            outcome.wrong.append(f"{name}: off by {worst:.1e}" + (" from PyTorch" if truth is None else ""))
+
+
+def _said(error: Exception) -> str:
+    """What the runtime says of a failure: the node, and the end of its message without the signature of its code."""
+    text = " ".join(str(error).split()).removeprefix("[ONNXRuntimeError] : ")
+    node, _, rest = text.partition(" Status Message: ")
+    return f"{node.partition(' : ')[2].partition(' : ')[2] or node} {rest.rpartition(') ')[2]}".strip()[:300]
 
 
 def _probes(path: Path) -> list[tuple[str, dict[str, np.ndarray], list[np.ndarray]]]:

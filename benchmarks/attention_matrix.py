@@ -17,6 +17,9 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import random
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +31,8 @@ from attention_page import page, table
 from rich.console import Console
 
 FOLDER = Path("build/attention-matrix")
+LIMIT_SECONDS = 300
+MEMORY_BYTES = 6 << 30
 
 
 def main() -> int:
@@ -108,13 +113,40 @@ def make_exports(models: Sequence[str], variants: Sequence[str] | None, folder: 
 def judged(items: Sequence[Outcome], exports: Path, jobs: int) -> Iterator[Outcome]:
     """The outcomes in order."""
     there = [item for item in items if place(exports, item).with_suffix(".json").exists()]
-    if jobs == 1:
-        yield from (judge(place(exports, item), item) for item in there)
-        return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        paths = [place(exports, item) for item in there]
-        yield from pool.map(judge, paths, there, chunksize=4)
+    found: list[Outcome] = []
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=limit) as pool:
+        # In random order, so that what is there after a while is a sample of everything.
+        mixed = random.Random(0).sample(there, len(there))
+        futures = [pool.submit(judge_within, place(exports, item), item) for item in mixed]
+        with (exports.parent / "results.jsonl").open("w") as log:
+            for future in concurrent.futures.as_completed(futures):
+                found.append(future.result())
+                log.write(json.dumps(dataclasses.asdict(found[-1])) + "\n")
+                log.flush()
+    order = {(item.model, item.variant): index for index, item in enumerate(there)}
+    yield from sorted(found, key=lambda outcome: order[outcome.model, outcome.variant])
+
+
+def limit() -> None:
+    """Hold this process to a size that no tiny model needs."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.signal(signal.SIGALRM, _late)
+
+
+def _late(*_: object) -> None:
+    raise TimeoutError(f"it took more than {LIMIT_SECONDS} s")
+
+
+def judge_within(path: Path, outcome: Outcome) -> Outcome:
+    """`judge` within limits of time and memory."""
+    signal.alarm(LIMIT_SECONDS)
+    try:
+        return judge(path, outcome)
+    except (TimeoutError, MemoryError) as error:
+        return dataclasses.replace(outcome, fault=f"failed: {type(error).__name__}: {error}")
+    finally:
+        signal.alarm(0)
 
 
 def read(path: Path) -> list[Outcome]:

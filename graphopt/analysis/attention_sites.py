@@ -129,7 +129,20 @@ def _is_product(node: ir.Node) -> bool:
     """Whether `node` multiplies two matrices neither of which is a weight."""
     if not is_op(node, *_PRODUCTS) and node.op_type != "FusedMatMul":
         return False
-    return len(node.inputs) == 2 and not any(v is None or is_constant(v) for v in node.inputs)
+    return len(node.inputs) == 2 and not any(v is None or _is_weight(v) for v in node.inputs)
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Whether `value` is constant, or chosen from what is constant, as the weights of an expert are."""
+    current: ir.Value | None = value
+    for _ in range(_MAX_STEPS):
+        if current is None or is_constant(current):
+            return current is not None
+        node = current.producer()
+        if node is None or not is_op(node, "Gather", "Cast", "Identity", *_VIEWS):
+            return False
+        current = node.inputs[0]
+    return False
 
 
 def _mixes_heads(node: ir.Node, facts: ShapeFacts) -> bool:
