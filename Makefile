@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs zoo attention-matrix clean
+.PHONY: demo test check docs zoo bench-attention attention-matrix clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,12 @@ docs: $(VENV)/ready
 zoo: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,zoo]'
 	$(BIN)/python benchmarks/zoo.py $(ZOO)
+
+# graphopt beside its peers and onnxruntime-genai on decoders and encoders, into docs/attention.md; about 35 minutes, and
+# ten more the first time, when the decoder is exported. Options: make bench-attention ATTENTION='--resume'
+bench-attention: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,zoo]'
+	$(BIN)/python benchmarks/attention.py $(ATTENTION)
 
 # What becomes of the attentions of many tiny models by every exporter, into docs/attention-matrix.md; about half an hour
 # the first time, since exports are kept. Options: make attention-matrix MATRIX='--models llama bert --variants all'

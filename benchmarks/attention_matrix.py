@@ -26,8 +26,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from attention_judge import Outcome, judge
-from attention_page import page, table
+from matrix_judge import Outcome, judge
+from matrix_page import page, table
 from rich.console import Console
 
 FOLDER = Path("build/attention-matrix")
@@ -68,19 +68,19 @@ def main() -> int:
 
 def forms() -> dict[str, str]:
     """What each model is an example of."""
-    from attention_models import MODELS
+    from matrix_models import MODELS
 
     return {key: model.form for key, model in MODELS.items()}
 
 
 def wanted(models: Sequence[str] | None, variants: Sequence[str] | None) -> Iterator[Outcome]:
     """An empty outcome for every model and variant asked for."""
-    import attention_modules
-    import attention_texts  # noqa: F401
-    from attention_models import MODELS
-    from attention_variants import variants_of
+    import matrix_modules
+    import matrix_texts  # noqa: F401
+    from matrix_models import MODELS
+    from matrix_variants import variants_of
 
-    del attention_modules
+    del matrix_modules
     for key in models or MODELS:
         if key not in MODELS:
             raise SystemExit(f"There is no model {key!r}; --list lists them.")
@@ -95,7 +95,7 @@ def place(folder: Path, outcome: Outcome) -> Path:
 
 def make_exports(models: Sequence[str], variants: Sequence[str] | None, folder: Path, jobs: int) -> None:
     """Make the exports that aren't there, in processes of their own: an exporter may bring its process down."""
-    script = str(Path(__file__).with_name("attention_exports.py"))
+    script = str(Path(__file__).with_name("matrix_exports.py"))
     more = [] if variants is None else ["--variants", *variants]
 
     def run(part: Sequence[str]) -> None:

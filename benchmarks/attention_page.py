@@ -1,179 +1,176 @@
-"""The attention matrix as a table and as a page."""
+"""The page of the attention benchmark, from its results."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from typing import Any
 
-from attention_judge import TOLERANCE, Outcome
-from rich.table import Table
-from rich.text import Text
+import zoo_page
+from decoder_domain import CASES, TOLERANCE
+from tools import BUILDER, GENAI
+from zoo_page import noise, ratio
 
-_NOT_EXPORTED = "–"
-
-
-def _row(outcome: Outcome) -> str:
-    return outcome.model + (" + cache" if outcome.variant.endswith("-cache") else "")
+Results = dict[str, Any]
+ASSUMING = "graphopt assuming"
 
 
-def _column(outcome: Outcome) -> str:
-    return " ".join(outcome.variant.split("-")[:2])
+def page(data: Results) -> str:
+    """The whole page as Markdown."""
+    decoders = {**data, "models": [model for model in data["models"] if "source" in model]}
+    encoders = {**data, "models": [model for model in data["models"] if "source" not in model]}
+    encoders["versions"] = {n: v for n, v in data["versions"].items() if n not in (ASSUMING, BUILDER, GENAI)}
+    parts = [_head(data), _summary(decoders, encoders)]
+    for title, some in (("# SmolLM2 with its cache", decoders), ("# Encoders", encoders)):
+        if some["models"]:
+            parts += [iter([f"#{title}", ""]), _lower(_section(some))]
+    return "\n".join([*(line for part in parts for line in part), *zoo_page.faults(data)])
 
 
-def _cell(outcome: Outcome) -> str:
-    if not outcome.exported:
-        return _NOT_EXPORTED
-    if outcome.fault:
-        return "failed"
-    text = f"{outcome.raised}/{sum(outcome.left.values())}/{outcome.missed}"
-    return text + (" off" if outcome.wrong else "")
+def _section(data: Results) -> Iterator[str]:
+    decoding = "source" in data["models"][0]
+    if decoding:
+        yield from _sources(data)
+    yield from zoo_page.table(
+        data,
+        "Attention found",
+        "Nodes of the file, and its attention operators; a Softmax is an attention that is spelled out.",
+        _operators,
+        _operators,
+    )
+    if decoding:
+        yield from zoo_page.table(
+            data,
+            "Calls answered alike",
+            f"Of {len(CASES)} calls (batch 1 and 3 × prompt, step, chunk × padding none, left, right) those with "
+            f"logits within {TOLERANCE:g} of the original's largest, and the largest difference among them.",
+            lambda _: "",
+            _calls,
+        )
+        yield from zoo_page.table(
+            data,
+            "Perplexity",
+            f"Over {data['windows'] * data['window']:,} tokens of Wikipedia that nothing was tuned on, in windows of "
+            f"{data['window']}.",
+            _perplexity,
+            _perplexity,
+        )
+        yield from _speeds(data)
+    yield from zoo_page.times(zoo_page.by_wall_clock(data), "wall-clock")
+    yield from zoo_page.times(data)
 
 
-def _grid(outcomes: Iterable[Outcome]) -> tuple[list[str], dict[str, dict[str, list[Outcome]]]]:
-    columns: list[str] = []
-    rows: dict[str, dict[str, list[Outcome]]] = {}
-    for outcome in outcomes:
-        column = _column(outcome)
-        if column not in columns:
-            columns.append(column)
-        rows.setdefault(_row(outcome), {}).setdefault(column, []).append(outcome)
-    return sorted(columns, key=lambda name: (name.split()[0], int(name.split()[-1]) if name[-1].isdigit() else 0)), rows
+def _lower(lines: Iterator[str]) -> Iterator[str]:
+    """Headings one level further down."""
+    return (f"#{line}" if line.startswith("#") else line for line in lines)
 
 
-def _cells(outcomes: Sequence[Outcome]) -> str:
-    return ", ".join(dict.fromkeys(map(_cell, outcomes)))
-
-
-def totals(outcomes: Sequence[Outcome]) -> dict[str, int]:
-    """Sums over everything that was exported."""
-    there = [o for o in outcomes if o.exported]
-    return {
-        "models": len({o.model for o in there}),
-        "exports": len(there),
-        "not exported": len(outcomes) - len(there),
-        "attentions": sum(o.sites + o.others for o in there),
-        "raised": sum(o.raised for o in there),
-        "left": sum(sum(o.left.values()) for o in there),
-        "missed": sum(o.missed for o in there),
-        "of another kind, not seen": sum(o.unseen for o in there),
-        "numbers off": sum(bool(o.wrong) for o in there),
-        "failed": sum(bool(o.fault) for o in there),
-    }
-
-
-def table(outcomes: Sequence[Outcome]) -> Iterator[Table | Text]:
-    """What the terminal shows."""
-    columns, rows = _grid(outcomes)
-    grid = Table(title="attentions raised / left with a reason / missed")
-    grid.add_column("model")
-    grid.add_column("true", justify="right")
-    for column in columns:
-        grid.add_column(column, justify="center")
-    for name, cells in rows.items():
-        first = next(iter(cells.values()))[0]
-        shown = [_coloured(cells.get(column, [])) for column in columns]
-        grid.add_row(name, _true(first), *shown)
-    yield grid
-    for title, entries in _lists(outcomes):
-        if entries:
-            part = Table(title=title, title_justify="left")
-            part.add_column("times", justify="right")
-            part.add_column("what", overflow="fold")
-            part.add_column("where", overflow="fold")
-            for text, places in entries:
-                part.add_row(str(len(places)), Text(text), Text(_some(places)))
-            yield part
-    yield Text(", ".join(f"{value} {key}" for key, value in totals(outcomes).items()))
-
-
-def _true(outcome: Outcome) -> str:
-    return f"{outcome.sites}" + (f" + {outcome.others} other" if outcome.others else "")
-
-
-def _coloured(outcomes: Sequence[Outcome]) -> Text:
-    if not outcomes:
-        return Text("")
-    bad = any(o.bad for o in outcomes)
-    left = any(o.left for o in outcomes)
-    return Text(_cells(outcomes), style="red" if bad else "yellow" if left else "" if _cells(outcomes) == _NOT_EXPORTED else "green")
-
-
-def _some(places: Sequence[str], most: int = 6) -> str:
-    return ", ".join(places[:most]) + (f" and {len(places) - most} more" if len(places) > most else "")
-
-
-def _lists(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
-    def gathered(pairs: Iterable[tuple[str, Outcome]]) -> list[tuple[str, list[str]]]:
-        found: dict[str, list[str]] = {}
-        for text, outcome in pairs:
-            found.setdefault(text, []).append(f"{outcome.model} {outcome.variant}")
-        return sorted(found.items(), key=lambda item: -len(item[1]))
-
-    yield "Missed", gathered(("softmax(q·kᵀ)·v that nothing found", o) for o in outcomes if o.missed)
-    yield "Wrong", gathered((_general(text), o) for o in outcomes for text in o.wrong)
-    yield "Failed", gathered((o.fault, o) for o in outcomes if o.exported and o.fault)
-    yield "Left, with the reason", gathered((text, o) for o in outcomes for text in o.left)
-    yield "Of another kind, not seen", gathered(("not seen as an attention", o) for o in outcomes if o.unseen)
-    yield "The original itself doesn't run", gathered((_general(text), o) for o in outcomes for text in o.unusable)
-    yield "Not exported", gathered((o.fault.removeprefix("not exported: "), o) for o in outcomes if not o.exported)
-
-
-def _general(text: str) -> str:
-    return text
-
-
-def page(outcomes: Sequence[Outcome], forms: Mapping[str, str]) -> str:
-    """The page as Markdown."""
-    return "\n".join(_page(outcomes, forms)) + "\n"
-
-
-def _page(outcomes: Sequence[Outcome], forms: Mapping[str, str]) -> Iterator[str]:
-    count = totals(outcomes)
-    yield "# Attention matrix"
+def _head(data: Results) -> Iterator[str]:
+    where = data["environment"]
+    versions = [f"{name} {version or '(not installed)'}" for name, version in data["versions"].items()]
+    yield "# Attention"
     yield ""
     yield (
-        "Tiny models with random weights from the transformers library, and small PyTorch modules for forms that it "
-        "doesn't hold, by every exporter: what becomes of their attentions. Made by `make attention-matrix`."
+        "Decoders and encoders from several exporters through graphopt, through its peers with their defaults, and "
+        "beside the graph that onnxruntime-genai's model builder makes by hand. `make bench-attention` installs the "
+        "peers, exports the sources, measures everything and writes this page and `attention.json` beside it."
     )
-    yield ""
-    yield "| " + " | ".join(count) + " |"
-    yield "|" + "---|" * len(count)
-    yield "| " + " | ".join(str(value) for value in count.values()) + " |"
     yield ""
     yield (
-        "How many attentions a model has is counted while PyTorch runs it, and follows from its configuration. "
-        "`export` is torch.export, `script` TorchScript, the number the opset; `+ cache` has past_key_values.* inputs "
-        "and present.* outputs. A cell is *raised / left with a reason / missed*, counted before lowering; `–` is a "
-        "model that the exporter doesn't export. Every export was optimized by the default recipe and compared in "
-        f"ONNX Runtime with the original (batch 1 and 3, padded at either end, with and without a past): equal to "
-        f"{TOLERANCE:g} of each output's largest magnitude, else the cell says `off`. Largest difference of all: "
-        f"{max((o.error for o in outcomes), default=0.0):.1e}."
+        f"Measured on {where['date']} with ONNX Runtime {where['onnxruntime']}, {where['threads']} thread"
+        f"{'s' * (where['threads'] != 1)} of {where['processor']}; {', '.join(versions)}. graphopt assuming: with "
+        f"{' '.join(f'`--assume {text}`' for text in data['assumed'])}, and judged on the calls that this allows; "
+        "onnxscript for ORT: `optimize_for_ort`; ORT transformers: `onnxruntime.transformers.optimizer`; genai graph: "
+        "the builder's fp32 file, run like all the others by graphopt's generator in a plain session; genai: the same "
+        "file in onnxruntime-genai's own generator."
     )
     yield ""
-    columns, rows = _grid(outcomes)
-    yield "| model | form | true | " + " | ".join(columns) + " |"
-    yield "|---|---|---|" + "---|" * len(columns)
-    for name, cells in rows.items():
-        first = next(iter(cells.values()))[0]
-        shown = [_cells(cells.get(column, [])) for column in columns]
-        form = forms.get(first.model, "") if not name.endswith("cache") else ""
-        yield f"| {name} | {form} | {_true(first)} | " + " | ".join(shown) + " |"
-    for title, entries in _lists(outcomes):
-        if not entries:
-            continue
-        yield ""
-        yield f"## {title}"
-        yield ""
-        for text, places in entries:
-            yield f"- {_escaped(text)} ({len(places)}): {_some(places)}"
-    operators = Counter[str]()
-    for outcome in outcomes:
-        operators.update(outcome.operators)
+    yield (
+        "In each round every file runs once, in another order each time, and the original once more as a control. A "
+        "decoder runs a prompt with an empty cache, then the tokens after it one at a time, each the most probable "
+        "one. Past and present share one buffer where the graph has GroupQueryAttention throughout; else each step "
+        "gives out a new cache, which is handed on without a copy."
+    )
     yield ""
-    yield "## What runs"
-    yield ""
-    yield "Operators of the optimized models, all together: " + ", ".join(f"{n} {name}" for name, n in operators.most_common()) + "."
 
 
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "\\<").replace("_", "\\_").replace("*", "\\*")
+def _summary(decoders: Results, encoders: Results) -> Iterator[str]:
+    for name in ("graphopt", ASSUMING):
+        for model in decoders["models"]:
+            found = model["tools"].get(name, {})
+            if "errors" in found:
+                answered = f"{_calls(found)} of {len(CASES)} calls answered alike"
+                score = f"perplexity {_perplexity(found)} of {_perplexity(model['original'])}"
+                yield f"- {model['model']}, {name}: {_operators(found)}; {answered}; {score}."
+        for model, timing in _timings(decoders):
+            if name in timing["ratios"] and GENAI in timing["ratios"]:
+                wall, cpu = (ratio(t["ratios"][name]) / ratio(t["ratios"][GENAI]) for t in (timing["wall"], timing))
+                yield (
+                    f"- {model['model']}, {timing['workload']}: {name} takes {wall:.2f} of genai's wall-clock time, "
+                    f"{cpu:.2f} of its CPU time (noise {noise(timing['wall'], name):.2f}, {noise(timing, name):.2f})."
+                )
+    for name, every in (("graphopt", [*_timings(decoders), *_timings(encoders)]), (ASSUMING, _timings(decoders))):
+        back = [f"{_label(m, t)} ({peer})" for m, t in every if (peer := zoo_page.behind(m, t, name))]
+        yield (
+            f"- {name}: the best equal peer is ahead beyond the noise of the CPU time on {len(back)} of {len(every)}: "
+            f"{', '.join(back) or 'none'}."
+        )
+    if missing := decoders["not_measured"]:
+        yield f"- Not measured in this run: {', '.join(missing)}."
+    yield ""
+
+
+def _timings(data: Results) -> list[tuple[Results, Results]]:
+    return [(model, timing) for model in data["models"] for timing in model["timings"]]
+
+
+def _label(model: Results, timing: Results) -> str:
+    return " ".join(filter(None, (model["model"], timing["workload"])))
+
+
+def _sources(data: Results) -> Iterator[str]:
+    yield "## Sources"
+    yield ""
+    yield "What the export script found of its own file against PyTorch."
+    yield ""
+    for model in data["models"]:
+        yield f"- {model['model']} ({model['use']}): {model['source']}"
+    yield f"- {BUILDER}: {data['models'][0]['builder']}"
+    yield ""
+
+
+def _operators(found: Results) -> str:
+    if found.get("nodes") is None:
+        return "–"
+    names = [f"{count} {name.rsplit('.', 1)[-1]}" for name, count in sorted(found.get("attention", {}).items())]
+    return f"{found['nodes']}: {', '.join(names) or 'none'}"
+
+
+def _calls(found: Results) -> str:
+    if "errors" not in found:
+        return "–"
+    good = [error for error in found["errors"].values() if isinstance(error, float) and error <= TOLERANCE]
+    refused = sum(isinstance(error, str) for error in found["errors"].values())
+    return f"{len(good)}, {max(good, default=0):.0e}" + (f" ({refused} refused)" if refused else "")
+
+
+def _perplexity(found: Results) -> str:
+    return f"{found['perplexity']:.4f}" if "perplexity" in found else "–"
+
+
+def _speeds(data: Results) -> Iterator[str]:
+    names = list(data["versions"])
+    yield "## Tokens per second"
+    yield ""
+    yield "By wall-clock time; in brackets how many of the tokens chosen are the original's before the first other one."
+    yield ""
+    yield f"| | original | {' | '.join(names)} |"
+    yield "|---|---|" + "---|" * len(names)
+    for model, timing in _timings(data):
+        wall = timing["wall"]
+        speed = timing["tokens"] / wall["original_ms"] * 1e3
+        cells = [
+            f"{speed / ratio(wall['ratios'][name]):.0f} ({timing['agreed'][name]})" if name in wall["ratios"] else "–"
+            for name in names
+        ]
+        yield f"| {_label(model, timing)} | {speed:.0f} | {' | '.join(cells)} |"
+    yield ""

@@ -17,6 +17,11 @@ from pathlib import Path
 INLINE_BYTES = 1_000_000_000
 """Models of more bytes than this are written with external data."""
 
+BUILDER = "genai graph"
+"""The file of onnxruntime-genai's model builder, run by a plain session as all others are."""
+GENAI = "genai"
+"""The same file run by onnxruntime-genai."""
+
 _SPAWN = """
 import json, os, sys, time
 log, limit, command = sys.argv[1], float(sys.argv[2]), sys.argv[3:]
@@ -114,10 +119,13 @@ class Tool:
             return None
 
 
-def graphopt_tool(verify: str = "auto", recipe: str | None = None) -> Tool:
-    """`graphopt optimize`, by default with its default recipe."""
-    options = ("--verify", verify, *(("--recipe", recipe) if recipe else ()))
-    return Tool("graphopt", "graphopt", ("-m", "graphopt", "optimize", *options), code=False)
+def graphopt_tool(verify: str = "auto", recipe: str | None = None, assume: Sequence[str] = ()) -> Tool:
+    """`graphopt optimize`, by default with its default recipe and without assumptions on the inputs."""
+    options = ["--verify", verify, *(("--recipe", recipe) if recipe else ())]
+    for assumption in assume:
+        options += ["--assume", assumption]
+    name = "graphopt assuming" if assume else "graphopt"
+    return Tool(name, "graphopt", ("-m", "graphopt", "optimize", *options), code=False)
 
 
 PEERS = tuple(Tool(name, package, ("-c", code)) for name, (package, code) in _PEERS.items())

@@ -13,12 +13,15 @@ import json
 import math
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from tools import model_files
 
+from graphopt.analysis.interleaved import Ratio
 from graphopt.errors import GraphoptError, first_line
 from graphopt.graph.edits import nodes
 from graphopt.verification.session import make_session, run
@@ -55,14 +58,22 @@ def main() -> None:
 
 
 def size(path: Path) -> dict[str, Any]:
-    """Nodes over all graphs and function bodies, and bytes on disk with external data."""
+    """Nodes over all graphs and function bodies, attention among them, and bytes on disk with external data."""
     try:
+        operators = Counter((node.domain, node.op_type) for node in nodes(ir.load(path)))
+        attention = {key: count for key, count in operators.items() if _attends(key[1])}
         return {
-            "nodes": sum(1 for _ in nodes(ir.load(path))),
+            "nodes": operators.total(),
+            "attention": {f"{domain}.{name}".lstrip("."): count for (domain, name), count in attention.items()},
             "bytes": sum(file.stat().st_size for file in model_files(path)),
         }
     except Exception as error:
         return {"nodes": None, "bytes": None, "unreadable": first_line(error)}
+
+
+def _attends(operator: str) -> bool:
+    """Whether it is an attention; one that is spelled out shows by its Softmax."""
+    return operator.endswith("Attention") or operator == "Softmax"
 
 
 def equality(verifier: Verifier, path: Path) -> dict[str, Any]:
@@ -79,7 +90,7 @@ def equality(verifier: Verifier, path: Path) -> dict[str, Any]:
 def time_all(
     source: Path, candidates: dict[str, Path], dims: dict[str, int], seconds: float, threads: int
 ) -> dict[str, Any]:
-    """CPU-time ratios to the original, one for each sitting, of every candidate and of the original against itself."""
+    """Ratios to the original, one for each sitting, of every candidate and of the original against itself."""
     feeds = typical_feeds(source, dims)
     runnable = {"original": source}
     for name, path in candidates.items():
@@ -98,27 +109,43 @@ def time_all(
     single = max(single, 2e-3)
     del session
     rounds = int(min(max(seconds / single, ROUNDS[0]), ROUNDS[1])) // SITTINGS
-    ratios: dict[str, list[float]] = {name: [] for name in runnable if name != "original"}
-    spread = dict.fromkeys(ratios, 0.0)
-    control, milliseconds = [], []
+    others = [name for name in runnable if name != "original"]
+    cpu, wall = Ratios(others), Ratios(others)
     for sitting in range(SITTINGS):
         result = benchmark(
             list(runnable.values()), feeds, runs=rounds, warmup=3, threads=threads, last_first=sitting % 2 == 1
         )
-        control.append(result.control.cpu_ratio.median)
-        milliseconds.append(result.models[0].cpu_ms)
-        for name, timing in zip(ratios, result.models[1:], strict=True):
-            ratios[name].append(timing.cpu_ratio.median)
-            spread[name] = max(spread[name], timing.cpu_ratio.uncertainty / math.sqrt(SITTINGS))
+        cpu.add(result.models[0].cpu_ms, result.control.cpu_ratio, [m.cpu_ratio for m in result.models[1:]])
+        wall.add(result.models[0].wall_ms, result.control.wall_ratio, [m.wall_ratio for m in result.models[1:]])
     shapes = {name: list(array.shape) for name, array in feeds.items()}
-    return {
-        "feeds": shapes,
-        "rounds": rounds * SITTINGS,
-        "original_ms": min(milliseconds),
-        "control": control,
-        "ratios": ratios,
-        "uncertainty": spread,
-    }
+    return {"feeds": shapes, "rounds": rounds * SITTINGS, **cpu.to_dict(), "wall": wall.to_dict()}
+
+
+class Ratios:
+    """Ratios of time to the original's, sitting by sitting."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.milliseconds: list[float] = []
+        self.control: list[float] = []
+        self.ratios: dict[str, list[float]] = {name: [] for name in names}
+        self.uncertainty = dict.fromkeys(names, 0.0)
+
+    def add(self, original_ms: float, control: Ratio, others: Sequence[Ratio]) -> None:
+        """What one sitting found: the original's time, its ratio to itself, and the others' in the order of names."""
+        self.milliseconds.append(original_ms)
+        self.control.append(control.median)
+        for name, found in zip(self.ratios, others, strict=True):
+            self.ratios[name].append(found.median)
+            self.uncertainty[name] = max(self.uncertainty[name], found.uncertainty / math.sqrt(SITTINGS))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "original_ms": min(self.milliseconds),
+            "control": self.control,
+            "ratios": self.ratios,
+            "uncertainty": self.uncertainty,
+        }
 
 
 if __name__ == "__main__":

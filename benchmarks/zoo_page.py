@@ -51,22 +51,22 @@ def slower(timing: Results, name: str = "graphopt") -> bool:
 
 def best_peer(model: Results, timing: Results) -> str | None:
     """The peer with the fastest file that is equal."""
-    equal = [n for n in timing["ratios"] if n != "graphopt" and model["tools"][n].get("equal")]
+    equal = [n for n in timing["ratios"] if not n.startswith("graphopt") and model["tools"][n].get("equal")]
     return min(equal, key=lambda n: ratio(timing["ratios"][n]), default=None)
 
 
-def behind(model: Results, timing: Results) -> str | None:
+def behind(model: Results, timing: Results, name: str = "graphopt") -> str | None:
     """The best peer where its file is faster than graphopt's beyond the noise of both."""
     best = best_peer(model, timing)
-    if best is None or "graphopt" not in timing["ratios"]:
+    if best is None or name not in timing["ratios"]:
         return best
-    both = max(noise(timing, best), noise(timing, "graphopt"))
-    return best if ratio(timing["ratios"]["graphopt"]) - ratio(timing["ratios"][best]) > both else None
+    both = max(noise(timing, best), noise(timing, name))
+    return best if ratio(timing["ratios"][name]) - ratio(timing["ratios"][best]) > both else None
 
 
 def page(data: Results) -> str:
     """The whole page as Markdown."""
-    return "\n".join([*_head(data), *_summary(data), *_times(data), *_sizes(data), *_costs(data), *_faults(data)])
+    return "\n".join([*_head(data), *_summary(data), *times(data), *_sizes(data), *_costs(data), *faults(data)])
 
 
 def _head(data: Results) -> Iterator[str]:
@@ -118,12 +118,14 @@ def _faster(timing: Results) -> bool:
     return ratio(timing["ratios"]["graphopt"]) < 1 - noise(timing, "graphopt")
 
 
-def _times(data: Results) -> Iterator[str]:
+def times(data: Results, clock: str = "CPU") -> Iterator[str]:
+    """The table of ratios of one clock: "CPU" or "wall-clock"."""
     names = list(data["versions"])
-    yield "## CPU time"
+    yield f"## {clock[0].upper()}{clock[1:]} time"
     yield ""
     yield (
-        "CPU time of a run over that of the original under ONNX Runtime's defaults: medians over interleaved rounds in "
+        f"{clock[0].upper()}{clock[1:]} time of a run over that of the original under ONNX Runtime's defaults: medians "
+        "over interleaved rounds in "
         "two sittings of fresh sessions, spinning off. Noise: the largest difference from 1 of the original against "
         f"itself in the same rounds, at least {FLOOR}. Bold: within the noise of the fastest that is equal, where that "
         "is faster than the original. ≠: not equal to the original; –: fails (see below)."
@@ -148,9 +150,19 @@ def _times(data: Results) -> Iterator[str]:
     yield ""
 
 
-def _table(
+def by_wall_clock(data: Results) -> Results:
+    """The same results with wall-clock time in place of CPU time."""
+    models = [
+        {**model, "timings": [{"workload": t["workload"], **t["wall"]} for t in model["timings"]]}
+        for model in data["models"]
+    ]
+    return {**data, "models": models}
+
+
+def table(
     data: Results, title: str, text: str, original: Callable[[Results], str], cell: Callable[[Results], str]
 ) -> Iterator[str]:
+    """A table of what was found of the files: a row for each model, a column for each tool."""
     names = list(data["versions"])
     yield f"## {title}"
     yield ""
@@ -171,8 +183,8 @@ def _sizes(data: Results) -> Iterator[str]:
     def megabytes(found: Results) -> str:
         return "–" if found.get("bytes") is None else f"{found['bytes'] / 1e6:.2f}"
 
-    yield from _table(data, "Nodes", "Of all graphs, with branches and function bodies.", nodes, nodes)
-    yield from _table(data, "Bytes", "MB on disk, external data included.", megabytes, megabytes)
+    yield from table(data, "Nodes", "Of all graphs, with branches and function bodies.", nodes, nodes)
+    yield from table(data, "Bytes", "MB on disk, external data included.", megabytes, megabytes)
 
 
 def _costs(data: Results) -> Iterator[str]:
@@ -184,7 +196,7 @@ def _costs(data: Results) -> Iterator[str]:
             text += f" ({found['unverified_wall_s']:.1f} s, {found['unverified_peak_mb']:.0f} MB)"
         return text
 
-    yield from _table(
+    yield from table(
         data,
         "Cost of the tool",
         "Wall-clock seconds and peak resident memory of the whole process. graphopt verifies what it does; in "
@@ -194,7 +206,8 @@ def _costs(data: Results) -> Iterator[str]:
     )
 
 
-def _faults(data: Results) -> Iterator[str]:
+def faults(data: Results) -> Iterator[str]:
+    """What fails, and how."""
     yield "## What fails or isn't equal"
     yield ""
     found = False

@@ -27,6 +27,9 @@ _PLACES = {
     "Guarantee": "graphopt.passes.base",
     "Recipe": "graphopt.recipe",
     "session": "graphopt.runtime_ops.session",
+    "Generator": "graphopt.runtime_ops.generation",
+    "Sampling": "graphopt.runtime_ops.sampling",
+    "perplexity": "graphopt.runtime_ops.scoring",
     "export_model": "graphopt.export",
     "GraphoptError": "graphopt.errors",
 }
@@ -47,6 +50,9 @@ if TYPE_CHECKING:
     from graphopt.passes.base import Pass as Pass
     from graphopt.passes.base import RulePass as RulePass
     from graphopt.recipe import Recipe as Recipe
+    from graphopt.runtime_ops.generation import Generator as Generator
+    from graphopt.runtime_ops.sampling import Sampling as Sampling
+    from graphopt.runtime_ops.scoring import perplexity as perplexity
     from graphopt.runtime_ops.session import session as session
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,9 +20,11 @@ from graphopt.analysis.structure import structure
 from graphopt.analysis.target import TARGETS
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import InputDataError, ModelError, UsageError, VerificationError
-from graphopt.graph import load, session_settings
+from graphopt.graph import assumptions, load, session_settings
 from graphopt.graph import save as save_model
 from graphopt.graph.edits import nodes, walk
+from graphopt.graph.kv_interface import kv_interface
+from graphopt.graph.kv_names import rename_kv_cache
 from graphopt.graph.load import EXTERNAL_KEY, PATH_KEY, normalize
 from graphopt.graph.save import Progress as SaveProgress
 from graphopt.pass_manager import PassManager, Progress, VerifyMode
@@ -82,6 +84,8 @@ def optimize(
     inputs: Inputs | None = None,
     calibration: TextDataset | None = None,
     profile: Profile | str | os.PathLike[str] | None = None,
+    assume: str | Sequence[str] = (),
+    rename_kv: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -96,12 +100,17 @@ def optimize(
         calibration: Text for passes that need data; see `graphopt.calibration.text.load_text`.
         profile: What was measured of the target, which lowering then follows: a profile or its file, or "auto" for the
             one of this machine from the cache, if there is one (target cpu). None: safe defaults.
+        assume: What may be taken for granted about inputs, besides what the recipe and the model say: names such as
+            "no-left-padding" or "max-length=2048"; see `graphopt.graph.assumptions`. What a pass relied on is written
+            into the result, which is judged where that holds, and `graphopt.session` refuses other inputs.
+        rename_kv: Give the inputs and outputs of a decoder the names of docs/generation.md at the end.
         seed: Seed of the generated probe inputs.
         progress: Called before each pass.
 
     Raises:
         ModelError: The model is broken or ONNX Runtime can't run it.
-        UsageError: An unknown recipe, pass, option or target; a profile that is none, or for another target.
+        UsageError: An unknown recipe, pass, option, target or assumption; a profile that is none, or for another
+            target; names for the cache of a model that has none.
         InputDataError: `inputs` doesn't fit the model.
         VerificationError: No probe input runs on the original.
     """
@@ -112,8 +121,10 @@ def optimize(
     if calibration is not None and not any(getattr(p, "needs", ()) for p in passes):
         raise UsageError(f"No pass of the recipe {chosen.name} needs calibration data; leave it out.")
     found = find_profile(profile, target)
+    given = assumptions.Assumptions.parse(assume) | chosen.assume
     model = _model(model_or_path)
     require_valid(model)
+    assumed = given | assumptions.carried(model)
     if inputs is not None:
         load_probes(inputs, model)  # a mistake in them is told before the work, and also where nothing is compared
     used: list[Probe] = []
@@ -122,9 +133,11 @@ def optimize(
     def verifier_of(reference: ir.Model) -> Verifier:
         if progress is not None:
             progress("probing the original", 0, len(passes))
-        given = load_probes(inputs, reference) if inputs is not None else []
+        own = load_probes(inputs, reference) if inputs is not None else []
         try:
-            verifier = Verifier(reference, used or [*given, *make_probes(reference, seed)], seed=seed)
+            verifier = Verifier(
+                reference, used or [*own, *make_probes(reference, seed, assumptions=assumed)], seed=seed
+            )
         except VerificationError as error:
             raise VerificationError(f"{error} To go on without comparing numbers, use --verify none.") from error
         for probe, reason in verifier.unusable:
@@ -148,9 +161,14 @@ def optimize(
         verify=verify,
         calibration=calibration,
         profile=found,
+        assumptions=assumed,
         progress=progress,
     )
+    if rename_kv and kv_interface(model) is None:
+        raise UsageError("--rename-kv-cache is for decoders, and no attention here joins an input to new keys.")
     run = manager(model)
+    # After all is verified: outputs are compared by name.
+    renamed = rename_kv_cache(model) if rename_kv else {}
     report = Report(
         source,
         chosen,
@@ -162,6 +180,9 @@ def optimize(
         skipped_probes=[{"name": p.name, "reason": reason} for p, reason in unusable],
         session_settings=session_settings.read(model).listed(),
         profile=None if found is None else {"id": found.id, "date": found.date, "description": found.description},
+        assumed=given,
+        relied=assumptions.read(model),
+        renamed=renamed,
     )
     return Result(model, report)
 
@@ -188,7 +209,8 @@ def verify(
     inputs: Inputs | None = None,
     seed: int = 0,
 ) -> Verdict:
-    """Compare two models (paths, models in memory, or a `Result`) on probe inputs made from the first one's signature.
+    """Compare two models (paths, models in memory, or a `Result`) on probe inputs made from the first one's signature,
+    where what they take for granted about inputs holds.
 
     Raises:
         ModelError: One of them is broken.
@@ -205,6 +227,7 @@ def inspect(
     *,
     why: bool = False,
     dims: dict[str, int] | None = None,
+    assume: str | Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a model is: interface, operators, size, FLOPs, and with `why` what the exact passes leave alone and why.
 
@@ -212,11 +235,13 @@ def inspect(
         model_or_path: A model, unchanged by this, or the path of one.
         why: Run the exact passes on a copy (without verification) and collect their reasons.
         dims: Sizes for dynamic dimensions by name, for FLOPs.
+        assume: What these passes may take for granted about inputs; as for `optimize`.
 
     Raises:
         ModelError: The file can't be loaded at all.
-        UsageError: A name in `dims` is no dynamic dimension of the inputs.
+        UsageError: A name in `dims` is no dynamic dimension of the inputs; an unknown assumption.
     """
+    assumed = assumptions.Assumptions.parse(assume)
     model = _model(model_or_path)
     _require_dims(model, dims or {})
     problems = check_structure(model)
@@ -251,10 +276,14 @@ def inspect(
         "attention": {},
         "linear": {},
         "tied_layers": [],
+        "assumptions": assumptions.listed(assumptions.read(model)),
+        "kv_cache": None,
         "problems": problems,
         "why": None,
     }
     if all(map(found_by_onnx, problems)):
+        decoder = kv_interface(model)
+        data["kv_cache"] = None if decoder is None else decoder.to_dict()
         copy = model.clone()
         passes = load_recipe().passes()
         # Structure is read off the canonical graph: what a target runs fastest is spelled in its own way.
@@ -264,7 +293,7 @@ def inspect(
         data["structures"] = {name: raised[name] for name in STRUCTURES if raised[name]}
         data |= structure(copy)
         if why:
-            run = PassManager(passes, verify="none")(model.clone())
+            run = PassManager(passes, verify="none", assumptions=assumed)(model.clone())
             data["why"] = [{"pass": name, **dataclasses.asdict(site)} for name, site in run.left()]
     return data
 

@@ -29,6 +29,12 @@ class InputDataError(GraphoptError):
     exit_code = 4
 
 
+class AssumptionError(GraphoptError):
+    """Inputs lie outside of what an optimized model takes for granted; see `graphopt.graph.assumptions`."""
+
+    exit_code = 4
+
+
 class VerificationError(GraphoptError):
     """Two models that should be equal are not, or one of them doesn't run."""
 

@@ -15,6 +15,7 @@ from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.analysis.shapes.facts import KEPT_KEY, MADE_KEY
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import GraphoptError, UsageError
+from graphopt.graph.assumptions import NOTHING, Assumptions, carried
 from graphopt.graph.edits import sort
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.run_report import PassRecord, RunReport, Stats
@@ -58,6 +59,7 @@ class PassManager:
         max_rounds: How often the pipeline is run at most; it stops when a round changes nothing.
         calibration: Data for passes that name what they need of it; without it they are refused.
         profile: What was measured of the target, for passes that choose by it; None: their safe defaults.
+        assumptions: What passes may take for granted about inputs, besides what the model already takes for granted.
         progress: Called before each pass.
     """
 
@@ -70,6 +72,7 @@ class PassManager:
         max_rounds: int = 4,
         calibration: TextDataset | None = None,
         profile: Profile | None = None,
+        assumptions: Assumptions = NOTHING,
         progress: Progress | None = None,
     ) -> None:
         if not passes or not all(isinstance(pass_, ir.passes.PassBase) for pass_ in passes):
@@ -87,10 +90,14 @@ class PassManager:
         self._verifier_of = verifier_of if verify != "none" else None
         self._verify = verify
         self._max_rounds = max_rounds
+        self._assumptions = assumptions
         self._progress = progress
 
     def __call__(self, model: ir.Model) -> RunReport:
         """Run the pipeline on `model` in place."""
+        for pass_ in self.passes:
+            if isinstance(pass_, Pass):
+                pass_.assumptions = self._assumptions | carried(model)
         return _Run(self, model).report()
 
 

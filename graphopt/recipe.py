@@ -4,6 +4,9 @@
       - fold-constants
       - raise-gelu
       - simplify-shapes: {max_elements: 64}
+    assume: [no-left-padding]
+
+`assume:` may be left out; see `graphopt.graph.assumptions`.
 
 `--recipe` takes such a file or the name of one that ships in `graphopt/models/recipes/`.
 """
@@ -22,6 +25,7 @@ import onnx_ir as ir
 import yaml
 
 from graphopt.errors import UsageError
+from graphopt.graph.assumptions import NOTHING, Assumptions
 from graphopt.passes import registry
 
 DEFAULT = "exact"
@@ -47,11 +51,13 @@ class Recipe:
         name: The recipe's name, or the file it came from.
         description: The comment that the file opens with.
         steps: The passes in order.
+        assume: What the passes may take for granted about inputs.
     """
 
     name: str
     steps: tuple[Step, ...]
     description: str = ""
+    assume: Assumptions = NOTHING
 
     def passes(self, target: str | None = None) -> list[ir.passes.PassBase]:
         """Make the passes, leaving out those that are for other targets than `target` (None: all).
@@ -66,7 +72,8 @@ class Recipe:
 
     def to_data(self) -> dict[str, Any]:
         """The recipe as YAML would hold it."""
-        return {"passes": [step.to_data() for step in self.steps]}
+        data: dict[str, Any] = {"passes": [step.to_data() for step in self.steps]}
+        return {**data, "assume": list(self.assume.names)} if self.assume else data
 
 
 def shipped() -> dict[str, str]:
@@ -118,11 +125,14 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe | None = No
 def _from_data(data: Any, name: str, description: str) -> Recipe:
     if not isinstance(data, Mapping) or not isinstance(data.get("passes"), list):
         raise UsageError(f"The recipe {name} has no list `passes:`.")
-    if unknown := sorted(set(data) - {"passes"}, key=str):
-        raise UsageError(f"The recipe {name} has the unknown key {unknown[0]!r}; it holds `passes:` only.")
+    if unknown := sorted(set(data) - {"passes", "assume"}, key=str):
+        raise UsageError(f"The recipe {name} has the unknown key {unknown[0]!r}; it holds `passes:` and `assume:`.")
     if not data["passes"]:
         raise UsageError(f"The list `passes:` of the recipe {name} is empty; `graphopt passes` lists what there is.")
-    return Recipe(name, tuple(_steps(data["passes"], name)), description)
+    assume = data.get("assume") or []
+    if not isinstance(assume, list) or not all(isinstance(item, str) for item in assume):
+        raise UsageError(f"`assume:` of the recipe {name} must be a list of names, such as [no-left-padding].")
+    return Recipe(name, tuple(_steps(data["passes"], name)), description, Assumptions.parse(assume))
 
 
 def _steps(items: list[Any], name: str) -> Iterator[Step]:

@@ -120,3 +120,85 @@ def exported(name: str, exporter: str = "dynamo") -> Path:
                 input_names=inputs, output_names=["out"],
             )  # fmt: skip
     return path
+
+
+def cached_feeds(name: str, batch: int = 2, tokens: int = 3, past: int = 4) -> dict[str, np.ndarray]:
+    """Inputs of `exported_cached(name)`; those of `WITHOUT_POSITIONS` take no positions."""
+    rng = np.random.default_rng(0)
+    config = _build(name).config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    made = {
+        "input_ids": rng.integers(3, 100, size=(batch, tokens)),
+        "attention_mask": np.ones((batch, past + tokens), dtype=np.int64),
+    }
+    if name not in WITHOUT_POSITIONS:
+        made["position_ids"] = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens)).copy()
+    for layer in range(config.num_hidden_layers):
+        for part in ("key", "value"):
+            array = rng.normal(size=(batch, heads, past, size)).astype(np.float32)
+            made[f"past_key_values.{layer}.{part}"] = array
+    return made
+
+
+WITHOUT_POSITIONS = ("opt", "gemma")
+"""Decoders that `exported_cached` gives no position_ids: one derives them from the mask, one from the cache."""
+
+
+def cached_model(name: str) -> Any:
+    """The decoder `name` of PyTorch with random weights, the same every time."""
+    import torch
+
+    torch.manual_seed(0)
+    model = _build(name).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.2 + (0.5 if parameter.ndim == 1 else 0.0))
+    model.set_attn_implementation("eager")
+    return model
+
+
+@functools.cache
+def exported_cached(name: str, exporter: str = "dynamo") -> Path:
+    """The decoder `name` with its KV cache: past_key_values.N.key/value in, logits and present.N.key/value out."""
+    import torch
+    import transformers
+
+    model = cached_model(name)
+    arrays = cached_feeds(name)
+    inputs = list(arrays)
+    fixed = [key for key in inputs if not key.startswith("past")]
+    pasts = inputs[len(fixed) :]
+
+    class WithCache(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: Any) -> Any:
+            cache, past = transformers.DynamicCache(), tensors[len(fixed) :]
+            for layer in range(len(past) // 2):
+                cache.update(past[2 * layer], past[2 * layer + 1], layer)
+            given = dict(zip(fixed, tensors[: len(fixed)], strict=True))
+            result = self.model(**given, past_key_values=cache, use_cache=True)
+            present = [t for layer in result.past_key_values.layers for t in (layer.keys, layer.values)]
+            return (result.logits, *present)
+
+    outputs = ["logits", *(key.replace("past_key_values", "present") for key in pasts)]
+    sizes = {key: {0: "batch", 2: "past"} if key in pasts else {0: "batch", 1: "sequence"} for key in inputs}
+    sizes["attention_mask"] = {0: "batch", 1: "total"}
+    arguments = tuple(torch.from_numpy(array) for array in arrays.values())
+    path = _folder() / f"{name}-cached-{exporter}.onnx"
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        if exporter == "dynamo":
+            torch.onnx.export(
+                WithCache().eval(), arguments, path, dynamo=True, dynamic_shapes=(tuple(sizes.values()),),
+                opset_version=20, external_data=False, input_names=inputs, output_names=outputs, verbose=False,
+            )  # fmt: skip
+        else:
+            axes = sizes | {key: {0: "batch", 2: "total"} for key in outputs[1:]} | {"logits": sizes["input_ids"]}
+            torch.onnx.export(
+                WithCache().eval(), arguments, path, dynamo=False, opset_version=17, dynamic_axes=axes,
+                input_names=inputs, output_names=outputs,
+            )  # fmt: skip
+    return path

@@ -231,7 +231,7 @@ class Contraction:
         return tuple(a[axis] for axis in self.left), tuple(b[axis] for axis in self.right)
 
     def result(self, a: Axes, b: Axes, first: int = 0) -> Axes:
-        """The axes of the result for operands in rows; the batch axes are those of operand `first` where it has them."""
+        """The axes of the result for operands in rows; batch axes are those of operand `first` where it has them."""
         rank = len(self.out)
         a, b = ((),) * (rank - len(a)) + a, ((),) * (rank - len(b)) + b
         batch, other = (a[:-2], b[:-2]) if first == 0 else (b[:-2], a[:-2])

@@ -54,10 +54,25 @@ def load_text(path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | 
     if tokenizer is None:
         raise UsageError("Calibration text needs a tokenizer; give the folder of the model's tokenizer.json.")
     text = _read(Path(path))
-    encoded = _tokenizer(Path(tokenizer)).encode(text, add_special_tokens=False).ids
+    encoded = tokenize(text, tokenizer)
     if len(encoded) < window:
         raise InputDataError(f"{path} holds {len(encoded)} tokens; calibration needs at least {window}.")
-    return TextDataset(np.asarray(encoded, dtype=np.int64), window)
+    return TextDataset(encoded, window)
+
+
+def tokenize(text: str, tokenizer: str | os.PathLike[str]) -> npt.NDArray[np.int64]:
+    """The token ids of a text, without special tokens.
+
+    Args:
+        text: The text.
+        tokenizer: A folder with a `tokenizer.json`, or that file.
+
+    Raises:
+        UsageError: The package that reads tokenizers is missing.
+        InputDataError: The tokenizer can't be read.
+    """
+    ids = _tokenizer(Path(tokenizer)).encode(text, add_special_tokens=False).ids
+    return np.asarray(ids, dtype=np.int64)
 
 
 def _read(path: Path) -> str:

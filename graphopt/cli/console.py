@@ -33,6 +33,24 @@ def inputs_option(instead: bool) -> Callable[[F], F]:
     return click.option("--inputs", type=MODEL, metavar="FILE.npz", help=help_text)
 
 
+class AssumeOption(click.Option):
+    """`--assume`, whose help names every assumption that exists; it is looked up when help is asked for."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """See the class."""
+        from graphopt.graph.assumptions import KINDS
+
+        kinds = [f"{kind.name}: {kind.meaning}; e.g. {kind.example}." for kind in KINDS.values()]
+        self.help = "\n\n".join([(self.help or "").split("\n")[0], *kinds])
+        return super().get_help_record(ctx)
+
+
+def assume_option(purpose: str) -> Callable[[F], F]:
+    """`--assume`, which may be given several times."""
+    help_text = f"{purpose} May be given several times:"
+    return click.option("--assume", cls=AssumeOption, multiple=True, metavar="NAME", help=help_text)
+
+
 def out(wide: bool = False) -> Console:
     """The console for results; `wide` for lists, which are as wide as they need where no terminal shows them."""
     console = Console(highlight=False)

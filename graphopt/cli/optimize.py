@@ -10,6 +10,7 @@ import click
 from graphopt.cli.console import (
     MODEL,
     OUTPUT,
+    assume_option,
     inputs_option,
     json_option,
     out,
@@ -33,6 +34,7 @@ Examples:
   graphopt optimize model.onnx -o fast/model.onnx --report report.html --bench
   graphopt optimize model.onnx --recipe clean --verify phase
   graphopt optimize model.onnx --inputs real.npz --json > report.json
+  graphopt optimize decoder.onnx --assume no-left-padding --assume max-length=2048
 
 \b
 Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing to compare on;
@@ -52,12 +54,15 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
 @click.option(
     "--profile", metavar="FILE|none", help="Target profile to lower by  [default: this machine's, if it was measured]"
 )
+@assume_option("Take for granted that inputs suit this; what a pass relies on is noted in the result.")
 @seed_option
 @click.option("--external-data/--inline", "external_data", default=None,
               help="Weights beside the model or in it  [default: as the input]")  # fmt: skip
 @click.option("--shard-size", metavar="SIZE", help="Split external data into files of at most this size, e.g. 2GB.")
 @click.option("--report", "report_path", type=OUTPUT, metavar="FILE.html", help="Write a self-contained HTML report.")
 @click.option("--bench", is_flag=True, help="Time the result against the original.")
+@click.option("--rename-kv-cache", "rename_kv", is_flag=True,
+              help="Name a decoder's inputs and outputs by convention: past_key_values.0.key, ...")  # fmt: skip
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @json_option
 def command(
@@ -71,11 +76,13 @@ def command(
     calibration: Path | None,
     tokenizer: Path | None,
     profile: str | None,
+    assume: tuple[str, ...],
     seed: int,
     external_data: bool | None,
     shard_size: str | None,
     report_path: Path | None,
     bench: bool,
+    rename_kv: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -90,6 +97,8 @@ def command(
         raise UsageError("Give either --in-place or an output, not both.")
     if in_place and bench:
         raise UsageError("--bench needs the original, which --in-place replaces; give an output, then compare.")
+    if bench and rename_kv:
+        raise UsageError("--bench feeds both models by name; after --rename-kv-cache use graphopt bench --generate.")
     if shard_size is not None and external_data is False:
         raise UsageError("--shard-size splits external data; give either it or --inline.")
     # In place means the file itself, also where a link leads to it.
@@ -117,6 +126,8 @@ def command(
             inputs=inputs,
             calibration=data_set,
             profile=chosen_profile(profile, target),
+            assume=assume,
+            rename_kv=rename_kv,
             seed=seed,
             progress=bar,
         )
@@ -139,6 +150,9 @@ def command(
         given["--profile"] = used
     given |= {"--shard-size": shard_size}
     result.report.arguments = [str(part) for pair in given.items() if pair[1] is not None for part in pair]
+    result.report.arguments += [part for name in assume for part in ("--assume", name)]
+    if rename_kv:
+        result.report.arguments.append("--rename-kv-cache")
     if external_data is not None:
         result.report.arguments.append("--external-data" if external_data else "--inline")
     data = result.report.to_dict()

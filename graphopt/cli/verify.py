@@ -25,7 +25,8 @@ Exit codes: 0 equal within the tolerances; 5 different, or not comparable."""
 @seed_option
 @json_option
 def command(reference: Path, candidate: Path, inputs: Path | None, seed: int, as_json: bool) -> None:
-    """Run REFERENCE and CANDIDATE on probe inputs, with and without ONNX Runtime's optimizations, and compare."""
+    """Run REFERENCE and CANDIDATE on probe inputs, with and without ONNX Runtime's optimizations, and compare them
+    where what they take for granted about inputs holds."""
     from graphopt.api import verify
     from graphopt.report.terminal import print_verdict
 

@@ -6,12 +6,14 @@ import abc
 import dataclasses
 import enum
 import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
 from graphopt.analysis.profile import Profile, preferred
 from graphopt.calibration.text import TextDataset
+from graphopt.graph.assumptions import NOTHING, Assumptions, Reliance, note
 from graphopt.graph.edits import Editor, walk
 from graphopt.graph.session_settings import request
 
@@ -70,6 +72,8 @@ class Pass(ir.passes.InPlacePass):
     """Set by the pass manager on passes that name `needs`."""
     profile: Profile | None = None
     """Set by the pass manager: what was measured of the target; None: nothing, and the safe defaults hold."""
+    assumptions: Assumptions = NOTHING
+    """Set by the pass manager: what may be taken for granted about inputs; see `rely_on`."""
 
     def __init__(self) -> None:
         self.sites: list[Site] = []
@@ -108,6 +112,24 @@ class Pass(ir.passes.InPlacePass):
         """Note in `model` that sessions should be made with a setting that the graph itself can't hold; returns
         whether that is new. See `graphopt.graph.session_settings.request`."""
         return request(model, setting, value, reason)
+
+    def rely_on(self, model: ir.Model, assumption: str, inputs: Mapping[str, str], reason: str) -> bool:
+        """Note in `model` that a rewrite is right only where an assumption holds, which must be one that
+        `self.assumptions.holds`; returns whether that is new. The result is judged on what is left of the domain, and
+        `graphopt.session` refuses other inputs.
+
+        Args:
+            model: The model.
+            assumption: Its name (see `graphopt.graph.assumptions`): the weakest that is enough.
+            inputs: Names of the model's inputs by role: "mask", "ids", "past".
+            reason: What needs it, as a phrase for the report.
+
+        Raises:
+            ValueError: It isn't assumed, or `inputs` don't show whether it holds.
+        """
+        if not self.assumptions.holds(assumption):
+            raise ValueError(f"the pass relies on {assumption}, which wasn't assumed")
+        return note(model, Reliance(assumption, dict(inputs), reason, self.name))
 
     @classmethod
     def options(cls) -> dict[str, inspect.Parameter]:

@@ -27,6 +27,7 @@ def render_html(report: Data) -> str:
     """
     sections = [
         ("sizes", "Before and after", _sizes(report)),
+        ("valid", "Valid only for", _conditions(report)),
         ("speed", "Speed", _timing(report.get("timing"))),
         ("verification", "Verification", _verification(report)),
         ("passes", "Passes", _passes(report)),
@@ -90,6 +91,28 @@ def _sizes(report: Data) -> str:
         + note
         + f"<p>{text(', '.join(took))}.</p>"
     )
+
+
+def _conditions(report: Data) -> str:
+    rows = [
+        [
+            label(c.assumption, code=True),
+            label(c.meaning),
+            label(", ".join(c.inputs), code=True),
+            label("; ".join(c.reasons)),
+        ]
+        for c in summary.valid_only_for(report)
+    ]
+    unneeded = summary.not_needed(report)
+    note = f'<p class="soft">{text(unneeded)}</p>' if unneeded else ""
+    if not rows:
+        return f"<p>The result takes every input that the original takes.</p>{note}" if note else ""
+    top = (
+        "<p>The result is right where these hold, and was compared there only. <code>graphopt.session</code> refuses "
+        "other inputs; to run such, optimize the model again without assuming it.</p>"
+    )
+    headers = ["assumption", "holds where", "inputs that show it", "needed by"]
+    return top + table("What the result takes for granted", headers, rows, sortable=False) + note
 
 
 def _timing(timing: Data | None) -> str:

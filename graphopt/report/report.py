@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import graphopt
+from graphopt.graph.assumptions import NOTHING, Assumptions, Reliance, listed, unneeded
 from graphopt.recipe import Recipe
 from graphopt.run_report import PassRecord, RunReport
 
@@ -33,6 +34,9 @@ class Report:
         timing: Result of a benchmark against the original, where one was run.
         arguments: Further command line arguments that the output depends on.
         profile: Which target profile the passes followed: its id, date and description; None: the safe defaults.
+        assumed: What the passes could take for granted about inputs.
+        relied: What the result does take for granted.
+        renamed: Inputs and outputs that got other names, name before to name now.
     """
 
     source: dict[str, Any]
@@ -48,6 +52,9 @@ class Report:
     timing: dict[str, Any] | None = None
     arguments: list[str] = dataclasses.field(default_factory=list)
     profile: dict[str, str] | None = None
+    assumed: Assumptions = NOTHING
+    relied: list[Reliance] = dataclasses.field(default_factory=list)
+    renamed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -71,6 +78,11 @@ class Report:
             "target": self.target,
             "profile": self.profile or "defaults",
             "seed": self.seed,
+            "assumptions": {
+                "given": list(self.assumed.names),
+                "relied": listed(self.relied),
+                "unneeded": unneeded(self.assumed, self.relied),
+            },
             "recipe": {"name": self.recipe.name, **self.recipe.to_data()},
             "ok": self.ok,
             "before": dataclasses.asdict(self.run.before),
@@ -85,6 +97,7 @@ class Report:
             "skipped_probes": self.skipped_probes,
             "session_settings": [{"setting": s, "value": v, "reason": r} for s, v, r in self.session_settings],
             "timing": self.timing,
+            "renamed": self.renamed,
             "arguments": self.arguments,
         }
 

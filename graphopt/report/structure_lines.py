@@ -21,10 +21,18 @@ _PLACEMENTS = {
     "none": "not normalised",
 }
 
+_ROLES = {
+    "token_ids": "tokens",
+    "attention_mask": "mask",
+    "position_ids": "positions",
+    "use_cache": "flag",
+    "logits": "logits",
+}
+
 
 def structure_lines(data: Data) -> list[str]:
     """What `graphopt.inspect` found, as lines of text."""
-    return [*_streams(data), *_sites(data)]
+    return [*_streams(data), *_sites(data), *_cache(data)]
 
 
 def _streams(data: Data) -> list[str]:
@@ -66,6 +74,25 @@ def _sites(data: Data) -> list[str]:
     if norms := data.get("elementwise_norms"):
         lines.append(f"norms without a reduction: {_counts(norms)}")
     return lines
+
+
+def _cache(data: Data) -> list[str]:
+    """The key/value cache of a decoder, on one line."""
+    cache = data.get("kv_cache")
+    if not cache:
+        return []
+    heads = f"{cache['heads'] or '?'} KV heads of {cache['head_size'] or '?'}"
+    kind = [cache["layout"] or "several layouts", cache["dtype"] or "several types", f"by {_words(cache['operators'])}"]
+    kind.append("past and present may share one buffer" if cache["shared_buffer"] else "growing")
+    roles = ", ".join(f"{words} {cache[key]!r}" for key, words in _ROLES.items() if cache[key])
+    line = f"KV cache: {units.plural(cache['layers'], 'layer')} of {heads} ({', '.join(kind)}); {roles}"
+    cross = len(cache["cross"])
+    encoder = [f"and {units.plural(cross, 'input')} of keys and values of another sequence"] if cross else []
+    return [" ".join([line, *encoder]), *(f"KV cache: {problem}" for problem in cache["problems"][:TOP_ROWS])]
+
+
+def _words(names: list[str]) -> str:
+    return " and ".join(names)
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -128,6 +128,8 @@ def headline(report: Data) -> str:
         parts.append(measured.verdict_sentence(verdict))
     elif modified(report):
         parts.append("not verified")
+    if limits := valid_only_for(report):
+        parts.append(f"valid only for {', '.join(c.assumption for c in limits)}")
     taken_back = [e for e in effects(report) if e.status == "rolled back"]
     if taken_back:
         parts.append(f"{units.plural(len(taken_back), 'pass', 'passes')} rolled back")
@@ -185,8 +187,62 @@ def recipe_yaml(report: Data) -> str:
     """The full recipe as YAML."""
     import yaml
 
-    steps = (report.get("recipe") or {}).get("passes") or []
-    return str(yaml.safe_dump({"passes": list(steps)}, sort_keys=False, allow_unicode=True, width=100))
+    recipe = report.get("recipe") or {}
+    data = {"passes": list(recipe.get("passes") or [])}
+    if assume := recipe.get("assume"):
+        data["assume"] = list(assume)
+    return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100))
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """One assumption that a result is valid only for.
+
+    Attributes:
+        assumption: Its name.
+        meaning: Where it holds, as a clause.
+        reasons: Why each pass needs it, as "pass: reason".
+        inputs: The inputs that show whether it holds.
+    """
+
+    assumption: str
+    meaning: str
+    reasons: tuple[str, ...]
+    inputs: tuple[str, ...]
+
+    @property
+    def sentence(self) -> str:
+        """All of it in words."""
+        shown = f" (input {', '.join(map(repr, self.inputs))})" if self.inputs else ""
+        needed = f"; needed by {'; '.join(self.reasons)}" if self.reasons else ""
+        return f"{self.assumption}: {self.meaning}{shown}{needed}"
+
+
+def conditions(entries: Sequence[Data]) -> list[Condition]:
+    """What a result is valid only for, each assumption once."""
+    groups: dict[str, list[Data]] = defaultdict(list)
+    for entry in entries:
+        groups[str(entry.get("assumption") or "?")].append(entry)
+    return [
+        Condition(
+            assumption,
+            str(members[0].get("meaning") or ""),
+            tuple(dict.fromkeys(f"{m.get('pass') or '?'}: {m.get('reason') or 'no reason given'}" for m in members)),
+            tuple(dict.fromkeys(str(n) for m in members for n in (m.get("inputs") or {}).values())),
+        )
+        for assumption, members in groups.items()
+    ]
+
+
+def valid_only_for(report: Data) -> list[Condition]:
+    """What the result of a run is valid only for."""
+    return conditions((report.get("assumptions") or {}).get("relied") or [])
+
+
+def not_needed(report: Data) -> str:
+    """The assumptions that no pass relied on, in a sentence; "" where there are none."""
+    names = [str(n) for n in (report.get("assumptions") or {}).get("unneeded") or []]
+    return f"Given but not needed: {', '.join(names)}." if names else ""
 
 
 def followed(report: Data) -> str:
@@ -250,6 +306,8 @@ def checks(report: Data) -> list[tuple[str, str]]:
         found.append(("bad", "Verification failed"))
     elif modified(report):
         found.append(("warn", "Not verified"))
+    if limits := valid_only_for(report):
+        found.append(("warn", f"Valid only for {', '.join(c.assumption for c in limits)}"))
     taken_back = {e.name for e in effects(report) if e.status == "rolled back"}
     for name in sorted(taken_back):
         found.append(("bad", f"{name} rolled back"))

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from graphopt.report import measured, summary, units
 from graphopt.report.structure_lines import structure_lines
-from graphopt.report.summary import Effect, LeftGroup
+from graphopt.report.summary import Condition, Effect, LeftGroup
 
 Data = Mapping[str, Any]
 
@@ -39,6 +39,9 @@ def print_report(report: Data, console: Console) -> None:
         [[row.label, row.before, row.after, row.change] for row in summary.sizes(report)],
         right=(1, 2, 3),
     )
+    _print_conditions(summary.valid_only_for(report), printer)
+    if sentence := summary.not_needed(report):
+        printer.line(sentence)
     _print_passes(report, printer)
     _print_verification(report, printer)
     if report.get("timing"):
@@ -46,6 +49,10 @@ def print_report(report: Data, console: Console) -> None:
         _print_timing_body(report["timing"], printer)
     _print_left(summary.left_groups(report), printer)
     _print_settings(report, printer)
+    if renamed := report.get("renamed"):
+        printer.heading(f"Renamed: {units.plural(len(renamed), 'input or output', 'inputs and outputs')}")
+        shown = [f"{before} → {now}" for before, now in list(renamed.items())[:3]]
+        printer.line(", ".join(shown) + (", ... (--json has all)" if len(renamed) > len(shown) else ""))
     printer.line()
     took = f"Passes {units.seconds(report.get('seconds'))}"
     if report.get("verification"):
@@ -76,6 +83,7 @@ def print_inspection(data: Data, console: Console) -> None:
     printer.line(
         f"{units.count(data.get('nodes'))} nodes, {weights}, {units.count(data.get('flops'))} FLOPs{_bound(data)}"
     )
+    _print_conditions(summary.conditions(data.get("assumptions") or []), printer)
     for title, key in (("Inputs", "inputs"), ("Inputs with a default", "overridable"), ("Outputs", "outputs")):
         values = data.get(key) or []
         if values:
@@ -140,7 +148,40 @@ def print_timing(data: Data, console: Console) -> None:
     _print_timing_body(data, _Printer(console))
 
 
+def print_generation(data: Data, console: Console) -> None:
+    """Print what `graphopt bench --generate` measured."""
+    printer = _Printer(console)
+    rows = []
+    names = [row.label for row in measured.timing_rows(data)]
+    for index, timing in enumerate([*data["models"], data["control"]]):
+        row = [names[index], str(timing["cache"])]
+        for phase in ("prefill", "decode"):
+            ratio = timing[f"{phase}_ratio"]
+            spread = f"{units.ratio(ratio['median'])} ± {ratio['uncertainty']:.2f}" if index else units.ratio(1.0)
+            row += [f"{timing[f'{phase}_tokens_s']:,.1f}", spread, units.ratio(timing[f"{phase}_cpu_ratio"]["median"])]
+        rows.append(row)
+    headers = ["model", "cache", "prefill tokens/s", "time", "CPU", "decode tokens/s", "time", "CPU"]
+    printer.table(headers, rows, right=(2, 3, 4, 5, 6, 7))
+    batch, threads = units.plural(data["batch"], "row"), data["threads"] or "all"
+    printer.line(
+        f"{batch} of {data['prompt_tokens']} prompt tokens and {data['new_tokens']} new ones, {data['runs']} rounds, "
+        f"threads: {threads}; time and CPU are ratios to the first model, below 1 is faster; the control is the first "
+        "model again.",
+        style="dim",
+    )
+    for name, found in zip(names, data.get("perplexity") or [], strict=False):
+        windows = f"{units.plural(found['windows'], 'window')} of {found['window']} tokens"
+        printer.line(f"{name}: perplexity {found['value']:.4f} over {found['tokens']:,} tokens in {windows}")
+
+
 # ---- parts
+
+
+def _print_conditions(conditions: Sequence[Condition], printer: _Printer) -> None:
+    if conditions:
+        printer.heading("Valid only for (graphopt.session checks it)")
+        for condition in conditions:
+            printer.bullet(condition.sentence)
 
 
 def _print_passes(report: Data, printer: _Printer) -> None:

@@ -1,4 +1,4 @@
-"""An ONNX Runtime session with everything that a model asks for."""
+"""An ONNX Runtime session with everything that a model asks for, which refuses inputs that it isn't right for."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import ModelError, UsageError, first_line
+from graphopt.graph.assumptions import Reliance
+from graphopt.graph.assumptions import read as read_assumptions
 from graphopt.graph.load import load
-from graphopt.graph.session_settings import SessionSettings, read
+from graphopt.graph.session_settings import SessionSettings
+from graphopt.graph.session_settings import read as read_settings
+from graphopt.runtime_ops.checked import checked_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -21,9 +25,13 @@ def requested_settings(path: str | os.PathLike[str]) -> SessionSettings:
     Raises:
         ModelError: Not a model, or metadata that isn't what graphopt writes.
     """
+    return _metadata(path)[0]
+
+
+def _metadata(path: str | os.PathLike[str]) -> tuple[SessionSettings, list[Reliance]]:
     model = load(path)
     try:
-        return read(model)
+        return read_settings(model), read_assumptions(model)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
 
@@ -32,13 +40,19 @@ def session(
     path: str | os.PathLike[str],
     sess_options: onnxruntime.SessionOptions | None = None,
     providers: Sequence[Any] | None = None,
+    *,
+    check: bool = True,
 ) -> onnxruntime.InferenceSession:
     """An `onnxruntime.InferenceSession` for a model, with the settings that the model's metadata asks for.
+
+    Where the model is right for some inputs only (`graphopt.graph.assumptions`), running it on others raises
+    `graphopt.errors.AssumptionError`; see `graphopt.runtime_ops.checked` for what is seen of bound inputs.
 
     Args:
         path: The .onnx file.
         sess_options: Options of your own; entries that you set stay as you set them.
         providers: Execution providers; None: CUDA where it is installed, then the CPU.
+        check: Whether inputs are checked.
 
     Raises:
         ModelError: ONNX Runtime can't load the model.
@@ -48,7 +62,7 @@ def session(
         import onnxruntime
     except ImportError as error:
         raise UsageError("ONNX Runtime is missing; install graphopt[cpu] or graphopt[gpu].") from error
-    settings = requested_settings(path)
+    settings, relied = _metadata(path)
     options = sess_options if sess_options is not None else onnxruntime.SessionOptions()
     for key, value in settings.config.items():
         try:
@@ -59,7 +73,8 @@ def session(
         available = onnxruntime.get_available_providers()
         providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
     try:
-        return onnxruntime.InferenceSession(
+        made = checked_session(relied) if check and relied else onnxruntime.InferenceSession
+        return made(
             str(Path(path)),
             options,
             providers=list(providers),

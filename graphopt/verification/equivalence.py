@@ -10,8 +10,10 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.errors import VerificationError
+from graphopt.graph.assumptions import carried
+from graphopt.graph.kv_names import original_names, restore_names
 from graphopt.graph.load import load
-from graphopt.verification.probes import load_probes
+from graphopt.verification.probes import load_probes, make_probes
 from graphopt.verification.verifier import Verdict, Verifier
 
 
@@ -24,7 +26,7 @@ def verify(
     bitwise: bool = False,
     threads: int | None = None,
 ) -> Verdict:
-    """Compare two models.
+    """Compare two models, where what they take for granted (`graphopt.graph.assumptions`) holds.
 
     Args:
         path_a: The original, or its file; its signature gives the probes.
@@ -40,6 +42,12 @@ def verify(
         InputDataError: `inputs` doesn't fit the model.
     """
     a, b = (m if isinstance(m, ir.Model) else load(m) for m in (path_a, path_b))
+    # A decoder that was given other names is still compared with what it was made from.
+    if _ends(a) != _ends(b):
+        if original_names(a):
+            path_a = a = _with_names_of_before(a)
+        if original_names(b):
+            path_b = b = _with_names_of_before(b)
     for kind, ours, theirs in (("input", a.graph.inputs, b.graph.inputs), ("output", a.graph.outputs, b.graph.outputs)):
         first, second = {v.name: v for v in ours}, {v.name: v for v in theirs}
         for name in [*first, *second]:
@@ -54,11 +62,23 @@ def verify(
                     f"The models can't be compared: {kind} {name!r} is {first[name].type} in {_label(path_a)} "
                     f"and {second[name].type} in {_label(path_b)}."
                 )
-    verifier = Verifier(path_a, load_probes(inputs, a) if inputs is not None else None, seed=seed, threads=threads)
+    known = carried(a) | carried(b)
+    probes = load_probes(inputs, a) if inputs is not None else make_probes(a, seed, assumptions=known)
+    verifier = Verifier(path_a, probes, seed=seed, threads=threads)
     try:
         return verifier.check(path_b, bitwise)
     finally:
         verifier.close()
+
+
+def _ends(model: ir.Model) -> set[str | None]:
+    return {v.name for v in (*model.graph.inputs, *model.graph.outputs)}
+
+
+def _with_names_of_before(model: ir.Model) -> ir.Model:
+    copy = model.clone()
+    restore_names(copy)
+    return copy
 
 
 def _label(model: ir.Model | str | os.PathLike[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 import zipfile
 import zlib
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.errors import InputDataError
+from graphopt.graph.assumptions import NOTHING, Assumptions
 from graphopt.verification.signature import Input, Signature, signature
 
 Array = npt.NDArray[Any]
@@ -30,6 +32,7 @@ class Recipe:
         content: "noise" (normal, mean 0, variance 1) or "zeros" (silence) for floats.
         padding: The side on which masks are 0 in all rows but the first.
         values: Numbers of scalar inputs.
+        shift: How much later the positions of each row start than those of the row before, and of the first than usual.
         seed: Seed of the random numbers.
     """
 
@@ -37,6 +40,7 @@ class Recipe:
     content: Literal["noise", "zeros"] = "noise"
     padding: Literal["none", "left", "right"] = "none"
     values: dict[str, float] = dataclasses.field(default_factory=dict)
+    shift: int = 0
     seed: int = 0
 
 
@@ -62,20 +66,24 @@ def make_probes(
     seed: int = 0,
     sizes: tuple[int, int] = (8, 13),
     batches: tuple[int, int] = (1, 3),
+    assumptions: Assumptions = NOTHING,
 ) -> list[Probe]:
     """Make probes from the model's own signature.
 
     Every dynamic dimension gets two sizes. Integers stay inside the range that the graph implies
     (`graphopt.verification.input_ranges`); scalars that are compared with constants get these and one other number;
-    masks are full, padded on the left and padded on the right, never all zero in a row; positions count up; floats
-    are normal noise, and zeros in a probe of its own. A decoder with a key/value cache is probed in prefill (empty
-    cache), decode (one new token) and chunked prefill (several new tokens after a filled cache).
+    masks are full, padded on the left and padded on the right, never all zero in a row; positions count the tokens
+    before them that the mask has, and start elsewhere in one probe of a decoder; floats are normal noise, and zeros in
+    a probe of its own. A decoder with a key/value cache is probed in prefill (empty cache), decode (one new token) and
+    chunked prefill (several new tokens after a filled cache), with batches and padding in each of them.
 
     Args:
         model: The model.
         seed: Seed of all random numbers; the same seed gives the same probes.
         sizes: The two sizes of sequences and other dynamic dimensions; images take multiples of 32 instead.
         batches: The two batch sizes.
+        assumptions: What a result may take for granted. Probes outside of that are made all the same, for what doesn't
+            need it, but for a `max-length`, which no probe exceeds, and which one probe reaches.
 
     Raises:
         VerificationError: An input is no tensor, so that graphopt can't make values for it.
@@ -83,7 +91,7 @@ def make_probes(
     shape = signature(model)
     return [
         Probe(name, make_feeds(shape, recipe), describe(shape, recipe), recipe)
-        for name, recipe in _plans(shape, seed, sizes, batches)
+        for name, recipe in _plans(shape, seed, sizes, batches, assumptions)
     ]
 
 
@@ -167,30 +175,59 @@ def _list(names: Any) -> str:
 # ---- which probes a model gets
 
 
+LONGEST_BYTES = 32 << 20
+"""A cache of the longest length that is assumed is probed where it takes at most this many bytes."""
+
+
 def _plans(
-    shape: Signature, seed: int, sizes: tuple[int, int], batches: tuple[int, int]
+    shape: Signature, seed: int, sizes: tuple[int, int], batches: tuple[int, int], assumptions: Assumptions
 ) -> Iterator[tuple[str, Recipe]]:
     choices = {i.name: _choices(i) for i in shape.with_role("scalar") if len(_choices(i)) > 1}
     base = {name: values[0] for name, values in choices.items()}
     masked = bool(shape.with_role("mask")) or any(_padding_token(i) is not None for i in shape.inputs)
     number = itertools.count(seed * 1000)
+    longest = assumptions.max_length
+    # Every length stays within what is assumed; `least` is how much of it is left for what is new.
+    small, large = sizes if longest is None else (min(sizes[0], longest), min(sizes[1], longest))
+
+    def within(past: int, least: int) -> int:
+        return past if longest is None else max(0, min(past, longest - least))
 
     def plan(size: int, batch: int, **options: Any) -> Recipe:
         fixed: dict[str, int] = {k: options.pop(k) for k in ("past", "sequence") if k in options}
-        result = _sizes(shape, sizes, size, batches[batch])
+        result = _sizes(shape, (small, large), size, batches[batch])
         for variable, kind in shape.variables.items():
             result[variable] = fixed.get(kind, result[variable])
         return Recipe(result, values={**base, **options.pop("values", {})}, seed=next(number), **options)
 
     if shape.decodes:
+        one = {"past": within(small, 1), "sequence": 1}
+        some = {"past": within(small - 1, 4), "sequence": min(4, large)}
         yield "prefill", plan(0, 0, past=0)
         yield "prefill, batch", plan(1, 1, past=0)
+        if shape.with_role("position"):
+            # An input of its own, which need not count from the cache.
+            alone = assumptions.holds("batch=1")
+            yield "prefill, other positions", plan(0, 0 if alone else 1, past=0, sequence=min(4, large), shift=2)
         if masked:
             yield "prefill, left padding", plan(0, 1, past=0, padding="left")
-            yield "prefill, right padding", plan(1, 1, past=0, padding="right")
-        yield "decode", plan(0, 0, past=sizes[1], sequence=1)
-        yield "decode, batch", plan(0, 1, past=sizes[0], sequence=1, padding="left" if masked else "none")
-        yield "chunk", plan(0, 0, past=sizes[0] - 1, sequence=4)
+            yield "prefill, right padding", plan(0, 1, past=0, padding="right")
+        yield "decode", plan(0, 0, past=within(large, 1), sequence=1)
+        yield "decode, batch", plan(0, 1, **one)
+        if masked:
+            yield "decode, left padding", plan(0, 1, **one, padding="left")
+        yield "chunk", plan(0, 0, **some)
+        if masked:
+            yield "chunk, left padding", plan(0, 1, **some, padding="left")
+            yield "chunk, right padding", plan(0, 1, **some, padding="right")
+        # Where padding is probed in chunks, a batch of them without it has nothing new to show but to who assumes that.
+        if not masked or assumptions.holds("no-padding"):
+            yield "chunk, batch", plan(0, 1, **some)
+        if longest is not None and longest > large + 1:
+            recipe = plan(0, 0, past=longest - 1, sequence=1)
+            caches = shape.with_role("past")
+            if sum(math.prod(i.shape(recipe.sizes)) * i.dtype.bitwidth // 8 for i in caches) <= LONGEST_BYTES:
+                yield "decode, longest", recipe
     else:
         yield "noise", plan(0, 0)
         yield "batch, noise" if shape.variables else "noise 2", plan(1, 1)
@@ -266,12 +303,11 @@ def _values(shape: Signature, item: Input, recipe: Recipe, random: np.random.Gen
         case "mask":
             if item.dtype.is_floating_point() and len(dims) > 2:
                 return np.zeros(dims, dtype)  # added to scores: nothing masked
-            return _mask(dims, recipe.padding).astype(dtype)
+            return _mask(dims, recipe.padding, _new(shape, recipe)).astype(dtype)
         case "position":
-            start = next((recipe.sizes[v] for v, kind in shape.variables.items() if kind == "past"), 0)
-            count = np.arange(start, start + (dims[-1] if dims else 1))
+            count = _positions(shape, recipe, dims)
             if item.use.limit is not None:
-                count %= item.use.limit
+                count = count % item.use.limit
             return np.broadcast_to(count, dims).astype(dtype)
         case "length":
             longest = max((recipe.sizes[v] for v, kind in shape.variables.items() if kind != "batch"), default=1)
@@ -302,13 +338,36 @@ def _limit(item: Input) -> int:
     return 256 if item.dtype == ir.DataType.UINT8 else 3
 
 
-def _mask(dims: tuple[int, ...], padding: str) -> Array:
+def _new(shape: Signature, recipe: Recipe) -> int | None:
+    """How many tokens a decoder gets besides those in its cache; None where there is no cache."""
+    if not shape.decodes:
+        return None
+    return min((recipe.sizes[v] for v, kind in shape.variables.items() if kind == "sequence"), default=None)
+
+
+def _positions(shape: Signature, recipe: Recipe, dims: tuple[int, ...]) -> Array:
+    """Positions that count on from the cache, or, where rows are padded, the tokens before that the mask has."""
+    new = dims[-1] if dims else 1
+    start = next((recipe.sizes[v] for v, kind in shape.variables.items() if kind == "past"), 0)
+    rows = dims[-2] if len(dims) > 1 else 1
+    masks = [i.shape(recipe.sizes) for i in shape.with_role("mask")]
+    mask = next((m for m in masks if len(m) == 2 and m[0] == rows and m[1] == start + new), None)
+    if recipe.padding != "none" and mask is not None:
+        counted: Array = np.cumsum(_mask(mask, recipe.padding, _new(shape, recipe)), axis=1) - 1
+        return np.maximum(counted, 0)[:, start:]
+    shifts = recipe.shift * np.arange(1, rows + 1)
+    return start + shifts[:, None] + np.arange(new) if len(dims) > 1 else start + recipe.shift + np.arange(new)
+
+
+def _mask(dims: tuple[int, ...], padding: str, new: int | None = None) -> Array:
+    """Ones, with zeros on one side in all rows but the first; on the right among the last `new` only."""
     mask = np.ones(dims, np.int64)
     if padding == "none" or len(dims) < 2 or dims[-1] < 2:
         return mask
     rows, length = dims[0], dims[-1]
+    most = length if padding == "left" or new is None else min(new, length)
     for row in range(rows):
-        padded = length // 3 if rows == 1 else row * length // (rows + 1)
+        padded = most // 3 if rows == 1 else row * most // (rows + 1)
         side = slice(0, padded) if padding == "left" else slice(length - padded, length)
         mask[row, ..., side] = 0
     return mask
@@ -324,6 +383,8 @@ def describe(shape: Signature, recipe: Recipe) -> str:
         words.append("floats zero")
     if recipe.padding != "none":
         words.append(f"{recipe.padding} padding")
+    if recipe.shift:
+        words.append(f"positions of each row {recipe.shift} later")
     words += [f"{name} = {value:g}" for name, value in recipe.values.items()]
     return "; ".join(words)
 

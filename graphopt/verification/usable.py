@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -27,6 +27,9 @@ _CANDIDATES: dict[Kind, tuple[int, ...]] = {
     "free": (32, 64, 576, 512, 288, 256, 1280, 2048, 4096, 16000, 1, 2, 4, 16, 128),
     "past": (0, 1),
 }
+Runs = dict[str, tuple[list[Any], float]]
+"""Outputs and seconds by probe."""
+
 MOST_TRIES = 200
 """How many sizes are tried for a probe before it is given up."""
 MOST_ELEMENTS = 1 << 22
@@ -36,7 +39,10 @@ MOST_SECONDS = 20.0
 
 
 def usable_probes(
-    model: ir.Model, probes: Sequence[Probe], session: onnxruntime.InferenceSession | None = None
+    model: ir.Model,
+    probes: Sequence[Probe],
+    session: onnxruntime.InferenceSession | None = None,
+    runs: Runs | None = None,
 ) -> tuple[list[Probe], list[tuple[Probe, str]]]:
     """Keep the probes on which the model runs, with other sizes where those asked for don't work.
 
@@ -48,6 +54,7 @@ def usable_probes(
         model: The model as it came.
         probes: From `make_probes` or `load_probes`.
         session: A session of `model`, if there is one already.
+        runs: Takes the session's outputs on each probe that works, and the seconds that they took.
 
     Returns:
         The probes that work, and those that don't with ONNX Runtime's reason.
@@ -63,7 +70,7 @@ def usable_probes(
     found: list[tuple[dict[str, int], dict[str, int]]] = []
     deadline = time.monotonic() + MOST_SECONDS
     for probe in probes:
-        reason = _reason(session, probe)
+        reason = _reason(session, probe, runs)
         if reason is None:
             good.append(probe)
             continue
@@ -71,7 +78,7 @@ def usable_probes(
         if probe.recipe is not None:
             # Where nothing at all has worked so far, later probes are less likely to.
             tries = MOST_TRIES if good or not bad else MOST_TRIES // 10
-            other = _search(session, shape, probe, found, deadline, tries)
+            other = _search(session, shape, probe, found, deadline, tries, runs)
         if other is None:
             bad.append((probe, reason))
         else:
@@ -86,12 +93,15 @@ def usable_probes(
     return good, bad
 
 
-def _reason(session: onnxruntime.InferenceSession, probe: Probe) -> str | None:
-    """Why the model doesn't run on a probe, or None where it does."""
+def _reason(session: onnxruntime.InferenceSession, probe: Probe, runs: Runs | None = None) -> str | None:
+    """Why the model doesn't run on a probe, or None where it does, with its outputs in `runs`."""
+    begin = time.perf_counter()
     try:
-        run(session, probe.feeds)
+        outputs = run(session, probe.feeds)
     except Exception as error:
         return first_line(error)
+    if runs is not None:
+        runs[probe.name] = outputs, time.perf_counter() - begin
     return None
 
 
@@ -102,6 +112,7 @@ def _search(
     found: list[tuple[dict[str, int], dict[str, int]]],
     deadline: float,
     tries: int,
+    runs: Runs | None = None,
 ) -> Probe | None:
     """The probe with sizes on which the model runs; they are put down in `found`."""
     assert probe.recipe is not None
@@ -111,7 +122,7 @@ def _search(
         if any(math.prod(i.shape({**probe.recipe.sizes, **sizes})) > MOST_ELEMENTS for i in shape.inputs):
             continue
         other = resized(shape, probe, sizes)
-        if _reason(session, other) is None:
+        if _reason(session, other, runs) is None:
             found.insert(0, (_without_batch(shape, probe.recipe.sizes), _without_batch(shape, sizes)))
             return other
     return None

@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import VerificationError
+from graphopt.errors import ModelError, VerificationError
+from graphopt.graph.assumptions import Reliance, carried
+from graphopt.graph.assumptions import read as read_assumptions
 from graphopt.graph.edits import nodes
 from graphopt.graph.load import load
 from graphopt.verification.compare import TOLERANCES, OutputComparison, Tolerance, compare, finite
+from graphopt.verification.domain import Domain, Layout
 from graphopt.verification.probes import Probe, make_probes
 from graphopt.verification.session import Optimizations, WeightStore, make_session, release_memory, run
 from graphopt.verification.skeleton import first_line
-from graphopt.verification.usable import usable_probes
+from graphopt.verification.usable import Runs, usable_probes
 
 MODES: tuple[Optimizations, ...] = ("none", "all")
 
@@ -128,6 +131,9 @@ class Verifier:
     more (they flip levels of quantized models), up to `SPREAD_FACTOR` times their change is allowed, capped at
     `SPREAD_CAP` of the scale; a note says so.
 
+    A candidate that takes something for granted (`graphopt.graph.assumptions`) is compared where that holds: on the
+    probes that suit it, and without what comes out at padded positions where it leaves that open.
+
     Attributes:
         probes: The probes in use.
         unusable: Probes on which the original itself doesn't run, with ONNX Runtime's reason.
@@ -161,11 +167,13 @@ class Verifier:
         self._outputs = [v.name or "" for v in model.graph.outputs]
         self._inputs = {v.name or "" for v in model.graph.inputs}
         self._coarse = coarsest_type(model)
+        self._layout = Layout.of(model)
+        self._relied = read_assumptions(model)
         self._kept: dict[tuple[Optimizations, str], list[Any]] = {}
         self._random: set[str] = set()
         self.notes: list[str] = []
         self.unusable: list[tuple[Probe, str]] = []
-        self.probes = list(probes) if probes is not None else make_probes(model, seed)
+        self.probes = list(probes if probes is not None else make_probes(model, seed, assumptions=carried(model)))
         self.cost_seconds = 0.0
         errors = [e for mode in reversed(MODES) if (e := self._run_original(model, mode)) is not None]
         if not self._kept:
@@ -184,11 +192,18 @@ class Verifier:
         begin = time.perf_counter()
         checked: list[Checked] = []
         failures: list[str] = []
+        domain = Domain([*self._relied, *_relied(candidate)], self._layout)
+        probes = [probe for probe in self.probes if domain.covers(probe)]
+        if self.probes and not probes:
+            failures.append(
+                f"No probe lies in what the result is valid for ({domain.names}), so nothing shows that it is right; "
+                "give inputs that do with --inputs FILE.npz."
+            )
         for mode in MODES:
-            if not any(m == mode for m, _ in self._kept):
+            if not probes or not any(m == mode for m, _ in self._kept):
                 continue
-            failures += self._check_mode(candidate, mode, bitwise and mode == "none", checked)
-        notes = list(self.notes) + self._tiny(checked)
+            failures += self._check_mode(candidate, mode, bitwise and mode == "none", checked, (domain, probes))
+        notes = [*self.notes, *domain.notes(self.probes), *self._tiny(checked)]
         ok = any(c.output.elements for c in checked) and not failures and all(c.output.ok for c in checked)
         return Verdict(ok, checked, list(dict.fromkeys(failures)), notes, time.perf_counter() - begin)
 
@@ -215,23 +230,27 @@ class Verifier:
         except VerificationError as error:
             return error
         spent = time.perf_counter() - begin
+        runs: Runs = {}
         if not self._kept:
             try:
-                self.probes, self.unusable = usable_probes(model, self.probes, session)
+                self.probes, self.unusable = usable_probes(model, self.probes, session, runs)
             except VerificationError as error:
                 return error
         names = [o.name for o in session.get_outputs()]
         for probe in self.probes:
-            begin = time.perf_counter()
-            try:
-                outputs = dict(zip(names, run(session, probe.feeds), strict=True))
-            except Exception as error:
-                self.notes.append(
-                    f"The original doesn't run on probe {probe.name!r} with ONNX Runtime's optimizations "
-                    f"{mode!r}: {first_line(error)}"
-                )
-                continue
-            spent += time.perf_counter() - begin
+            if probe.name not in runs:
+                begin = time.perf_counter()
+                try:
+                    runs[probe.name] = run(session, probe.feeds), time.perf_counter() - begin
+                except Exception as error:
+                    self.notes.append(
+                        f"The original doesn't run on probe {probe.name!r} with ONNX Runtime's optimizations "
+                        f"{mode!r}: {first_line(error)}"
+                    )
+                    continue
+            found, seconds = runs.pop(probe.name)
+            outputs = dict(zip(names, found, strict=True))
+            spent += seconds
             self._kept[mode, probe.name] = [outputs[name] for name in self._outputs]
             if mode == "none":
                 again = dict(zip(names, run(session, probe.feeds), strict=True))
@@ -293,8 +312,14 @@ class Verifier:
     # ---- candidates
 
     def _check_mode(
-        self, candidate: ir.Model | str | os.PathLike[str], mode: Optimizations, bitwise: bool, checked: list[Checked]
+        self,
+        candidate: ir.Model | str | os.PathLike[str],
+        mode: Optimizations,
+        bitwise: bool,
+        checked: list[Checked],
+        where: tuple[Domain, list[Probe]],
     ) -> Iterator[str]:
+        domain, probes = where
         how = "without" if mode == "none" else "with"
         try:
             session = make_session(candidate, mode, threads=self._threads, store=self._store)
@@ -310,7 +335,7 @@ class Verifier:
             yield f"The result needs an input {extra[0]!r} that the original doesn't have."
             return
         compared = [n for n in self._outputs if n not in self._random]
-        for probe in self.probes:
+        for probe in probes:
             reference = self._kept.get((mode, probe.name))
             if reference is None:
                 continue
@@ -323,10 +348,8 @@ class Verifier:
                 )
                 continue
             expected = dict(zip(self._outputs, reference, strict=True))
-            for part in compare(
-                [expected[n] for n in compared], [outputs[n] for n in compared], compared, bitwise, self._tolerances
-            ):
-                checked.append(Checked(mode, probe.name, part))
+            found = domain.compare(probe, expected, {n: outputs[n] for n in compared}, bitwise, self._tolerances)
+            checked += [Checked(mode, probe.name, part) for part in found]
         del session
         release_memory()
 
@@ -343,6 +366,14 @@ class Verifier:
             for name, (scale, tolerance) in scales.items()
             if scale < 100 * tolerance.floor
         ]
+
+
+def _relied(candidate: ir.Model | str | os.PathLike[str]) -> list[Reliance]:
+    """What a candidate takes for granted."""
+    try:
+        return read_assumptions(candidate if isinstance(candidate, ir.Model) else load(candidate))
+    except ModelError:  # a file that doesn't load is told of by the session
+        return []
 
 
 def coarsest_type(model: ir.Model) -> str | None:

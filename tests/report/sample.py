@@ -176,6 +176,16 @@ def report() -> dict[str, Any]:
         "output": {"path": "minilm/model.opt.onnx", "bytes": 90_864_117, "files": ["model.opt.onnx"]},
         "target": "cpu",
         "seed": 0,
+        "assumptions": {
+            "given": ["no-left-padding", "batch=1"],
+            "relied": [
+                {"assumption": "no-left-padding", "inputs": {"mask": "attention_mask"}, "pass": "group-query-attention",
+                 "reason": "the kernel takes lengths", "meaning": "each row of the attention mask is ones, then zeros"},
+                {"assumption": "no-left-padding", "inputs": {"mask": "attention_mask"}, "pass": f"other {EVIL}",
+                 "reason": EVIL, "meaning": "each row of the attention mask is ones, then zeros"},
+            ],
+            "unneeded": ["batch=1"],
+        },
         "recipe": {"name": "exact", "passes": [p["name"] for p in passes[:6]] + [{"simplify-shapes": {"max_elements": 64}}]},
         "ok": False,
         "before": _stats(302),

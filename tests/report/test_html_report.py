@@ -96,6 +96,9 @@ def test_it_holds_everything() -> None:
         assert operator in words
     assert "Rolled back: last_hidden_state is off by 0.31" in words
     assert "All 24 comparisons" in words
+    assert "Valid only for no-left-padding" in words
+    assert "group-query-attention: the kernel takes lengths" in words
+    assert "Given but not needed: batch=1." in words
     assert "graphopt optimize minilm/model.onnx -o minilm/model.opt.onnx --recipe exact --target cpu --seed 0" in words
     assert "- simplify-shapes: max_elements: 64" in words
     assert 'options.AddConfigEntry("session.qdq_matmulnbits_accuracy_level", "4");' in words

@@ -25,6 +25,7 @@ def test_reasons_that_differ_in_words_are_not() -> None:
 def test_headlines() -> None:
     data = sample.report()
     assert "1 pass rolled back" in summary.headline(data)
+    assert "valid only for no-left-padding" in summary.headline(data)
     assert "not verified" in summary.headline({**data, "verification": None})
     assert "NOT equal" in summary.headline({**data, "verification": sample.failing_verdict()})
     assert "the same numbers on 6 probes" in summary.headline({**data, "verification": sample.verdict(0.0)})
@@ -50,7 +51,11 @@ def test_checks() -> None:
     data = sample.report()
     assert ("bad", "fold-batch-norm rolled back") in summary.checks(data)
     data["passes"] = [p for p in data["passes"] if p["status"] != "rolled back"]
-    assert summary.checks(data) == [("good", "Verified against the original"), ("good", "Every pass that ran is exact")]
+    limited = ("warn", "Valid only for no-left-padding")
+    good = [("good", "Verified against the original"), ("good", "Every pass that ran is exact")]
+    assert summary.checks(data) == [good[0], limited, good[1]]
+    del data["assumptions"]
+    assert summary.checks(data) == good
     data["passes"][1]["guarantee"] = "lossy"
     assert ("warn", "Lossy passes ran: the numbers were meant to change") in summary.checks(data)
 
@@ -71,3 +76,21 @@ def test_settings_as_code() -> None:
     assert 'options.AddConfigEntry("optimization.disable_specified_optimizers", "A;B");' in cpp
     assert "options.SetIntraOpNumThreads(4);" in cpp
     assert "options.SetGraphOptimizationLevel(ORT_ENABLE_BASIC);" in cpp
+
+
+def test_what_a_result_is_valid_only_for() -> None:
+    (found,) = summary.valid_only_for(sample.report())
+    assert found.inputs == ("attention_mask",)
+    assert found.reasons[0] == "group-query-attention: the kernel takes lengths"
+    assert found.sentence.startswith(
+        "no-left-padding: each row of the attention mask is ones, then zeros (input 'attention_mask'); needed by group-"
+    )
+    assert summary.not_needed(sample.report()) == "Given but not needed: batch=1."
+    assert summary.valid_only_for({}) == []
+    assert summary.not_needed({}) == ""
+    assert summary.conditions([{}])[0].sentence == "?: ; needed by ?: no reason given"
+
+
+def test_the_recipe_in_full_has_what_it_assumes() -> None:
+    data = {"recipe": {"passes": ["a"], "assume": ["batch=1"]}}
+    assert summary.recipe_yaml(data) == "passes:\n- a\nassume:\n- batch=1\n"

@@ -35,6 +35,9 @@ def test_the_report_says_what_matters() -> None:
     assert "session.qdq_matmulnbits_accuracy_level = 4" in flat
     assert "Control: the original against itself measures 0.99×" in flat
     assert "1 probe left out" in flat
+    assert "Valid only for (graphopt.session checks it)" in flat
+    assert "no-left-padding: each row of the attention mask is ones, then zeros (input 'attention_mask')" in flat
+    assert "Given but not needed: batch=1." in flat
 
 
 def test_it_fits_80_columns_without_colour() -> None:

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.errors import InputDataError, VerificationError
+from graphopt.graph.assumptions import Assumptions
 from graphopt.verification.input_ranges import integer_uses
 from graphopt.verification.probes import load_probes, make_probes
 from graphopt.verification.signature import Expression, signature
@@ -191,7 +192,7 @@ class TestProbes:
             assert mask.shape[1] == probe.feeds["past_key"].shape[1] + probe.feeds["input_ids"].shape[1]
             assert mask.any(axis=1).all()
         good, bad = usable_probes(decoder(), list(probes.values()))
-        assert len(good) == 7
+        assert len(good) == len(probes) == 10
         assert not bad
 
     def test_image_sizes_are_multiples_of_32_and_differ(self) -> None:
@@ -214,6 +215,63 @@ class TestProbes:
         m.graph.inputs.append(positions)
         chunk = next(p for p in make_probes(m) if p.name == "chunk")
         assert chunk.feeds["position_ids"].tolist() == [[7, 8, 9, 10]]
+
+    def test_a_decoder_is_probed_with_batches_and_padding_at_every_stage(self) -> None:
+        def rows(name: str) -> list[list[int]]:
+            return probes[name].feeds["attention_mask"].tolist()
+
+        probes = {p.name: p for p in make_probes(decoder())}
+        assert [name for name in probes if name.startswith("chunk")] == [
+            "chunk",
+            "chunk, left padding",
+            "chunk, right padding",
+        ]
+        full = [1] * 11
+        assert rows("chunk") == [full]
+        assert rows("chunk, left padding") == [full, [0] * 2 + [1] * 9, [0] * 5 + [1] * 6]
+        # What was in the cache is whole; only of what is new is the end padding.
+        assert rows("chunk, right padding") == [full, [1] * 10 + [0], [1] * 9 + [0] * 2]
+        assert rows("decode, batch") == [[1] * 9] * 3
+        assert rows("decode, left padding")[1:] == [[0] * 2 + [1] * 7, [0] * 4 + [1] * 5]
+        unpadded = make_probes(decoder(), assumptions=Assumptions.parse(["no-padding"]))
+        chunk = next(p for p in unpadded if p.name == "chunk, batch")
+        assert chunk.feeds["attention_mask"].tolist() == [full] * 3
+
+    def test_no_probe_is_longer_than_assumed_and_one_is_as_long(self) -> None:
+        for length in (1, 2, 5, 8, 13, 14, 40):
+            probes = make_probes(decoder(), assumptions=Assumptions.parse([f"max-length={length}"]))
+            totals = [p.feeds["attention_mask"].shape[1] for p in probes]
+            assert max(totals) == length
+            good, bad = usable_probes(decoder(), probes)
+            assert len(good) == len(probes)
+            assert not bad
+        # A cache of gigabytes isn't made for that.
+        probes = make_probes(decoder(), assumptions=Assumptions.parse(["max-length=1000000000"]))
+        assert max(p.feeds["attention_mask"].shape[1] for p in probes) == 14
+        encoded = make_probes(encoder(), assumptions=Assumptions.parse(["max-length=5"]))
+        assert max(p.feeds["input_ids"].shape[1] for p in encoded) == 5
+
+    def test_positions_go_by_the_mask(self) -> None:
+        m = decoder()
+        m.graph.inputs.append(
+            ir.Value(name="position_ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "seq"]))
+        )
+        probes = {p.name: p for p in make_probes(m)}
+
+        def positions(name: str) -> list[list[int]]:
+            return probes[name].feeds["position_ids"].tolist()
+
+        assert positions("chunk, left padding") == [[7, 8, 9, 10], [5, 6, 7, 8], [2, 3, 4, 5]]
+        assert positions("prefill, left padding")[1] == [0, 0, 0, 1, 2, 3, 4, 5]
+        assert positions("decode, left padding") == [[8], [6], [4]]
+        assert positions("decode, batch") == [[8], [8], [8]]
+        assert positions("chunk, right padding")[0] == [7, 8, 9, 10]
+        # Positions are inputs of their own, which need not count from the cache.
+        assert [row[0] for row in positions("prefill, other positions")] == [2, 4, 6]
+        assert "positions of each row 2 later" in probes["prefill, other positions"].description
+        alone = make_probes(m, assumptions=Assumptions.parse(["batch=1"]))
+        assert next(p for p in alone if "other" in p.name).feeds["position_ids"].tolist() == [[2, 3, 4, 5]]
+        assert not any("other" in p.name for p in make_probes(decoder()))
 
     def test_padding_token_that_the_graph_compares_with(self) -> None:
         m = model("""

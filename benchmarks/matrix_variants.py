@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from attention_models import Model
+from matrix_models import Model
 
 
 @dataclasses.dataclass(frozen=True)

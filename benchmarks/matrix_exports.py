@@ -1,6 +1,6 @@
-"""Exports of the tiny models of `attention_models` and `attention_modules`, each with probe inputs and PyTorch's answer.
+"""Exports of the tiny models of `matrix_models` and `matrix_modules`, each with probe inputs and PyTorch's answer.
 
-    python benchmarks/attention_exports.py --folder build/attention-matrix/exports --models llama bert
+    python benchmarks/matrix_exports.py --folder build/attention-matrix/exports --models llama bert
 
 For each model and variant three files are kept: the model, its probes (inputs, and outputs of PyTorch), and a record
 with what was counted or why there is no export. What is there isn't made again.
@@ -18,14 +18,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import attention_modules  # noqa: F401
+import matrix_modules  # noqa: F401
 import numpy as np
 import onnx
 import torch
-from attention_models import MODELS, Model, built, feeds
-from attention_texts import TEXTS
-from attention_truth import count_sites
-from attention_variants import Variant, variants_of
+from matrix_models import MODELS, Model, built, feeds
+from matrix_texts import TEXTS
+from matrix_truth import count_sites
+from matrix_variants import Variant, variants_of
 
 from graphopt.errors import first_line
 from graphopt.export.dependencies import quiet

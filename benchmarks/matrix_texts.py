@@ -1,6 +1,6 @@
 """Attentions as converters write them that aren't run here, spelled by hand after their habits, in ONNX text.
 
-Importing this adds them to `attention_models.MODELS`; their one variant is `text`.
+Importing this adds them to `matrix_models.MODELS`; their one variant is `text`.
 
 - tf2onnx: Einsum or MatMul with explicit Transpose, shapes by Shape/StridedSlice (Cast, Slice, Squeeze) and Concat, dense
   layers as Reshape to two axes, MatMul and Add, masks as (1 - m)·-10000, NCHW never.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx.parser
-from attention_models import WIDTH, add
+from matrix_models import WIDTH, add
 from onnx import numpy_helper
 
 TEXTS: dict[str, tuple[str, int]] = {}

@@ -1,6 +1,6 @@
 """Small torch modules with forms of attention that the transformers library doesn't hold.
 
-Importing this adds them to `attention_models.MODELS`. Width 32, four heads of size 8 where there are heads.
+Importing this adds them to `matrix_models.MODELS`. Width 32, four heads of size 8 where there are heads.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from attention_models import WIDTH, add
+from matrix_models import WIDTH, add
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -1,0 +1,300 @@
+"""The interface of a decoder, read off its graph: tokens, mask, positions, logits, and the key/value cache.
+
+A cache input is one that an attention reads, after what is new was joined to it; its output is where the joined rows
+leave the graph. Both are found by dataflow, past → Concat, TensorScatter or an attention operator (also inside an If) →
+present, so that the names of an exporter don't matter. Names decide only where dataflow leaves two readings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.graph.cache_flow import IN_PLACE, CacheFlow, Join, Part, qualified
+from graphopt.graph.constants import is_constant
+from graphopt.graph.input_roles import InputRoles
+
+_LAYOUTS = {(4, 2): "BHSD", (4, 1): "BSHD", (4, 3): "BHDS", (5, 3): "2BHSD"}
+"""Layout by rank and axis of length: batch, heads, sequence, dimension of a head (stacked: keys and values first)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePair:
+    """One cache tensor of one layer.
+
+    Attributes:
+        layer: Number of the layer, in the order in which the attentions run.
+        part: "key", "value", or "both" in one tensor.
+        past: Name of the input.
+        present: Name of the output that takes its place in the next step; None: the cache stays as it is.
+        axis: Axis of length; None where it can't be told.
+        layout: "BHSD", "BSHD", "BHDS", "2BHSD"; "" for any other.
+        dtype: The element type, as in "FLOAT16".
+        shape: Sizes of the input; names for dynamic ones, None for those without a name.
+        heads: KV heads, None where neither the declared shapes nor the operator tell.
+        head_size: Elements of one head, None where neither the declared shapes nor the operator tell.
+        operator: What joins past and new: "Concat", "GroupQueryAttention", ...; "" where nothing is joined.
+        node: Name of that node.
+        in_place: Whether past and present may be one buffer that is longer than what is in it.
+        grows: Whether the present is longer than the past by what is new.
+        windowed: Whether the present is cut to the last rows of a window.
+        cross: Whether nothing is joined: keys or values of another sequence, such as an encoder's.
+    """
+
+    layer: int
+    part: Part
+    past: str
+    present: str | None
+    axis: int | None
+    layout: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+    heads: int | None
+    head_size: int | None
+    operator: str
+    node: str
+    in_place: bool
+    grows: bool
+    windowed: bool
+    cross: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class KVInterface:
+    """The inputs and outputs of a decoder by what they are; names, or None where there is no such one.
+
+    Attributes:
+        token_ids: Rows of an embedding are gathered with it.
+        attention_mask: 1 for tokens that count, over past and new.
+        position_ids: Position of each token.
+        positions_from_mask: Whether the graph counts positions in the mask.
+        logits: The output over the vocabulary.
+        vocabulary: Rows of the embedding, None where there is no token_ids.
+        use_cache: A flag that chooses between a branch with and one without a past.
+        pairs: The cache, by layer, keys before values; without those of another sequence.
+        cross: Cache inputs of another sequence (an encoder's): read as they are.
+        others: Inputs that are none of these.
+        problems: Why a cache, or a part of it, wasn't understood.
+    """
+
+    token_ids: str | None
+    attention_mask: str | None
+    position_ids: str | None
+    positions_from_mask: bool
+    logits: str | None
+    vocabulary: int | None
+    use_cache: str | None
+    pairs: tuple[CachePair, ...]
+    cross: tuple[CachePair, ...]
+    others: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def layers(self) -> int:
+        """The number of layers with a cache."""
+        return len({pair.layer for pair in self.pairs})
+
+    @property
+    def layout(self) -> str:
+        """The layout that all pairs have, or ""."""
+        return _only(pair.layout for pair in self.pairs) or ""
+
+    @property
+    def shared_buffer(self) -> bool:
+        """Whether past and present of every layer may be one buffer."""
+        return bool(self.pairs) and all(pair.in_place for pair in self.pairs)
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether keys or values come from another sequence."""
+        return bool(self.cross) or any("encoder" in name.lower() for name in self.others)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types, with what the pairs have in common told once."""
+        data = dataclasses.asdict(self)
+        data |= {key: list(data[key]) for key in ("pairs", "cross", "others", "problems")}
+        return data | {
+            "layers": self.layers,
+            "layout": self.layout,
+            "dtype": _only(pair.dtype for pair in self.pairs),
+            "heads": _only(pair.heads for pair in self.pairs),
+            "head_size": _only(pair.head_size for pair in self.pairs),
+            "operators": sorted({pair.operator for pair in self.pairs}),
+            "shared_buffer": self.shared_buffer,
+            "encoder_decoder": self.encoder_decoder,
+        }
+
+
+def kv_interface(model: ir.Model) -> KVInterface | None:
+    """The interface of the decoder `model`; None where no input is a key/value cache."""
+    flow = CacheFlow(model)
+    found = [(value, join) for value in _candidates(model) if (join := flow.join(value)) is not None]
+    if not any(join.node is not None for _, join in found):
+        return None
+    layers = _layers(flow, [join for _, join in found])
+    pairs = sorted((_pair(value, join, layers) for value, join in found), key=lambda p: (p.layer, p.part != "key"))
+    own = _counted([pair for pair in pairs if not pair.cross])
+    cross = tuple(pair for pair in pairs if pair.cross)
+    taken = {pair.past for pair in pairs}
+    rest = [v for v in model.graph.inputs if not v.is_initializer() and v.name not in taken]
+    presents = {pair.present for pair in pairs}
+    widths = {_width(v) for v in model.graph.outputs if v.name not in presents}
+    roles = InputRoles.read(rest, [width for width in widths if width is not None])
+    return KVInterface(
+        token_ids=roles.token_ids,
+        attention_mask=roles.attention_mask,
+        position_ids=roles.position_ids,
+        positions_from_mask=roles.positions_from_mask,
+        logits=_logits(model, presents, roles.vocabulary),
+        vocabulary=roles.vocabulary,
+        use_cache=roles.use_cache,
+        pairs=own,
+        cross=cross,
+        others=roles.others,
+        problems=tuple(_problems(own)),
+    )
+
+
+def _candidates(model: ir.Model) -> list[ir.Value]:
+    """The inputs that may be a cache: of rank 3 to 5, and no whole numbers but quantised ones."""
+    integers = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.STRING)
+    return [
+        value
+        for value in model.graph.inputs
+        if not value.is_initializer()
+        and value.name
+        and value.dtype is not None
+        and value.dtype not in integers
+        and (value.shape is None or 3 <= len(value.shape) <= 5)
+    ]
+
+
+def _layers(flow: CacheFlow, joins: list[Join]) -> dict[ir.Node, int]:
+    """The number of each attention that reads a cache of its own, in the order of the nodes; then of the others."""
+    own = [join.attention for join in joins if join.node is not None and join.attention is not None]
+    other = [join.attention for join in joins if join.node is None and join.attention is not None]
+    numbers: dict[ir.Node, int] = {}
+    # What is in one If stands at one place; there the order of the inputs holds, as `sorted` is stable.
+    for group in (own, other):
+        for index, node in enumerate(sorted(dict.fromkeys(group), key=lambda n: flow.order.get(n, 0))):
+            numbers.setdefault(node, index)
+    return numbers
+
+
+def _pair(value: ir.Value, join: Join, layers: dict[ir.Node, int]) -> CachePair:
+    shape = tuple(
+        size if isinstance(size, int) else (None if size.value is None else str(size.value))
+        for size in value.shape or ()
+    )
+    layout = _LAYOUTS.get((len(shape), join.axis), "") if join.axis is not None else ""
+    operator = qualified(join.node) if join.node is not None else ""
+    assert join.part is not None
+    assert value.name is not None
+    return CachePair(
+        layer=layers[join.attention] if join.attention is not None else 0,
+        part=join.part,
+        past=value.name,
+        present=None if join.present is None else join.present.name,
+        axis=join.axis,
+        layout=layout,
+        dtype=value.dtype.name if value.dtype is not None else "",
+        shape=shape,
+        heads=_size(shape, join, layout, "H"),
+        head_size=_size(shape, join, layout, "D"),
+        operator=operator.split("::")[-1],
+        node="" if join.node is None else join.node.name or "",
+        in_place=_in_place(value, join, operator),
+        grows=join.node is not None and operator != "TensorScatter",
+        windowed=join.windowed,
+        cross=join.node is None,
+    )
+
+
+def _size(shape: tuple[int | str | None, ...], join: Join, layout: str, letter: str) -> int | None:
+    if letter not in layout:
+        return None
+    axis = layout.index(letter)
+    present = join.present.shape if join.present is not None else None
+    for sizes in (shape, present if present is not None and len(present) == len(shape) else ()):
+        if len(sizes) > axis and isinstance(size := sizes[axis], int) and size > 0:
+            return size
+    if join.node is None or qualified(join.node) not in IN_PLACE:
+        return None
+    heads, kv_heads = (_int(join.node, name) for name in ("num_heads", "kv_num_heads"))
+    if letter == "H":
+        return kv_heads
+    packed = len(join.node.inputs) < 2 or join.node.inputs[1] is None
+    width = _width(join.node.inputs[0])
+    return None if not heads or not kv_heads or not width else width // (heads + 2 * kv_heads * packed)
+
+
+def _int(node: ir.Node, name: str) -> int | None:
+    attribute = node.attributes.get(name)
+    return None if attribute is None or attribute.is_ref() else attribute.as_int()
+
+
+def _width(value: ir.Value | None) -> int | None:
+    """The last dimension of `value`: of the weight that it is a product with, or as declared."""
+    for _ in range(4):
+        if value is None:
+            return None
+        node = value.producer()
+        operands = [] if node is None else [v for v in node.inputs if is_constant(v)]
+        for weight in operands if node is not None and node.op_type in ("MatMul", "Add") else []:
+            size = weight.shape[-1] if weight is not None and weight.shape is not None and len(weight.shape) else None
+            if isinstance(size, int) and size > 1:
+                return size
+        declared = value.shape[-1] if value.shape is not None and len(value.shape) else None
+        if isinstance(declared, int):
+            return declared
+        value = node.inputs[0] if node is not None and node.op_type in ("Add", "Identity", "Cast") else None
+    return None
+
+
+def _in_place(past: ir.Value, join: Join, operator: str) -> bool:
+    """Nothing but the operator may read past or present: whoever asks for their length would be told the buffer's."""
+    return (
+        operator in IN_PLACE
+        and [node for node, _ in past.uses()] == [join.node]
+        and join.present is join.joined
+        and not join.joined.uses()
+    )
+
+
+def _counted(pairs: list[CachePair]) -> tuple[CachePair, ...]:
+    """The pairs with layers counted from 0 without a gap."""
+    numbers = {layer: index for index, layer in enumerate(dict.fromkeys(pair.layer for pair in pairs))}
+    return tuple(dataclasses.replace(pair, layer=numbers[pair.layer]) for pair in pairs)
+
+
+def _problems(pairs: tuple[CachePair, ...]) -> list[str]:
+    problems = [f"what {p.past!r} holds after a step is no output of the graph" for p in pairs if p.present is None]
+    problems += [f"the axis of length of {p.past!r} can't be told" for p in pairs if p.axis is None]
+    by_layer: dict[int, list[str]] = {}
+    for pair in pairs:
+        by_layer.setdefault(pair.layer, []).append(pair.part)
+    problems += [
+        f"layer {layer} has the caches {', '.join(parts)}"
+        for layer, parts in by_layer.items()
+        if parts not in (["key", "value"], ["both"])
+    ]
+    return problems
+
+
+def _logits(model: ir.Model, presents: set[str | None], vocabulary: int | None) -> str | None:
+    """The output over the vocabulary."""
+    others = [v for v in model.graph.outputs if v.name not in presents and v.dtype is not None]
+    floats = [v for v in others if v.dtype is not None and v.dtype.is_floating_point()]
+    sized = [v for v in floats if v.shape is not None and len(v.shape) in (2, 3) and v.shape[-1] == vocabulary]
+    named = [v for v in floats if re.search("logits", v.name or "", re.IGNORECASE)]
+    choice = named or sized or (floats if len(floats) == 1 else [])
+    return choice[0].name if choice else None
+
+
+def _only(values: Any) -> Any:
+    """The value that all are, or None."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None

@@ -1,0 +1,172 @@
+"""One batch on its way through a decoder: its cache, mask and positions, fed piece by piece."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from graphopt.errors import InputDataError, ModelError, first_line
+from graphopt.graph.kv_interface import CachePair, KVInterface
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Cache = Literal["growing", "static"]
+"""A new buffer for the present at every run, or one buffer that past and present share."""
+
+_DTYPES: dict[str, tuple[int, Any]] = {
+    "tensor(float)": (1, np.float32), "tensor(uint8)": (2, np.uint8), "tensor(int8)": (3, np.int8),
+    "tensor(int32)": (6, np.int32), "tensor(int64)": (7, np.int64), "tensor(bool)": (9, np.bool_),
+    "tensor(float16)": (10, np.float16), "tensor(double)": (11, np.float64),
+    "tensor(bfloat16)": (16, ml_dtypes.bfloat16),
+}  # fmt: skip
+"""ONNX element type and numpy type by ONNX Runtime's name."""
+
+
+class Decoding:
+    """A batch in progress. Keys and values never leave ONNX Runtime: what a run gives out, the next one takes in.
+
+    Args:
+        session: The decoder's session.
+        interface: Its inputs and outputs.
+        batch: Rows.
+        cache: "growing", or "static" with `capacity` rows for each sequence.
+        capacity: Tokens that a static cache can hold.
+        compact: Whether the mask only counts the tokens of each row, which lie at the start of its cache
+            (GroupQueryAttention); else it says of every place in the cache whether it counts.
+        extra: Further inputs by name, the same in every run.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        interface: KVInterface,
+        batch: int,
+        *,
+        cache: Cache = "growing",
+        capacity: int = 0,
+        compact: bool = False,
+        extra: dict[str, npt.NDArray[Any]] | None = None,
+    ) -> None:
+        self.session, self.interface, self.batch = session, interface, batch
+        self.cache, self.capacity, self.compact = cache, capacity, compact
+        self.lengths: npt.NDArray[np.int64] = np.zeros(batch, dtype=np.int64)
+        """Tokens that count, of each row."""
+        self._valid = np.zeros((batch, 0), dtype=np.bool_)
+        self._total = 0
+        self._types = {v.name: _DTYPES[v.type] for v in session.get_inputs() if v.type in _DTYPES}
+        device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        self._device = device
+        self._binding = session.io_binding()
+        for name, array in (extra or {}).items():
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        if interface.use_cache is not None:
+            self._binding.bind_cpu_input(interface.use_cache, np.ones(1, dtype=np.bool_))
+        self._caches = [self._empty(pair) for pair in interface.pairs]
+        for pair, value in zip(interface.pairs, self._caches, strict=True):
+            self._binding.bind_ortvalue_input(pair.past, value)
+
+    def _empty(self, pair: CachePair) -> onnxruntime.OrtValue:
+        import onnxruntime
+
+        shape = empty_shape(pair, self.batch, self.capacity if self.cache == "static" else 0)
+        onnx_type, _ = self._types[pair.past]
+        value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, onnx_type, self._device)
+        if self._device == "cpu" and 0 not in shape:
+            # What no token has filled yet is multiplied with a weight of 0, which makes NaN of whatever isn't finite.
+            ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
+        return value
+
+    def feed(self, ids: npt.NDArray[np.int64], valid: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[Any]:
+        """Run the decoder on the next tokens of every row.
+
+        Args:
+            ids: [batch, new].
+            valid: Which of them count, [batch, new]; None: all.
+
+        Returns:
+            The logits [batch, rows, vocabulary], of the last row alone where the model gives no more. It is memory of
+            the runtime that the next `feed` may reuse: copy what is to stay.
+
+        Raises:
+            InputDataError: ONNX Runtime can't run the decoder on this, or the cache is full.
+        """
+        valid = np.ones(ids.shape, dtype=np.bool_) if valid is None else valid
+        new = ids.shape[1]
+        if self.cache == "static" and int(self.lengths.max(initial=0)) + new > self.capacity:
+            raise InputDataError(f"The cache holds {self.capacity} tokens; {new} more don't fit.")
+        positions = np.maximum(self.lengths[:, None] + np.cumsum(valid, axis=1) - 1, 0)
+        self.lengths = self.lengths + valid.sum(axis=1)
+        self._valid = np.concatenate([self._valid, valid], axis=1)
+        self._bind(self.interface.token_ids, ids)
+        self._bind(self.interface.position_ids, positions)
+        self._bind(self.interface.attention_mask, self._mask(new, valid))
+        names = self._bind_outputs()
+        try:
+            self.session.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime has a class of exception for each reason
+            raise InputDataError(
+                f"The decoder doesn't run on {new} new tokens after {self._valid.shape[1] - new} in a batch of "
+                f"{self.batch}: {first_line(error)}."
+            ) from error
+        outputs = dict(zip(names, self._binding.get_outputs(), strict=True))
+        if self.cache == "growing":
+            for pair in self.interface.pairs:
+                self._binding.bind_ortvalue_input(pair.past, outputs[pair.present or ""])
+        self._logits = outputs[self.interface.logits or ""]
+        logits = _view(self._logits)
+        return logits[:, None] if logits.ndim == 2 else logits
+
+    def _bind(self, name: str | None, array: npt.NDArray[Any]) -> None:
+        if name is not None:
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=self._types[name][1]))
+
+    def _mask(self, new: int, valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        if not self.compact:
+            return self._valid
+        # While a prompt comes in, its padding takes places too; afterwards it is overwritten.
+        total = max(int(self.lengths.max()), new if self._valid.shape[1] == new else 0)
+        return np.arange(total) < self.lengths[:, None]
+
+    def _bind_outputs(self) -> list[str]:
+        assert self.interface.logits is not None
+        names = [self.interface.logits]
+        # A binding keeps the values of the run before, so outputs of new sizes are bound anew.
+        self._binding.bind_output(self.interface.logits, "cpu")
+        for pair, value in zip(self.interface.pairs, self._caches, strict=True):
+            assert pair.present is not None
+            names.append(pair.present)
+            if self.cache == "static":
+                self._binding.bind_ortvalue_output(pair.present, value)
+            else:
+                self._binding.bind_output(pair.present, self._device)
+        return names
+
+
+def empty_shape(pair: CachePair, batch: int, length: int) -> list[int]:
+    """The shape of a cache of `length` rows.
+
+    Raises:
+        ModelError: Its sizes can't be told.
+    """
+    known = {"B": batch, "2": 2, "H": pair.heads, "S": length, "D": pair.head_size}
+    sizes = [known[letter] for letter in pair.layout]
+    if not sizes or any(size is None for size in sizes):
+        raise ModelError(
+            f"The sizes of an empty cache {pair.past!r} can't be told; declare its KV heads and head size in the file."
+        )
+    return [int(size) for size in sizes if size is not None]
+
+
+def _view(value: onnxruntime.OrtValue) -> npt.NDArray[Any]:
+    """The numbers of a value in the memory where they lie; `OrtValue.numpy` copies them all."""
+    shape: list[int] = value.shape()
+    dtype = np.dtype(_DTYPES[value.data_type()][1])
+    size = math.prod(shape) * dtype.itemsize
+    memory = (ctypes.c_char * size).from_address(value.data_ptr())
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
