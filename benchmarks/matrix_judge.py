@@ -19,7 +19,7 @@ import onnx_ir as ir
 from graphopt.analysis.attention_sites import AttentionSite, attention_sites
 from graphopt.analysis.shapes import infer
 from graphopt.api import optimize
-from graphopt.errors import GraphoptError, first_line
+from graphopt.errors import GraphoptError, VerificationError, first_line
 from graphopt.graph import load
 from graphopt.graph.edits import nodes
 from graphopt.pass_manager import PassManager
@@ -92,6 +92,10 @@ def judge(path: Path, outcome: Outcome) -> Outcome:
         return outcome
     try:
         truths = _truths(path, record["outputs"], outcome)
+    except VerificationError as error:
+        outcome.fault = f"not exported: what it writes is no valid model: {_said(error)}"
+        return outcome
+    try:
         if all(truth is None for truth in truths):
             outcome.fault = f"not exported: what it writes runs on no probe: {outcome.unusable[0].partition(': ')[2]}"
             outcome.unusable.clear()
@@ -112,9 +116,6 @@ def canonical(path: Path) -> tuple[ir.Model, dict[str, str]]:
         lowering = [i for i, p in enumerate(passes) if i > names.index(RAISE) and getattr(p, "family", "") == "lower"]
         passes = passes[: lowering[0]] if lowering else passes
     report = PassManager(passes, verify="none")(model)
-    if report.rolled_back:
-        record = report.rolled_back[0]
-        raise GraphoptError(f"{record.name} was rolled back: {record.detail}")
     return model, {site.node: site.detail for name, site in report.left() if name == RAISE}
 
 

@@ -255,9 +255,10 @@ _model("Segformer", "image", 3, "keys and values from a smaller image", _STAGES)
 _model("Pvt", "image", 3, "keys and values from a smaller image", {
     **{k: v for k, v in _STAGES.items() if k != "sr_ratios"}, "image_size": IMAGE, "patch_sizes": [4, 2], "strides": [4, 2], "sequence_reduction_ratios": [4, 1],
 })
+# At 64 the last stage would be one token, whose attention is the identity.
 _model("MobileViT", "image", 9, "unfolded patches", {
-    "image_size": 64, "patch_size": 2, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 48], "num_attention_heads": 4, "mlp_ratio": 2.0, "expand_ratio": 2.0,
-}, sizes={"image": 64})
+    "image_size": 128, "patch_size": 2, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 48], "num_attention_heads": 4, "mlp_ratio": 2.0, "expand_ratio": 2.0,
+}, sizes={"image": 128})
 _model("MobileViTV2", "image", 0, "linear attention: no product of q and k", {"image_size": 64, "patch_size": 2, "width_multiplier": 0.25, "n_attn_blocks": [1, 1, 1], "base_attn_unit_dims": [32, 32, 32]}, sizes={"image": 64})
 _model("PoolFormer", "image", 0, "pooling: no attention", {"depths": [1, 1], "hidden_sizes": [16, 32], "num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2], "padding": [2, 1]})
 _model("Levit", "image", 3, "bias by position, values of another size", {
