@@ -195,7 +195,8 @@ def _weighted(node: ir.Node, facts: ShapeFacts) -> tuple[ir.Node, int] | None:
                     return user, index
                 if node.op_type == "LogSoftmax" and is_op(user, "Exp"):
                     found.append(user.outputs[0])
-                passes = is_op(user, *passing) or _mixes_heads(user, facts)
+                shifted = is_op(user, "Add") and any(map(is_constant, user.inputs))
+                passes = is_op(user, *passing) or shifted or _mixes_heads(user, facts)
                 if passes and (index == 0 or not is_op(user, *_VIEWS)):
                     found.extend(v for v in user.outputs if v not in seen)
         if not found or len(found) > _MAX_WIDTH:
