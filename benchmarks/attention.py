@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="Tokens of the prompt. Default 512.")
     parser.add_argument("--steps", type=int, default=128, help="Tokens after it. Default 128.")
     parser.add_argument("--windows", type=int, default=40, help=f"Windows of {WINDOW} tokens scored. Default 40.")
-    parser.add_argument("--seconds", type=float, default=2.5, help="Timing of each encoder's file. Default 2.5.")
+    parser.add_argument("--seconds", type=float, default=2.0, help="Timing of each encoder's file. Default 2.")
     parser.add_argument("--threads", type=int, default=2, help="Threads of ONNX Runtime. Default 2.")
     parser.add_argument("--timeout", type=float, default=300.0, help="Seconds after which a tool is stopped.")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "attention", help="Where results are kept.")
@@ -125,11 +125,14 @@ def decoder(key: str, tools: list[Tool], arguments: argparse.Namespace, tell: Te
     found, candidates = write_all(tools, source, folder, arguments.timeout, tell)
     if builder is not None:
         found |= {BUILDER: {}, GENAI: {}}
+    scored = ["original", *(tool.name for tool in tools if tool.package == "graphopt")]
+    if key == next(iter(SOURCES)):  # the builder's file is the same beside every source
+        scored.append(BUILDER)
     request = {
         "source": str(source),
         "candidates": candidates,
         "builder": str(builder) if builder is not None else None,
-        "scored": ["original", *(tool.name for tool in tools if tool.package == "graphopt"), BUILDER],
+        "scored": scored,
         "text": str(token_ids(arguments.folder)),
         "window": WINDOW,
         **{name: getattr(arguments, name) for name in ("windows", "prompt", "steps", "rounds", "threads")},

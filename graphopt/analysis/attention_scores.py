@@ -49,12 +49,20 @@ class Keep:
         kept: Whether a key is kept where the condition is true (else where it is false).
         fill: The number in place of a hidden score; -inf where a hidden key has no weight even where all are hidden.
         axes: As for `Bias`.
+        added: Whether the number is added to the score, which it swallows, and not put in its place: a key that is
+            hidden twice then gets the sum.
     """
 
     condition: ir.Value
     kept: bool
     fill: float
     axes: Axes
+    added: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Clamp:
+    """Scores below the lowest finite number (-inf) become that number."""
 
 
 @dataclasses.dataclass
@@ -110,7 +118,7 @@ def weighing(softmax: ir.Node) -> tuple[list[ir.Node], ir.Node, int, bool, list[
             step = choices[0]
             kept = step.inputs[1] is current
             other, condition = step.inputs[2 if kept else 1], step.inputs[0]
-            if scalar(other) != 0.0 or condition is None:
+            if number_everywhere(other) != 0.0 or condition is None:
                 return None
             test = producer(condition, "IsNaN")
             if test is not None and test.inputs[0] is current and not kept:
@@ -161,9 +169,7 @@ class Scores:
         scale: A number.
         softcap: A number, 0 where there is no cap.
         temperatures: Values that the product is multiplied by, of length 1 along queries and keys.
-        biases: What is added.
-        keeps: Which keys are kept.
-        clamped: Whether hidden scores became the lowest finite number.
+        terms: What is added and which keys are kept, in order.
         precision: The type of the Softmax where it isn't that of the product.
         axes: The axes of what the Softmax takes.
     """
@@ -172,9 +178,7 @@ class Scores:
     scale: float = 1.0
     softcap: float = 0.0
     temperatures: list[ir.Value] = dataclasses.field(default_factory=list)
-    biases: list[Bias] = dataclasses.field(default_factory=list)
-    keeps: list[Keep] = dataclasses.field(default_factory=list)
-    clamped: bool = False
+    terms: list[Bias | Keep | Clamp] = dataclasses.field(default_factory=list)
     precision: ir.DataType | None = None
 
 
@@ -196,7 +200,7 @@ def read_scores(path: Path, axes: Axes, facts: ShapeFacts) -> Scores:
         only_reader(inner, node)
         other = node.inputs[1 - index] if len(node.inputs) == 2 and index < 2 else None
         number = scalar(other)
-        masked = bool(scores.biases or scores.keeps)
+        masked = bool(scores.terms)
         if is_op(node, "Mul", "Div"):
             if number is not None and number != 0 and (number > 0 or not masked):
                 _multiply(scores, 1 / number if node.op_type == "Div" else number, tanh)
@@ -217,7 +221,7 @@ def read_scores(path: Path, axes: Axes, facts: ShapeFacts) -> Scores:
             low = number if node.op_type == "Max" else scalar(node.inputs[1] if len(node.inputs) > 1 else None)
             if low is None or low > FLOAT_LOWEST * 0.999 or (node.op_type == "Clip" and _given(node, 2)):
                 raise NotAttention(f"{node.op_type} {node.name!r} limits the scores")
-            scores.clamped = True
+            scores.terms.append(Clamp())
         elif is_op(node, "Cast"):
             scores.precision = cast_target(node)
         elif is_op(node, "Dropout"):
@@ -242,7 +246,10 @@ def read_scores(path: Path, axes: Axes, facts: ShapeFacts) -> Scores:
 
 
 def _multiply(scores: Scores, number: float, tanh: bool) -> None:
-    scores.biases = [dataclasses.replace(bias, factor=bias.factor * number) for bias in scores.biases]
+    scores.terms = [
+        dataclasses.replace(term, factor=term.factor * number) if isinstance(term, Bias) else term
+        for term in scores.terms
+    ]
     if tanh:
         scores.softcap *= number
     else:
@@ -252,22 +259,22 @@ def _multiply(scores: Scores, number: float, tanh: bool) -> None:
 def _add(scores: Scores, value: ir.Value, factor: float) -> None:
     choice = producer(value, "Where")
     if choice is not None and choice.inputs[0] is not None and factor == 1.0:
-        numbers = [scalar(v) for v in choice.inputs[1:]]
+        numbers = [number_everywhere(v) for v in choice.inputs[1:]]
         for kept, (zero, fill) in ((True, numbers), (False, numbers[::-1])):
             # A number of this size swallows the score that it is added to.
             if zero == 0.0 and fill is not None and fill <= SWALLOWING:
-                scores.keeps.append(Keep(choice.inputs[0], kept, fill, scores.axes))
+                scores.terms.append(Keep(choice.inputs[0], kept, fill, scores.axes, True))
                 return
-    scores.biases.append(Bias(value, factor, scores.axes))
+    scores.terms.append(Bias(value, factor, scores.axes))
 
 
 def _choose(scores: Scores, node: ir.Node, index: int) -> None:
-    condition, fill = node.inputs[0], scalar(node.inputs[3 - index])
+    condition, fill = node.inputs[0], number_everywhere(node.inputs[3 - index])
     if fill is None or condition is None:
         raise NotAttention(f"Where {node.name!r} chooses between the scores and something that isn't one number")
     if fill > HIDING:
         raise NotAttention(f"Where {node.name!r} puts {fill:g} in place of scores, which doesn't hide a key")
-    scores.keeps.append(Keep(condition, index == 1, fill, scores.axes))
+    scores.terms.append(Keep(condition, index == 1, fill, scores.axes, False))
 
 
 def only_reader(value: ir.Value, reader: ir.Node) -> None:
@@ -300,6 +307,24 @@ def check_weighing(path: Path) -> None:
         if is_op(node, "Slice", "Split"):
             raise NotAttention(f"{node.op_type} {node.name!r} takes a part of the weights (attention sinks)")
         value = node.outputs[0]
+
+
+def number_everywhere(value: ir.Value | None) -> float | None:
+    """The number that all elements of `value` are, whatever its shape; None where there is none."""
+    for _ in range(4):
+        number = scalar(value)
+        node = None if value is None else value.producer()
+        if number is not None or node is None:
+            return number
+        if is_op(node, "ConstantOfShape"):
+            fill = node.attributes.get("value")
+            if fill is None:
+                return 0.0
+            return None if fill.is_ref() else float(fill.as_tensor().numpy().reshape(-1)[0])
+        if not is_op(node, "Expand", "Identity", "Reshape", "Unsqueeze"):
+            return None
+        value = node.inputs[0]
+    return None
 
 
 def _per_row(value: ir.Value, facts: ShapeFacts) -> bool:

@@ -11,7 +11,8 @@ bounds of the polynomials, and by the ranges of the indices in them: i in [0, ro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Literal as Choice
 from typing import TypeAlias
 
@@ -58,26 +59,30 @@ class Logic:
     """Makes conditions; knows the ranges of the index symbols.
 
     Attributes:
-        last: The largest number that an index can be, by its symbol. The smallest is 0.
+        last: The largest number that an index can be, by its symbol, in all ways in which it is known. The smallest
+            is 0.
     """
 
     def __init__(self) -> None:
-        self.last: dict[Symbol, Dim] = {}
+        self.last: dict[Symbol, tuple[Dim, ...]] = {}
 
     # ---- proofs
 
-    def low(self, dim: Dim) -> Dim:
-        """A lower bound of `dim` over the ranges of the indices in it, with no index where one can be replaced."""
-        for symbol in [m[0] for m in dim.terms() if len(m) == 1 and m[0] in self.last]:
-            factor = dim.terms()[(symbol,)]
-            if all(symbol not in m for m in dim.terms() if m != (symbol,)):
-                index = Dim({(symbol,): factor})
-                dim = dim - index + (self.last[symbol] * factor if factor < 0 else 0)
-        return dim
+    def lows(self, dim: Dim) -> Iterator[Dim]:
+        """Lower bounds of `dim` over the ranges of the indices in it, with no index where one can be replaced."""
+        spans = [tuple(self.last[m[0]]) for m in dim.terms() if len(m) == 1 and m[0] in self.last]
+        symbols = [m[0] for m in dim.terms() if len(m) == 1 and m[0] in self.last]
+        for lasts in itertools.islice(itertools.product(*spans), 4):
+            low = dim
+            for symbol, last in zip(symbols, lasts, strict=True):
+                factor = dim.terms()[(symbol,)]
+                if all(symbol not in m for m in dim.terms() if m != (symbol,)):
+                    low = low - Dim({(symbol,): factor}) + (last * factor if factor < 0 else 0)
+            yield low
 
     def nonnegative(self, dim: Dim) -> bool:
         """Whether `dim` ≥ 0 is proven."""
-        return dim.low >= 0 or self.low(dim).low >= 0
+        return dim.low >= 0 or any(low.low >= 0 for low in self.lows(dim))
 
     def implies(self, a: Literal, b: Literal) -> bool:
         """Whether `b` is proven to hold where `a` does."""

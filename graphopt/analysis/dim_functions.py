@@ -59,8 +59,22 @@ def broadcast(a: Dim, b: Dim) -> Dim:
     for dim in (a, b):
         symbol = as_symbol(dim)
         parts.update(dict.fromkeys(symbol.args if symbol is not None and symbol.op == "broadcast" else (dim,)))
+    # A table of positions cut to the length of a sequence: where it is shorter than that, the two don't fit.
+    parts = {part: None for part in parts if not _cut_to_one_of(part, parts)}
+    if len(parts) == 1:
+        return next(iter(parts))
     low = 0 if any(p.low < 1 for p in parts) else max(p.low for p in parts)
     return operation("broadcast", tuple(sorted(parts, key=rank)), "", low, max(p.high for p in parts))
+
+
+def _cut_to_one_of(dim: Dim, parts: Iterable[Dim]) -> bool:
+    """Whether `dim` is the smaller of one of `parts` and a number above 1."""
+    symbol = as_symbol(dim)
+    if symbol is None or symbol.op != "min":
+        return False
+    numbers = [arg.value for arg in symbol.args if arg.value is not None]
+    others = [arg for arg in symbol.args if arg.value is None]
+    return len(numbers) == 1 and numbers[0] > 1 and len(others) == 1 and others[0] in parts
 
 
 def equal(a: Dim, b: Dim) -> Dim:

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int
 from graphopt.analysis.conditions import FALSE, TRUE
+from graphopt.analysis.dim_functions import follows, maximum
 from graphopt.analysis.dims import Dim, as_symbol
 from graphopt.analysis.elements import Elements, Indices, SameSize, rule
 from graphopt.analysis.leaves import Cases, Element, OpaqueError, Poly
@@ -101,6 +102,9 @@ def _reshape(elements: Elements, node: ir.Node, indices: Indices) -> Element:
     source = [Dim.of(0)] * len(before)
     while rest_in or rest_out:
         runs = _equal_run(before, after, rest_in, rest_out)
+        differ = [(a, b) for a, b in zip(rest_in, rest_out, strict=False) if before[a] != after[b]]
+        if runs is None and len(rest_in) == len(rest_out) and len(differ) == 1:
+            runs = 1, 1  # the number of elements is the same, so this axis is too
         if runs is None:
             raise OpaqueError("the sizes around a Reshape aren't provably the same")
         taken_in, taken_out = rest_in[: runs[0]], rest_out[: runs[1]]
@@ -151,10 +155,10 @@ def _divided(elements: Elements, place: Dim, size: Dim) -> tuple[Dim, Dim]:
         raise OpaqueError("an index can't be split over the axes of a Reshape")
     if not logic.nonnegative(size - 1 - rest):
         counted = as_symbol(rest)
-        last = None if counted is None else logic.last.get(counted)
-        if last is None:
+        lasts = () if counted is None else logic.last.get(counted, ())
+        if not lasts:
             raise OpaqueError("an index can't be split over the axes of a Reshape")
-        elements.assume(SameSize(last + 1, size))
+        elements.assume(SameSize(lasts[0] + 1, size))
     return whole, rest
 
 
@@ -174,10 +178,8 @@ def _slice(elements: Elements, node: ir.Node, indices: Indices) -> Element:
             if not elements.logic.nonnegative(start - (shape[axis] - 1)) and start != -1:
                 raise OpaqueError("a Slice goes backwards from the middle")
             start = shape[axis] - 1
-        elif start.high < 0:
-            start = start + shape[axis]
-            if not elements.logic.nonnegative(start):
-                raise OpaqueError("a Slice may start before the first element")
+        elif follows(-start - 1, elements.lasts(indices)):
+            start = maximum(start + shape[axis], Dim.of(0))
         elif not elements.logic.nonnegative(start):
             raise OpaqueError("whether a Slice starts from the end isn't known")
         # A start beyond the end gives no elements, so that nothing is said of any.
@@ -196,13 +198,14 @@ def _concat(elements: Elements, node: ir.Node, indices: Indices) -> Element:
         before = before + size
     result: Element | None = None
     for start, size, value in reversed(pieces):
-        here = elements.logic.ge(indices[axis] - start)
-        if here == FALSE or elements.logic.ge(indices[axis] - start - size) == TRUE:
+        begun, within = elements.logic.ge(indices[axis] - start), elements.logic.ge(start + size - 1 - indices[axis])
+        if FALSE in (begun, within):
             continue
         source = (*indices[:axis], indices[axis] - start, *indices[axis + 1 :])
         element = elements.at(value, source)
-        result = element if result is None else elements.numbers.choose(here, element, result)
-        if here == TRUE:
+        # What lies before the first piece, or behind the last one, is never asked for.
+        result = element if result is None else elements.numbers.choose(within, element, result)
+        if begun == TRUE:
             break
     if result is None:
         raise OpaqueError("no piece of a Concat holds the index")

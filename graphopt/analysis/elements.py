@@ -93,22 +93,22 @@ class Elements:
         self.reads: dict[Symbol, Read] = {}
         self.obstacles: dict[ir.Value, str] = {}
         self._symbols: dict[tuple[ir.Value, Indices], Symbol] = {}
-        self._indices: dict[tuple[str, Dim], Dim] = {}
+        self._indices: dict[tuple[str | Dim, ...], Dim] = {}
         self._memo: dict[tuple[ir.Value, Indices], tuple[Element, frozenset[Assumption]]] = {}
         self._assumed: list[set[Assumption]] = [set()]
         self._depth = 0
 
-    def index(self, name: str, size: Dim) -> Dim:
-        """The index symbol `name` of an axis of `size` elements; 0 where there is but one."""
+    def index(self, name: str, size: Dim, *also: Dim) -> Dim:
+        """The index symbol `name` of an axis of `size` elements, which is `also` another size; 0 where there is one."""
         if size == 1:
             return Dim.of(0)
-        key = (name, size)
+        key = (name, size, *also)
         if key not in self._indices:
             made = Dim.unknown(name, 0, max(size.high - 1, 0))
             symbol = as_symbol(made)
             self._indices[key] = made
             if symbol is not None:
-                self.logic.last[symbol] = size - 1
+                self.logic.last[symbol] = tuple(s - 1 for s in (size, *also))
         return self._indices[key]
 
     def element(self, value: ir.Value, indices: Sequence[Dim]) -> tuple[Element, frozenset[Assumption]]:
@@ -158,8 +158,7 @@ class Elements:
         found: list[Dim] = []
         for index in indices:
             for symbol in index.symbols():
-                last = self.logic.last.get(symbol)
-                if last is not None:
+                for last in self.logic.last.get(symbol, ()):
                     size = as_symbol(last + 1)
                     parts = size.args if size is not None and size.op == "broadcast" else (last + 1,)
                     found += [part - 1 for part in parts]

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int, is_op
-from graphopt.analysis.dims import Dim
+from graphopt.analysis.dims import Dim, as_symbol
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.constants import constant_array
 
@@ -80,10 +80,11 @@ def regroup(atoms: Iterable[Atom], sizes: Sequence[Dim]) -> Axes:
         NotAView: The sizes of atoms and axes can't be matched for certain.
     """
     queue = deque(leaf for atom in atoms for leaf in atom.leaves() if leaf.size != 1)
+    known = {leaf.size for leaf in queue}
     axes: list[tuple[Atom, ...]] = []
     for size in sizes:
         axis: list[Atom] = []
-        missing = size
+        missing = _met(size, known)
         while missing != 1:
             if not queue:
                 raise NotAView(f"an axis of {size} elements isn't covered")
@@ -104,6 +105,14 @@ def regroup(atoms: Iterable[Atom], sizes: Sequence[Dim]) -> Axes:
     if queue:
         raise NotAView(f"{queue[0].size} elements are left over")
     return tuple(axes)
+
+
+def _met(size: Dim, known: set[Dim]) -> Dim:
+    """`size`, or that of an atom where the two are the same because they met in an elementwise operation."""
+    symbol = as_symbol(size)
+    if symbol is not None and symbol.op == "broadcast" and size not in known:
+        return next((side for side in symbol.args if side in known), size)
+    return size
 
 
 def _quotient(a: Dim, b: Dim) -> Dim | None:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.conditions import FALSE, TRUE, Condition, Group, Literal, Logic
-from graphopt.analysis.dims import Dim, Monomial
+from graphopt.analysis.dims import Dim, Monomial, Symbol
 
 MAX_CASES = 16
 """Leaves of the largest element that is followed."""
@@ -120,7 +120,7 @@ class Numbers:
         guards: dict[Leaf, list[Condition]] = {}
         for guard, leaf in items:
             if guard != FALSE:
-                guards.setdefault(leaf, []).append(guard)
+                guards.setdefault(_where_equal(guard, leaf), []).append(guard)
         if len(guards) > MAX_CASES:
             raise OpaqueError("it takes too many different values")
         if len(guards) == 1:
@@ -226,6 +226,29 @@ class Numbers:
                         items.append((both, function(x, y)))
             result = self.cases(result.dtype, items)
         return result
+
+
+def _where_equal(guard: Condition, leaf: Leaf) -> Leaf:
+    """`leaf` with the number in place of each symbol that `guard` says equals one: 1 - m where m = 1 is 0."""
+    for part in guard.parts if isinstance(guard, Group) and guard.conjunction else [guard]:
+        if not isinstance(part, Literal) or part.kind != "eq":
+            continue
+        terms = dict(part.dim.terms())
+        number = -terms.pop((), 0)
+        if len(terms) == 1 and list(terms.values()) == [1] and len(monomial := next(iter(terms))) == 1:
+            leaf = _with_number(leaf, monomial[0], number)
+    return leaf
+
+
+def _with_number(leaf: Leaf, symbol: Symbol, number: int) -> Leaf:
+    if isinstance(leaf, Dim):
+        for monomial, factor in list(leaf.terms().items()):
+            if monomial == (symbol,):
+                leaf = leaf - Dim({monomial: factor}) + factor * number
+        return leaf
+    terms = dict(leaf.terms)
+    factor_of = terms.pop((symbol,), None)
+    return leaf if factor_of is None else Poly.of(leaf.constant + factor_of * number, terms)
 
 
 def _holds(a: float, b: float, kind: str) -> bool:

@@ -11,139 +11,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis import element_arithmetic, element_moves  # noqa: F401  (they register the rules)
-from graphopt.analysis.algebra import is_op
-from graphopt.analysis.conditions import FALSE, TRUE, Condition, Group, Literal, TooComplexError
+from graphopt.analysis.conditions import FALSE, Condition, Group, Literal, TooComplexError
 from graphopt.analysis.dim_functions import known
-from graphopt.analysis.dims import ZERO, Dim, Symbol, as_symbol, rank
+from graphopt.analysis.dims import Dim, Symbol, as_symbol, rank
 from graphopt.analysis.elements import Assumption, Binary, Elements, Read, SameSize
 from graphopt.analysis.leaves import Cases, Element, OpaqueError, Poly
+from graphopt.analysis.mask_forms import MaskForm, NoForm
+from graphopt.analysis.score_biases import added, slopes
 from graphopt.analysis.shapes import Shape, ShapeFacts
-from graphopt.graph.constants import constant_array
+
+__all__ = ["MaskForm", "Masks", "NoForm"]
 
 MASKED_BELOW = -1e3
 """An additive constant this low masks; a higher one is a bias. (exporters write -1e4 and lower, Swin's windows -100)"""
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskForm:
-    """A mask as a function of batch b, head h, query row i and key column j.
-
-    Attributes:
-        value: The mask.
-        axes: The symbols b, h, i, j of the conditions; 0 where there is but one.
-        rows: Number of query rows S.
-        columns: Number of key columns T.
-        boolean: Whether it is boolean (True: attend), else it is added to the scores.
-        allowed: The whole condition under which a key is attended to.
-        element: All of the mask: the condition, or the number in each case.
-        causal: Whether j ≤ i + `offset` is demanded.
-        offset: The number of key columns before the first row's own, where `causal` or `window` is given.
-        from_past: Whether `offset` is proven to be T - S, the number of past positions.
-        window: j > i + offset - window is demanded: how many keys a row sees at most; None: no window.
-        padding: The tensor [B, T'] whose element (b, j + `shift`) must not be 0.
-        shift: See `padding`.
-        positions: The integer tensor that holds the position of each query: j ≤ positions[(b,) i] is demanded.
-        other: Conditions of another kind that are demanded too.
-        biased: Whether something is added to the scores where they aren't masked.
-        bias: The value of the graph that is added, where it is one; it broadcasts as the mask does.
-        alibi: Slope of each head, where the bias is slope · (j - i + anything that a row of a head shares).
-        masked_value: What is added where it masks (the highest where it differs); None where it is boolean or
-            masks nothing.
-        masked_values: All of these, such as (-3.4e38, -inf) where two masks were added.
-        assumptions: What the mask needs to be this form: sizes that are equal, a padding of 0 and 1 only.
-        obstacles: Values that aren't followed further, and why.
-    """
-
-    value: ir.Value
-    axes: tuple[Dim, Dim, Dim, Dim]
-    rows: Dim
-    columns: Dim
-    boolean: bool
-    allowed: Condition
-    element: Element
-    causal: bool = False
-    offset: Dim | None = None
-    from_past: bool = False
-    window: int | None = None
-    padding: ir.Value | None = None
-    shift: Dim = ZERO
-    positions: ir.Value | None = None
-    other: tuple[Condition, ...] = ()
-    biased: bool = False
-    bias: ir.Value | None = None
-    alibi: npt.NDArray[np.float64] | None = None
-    masked_value: float | None = None
-    masked_values: tuple[float, ...] = ()
-    assumptions: frozenset[Assumption] = frozenset()
-    obstacles: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> object:
-        """Two masks of one model with the same key hold the same numbers in every run, broadcast to [B, H, S, T]."""
-        return (self.boolean, self.element, self.assumptions)
-
-    @property
-    def always(self) -> bool:
-        """Whether it masks nothing and adds nothing."""
-        return self.allowed == TRUE and not self.biased
-
-    @property
-    def is_only_causal(self) -> bool:
-        """Whether it is j ≤ i + `offset` and nothing else (where `equalities` hold, if there are any)."""
-        alone = self.window is None and self.padding is None and self.positions is None and not self.other
-        return self.causal and alone and not self.biased and not self.binary
-
-    @property
-    def row_never_empty(self) -> bool:
-        """Whether it is proven that each row may see a key: it sees its own column at least."""
-        if self.allowed == TRUE:
-            return True
-        alone = self.padding is None and self.positions is None and not self.other
-        return alone and self.causal and self.offset is not None and self.offset.low >= 0
-
-    @property
-    def equalities(self) -> tuple[tuple[Dim, Dim], ...]:
-        """Pairs of sizes that must be equal for the form to hold (in other runs one of them is 1 and broadcasts)."""
-        return tuple((a.a, a.b) for a in self.assumptions if isinstance(a, SameSize))
-
-    @property
-    def binary(self) -> tuple[ir.Value, ...]:
-        """Tensors that must hold nothing but 0 and 1 for the form to hold."""
-        return tuple(a.value for a in self.assumptions if isinstance(a, Binary))
-
-    def describe(self) -> str:
-        """As words: "causal, window 4096, padding from 'attention_mask'"."""
-        parts = []
-        if self.causal:
-            parts.append("causal" if self.from_past else f"causal with offset {self.offset!r}")
-        if self.window is not None:
-            parts.append(f"window {self.window}")
-        if self.positions is not None:
-            parts.append(f"up to the position in {self.positions.name!r}")
-        if self.padding is not None:
-            parts.append(f"padding from {self.padding.name!r}" + (f" at j + {self.shift!r}" if self.shift != 0 else ""))
-        if self.alibi is not None:
-            parts.append(f"ALiBi of {len(self.alibi)} heads")
-        elif self.biased:
-            parts.append("a bias" + (f" {self.bias.name!r}" if self.bias is not None else ""))
-        parts += [f"where {condition!r}" for condition in self.other]
-        parts += [f"if {a.name!r} is 0 or 1" for a in self.binary]
-        return ", ".join(parts) or "nothing masked"
-
-
-@dataclasses.dataclass(frozen=True)
-class NoForm:
-    """Why a mask isn't understood: the value at which the walk stopped, and the fact that was missing."""
-
-    value: ir.Value
-    reason: str
 
 
 class Masks:
@@ -188,10 +72,10 @@ class _Site:
         self.shape = shape
         sizes = self._sizes(shape)
         # A mask without elements is of any form.
-        self.true = [size - 1 for size in sizes] + self._within(shape)
-        b, h, i, j = (self.elements.index(name, size) for name, size in zip("bhij", sizes, strict=True))
+        self.true = [size - 1 for ways in sizes for size in ways] + self._within(shape)
+        b, h, i, j = (self.elements.index(name, *ways) for name, ways in zip("bhij", sizes, strict=True))
         self.axes = (b, h, i, j)
-        self.rows, self.columns = sizes[2], sizes[3]
+        self.rows, self.columns = sizes[2][-1], sizes[3][-1]
         indices = tuple(
             Dim.of(0) if size == 1 else index for size, index in zip(shape, self.axes[4 - len(shape) :], strict=True)
         )
@@ -204,17 +88,18 @@ class _Site:
         except (OpaqueError, TooComplexError) as error:
             return NoForm(self.value, str(error) or "its conditions are too many")
 
-    def _sizes(self, shape: Shape) -> tuple[Dim, Dim, Dim, Dim]:
-        full = [*[Dim.of(1)] * (4 - len(shape)), *(self._one_of(size) for size in shape)]
+    def _sizes(self, shape: Shape) -> list[tuple[Dim, ...]]:
+        """The size of each axis, and the one that it is said to have where that isn't provably the same."""
+        sizes: list[tuple[Dim, ...]] = [(Dim.of(1),)] * (4 - len(shape))
+        sizes += [(self._one_of(size),) for size in shape]
         for axis, wanted in zip((2, 3), self.wanted, strict=True):
-            size = full[axis]
-            if wanted is not None and size != 1:
-                if size != wanted and size.low < 2:
-                    self.assumed.add(SameSize(size, wanted))
-                full[axis] = wanted
-            elif wanted is not None:
-                full[axis] = wanted
-        return full[0], full[1], full[2], full[3]
+            size = sizes[axis][0]
+            if wanted is None or size == wanted:
+                continue
+            if size != 1 and size.low < 2:
+                self.assumed.add(SameSize(size, wanted))
+            sizes[axis] = (wanted,) if size == 1 else (size, wanted)
+        return sizes
 
     def _within(self, shape: Shape) -> list[Dim]:
         """What holds in any run in which the mask broadcasts: columns that are the first T of a longer constant."""
@@ -260,8 +145,8 @@ class _Site:
         form = MaskForm(
             self.value, self.axes, self.rows, self.columns, boolean, allowed, element, biased=biased,
             masked_value=values[0] if values else None, masked_values=values,
-            alibi=self._alibi(bias) if biased and bias is not None else None,
-            bias=self._added(self.value, self.axes[4 - len(self.shape) :], bias) if biased else None,
+            alibi=slopes(self.elements, self.axes, bias) if biased and bias is not None else None,
+            bias=added(self.elements, self.value, self.axes[4 - len(self.shape) :], bias) if biased else None,
             obstacles=tuple(self._obstacles(allowed, bias)),
         )  # fmt: skip
         form = self._conditions(form, allowed)
@@ -276,55 +161,6 @@ class _Site:
             if read is not None and why is not None:
                 found.append(f"{read.value.name!r}: {why}")
         return found
-
-    def _alibi(self, bias: Poly) -> npt.NDArray[np.float64] | None:
-        """The slopes where the bias is slope[h] · j + what doesn't depend on j."""
-        column = as_symbol(self.axes[3])
-        head = as_symbol(self.axes[1])
-        slopes: npt.NDArray[np.float64] | None = None
-        for monomial, factor in bias.terms:
-            if column not in monomial:
-                if any(s in self.elements.reads and not self._slope(s) for s in monomial):
-                    return None
-                continue
-            rest = list(monomial)
-            rest.remove(column)
-            found = self._slope(rest[0]) if len(rest) == 1 else None
-            if slopes is not None or found is None:
-                return None
-            slopes = found[0] * factor
-        return slopes if head is not None else None
-
-    def _slope(self, symbol: Symbol) -> tuple[npt.NDArray[np.float64]] | None:
-        """The numbers of a constant that is read at the head."""
-        read = self.elements.reads.get(symbol)
-        array = None if read is None else constant_array(read.value)
-        if read is None or array is None or array.size != max(array.shape, default=0):
-            return None
-        place = [i for i in read.indices if i != 0]
-        return (array.reshape(-1).astype(np.float64),) if place == [self.axes[1]] else None
-
-    def _added(self, value: ir.Value, indices: Sequence[Dim], bias: Poly | None) -> ir.Value | None:
-        """The value that is the bias: what is added to a pure mask, or chosen beside a masked value."""
-        if bias is None:
-            return None
-        element, _ = self.elements.element(value, indices)
-        if isinstance(element, Cases) and element.leaf == bias:
-            return value
-        node = value.producer()
-        if node is None or not is_op(node, "Add", "Where", "Identity"):
-            return None
-        for operand in node.inputs:
-            if operand is None or self.facts.dtype(operand) != self.facts.dtype(self.value):
-                continue
-            try:
-                place = self.elements.broadcast(node, operand, tuple(indices))
-            except OpaqueError:
-                continue
-            found = self._added(operand, place, bias)
-            if found is not None:
-                return found
-        return None
 
     # ---- conditions
 

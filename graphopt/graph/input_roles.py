@@ -45,6 +45,7 @@ class InputRoles:
         others: All other inputs.
         vocabulary: Rows of the embedding that the token ids index.
         positions_from_mask: Whether the mask also reaches a rotation or a table: positions are counted in it.
+        mask_values: Whether what is in the mask is read, and not its length alone.
     """
 
     token_ids: str | None
@@ -54,6 +55,7 @@ class InputRoles:
     others: tuple[str, ...]
     vocabulary: int | None
     positions_from_mask: bool
+    mask_values: bool
 
     @classmethod
     def read(cls, inputs: Sequence[ir.Value], widths: Collection[int] = ()) -> InputRoles:
@@ -77,6 +79,13 @@ class InputRoles:
         # A mask of which positions are counted reaches both, as do positions of which a mask is made.
         mask = _choose(masks, positions, "mask", same_length=False, tokens=tokens)
         position = _choose([v for v in positions if v is not mask], [], "pos", same_length=True, tokens=tokens)
+        # What an optimizer has made superfluous stays an input: of a mask the length may still be read, or nothing.
+        left = [v for v in rest if v not in (mask, position) and not reached[v] and _plain(v)]
+        if mask is None:
+            lengths = [v for v in left if "mask" in _reached(v, shapes=True) and not _named(v, "pos")]
+            mask = next(iter(lengths or [v for v in left if _named(v, "mask")]), None)
+        if position is None:
+            position = next((v for v in left if v is not mask and _named(v, "pos")), None)
         roles = [tokens, mask, position, flag]
         token_name, mask_name, position_name, flag_name = (None if v is None else v.name for v in roles)
         return cls(
@@ -87,6 +96,7 @@ class InputRoles:
             others=tuple(v.name or "" for v in inputs if v not in roles),
             vocabulary=None if tokens is None else tables[tokens],
             positions_from_mask=mask is not None and "position" in reached[mask],
+            mask_values=mask is not None and bool(reached[mask]),
         )
 
 
@@ -105,6 +115,11 @@ def _choose(
 
 def _named(value: ir.Value, *parts: str) -> bool:
     return any(re.search(part, value.name or "", re.IGNORECASE) for part in parts)
+
+
+def _plain(value: ir.Value) -> bool:
+    whole = _whole(value) or value.dtype == ir.DataType.BOOL
+    return whole and (value.shape is None or len(value.shape) == 2)
 
 
 def _whole(value: ir.Value) -> bool:
@@ -158,8 +173,12 @@ def _only_conditions(value: ir.Value) -> bool:
     return conditions > 0
 
 
-def _reached(value: ir.Value) -> set[str]:
-    """ "mask" where `value` reaches scores, or the mask of an attention; "position" where a rotation or a table."""
+def _reached(value: ir.Value, shapes: bool = False) -> set[str]:
+    """ "mask" where `value` reaches scores, or the mask of an attention; "position" where a rotation or a table.
+
+    With `shapes` also where only its shape does.
+    """
+    stops = _STOPS - ({"Shape"} if shapes else set())
     pending, seen, found = deque([value]), {value}, set()
     while pending and len(seen) <= _FURTHEST:
         for node, slot in pending.popleft().uses():
@@ -170,7 +189,7 @@ def _reached(value: ir.Value) -> set[str]:
                 found.add("mask")
             elif node.op_type == "Gather" and slot == 1:
                 found.add("position")
-            elif name not in FUSED and node.op_type not in _STOPS and not _product(node):
+            elif name not in FUSED and node.op_type not in stops and not _product(node):
                 for output in node.outputs:
                     if output not in seen:
                         seen.add(output)

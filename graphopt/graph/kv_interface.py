@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.graph.cache_flow import IN_PLACE, CacheFlow, Join, Part, qualified
-from graphopt.graph.constants import is_constant
+from graphopt.graph.constants import is_constant, scalar
 from graphopt.graph.input_roles import InputRoles
 
 _LAYOUTS = {(4, 2): "BHSD", (4, 1): "BSHD", (4, 3): "BHDS", (5, 3): "2BHSD"}
@@ -71,6 +71,7 @@ class KVInterface:
         attention_mask: 1 for tokens that count, over past and new.
         position_ids: Position of each token.
         positions_from_mask: Whether the graph counts positions in the mask.
+        mask_values: Whether the graph reads what is in the mask; else it takes its length, or nothing, from it.
         logits: The output over the vocabulary.
         vocabulary: Rows of the embedding, None where there is no token_ids.
         use_cache: A flag that chooses between a branch with and one without a past.
@@ -84,6 +85,7 @@ class KVInterface:
     attention_mask: str | None
     position_ids: str | None
     positions_from_mask: bool
+    mask_values: bool
     logits: str | None
     vocabulary: int | None
     use_cache: str | None
@@ -148,6 +150,7 @@ def kv_interface(model: ir.Model) -> KVInterface | None:
         attention_mask=roles.attention_mask,
         position_ids=roles.position_ids,
         positions_from_mask=roles.positions_from_mask,
+        mask_values=roles.mask_values,
         logits=_logits(model, presents, roles.vocabulary),
         vocabulary=roles.vocabulary,
         use_cache=roles.use_cache,
@@ -255,12 +258,28 @@ def _width(value: ir.Value | None) -> int | None:
 
 
 def _in_place(past: ir.Value, join: Join, operator: str) -> bool:
-    """Nothing but the operator may read past or present: whoever asks for their length would be told the buffer's."""
-    return (
-        operator in IN_PLACE
-        and [node for node, _ in past.uses()] == [join.node]
-        and join.present is join.joined
-        and not join.joined.uses()
+    """Nothing else may read what is in past or present, or how long they are: it would be told of the whole buffer."""
+    if operator not in IN_PLACE or join.present is not join.joined:
+        return False
+    places = [node for node, _ in past.uses() if node is join.node]
+    others = [node for value in (past, join.joined) for node, _ in value.uses() if node is not join.node]
+    return len(places) == 1 and all(_asks_for_another_axis(node, join.axis) for node in others)
+
+
+def _asks_for_another_axis(node: ir.Node, axis: int | None) -> bool:
+    """Whether `node` is a Shape of which the size along `axis` isn't read, as of the batch alone."""
+    if node.op_type != "Shape" or axis is None or any(a.is_ref() for a in node.attributes.values()):
+        return False
+    if node.outputs[0].is_graph_output():
+        return False
+    # A cache that is written in place has four axes.
+    axes = range(4)[_int(node, "start") or 0 : _int(node, "end")]
+    return axis not in axes or all(
+        user.op_type == "Gather"
+        and slot == 0
+        and (index := scalar(user.inputs[1])) is not None
+        and axes[int(index)] != axis
+        for user, slot in node.outputs[0].uses()
     )
 
 

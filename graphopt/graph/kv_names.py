@@ -12,6 +12,9 @@ from graphopt.graph.kv_interface import KVInterface, kv_interface
 
 RENAMED_KEY = "graphopt.renamed"
 """Metadata key under which a renamed model keeps the names that it had: JSON, its name now to its name before."""
+_ASSUMPTIONS_KEY = "graphopt.assumptions"
+"""Metadata key of what the model takes for granted of its inputs, which it names: JSON, a list of objects in which
+"inputs" gives a name for each role."""
 
 
 def convention(interface: KVInterface) -> tuple[dict[str, str], dict[str, str]]:
@@ -101,3 +104,17 @@ def _rename(model: ir.Model, names: dict[str, str]) -> None:
                 value.name = fresh.fresh(f"{value.name}/inner")
     for value, new in renamed.items():
         value.name = new
+    _rename_in_assumptions(model, names)
+
+
+def _rename_in_assumptions(model: ir.Model, names: dict[str, str]) -> None:
+    text = model.metadata_props.get(_ASSUMPTIONS_KEY)
+    try:
+        entries = json.loads(text) if text is not None else []
+    except ValueError:
+        return  # whoever reads it will say so
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict) and isinstance(inputs := entry.get("inputs"), dict):
+            entry["inputs"] = {role: names.get(name, name) for role, name in inputs.items()}
+    if entries:
+        model.metadata_props[_ASSUMPTIONS_KEY] = json.dumps(entries)

@@ -160,13 +160,13 @@ def print_generation(data: Data, console: Console) -> None:
             spread = f"{units.ratio(ratio['median'])} ± {ratio['uncertainty']:.2f}" if index else units.ratio(1.0)
             row += [f"{timing[f'{phase}_tokens_s']:,.1f}", spread, units.ratio(timing[f"{phase}_cpu_ratio"]["median"])]
         rows.append(row)
-    headers = ["model", "cache", "prefill tokens/s", "time", "CPU", "decode tokens/s", "time", "CPU"]
+    headers = ["model", "cache", "read/s", "time", "CPU", "written/s", "time", "CPU"]
     printer.table(headers, rows, right=(2, 3, 4, 5, 6, 7))
     batch, threads = units.plural(data["batch"], "row"), data["threads"] or "all"
     printer.line(
-        f"{batch} of {data['prompt_tokens']} prompt tokens and {data['new_tokens']} new ones, {data['runs']} rounds, "
-        f"threads: {threads}; time and CPU are ratios to the first model, below 1 is faster; the control is the first "
-        "model again.",
+        f"Tokens read per second (prefill) and written (decode), medians of {data['runs']} rounds in turn; {batch} of "
+        f"{data['prompt_tokens']} prompt tokens and {data['new_tokens']} new ones, threads: {threads}. Time and CPU "
+        "time are ratios to the first model: below 1 is faster, and none closer to 1 than the control's says anything.",
         style="dim",
     )
     for name, found in zip(names, data.get("perplexity") or [], strict=False):

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from graphopt.errors import InputDataError, ModelError, first_line
+from graphopt.errors import GraphoptError, InputDataError, ModelError, first_line
 from graphopt.graph.kv_interface import CachePair, KVInterface
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ class Decoding:
         names = self._bind_outputs()
         try:
             self.session.run_with_iobinding(self._binding)
+        except GraphoptError:  # a session that checks what it is given
+            raise
         except Exception as error:  # ONNX Runtime has a class of exception for each reason
             raise InputDataError(
                 f"The decoder doesn't run on {new} new tokens after {self._valid.shape[1] - new} in a batch of "

@@ -83,7 +83,8 @@ class Generator:
         self.cache: Cache = "static" if possible and cache != "growing" else "growing"
         self.session = _session(path, threads, sess_options) if path is not None else model
         counting = [pair.operator in _COUNTING for pair in self.interface.pairs]
-        self._compact, self._mixed = all(counting), any(counting) and not all(counting)
+        self._counting, self._mixed = any(counting), any(counting) and not all(counting)
+        self._compact = all(counting) and self.interface.mask_values
 
     # ---- what users call
 
@@ -167,7 +168,7 @@ class Generator:
         batch, tokens = ids.shape
         if chunk < 1:
             raise UsageError(f"A chunk must hold at least one token, not {chunk}.")
-        if batch > 1 and (self._compact or self._mixed):
+        if batch > 1 and self._counting:
             chunk = tokens  # GroupQueryAttention takes several new tokens after a past for one row only
         valid = np.ones(ids.shape, dtype=np.bool_) if valid is None else valid
         last = tokens - 1 - np.argmax(valid[:, ::-1], axis=1)
@@ -214,6 +215,8 @@ class Generator:
         interface = self.interface
         if interface.attention_mask is None:
             raise InputDataError(f"{which}, because it has no attention mask; {advice}.")
+        if not interface.mask_values:
+            raise InputDataError(f"{which}, because it takes nothing but a length from its attention mask; {advice}.")
         if self._mixed:
             raise InputDataError(f"{which}, because its layers know padding on different sides; {advice}.")
         if self._compact and side == "left":

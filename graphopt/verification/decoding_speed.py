@@ -129,7 +129,7 @@ def benchmark_decoding(
     read, written = prompts.size, prompts.shape[0] * new_tokens
     timings = [
         DecodingTiming(
-            decoder.name if index < len(decoders) else f"{decoder.name} (control)",
+            decoder.name if index < len(decoders) else f"{decoders[0].name} (control)",
             str(decoder.cache),
             read / statistics.median(columns[index][0]),
             written / statistics.median(columns[index][1]),
@@ -137,9 +137,7 @@ def benchmark_decoding(
         )
         for index, decoder in enumerate(everyone)
     ]
-    return DecodingResult(
-        timings[:-1], timings[-1], prompts.shape[0], prompts.shape[1], new_tokens, runs, threads
-    )  # fmt: skip
+    return DecodingResult(timings[:-1], timings[-1], prompts.shape[0], prompts.shape[1], new_tokens, runs, threads)
 
 
 def _once(decoder: Decoder, prompts: npt.NDArray[np.int64], new_tokens: int) -> tuple[float, float, float, float]:

@@ -223,6 +223,9 @@ def _plans(
         # Where padding is probed in chunks, a batch of them without it has nothing new to show but to who assumes that.
         if not masked or assumptions.holds("no-padding"):
             yield "chunk, batch", plan(0, 1, **some)
+        if masked and assumptions.holds("no-batched-chunks"):  # padding where the batch is 1 is claimed too
+            yield "chunk of one, left padding", plan(0, 0, **some, padding="left")
+            yield "chunk of one, right padding", plan(0, 0, **some, padding="right")
         if longest is not None and longest > large + 1:
             recipe = plan(0, 0, past=longest - 1, sequence=1)
             caches = shape.with_role("past")

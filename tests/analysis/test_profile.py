@@ -145,13 +145,13 @@ def test_fixed_rows_count_alone() -> None:
 
 
 def test_the_best_of_several_is_taken() -> None:
-    first = fake("attention", 0.9, alternative="attention")
-    second = fake("attention", 0.7, alternative="multi-head-attention")
+    first = fake("attention", 0.9, alternative="spelled-out")
+    second = fake("attention", 0.7, alternative="contrib-attention")
     both = tuple(
         dataclasses.replace(a, alternatives={**a.alternatives, **b.alternatives})
         for a, b in zip(first.entries, second.entries, strict=True)
     )
-    assert dataclasses.replace(first, entries=both).prefers("attention", shapes(256)) == "multi-head-attention"
+    assert dataclasses.replace(first, entries=both).prefers("attention", shapes(256)) == "contrib-attention"
 
 
 # ---- files

@@ -85,6 +85,49 @@ def test_whoever_asks_for_the_length_of_a_cache_keeps_it_from_being_shared(where
     assert not found.shared_buffer
 
 
+@pytest.mark.parametrize(("attributes", "index"), [({"end": 1}, None), ({}, 0), ({"start": -3}, 0)])
+def test_whoever_asks_for_its_batch_or_heads_does_not(attributes, index) -> None:
+    proto = decoder("group-query")
+    proto.graph.node.append(onnx.helper.make_node("Shape", ["past_key_values.1.key"], ["of_cache"], **attributes))
+    if index is None:
+        proto.graph.node.append(onnx.helper.make_node("Identity", ["of_cache"], ["size"]))
+    else:
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([index]), "index"))
+        proto.graph.node.append(onnx.helper.make_node("Gather", ["of_cache", "index"], ["size"]))
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("size", onnx.TensorProto.INT64, [1]))
+    assert read(proto).shared_buffer
+    if index is not None:
+        proto.graph.initializer[-1].CopyFrom(
+            onnx.numpy_helper.from_array(np.array([-2 if not attributes else 1]), "index")
+        )
+        assert not read(proto).shared_buffer
+
+
+@pytest.mark.parametrize("read_as", ["length", "nothing"])
+def test_a_mask_of_which_no_value_is_read(read_as: str) -> None:
+    proto = decoder("group-query")
+    for node in proto.graph.node:
+        if node.op_type == "ReduceSum":
+            # As a lowering writes it that takes rows to be padded at the end.
+            node.op_type, node.input[:] = "Expand", ["wide", "rows_"]
+            del node.attribute[:]
+    first = next(i for i, n in enumerate(proto.graph.node) if n.op_type == "Expand")
+    shape = onnx.helper.make_node("Shape", ["attention_mask"], ["rows_"], end=1)
+    gather = next(n for n in proto.graph.node if "wide" in n.output)
+    sizes = next(n for n in proto.graph.node if "sizes" in n.output)
+    unit = next(n for n in proto.graph.node if "unit" in n.output)
+    for node in (gather, sizes, unit):
+        proto.graph.node.remove(node)
+    for node in (shape, gather, sizes, unit):
+        proto.graph.node.insert(first, node)
+    if read_as == "nothing":
+        proto.graph.input.append(onnx.helper.make_tensor_value_info("position_ids", onnx.TensorProto.INT64, ["b", "s"]))
+    found = read(proto)
+    assert (found.attention_mask, found.mask_values) == ("attention_mask", False)
+    assert found.position_ids == ("position_ids" if read_as == "nothing" else None)
+    assert found.others == ()
+
+
 def test_a_model_without_a_cache() -> None:
     text = '<ir_version: 8, opset_import: ["": 17]> g (float[b, 4] x) => (float[b, 4] y) { y = Relu(x) }'
     assert kv_interface(ir.from_proto(onnx.parser.parse_model(text))) is None

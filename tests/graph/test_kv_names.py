@@ -83,6 +83,17 @@ def test_the_names_of_before_are_kept_and_come_back() -> None:
     assert RENAMED_KEY not in model.metadata_props
 
 
+def test_what_is_taken_for_granted_names_the_inputs_as_they_are_called() -> None:
+    model = ir.from_proto(decoder("concat", names="in{}{} out{}{}"))
+    key = "graphopt.assumptions"
+    entry = {"assumption": "batch=1", "inputs": {"ids": "input_ids", "past": "in0key"}}
+    model.metadata_props[key] = json.dumps([entry])
+    rename_kv_cache(model)
+    assert json.loads(model.metadata_props[key])[0]["inputs"] == {"ids": "input_ids", "past": "past_key_values.0.key"}
+    restore_names(model)
+    assert json.loads(model.metadata_props[key]) == [entry]
+
+
 def test_models_that_have_nothing_to_rename() -> None:
     text = '<ir_version: 8, opset_import: ["": 17]> g (float[b, 4] x) => (float[b, 4] y) { y = Relu(x) }'
     with pytest.raises(UsageError, match="no KV cache"):

@@ -280,6 +280,22 @@ def test_a_scale_of_the_vector_stays_outside() -> None:
     assert node.inputs[0].producer().op_type == "Mul"
 
 
+@pytest.mark.parametrize("x", ["float[b, 2, q, 8]", "float[b, q, 2, 8]"])
+def test_one_after_the_other(x: str) -> None:
+    tables = DOUBLED if x == "float[b, 2, q, 8]" else DOUBLED.replace("one", "two")
+    again = f"{HALVES['slices']} {TURNED['negated']}"
+    for name in ("a", "b", "nb", "r", "xc", "rs"):
+        again = (
+            again.replace(f"{name} =", f"{name}_ =")
+            .replace(f"({name},", f"({name}_,")
+            .replace(f", {name})", f", {name}_)")
+        )
+    again = again.replace("(b)", "(b_)").replace("(x,", "(t,").replace("(nb, a)", "(nb_, a_)")
+    first = f"{HALVES['slices']} {TURNED['negated']}".replace("y = ", "t = ")
+    after = raised(spelled(f"{ANGLES} {tables} {first} {again}", x=x))
+    assert rotations(after) == [{}, {}]
+
+
 @pytest.mark.parametrize("doubled", [False, True])
 def test_rows_of_a_constant(doubled: bool) -> None:
     """Tables gathered by positions, doubled before or after."""

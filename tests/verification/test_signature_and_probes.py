@@ -237,6 +237,15 @@ class TestProbes:
         chunk = next(p for p in unpadded if p.name == "chunk, batch")
         assert chunk.feeds["attention_mask"].tolist() == [full] * 3
 
+    def test_padding_of_one_row_where_chunks_are_of_one(self) -> None:
+        for name in ("batch=1", "no-batched-chunks"):
+            probes = {p.name: p for p in make_probes(decoder(), assumptions=Assumptions.parse([name]))}
+            left, right = (
+                probes[f"chunk of one, {side} padding"].feeds["attention_mask"] for side in ("left", "right")
+            )
+            assert left.tolist() == [[0] * 3 + [1] * 8]
+            assert right.tolist() == [[1] * 10 + [0]]
+
     def test_no_probe_is_longer_than_assumed_and_one_is_as_long(self) -> None:
         for length in (1, 2, 5, 8, 13, 14, 40):
             probes = make_probes(decoder(), assumptions=Assumptions.parse([f"max-length={length}"]))

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int
-from graphopt.analysis.attention_form import AttentionForm, NotAttention, Operand, concatenated, operands, read
+from graphopt.analysis.attention_form import LOWERED, AttentionForm, NotAttention, Operand, concatenated, operands, read
 from graphopt.analysis.layout import NotAView, Stage
 from graphopt.analysis.shapes import ShapeFacts, lazily
 from graphopt.graph.edits import Editor, sort
@@ -92,6 +92,8 @@ class RaiseAttention(RulePass):
         try:
             if node.op_type == "Attention":
                 return self._rewrite_operator(node, edit)
+            if node.meta.get(LOWERED):
+                return False
             form = read(node, self._facts)
             if form is None:
                 return False

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.attention_form import AttentionForm, Keep, NotAttention
+from graphopt.analysis.attention_form import AttentionForm, Bias, Keep, NotAttention
 from graphopt.analysis.layout import Axes, settled, total
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.constants import constant_tensor
@@ -41,57 +41,63 @@ class _Mask:
         self.roles: Axes = settled((q[0], q[1], q[2], k[2]))
 
     def write(self) -> ir.Value | None:
-        scores, rekept = self.form.scores, self.form.path.rekept
-        keeps = list(scores.keeps)
+        terms, rekept = self.form.scores.terms, self.form.path.rekept
+        keeps = [term for term in terms if isinstance(term, Keep)]
         known = {(keep.condition, keep.kept) for keep in keeps}
         if any(again not in known for again in rekept):
             raise NotAttention("weights are set to 0 where the scores weren't hidden")
         for keep in keeps:
             if math.isfinite(keep.fill) and self.dtype != ir.DataType.FLOAT:
                 raise NotAttention(f"scores are hidden by a finite number in {self.dtype.name}")
-        certain = (
-            all(not math.isfinite(k.fill) or (k.condition, k.kept) in rekept for k in keeps) and not scores.clamped
-        )
-        kept = self._kept(keeps)
-        bias = self._bias()
-        if kept is None and bias is None:
+        # A key that is surely hidden has no weight, also in rows where all are hidden.
+        sure = [not math.isfinite(keep.fill) or (keep.condition, keep.kept) in rekept for keep in keeps]
+        if not terms:
             return None
-        if bias is None and kept is not None and certain:
-            return self._full(kept)
-        hidden = self._number(-math.inf if certain else HIDDEN)
-        if kept is not None:
-            bias = self.edit.op("Where", [kept, bias if bias is not None else self._number(0.0), hidden])
-        assert bias is not None
-        return self._full(bias)
+        if len(keeps) == len(terms) and all(sure):
+            return self._full(self._all([self._condition(keep) for keep in keeps]))
+        mask: ir.Value | None = None
+        for term in terms:
+            if isinstance(term, Keep):
+                hidden = self._number(-math.inf if sure[keeps.index(term)] else HIDDEN)
+                zero = self._number(0.0)
+                condition = self._condition(term)
+                if term.added and mask is not None:
+                    mask = self.edit.op("Add", [mask, self.edit.op("Where", [condition, zero, hidden])])
+                else:
+                    mask = self.edit.op("Where", [condition, zero if mask is None else mask, hidden])
+            elif isinstance(term, Bias):
+                bias = self._bias(term)
+                mask = bias if mask is None else self.edit.op("Add", [mask, bias])
+            elif mask is not None:
+                mask = self.edit.op("Max", [mask, self._number(HIDDEN)])
+        return None if mask is None else self._full(mask)
 
-    def _kept(self, keeps: list[Keep]) -> ir.Value | None:
-        result: ir.Value | None = None
-        for keep in keeps:
-            condition = self._aligned(keep.condition, keep.axes)
-            if not keep.kept:
-                condition = self.edit.op("Not", [condition], like=condition)
-            result = condition if result is None else self.edit.op("And", [result, condition])
+    def _condition(self, keep: Keep) -> ir.Value:
+        condition = self._aligned(keep.condition, keep.axes)
+        return condition if keep.kept else self.edit.op("Not", [condition], like=condition)
+
+    def _all(self, conditions: list[ir.Value]) -> ir.Value:
+        result = conditions[0]
+        for condition in conditions[1:]:
+            result = self.edit.op("And", [result, condition])
         return result
 
-    def _bias(self) -> ir.Value | None:
-        result: ir.Value | None = None
-        for bias in self.form.scores.biases:
-            value = self._aligned(bias.value, bias.axes)
-            found = self.facts.dtype(bias.value) or bias.value.dtype
-            if found != self.dtype:
-                raise NotAttention(f"{bias.value.name!r} is added in another type than that of the queries")
-            if may_be_lowest(bias.value):
-                if self.dtype != ir.DataType.FLOAT:
-                    raise NotAttention(f"scores are hidden by a finite number in {self.dtype.name}")
-                lowest = self.edit.constant(np.array(np.finfo(np.float32).min, dtype=np.float32), "lowest")
-                equal = self.edit.op("Equal", [value, lowest])
-                value = self.edit.op("Where", [equal, self._number(HIDDEN), value], like=value)
-            if bias.factor == -1.0:
-                value = self.edit.op("Neg", [value], like=value)
-            elif bias.factor != 1.0:
-                value = self.edit.op("Mul", [value, self._number(bias.factor)], like=value)
-            result = value if result is None else self.edit.op("Add", [result, value])
-        return result
+    def _bias(self, bias: Bias) -> ir.Value:
+        value = self._aligned(bias.value, bias.axes)
+        found = self.facts.dtype(bias.value) or bias.value.dtype
+        if found != self.dtype:
+            raise NotAttention(f"{bias.value.name!r} is added in another type than that of the queries")
+        if may_be_lowest(bias.value):
+            if self.dtype != ir.DataType.FLOAT:
+                raise NotAttention(f"scores are hidden by a finite number in {self.dtype.name}")
+            lowest = self.edit.constant(np.array(np.finfo(np.float32).min, dtype=np.float32), "lowest")
+            equal = self.edit.op("Equal", [value, lowest])
+            value = self.edit.op("Where", [equal, self._number(HIDDEN), value], like=value)
+        if bias.factor == -1.0:
+            return self.edit.op("Neg", [value], like=value)
+        if bias.factor != 1.0:
+            return self.edit.op("Mul", [value, self._number(bias.factor)], like=value)
+        return value
 
     def _number(self, number: float) -> ir.Value:
         return self.edit.constant(np.array(number, dtype=self.dtype.numpy()), "number")
@@ -142,7 +148,8 @@ class _Mask:
             raise NotAttention(f"the shape of the mask {mask.name!r} isn't known")
         entries: list[int | ir.Value] = []
         for place, role in ((-2, self.roles[2]), (-1, self.roles[3])):
-            short = len(shape) < -place or shape[place] == 1
+            # The length of the query axis has to be certain: the operator doesn't broadcast it.
+            short = len(shape) < -place or shape[place] == 1 or (place == -2 and shape[place] != total(role))
             entries.append(self.views.length(role) if short and total(role) != 1 else 1)
         if entries == [1, 1]:
             return mask

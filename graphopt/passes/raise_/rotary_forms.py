@@ -5,11 +5,11 @@ chains of operators, a value is described element by element: each is a sum of t
 
     sign · x[i] · table[j]          sign ∈ {-1, 0, 1}; x or the table may be absent
 
-where x is one chosen value and a table anything that is multiplied with it (cos and sin of the positions). Every operator
+where x is one chosen value and a table anything that is multiplied with it (cos and sin of the positions). An operator
 that moves elements is then one numpy call on the trailing axes of an array (see `rotary_terms`).
 
-The leading axes (batch, heads, positions) are the same for all elements. A table says for each of them which axis of its
-own stands there, or that it is broadcast.
+The leading axes (batch, heads, positions) are the same for all elements. A table says for each of them which axis of
+its own stands there, or that it is broadcast.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ Lead = tuple[int | None, ...]
 
 _MAX_NODES = 64
 _MAX_ELEMENTS = 1 << 13
+_MAX_CONSTANT = 1 << 24
+"""Elements up to which a constant is searched for equal columns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +69,14 @@ class Tables(list[Table]):
     """The tables met, each once; forms name them by number.
 
     Attributes:
-        columns: Sign and place of the first equal column of each column of the constants met.
+        columns: Sign, and place of the first equal column, of each column of the constants met; no places where the
+            constant is signs.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._numbers: dict[Table, int] = {}
-        self.columns: dict[tuple[ir.Value, int], tuple[Form, Form]] = {}
+        self.columns: dict[tuple[ir.Value, int], tuple[Form, Form | None]] = {}
 
     def number(self, table: Table) -> int:
         """The number of `table`."""
@@ -142,17 +145,24 @@ class Forms:
 
     def _constant(self, value: ir.Value, lead: int) -> Form | None:
         """A constant: signs where it holds nothing else, else a table in which equal and opposite columns are one."""
-        array = constant_array(value)
         elements = self.elements(value, lead)
-        if array is None or elements is None or array.dtype.kind not in "fV":
-            return self._atom(value, lead)
-        numbers = np.asarray(array, dtype=np.float64)
-        if int(np.prod(array.shape[:lead])) == 1 and np.isin(numbers, (-1.0, 0.0, 1.0)).all():
-            return term(numbers.reshape(elements).astype(np.int64), -1, -1, 0)
+        if elements is None:
+            return None
         key = value, lead
         if key not in self.tables.columns:
-            self.tables.columns[key] = columns_of(numbers.reshape(-1, int(np.prod(elements))).T + 0.0)  # no -0
+            array = constant_array(value, _MAX_CONSTANT)
+            if array is None or array.dtype.kind not in "fV":
+                return self._atom(value, lead)
+            if array.dtype.kind == "V":  # bfloat16
+                array = array.astype(np.float32)
+            columns = array.reshape(-1, int(np.prod(elements))).T
+            if len(columns[0]) == 1 and np.isin(columns, (-1.0, 0.0, 1.0)).all():
+                self.tables.columns[key] = columns.astype(np.int64).ravel(), None
+            else:
+                self.tables.columns[key] = columns_of(columns)
         signs, index = self.tables.columns[key]
+        if index is None:
+            return term(signs.reshape(elements), -1, -1, 0)
         return term(signs.reshape(elements), -1, self._plain(value, lead), index.reshape(elements))
 
     def alike(self, value: ir.Value, lead: int, *sources: Form | None) -> Form | None:

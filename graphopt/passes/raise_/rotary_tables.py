@@ -14,7 +14,8 @@ import onnx_ir as ir
 from graphopt.analysis.algebra import attribute_int, producer
 from graphopt.analysis.dims import Dim, as_symbol
 from graphopt.analysis.shapes import ShapeFacts
-from graphopt.graph.constants import constant_array
+from graphopt.graph.computed import identity, weight
+from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor
 from graphopt.passes.raise_.rotary_forms import Step, Table, Tables
 from graphopt.passes.raise_.rotary_terms import INDEX, SIGN, TABLE, Form, X
@@ -112,11 +113,30 @@ def _half(rows: Numbers) -> Half:
     return Half(int(rows[SIGN, 0]), rows[TABLE], rows[INDEX])
 
 
+class Replaced:
+    """Replacements, and what stands now for a value that was read before them."""
+
+    def __init__(self, edit: Editor) -> None:
+        self._edit = edit
+        self._new: dict[ir.Value, ir.Value] = {}
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let `new` take the place of `old`."""
+        self._edit.replace(old, new)
+        self._new[old] = new
+
+    def now(self, value: ir.Value) -> ir.Value:
+        """What stands for `value`."""
+        while value in self._new:
+            value = self._new[value]
+        return value
+
+
 class TableWriter:
     """Writes tables [batch, positions, pairs] into one graph, each once, before the first site that reads it."""
 
-    def __init__(self, facts: ShapeFacts, tables: Tables) -> None:
-        self._facts, self._tables = facts, tables
+    def __init__(self, facts: ShapeFacts, tables: Tables, written: Replaced) -> None:
+        self._facts, self._tables, self._written = facts, tables, written
         self._made: dict[tuple[object, ...], ir.Value] = {}
 
     def axes(self, half: Half, count: int) -> set[int]:
@@ -164,7 +184,7 @@ class TableWriter:
 
     def _selected(self, table: Table, index: Numbers, edit: Editor) -> ir.Value:
         """The elements of a table that are asked for."""
-        base = table.base
+        base = self._written.now(table.base)
         key = (base, index.tobytes())
         if key in self._made:
             return self._made[key]
@@ -175,7 +195,9 @@ class TableWriter:
         gathered = None if whole and producer(base, "GatherElements") is None else self._rows(base)
         if gathered is not None:
             rows, positions = gathered
-            value = edit.op("Gather", [edit.constant(np.ascontiguousarray(rows[:, index]), "table"), positions])
+            value = edit.op(
+                "Gather", [edit.constant(_columns(rows, rows.shape.numpy()[-2:], index), "table"), positions]
+            )
         else:
             value = base
             if len(shape) > table.first + 1:
@@ -187,16 +209,16 @@ class TableWriter:
         return value
 
     def _picked(self, base: ir.Value, index: Numbers, edit: Editor) -> ir.Value:
-        numbers = constant_array(base)
+        numbers = constant_tensor(base)
         if numbers is not None:
-            return edit.constant(np.ascontiguousarray(numbers[..., index]), "table")
+            return edit.constant(_columns(numbers, numbers.shape.numpy(), index), "table")
         steps = np.unique(np.diff(index))
         if len(index) > 1 and len(steps) == 1 and steps[0] > 0:
             bounds = ([index[0]], [index[-1] + 1], [-1], [steps[0]])
             return edit.op("Slice", [base, *(edit.constant(np.array(b, dtype=np.int64)) for b in bounds)])
         return edit.op("Gather", [base, edit.constant(index)], {"axis": -1})
 
-    def _rows(self, base: ir.Value) -> tuple[npt.NDArray[np.generic], ir.Value] | None:
+    def _rows(self, base: ir.Value) -> tuple[ir.TensorProtocol, ir.Value] | None:
         """The constant rows and the positions that a table is gathered from and by.
 
         GatherElements of rows repeated for each batch, by positions repeated for each element, is that too.
@@ -209,24 +231,29 @@ class TableWriter:
         assert rows is not None
         assert positions is not None
         if node.op_type == "Gather":
-            array = constant_array(rows)
+            tensor = constant_tensor(rows)
             axis = attribute_int(node, "axis", 0)
-            return None if array is None or array.ndim != 2 or axis != 0 else (array, positions)
+            return None if tensor is None or len(tensor.shape) != 2 or axis != 0 else (tensor, positions)
         whole, repeated = self._facts.shape(rows), producer(positions, "Expand", "Tile")
         while (node_above := producer(rows, "Expand", "Tile")) is not None and node_above.inputs[0] is not None:
             rows = node_above.inputs[0]
-        array = constant_array(rows)
+        tensor = constant_tensor(rows)
         single = None if repeated is None else producer(repeated.inputs[0], "Unsqueeze")
-        if array is None or whole is None or repeated is None or single is None or len(shape) != 3:
+        if tensor is None or whole is None or repeated is None or single is None or len(shape) != 3:
             return None
         before, plain = self._facts.shape(repeated.inputs[0]), single.inputs[0]
         axis = attribute_int(node, "axis", 0)
         if before is None or before[2] != 1 or before[:2] != shape[:2] or self._facts.shape(plain) != shape[:2]:
             return None
-        if axis not in (1, -2) or array.size != array.shape[-1] * array.shape[-2] or whole[1:] != array.shape[-2:]:
+        sizes = tensor.shape.numpy()
+        if (
+            axis not in (1, -2)
+            or tensor.size != math.prod(sizes[-2:])
+            or [d.value for d in whole[1:]] != list(sizes[-2:])
+        ):
             return None
         assert plain is not None
-        return array.reshape(array.shape[-2:]), plain
+        return tensor, plain
 
     def _placed(self, value: ir.Value, table: Table, places: Sequence[int | None], edit: Editor) -> ir.Value:
         """`value` as [batch, positions, pairs], of size 1 where a table is broadcast."""
@@ -241,6 +268,16 @@ class TableWriter:
         if added:
             value = edit.op("Unsqueeze", [value, edit.constant(np.array(added, dtype=np.int64), "axes")])
         return value
+
+
+def _columns(tensor: ir.TensorProtocol, shape: Sequence[int], index: Numbers) -> ir.TensorProtocol:
+    """These columns of a constant that is taken to have a shape."""
+
+    def compute() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(tensor.numpy().reshape(shape)[..., index]))
+
+    origin = ("columns", identity(tensor), tuple(shape), index.tobytes())
+    return weight(compute, tensor.dtype, (*shape[:-1], len(index)), None, origin)
 
 
 def _stepped(value: ir.Value, step: Step, edit: Editor) -> ir.Value:

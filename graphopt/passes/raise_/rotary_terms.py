@@ -22,18 +22,18 @@ def term(sign: npt.ArrayLike, x: npt.ArrayLike, table: npt.ArrayLike, index: npt
     return np.stack(np.broadcast_arrays(sign, x, table, index)).astype(np.int64)[None]
 
 
-def columns_of(columns: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def columns_of(columns: npt.NDArray[np.floating]) -> tuple[Form, Form]:
     """For every row the first that is equal to it or to its negative, and which of the two."""
     seen: dict[bytes, int] = {}
     signs, index = np.ones(len(columns), np.int64), np.arange(len(columns))
     for i, column in enumerate(columns):
-        same, opposite = seen.get(column.tobytes()), seen.get((0.0 - column).tobytes())
+        same, opposite = seen.get((column + 0).tobytes()), seen.get((0 - column).tobytes())  # without negative zeros
         if same is not None:
             index[i] = same
         elif opposite is not None:
             index[i], signs[i] = opposite, -1
         else:
-            seen[column.tobytes()] = i
+            seen[(column + 0).tobytes()] = i
     return signs, index
 
 
