@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,7 +25,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from matrix_judge import Outcome, judge
 from matrix_page import page, table
@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--variants", nargs="*", help="names of variants, or all (default: the usual ones)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help=f"where exports and results are kept ({FOLDER})")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--resume", action="store_true", help="keep what the last run judged")
     parser.add_argument("--no-export", action="store_true", help="judge the exports that are there")
     parser.add_argument("--json", type=Path, help="write all results to this file")
     parser.add_argument("--page", type=Path, help="write the page to this file")
@@ -55,7 +56,11 @@ def main() -> int:
     exports = options.folder / "exports"
     if not options.no_export:
         make_exports(sorted({item.model for item in items}), options.variants, exports, options.jobs)
-    outcomes = list(judged(items, exports, options.jobs))
+    before = read(options.folder / "results.jsonl") if options.resume else {}
+    known = [before[key] for item in items if (key := (item.model, item.variant)) in before]
+    fresh = judged([item for item in items if (item.model, item.variant) not in before], exports, options.jobs, known)
+    order = {(item.model, item.variant): index for index, item in enumerate(items)}
+    outcomes = sorted([*known, *fresh], key=lambda outcome: order[outcome.model, outcome.variant])
     if options.json:
         options.json.write_text(json.dumps([dataclasses.asdict(o) for o in outcomes], indent=1) + "\n")
     if options.page:
@@ -103,29 +108,30 @@ def make_exports(models: Sequence[str], variants: Sequence[str] | None, folder: 
         while subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
             pass  # what brought the process down is recorded, and the next one goes on behind it
 
-    missing = [m for m in models if any(not place(folder, o).with_suffix(".json").exists() for o in wanted([m], variants))]
+    missing = [
+        m for m in models if any(not place(folder, o).with_suffix(".json").exists() for o in wanted([m], variants))
+    ]
     size = 6
     parts = [missing[i : i + size] for i in range(0, len(missing), size)]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         list(pool.map(run, parts))
 
 
-def judged(items: Sequence[Outcome], exports: Path, jobs: int) -> Iterator[Outcome]:
-    """The outcomes in order."""
+def judged(items: Sequence[Outcome], exports: Path, jobs: int, known: Sequence[Outcome]) -> Iterator[Outcome]:
+    """The outcomes of the exports that are there; all, and what was `known` before, are noted as they come."""
     there = [item for item in items if place(exports, item).with_suffix(".json").exists()]
     context = multiprocessing.get_context("spawn")
-    found: list[Outcome] = []
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=limit) as pool:
+    with (
+        concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=limit) as pool,
+        (exports.parent / "results.jsonl").open("w") as log,
+    ):
         # In random order, so that what is there after a while is a sample of everything.
         mixed = random.Random(0).sample(there, len(there))
         futures = [pool.submit(judge_within, place(exports, item), item) for item in mixed]
-        with (exports.parent / "results.jsonl").open("w") as log:
-            for future in concurrent.futures.as_completed(futures):
-                found.append(future.result())
-                log.write(json.dumps(dataclasses.asdict(found[-1])) + "\n")
-                log.flush()
-    order = {(item.model, item.variant): index for index, item in enumerate(there)}
-    yield from sorted(found, key=lambda outcome: order[outcome.model, outcome.variant])
+        for outcome in itertools.chain(known, (done.result() for done in concurrent.futures.as_completed(futures))):
+            log.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
+            log.flush()
+            yield outcome
 
 
 def limit() -> None:
@@ -149,10 +155,12 @@ def judge_within(path: Path, outcome: Outcome) -> Outcome:
         signal.alarm(0)
 
 
-def read(path: Path) -> list[Outcome]:
-    """The outcomes that --json wrote."""
-    data: list[dict[str, Any]] = json.loads(path.read_text())
-    return [Outcome(**{**row, "nodes": tuple(row["nodes"])}) for row in data]
+def read(path: Path) -> dict[tuple[str, str], Outcome]:
+    """The outcomes that a run noted, by model and variant."""
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(row["model"], row["variant"]): Outcome(**{**row, "nodes": tuple(row["nodes"])}) for row in rows}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,14 @@ from graphopt.verification.session import make_session
 RAISE = "raise-attention"
 TOLERANCE = 1e-4
 """Largest difference of an output, relative to its largest magnitude."""
-ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention", "RotaryEmbedding", "Softmax")
+ATTENTION = (
+    "Attention",
+    "MultiHeadAttention",
+    "GroupQueryAttention",
+    "PackedMultiHeadAttention",
+    "RotaryEmbedding",
+    "Softmax",
+)
 UNSAID = "no reason given"
 
 

@@ -299,7 +299,11 @@ class Pooled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.query, self.kv, self.o = nn.Parameter(torch.empty(1, HEADS, 1, SIZE)), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.query, self.kv, self.o = (
+            nn.Parameter(torch.empty(1, HEADS, 1, SIZE)),
+            nn.Linear(WIDTH, 2 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         k, v = self.kv(x).view(*x.shape[:2], 2, HEADS, SIZE).permute(2, 0, 3, 1, 4)

@@ -95,7 +95,10 @@ def _coloured(outcomes: Sequence[Outcome]) -> Text:
         return Text("")
     bad = any(o.bad for o in outcomes)
     left = any(o.left for o in outcomes)
-    return Text(_cells(outcomes), style="red" if bad else "yellow" if left else "" if _cells(outcomes) == _NOT_EXPORTED else "green")
+    return Text(
+        _cells(outcomes),
+        style="red" if bad else "yellow" if left else "" if _cells(outcomes) == _NOT_EXPORTED else "green",
+    )
 
 
 def _some(places: Sequence[str], most: int = 6) -> str:
@@ -172,7 +175,11 @@ def _page(outcomes: Sequence[Outcome], forms: Mapping[str, str]) -> Iterator[str
     yield ""
     yield "## What runs"
     yield ""
-    yield "Operators of the optimized models, all together: " + ", ".join(f"{n} {name}" for name, n in operators.most_common()) + "."
+    yield (
+        "Operators of the optimized models, all together: "
+        + ", ".join(f"{n} {name}" for name, n in operators.most_common())
+        + "."
+    )
 
 
 def _escaped(text: str) -> str:

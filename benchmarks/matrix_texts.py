@@ -23,7 +23,9 @@ TEXTS: dict[str, tuple[str, int]] = {}
 _SHAPES: dict[str, dict[str, tuple[int, ...]]] = {}
 
 
-def _text(name: str, form: str, opset: int, body: str, weights: dict[str, tuple[int, ...]], masked: bool = True) -> None:
+def _text(
+    name: str, form: str, opset: int, body: str, weights: dict[str, tuple[int, ...]], masked: bool = True
+) -> None:
     key = f"onnx:{name}"
     TEXTS[key] = body, opset
     _SHAPES[key] = weights
@@ -45,7 +47,11 @@ def text_model(key: str) -> onnx.ModelProto:
 _SQUARE = {f"w_{n}": (WIDTH, WIDTH) for n in "qkvo"} | {f"b_{n}": (WIDTH,) for n in "qkvo"}
 _INPUTS = "float[batch, tokens, 32] x, bool[batch, tokens] mask"
 
-_text("tf2onnx-bert", "dense layers on two axes, shapes computed, penalty", 13, f"""
+_text(
+    "tf2onnx-bert",
+    "dense layers on two axes, shapes computed, penalty",
+    13,
+    f"""
 g ({_INPUTS}) => (float[batch, tokens, 32] y)
 <int64[2] flat = {{-1, 32}}, int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int32[1] heads = {{4}}, int32[1] size = {{8}},
  int32[1] width = {{32}}, float unit = {{1.0}}, float penalty = {{-10000.0}}, float scale = {{0.35355338}}, int64[1] a1 = {{1}}, int64[1] a2 = {{2}}>
@@ -90,9 +96,15 @@ g ({_INPUTS}) => (float[batch, tokens, 32] y)
   o = MatMul (c2, w_o)
   ob = Add (o, b_o)
   y = Reshape (ob, merged)
-}}""", _SQUARE)
+}}""",
+    _SQUARE,
+)
 
-_text("tf2onnx-keras", "all products as Einsum, the mask one axis later", 13, f"""
+_text(
+    "tf2onnx-keras",
+    "all products as Einsum, the mask one axis later",
+    13,
+    f"""
 g ({_INPUTS}) => (float[batch, tokens, 32] y)
 <float unit = {{1.0}}, float penalty = {{-1000000000.0}}, float scale = {{0.35355338}}, int64[2] axes = {{1, 2}}>
 {{
@@ -113,9 +125,20 @@ g ({_INPUTS}) => (float[batch, tokens, 32] y)
   c = Einsum <equation = "acbe,aecd->abcd"> (p, v)
   o = Einsum <equation = "abcd,cde->abe"> (c, w_o)
   y = Add (o, b_o)
-}}""", {**{f"w_{n}": (WIDTH, 4, 8) for n in "qkv"}, **{f"b_{n}": (4, 8) for n in "qkv"}, "w_o": (4, 8, WIDTH), "b_o": (WIDTH,)})
+}}""",
+    {
+        **{f"w_{n}": (WIDTH, 4, 8) for n in "qkv"},
+        **{f"b_{n}": (4, 8) for n in "qkv"},
+        "w_o": (4, 8, WIDTH),
+        "b_o": (WIDTH,),
+    },
+)
 
-_text("paddle2onnx", "q, k, v sliced from one packed tensor of rank 5", 11, """
+_text(
+    "paddle2onnx",
+    "q, k, v sliced from one packed tensor of rank 5",
+    11,
+    """
 g (float[batch, tokens, 32] x) => (float[batch, tokens, 32] y)
 <int64[5] packed = {0, -1, 3, 4, 8}, int64[1] i0 = {0}, int64[1] i1 = {1}, int64[1] i2 = {2}, int64[1] i3 = {3}, float scale = {0.35355338},
  float nothing = {0.0}, int64[3] merged = {0, -1, 32}>
@@ -140,9 +163,16 @@ g (float[batch, tokens, 32] x) => (float[batch, tokens, 32] y)
   h = Reshape (f, merged)
   o = MatMul (h, w_o)
   y = Add (o, b_o)
-}""", {"w_p": (WIDTH, 3 * WIDTH), "b_p": (3 * WIDTH,), "w_o": (WIDTH, WIDTH), "b_o": (WIDTH,)}, masked=False)
+}""",
+    {"w_p": (WIDTH, 3 * WIDTH), "b_p": (3 * WIDTH,), "w_o": (WIDTH, WIDTH), "b_o": (WIDTH,)},
+    masked=False,
+)
 
-_text("keras2onnx", "heads in the batch, divided by a root, Where with -1e9", 12, f"""
+_text(
+    "keras2onnx",
+    "heads in the batch, divided by a root, Where with -1e9",
+    12,
+    f"""
 g ({_INPUTS}) => (float[batch, tokens, 32] y)
 <int64[4] split = {{0, 0, 4, 8}}, int64[3] flat = {{-1, 0, 8}}, int64[1] heads = {{4}}, float root = {{2.8284271}}, float far = {{-1000000000.0}},
  int64[3] merged = {{0, 0, 32}}, int64[1] i0 = {{0}}, int64[1] i1 = {{1}}, int64[1] size = {{8}}, int64[1] minus = {{-1}}, int64[4] ones = {{1, 1, 1, 1}},
@@ -185,9 +215,15 @@ g ({_INPUTS}) => (float[batch, tokens, 32] y)
   c3 = Reshape (ct, merged)
   o = MatMul (c3, w_o)
   y = Add (o, b_o)
-}}""", _SQUARE)
+}}""",
+    _SQUARE,
+)
 
-_text("tokens-first", "tokens before the batch, packed and interleaved by head", 15, """
+_text(
+    "tokens-first",
+    "tokens before the batch, packed and interleaved by head",
+    15,
+    """
 g (float[batch, tokens, 32] x) => (float[batch, tokens, 32] y)
 <int64[5] packed = {0, 0, 4, 3, 8}, int64[1] axis = {3}, float scale = {0.35355338}, int64[3] merged = {0, 0, 32}>
 {
@@ -211,4 +247,7 @@ g (float[batch, tokens, 32] x) => (float[batch, tokens, 32] y)
   o = MatMul (h, w_o)
   ob = Add (o, b_o)
   y = Transpose <perm = [1, 0, 2]> (ob)
-}""", {"w_p": (WIDTH, 3 * WIDTH), "b_p": (3 * WIDTH,), "w_o": (WIDTH, WIDTH), "b_o": (WIDTH,)}, masked=False)
+}""",
+    {"w_p": (WIDTH, 3 * WIDTH), "b_p": (3 * WIDTH,), "w_o": (WIDTH, WIDTH), "b_o": (WIDTH,)},
+    masked=False,
+)

@@ -47,7 +47,11 @@ class _Counter(TorchDispatchMode):  # type: ignore[misc]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__.rstrip("_") if not func.overloadpacket.__name__.startswith("_") else func.overloadpacket.__name__
+        name = (
+            func.overloadpacket.__name__.rstrip("_")
+            if not func.overloadpacket.__name__.startswith("_")
+            else func.overloadpacket.__name__
+        )
         given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
         marks = [self.mark(v) for v in given]
         for value in tree_leaves(result):
@@ -82,7 +86,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[misc]
             if "weight" in left or "weight" in right:
                 # A linear map of scores mixes them: of heads, where heads stand last.
                 held = left | right
-                return frozenset({*(held & {"score", "softmax", "other"}), "mixed"}) if {"score"} & held else frozenset()
+                return (
+                    frozenset({*(held & {"score", "softmax", "other"}), "mixed"}) if {"score"} & held else frozenset()
+                )
             if {"softmax", "other"} & (left | right):
                 return frozenset()
             return frozenset({"score"})

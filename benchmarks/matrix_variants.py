@@ -28,7 +28,9 @@ class Variant:
     @property
     def name(self) -> str:
         """As the options and the table call it."""
-        return "-".join(filter(None, (self.exporter, str(self.opset or ""), self.attention, "cache" if self.cached else "")))
+        return "-".join(
+            filter(None, (self.exporter, str(self.opset or ""), self.attention, "cache" if self.cached else ""))
+        )
 
     def file(self, key: str) -> str:
         """Where the export lies in the folder of exports."""

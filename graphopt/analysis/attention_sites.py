@@ -30,7 +30,22 @@ OTHERS = ("Softplus", "Relu", "Sigmoid", "Exp", "Elu", "Gelu", "LogSoftmax", "Ha
 
 _VIEWS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Split")
 _PLAIN = ("Cast", "Identity", "Dropout", "Where", "Mul", "QuantizeLinear", "DequantizeLinear", *_VIEWS)
-_ON_SCORES = (*_PLAIN, "Add", "Div", "Sub", "Neg", "Tanh", "Clip", "Min", "Max", "Concat", "Gather", "ScatterND", "GatherElements", "Pad")
+_ON_SCORES = (
+    *_PLAIN,
+    "Add",
+    "Div",
+    "Sub",
+    "Neg",
+    "Tanh",
+    "Clip",
+    "Min",
+    "Max",
+    "Concat",
+    "Gather",
+    "ScatterND",
+    "GatherElements",
+    "Pad",
+)
 _ON_WEIGHTS = (*_PLAIN, "Div", "Pow", "Add", "Clip")
 _PRODUCTS = ("MatMul", "Einsum")
 _MAX_STEPS = 12

@@ -62,7 +62,9 @@ def test_products_without_scores_are_no_attention(key: str, tmp_path: Path) -> N
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("key", ["llama", "bloom", "deepseekv3", "t5", "debertav2", "swinv2", "detr", "torch:softplus", "torch:linear"])
+@pytest.mark.parametrize(
+    "key", ["llama", "bloom", "deepseekv3", "t5", "debertav2", "swinv2", "detr", "torch:softplus", "torch:linear"]
+)
 def test_what_runs_agrees_with_the_configuration(key: str) -> None:
     """The count of sites is taken from PyTorch as it runs, and from the configuration."""
     import torch
