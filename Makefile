@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs zoo bench-attention clean
+.PHONY: demo test check docs zoo bench-attention attention-matrix clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,6 +40,11 @@ zoo: $(VENV)/ready
 bench-attention: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,zoo]'
 	$(BIN)/python benchmarks/attention.py $(ATTENTION)
+
+# What becomes of the attentions of many tiny models by every exporter, into docs/attention-matrix.md; about half an hour
+# the first time, since exports are kept. Options: make attention-matrix MATRIX='--models llama bert --variants all'
+attention-matrix: $(VENV)/ready
+	$(BIN)/python benchmarks/attention_matrix.py $(or $(MATRIX),--page docs/attention-matrix.md)
 
 clean:
 	rm -rf demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
 """Attention sites: softmax(q·kᵀ · scale + mask) · v, spelled out or as one operator.
 
 A spelled-out site is found from its Softmax: down to the product of q and k, through whatever scales, masks or caps the
-scores, and up to the product with v. What q, k and v are made of is read off the shapes.
+scores, and up to the product with v. What q, k and v are made of is read off the shapes. Where another function makes
+weights of the scores (softplus, a power of ReLU, sigmoid, a bare exponential), it is found from that in the same way.
 """
 
 from __future__ import annotations
@@ -24,9 +25,31 @@ FUSED = {
 }
 """Operators that compute attention, with the places of q, k and v among their inputs."""
 
-_PLAIN = ("Cast", "Identity", "Dropout", "Where", "Reshape", "Mul", "QuantizeLinear", "DequantizeLinear")
-_ON_SCORES = (*_PLAIN, "Add", "Div", "Sub", "Tanh", "Clip", "Max")
+OTHERS = ("Softplus", "Relu", "Sigmoid", "Exp", "Elu", "Gelu", "LogSoftmax", "HardSigmoid")
+"""Operators in place of a Softmax: each makes weights of scores, one by one but for the last division."""
+
+_VIEWS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Split")
+_PLAIN = ("Cast", "Identity", "Dropout", "Where", "Mul", "QuantizeLinear", "DequantizeLinear", *_VIEWS)
+_ON_SCORES = (
+    *_PLAIN,
+    "Add",
+    "Div",
+    "Sub",
+    "Neg",
+    "Tanh",
+    "Clip",
+    "Min",
+    "Max",
+    "Concat",
+    "Gather",
+    "ScatterND",
+    "GatherElements",
+    "Pad",
+)
+_ON_WEIGHTS = (*_PLAIN, "Div", "Pow", "Add", "Clip")
+_PRODUCTS = ("MatMul", "Einsum")
 _MAX_STEPS = 12
+_MAX_WIDTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +65,7 @@ class AttentionSite:
         masked: Whether anything that isn't constant is added to or chosen among the scores.
         heads: The number of query heads, None where the shapes don't tell.
         head_size: Elements of one head, None where the shapes don't tell.
-        operator: "Softmax" or the fused operator.
+        operator: "Softmax", one of `OTHERS`, or the fused operator.
     """
 
     node: ir.Node
@@ -71,7 +94,8 @@ def attention_sites(model: ir.Model, facts: ShapeFacts) -> list[AttentionSite]:
     sites = []
     for node in nodes(model):
         name = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
-        site = _spelled_out(node, facts) if name == "Softmax" else _fused(node, FUSED.get(name), facts)
+        spelled_out = name == "Softmax" or name in OTHERS
+        site = _spelled_out(node, facts) if spelled_out else _fused(node, FUSED.get(name), facts)
         if site is not None:
             sites.append(site)
     return sites
@@ -97,57 +121,101 @@ def _fused(node: ir.Node, places: tuple[int, ...] | None, facts: ShapeFacts) -> 
 
 def _spelled_out(node: ir.Node, facts: ShapeFacts) -> AttentionSite | None:
     scores = node.inputs[0]
-    found = None if scores is None else _scores(scores)
+    found = None if scores is None else _scores(scores, facts)
     if found is None:
         return None
     product, masked = found
-    weighted = _weighted(node.outputs[0])
+    weighted = _weighted(node, facts)
     if weighted is None:
         return None
+    last, place = weighted
     q, k = product.inputs[:2]
-    v = weighted.inputs[1]
+    v = last.inputs[1 - place]
     assert q is not None
     assert k is not None
     assert v is not None
     shape = facts.shape(q)
     heads = shape[-3].value if shape is not None and len(shape) >= 4 else None
-    size = shape[-1].value if shape is not None else None
-    return AttentionSite(node, q, k, v, weighted.outputs[0], masked, heads, size, "Softmax")
+    size = shape[-1].value if shape is not None and len(shape) else None
+    return AttentionSite(node, q, k, v, last.outputs[0], masked, heads, size, node.op_type)
 
 
-def _scores(value: ir.Value) -> tuple[ir.Node, bool] | None:
+def _is_product(node: ir.Node) -> bool:
+    """Whether `node` multiplies two matrices neither of which is a weight."""
+    if not is_op(node, *_PRODUCTS) and node.op_type != "FusedMatMul":
+        return False
+    return len(node.inputs) == 2 and not any(v is None or _is_weight(v) for v in node.inputs)
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Whether `value` is constant, or chosen from what is constant, as the weights of an expert are."""
+    current: ir.Value | None = value
+    for _ in range(_MAX_STEPS):
+        if current is None or is_constant(current):
+            return current is not None
+        node = current.producer()
+        if node is None or not is_op(node, "Gather", "Cast", "Identity", *_VIEWS):
+            return False
+        current = node.inputs[0]
+    return False
+
+
+def _mixes_heads(node: ir.Node, facts: ShapeFacts) -> bool:
+    """Whether `node` maps the heads of scores or weights, in their last axis, linearly to as many."""
+    if not is_op(node, "MatMul") or not is_constant(node.inputs[1]):
+        return False
+    source, weight = node.inputs[:2]
+    assert source is not None
+    assert weight is not None
+    shape, sizes = facts.shape(source), facts.shape(weight)
+    return shape is not None and len(shape) == 4 and sizes is not None and len(sizes) == 2 and sizes[0] == sizes[1]
+
+
+def _scores(value: ir.Value, facts: ShapeFacts) -> tuple[ir.Node, bool] | None:
     """The product of q and k below the scores, and whether something else enters on the way."""
     level, masked = [value], False
+    seen: set[ir.Value] = set()
     for _ in range(_MAX_STEPS):
         found: list[ir.Value] = []
         for current in level:
             node = current.producer()
             if node is None:
                 continue
-            if is_op(node, "MatMul", "Einsum") or node.op_type == "FusedMatMul":
-                if any(is_constant(v) for v in node.inputs) or len(node.inputs) != 2:
-                    continue
+            if _is_product(node):
                 return node, masked
-            if is_op(node, *_ON_SCORES):
-                operands = [v for v in node.inputs if v is not None and not is_constant(v)]
+            if is_op(node, *_ON_SCORES) or _mixes_heads(node, facts):
+                # A view's or Gather's other inputs are numbers of places.
+                inputs = node.inputs[:1] if is_op(node, *_VIEWS, "Gather", "GatherElements", "Pad") else node.inputs
+                operands = [v for v in inputs if v is not None and not is_constant(v) and v not in seen]
                 masked |= is_op(node, "Add", "Sub", "Where") and len(operands) > 1
+                seen.update(operands)
                 found.extend(operands)
-        if not found:
+        if not found or len(found) > _MAX_WIDTH:
             return None
         level = found
     return None
 
 
-def _weighted(value: ir.Value) -> ir.Node | None:
-    """The product of the probabilities with v."""
-    current = value
+def _weighted(node: ir.Node, facts: ShapeFacts) -> tuple[ir.Node, int] | None:
+    """The product of the weights with v, and the index of its input that holds the weights."""
+    level = [node.outputs[0]]
+    # Behind anything but a Softmax the weights are divided by their sum, or raised to a power.
+    passing = _ON_WEIGHTS if node.op_type in OTHERS else _PLAIN
+    seen: set[ir.Value] = set()
     for _ in range(_MAX_STEPS):
-        readers = [(user, index) for user, index in current.uses()]
-        for user, index in readers:
-            if index == 0 and (is_op(user, "MatMul") or user.op_type == "FusedMatMul"):
-                return user if not is_constant(user.inputs[1]) else None
-        onward = [user for user, _ in readers if is_op(user, *_PLAIN)]
-        if not onward:
+        found: list[ir.Value] = []
+        for current in level:
+            for user, index in current.uses():
+                if _is_product(user):
+                    return user, index
+                if node.op_type == "LogSoftmax" and is_op(user, "Exp"):
+                    found.append(user.outputs[0])
+                shifted = is_op(user, "Add") and any(map(is_constant, user.inputs))
+                passes = is_op(user, *passing) or shifted or _mixes_heads(user, facts)
+                if passes and (index == 0 or not is_op(user, *_VIEWS)):
+                    found.extend(v for v in user.outputs if v not in seen)
+        if not found or len(found) > _MAX_WIDTH:
             return None
-        current = onward[0].outputs[0]
+        seen.update(found)
+        level = found
     return None
