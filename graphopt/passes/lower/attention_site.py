@@ -180,9 +180,9 @@ def merged(site: Site, facts: ShapeFacts) -> Merged | None:
     to it, or something else reads the result of the operator."""
     if site.merged:
         return Merged(site.operand("q"), site.operand("k"), site.operand("v"), site.node.outputs[0])
-    q_rotation, q = _rotated(site.operand("q"))
-    k_rotation, k = _rotated(site.operand("k"))
-    sources = [_joined(value, facts) for value in (q, k, site.operand("v"))]
+    q_rotation, queries = _rotated(site.operand("q"))
+    k_rotation, keys = _rotated(site.operand("k"))
+    sources = [_joined(value, facts) for value in (queries, keys, site.operand("v"))]
     q, k, v = sources
     if q is None or k is None or v is None:
         return None
@@ -210,7 +210,7 @@ def merged(site: Site, facts: ShapeFacts) -> Merged | None:
 
 
 def _rotated(value: ir.Value) -> tuple[ir.Node | None, ir.Value]:
-    """(RotaryEmbedding, what it rotates) where a rotation that nothing else reads makes `value`; else (None, `value`)."""
+    """(RotaryEmbedding, what it rotates) where nothing but the operator reads `value`, else (None, `value`)."""
     node = value.producer()
     if node is None or not is_op(node, "RotaryEmbedding") or node.inputs[0] is None or sole_reader(value) is not None:
         return None, value

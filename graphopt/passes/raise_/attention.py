@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from graphopt.analysis.algebra import attribute_int
 from graphopt.analysis.attention_form import LOWERED, AttentionForm, NotAttention, Operand, concatenated, operands, read
 from graphopt.analysis.layout import NotAView, Stage
 from graphopt.analysis.shapes import ShapeFacts, lazily
-from graphopt.graph.edits import Editor, sort
+from graphopt.graph.edits import Editor, nodes, sort
 from graphopt.passes.base import RulePass
 from graphopt.passes.raise_.attention_mask import mask_of
 from graphopt.passes.raise_.rearrange import Rearrangement
@@ -75,13 +76,15 @@ class RaiseAttention(RulePass):
     def prepare(self, model: ir.Model, edit: Editor) -> None:
         """Know what is known already."""
         self._facts: ShapeFacts = lazily(model, believe_names=True)
+        self._order = {node: float(place) for place, node in enumerate(nodes(model))}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """As `Pass.call`; facts don't outlive it, and what reads a cache comes after the operator that makes it."""
         try:
             result = super().call(model)
         finally:
-            self.__dict__.pop("_facts", None)
+            for name in ("_facts", "_order"):
+                self.__dict__.pop(name, None)
         if result.modified:
             sort(model)
         return result
@@ -99,7 +102,7 @@ class RaiseAttention(RulePass):
                 return False
             if edit.opset < OPSET:
                 raise NotAttention(f"needs opset {OPSET}, the model has {edit.opset}: run convert-opset first")
-            return self.applied(node, _write(form, self._facts, edit))
+            return self.applied(node, _write(form, self._facts, edit, self._order))
         except (NotAttention, NotAView) as reason:
             edit.discard(mark)
             return self.left(node, f"attention isn't raised: {reason}")
@@ -113,7 +116,7 @@ class RaiseAttention(RulePass):
             return False
         q, k, v = operands(node, self._facts)
         edit.at(node)
-        writer = _Writer((q, k, v), self._facts, edit)
+        writer = _Writer((q, k, v), self._facts, edit, self._order)
         if not _repeated(k) and not _repeated(v):
             assert inputs[1] is not None
             assert inputs[2] is not None
@@ -138,12 +141,12 @@ def _repeated(operand: Operand) -> bool:
     return any(atom.repeat for axis in operand.stages[0].settled() for atom in axis)
 
 
-def _write(form: AttentionForm, facts: ShapeFacts, edit: Editor) -> str:
+def _write(form: AttentionForm, facts: ShapeFacts, edit: Editor, order: Mapping[ir.Node, float]) -> str:
     edit.at(form.path.weighted)
     dtype = facts.dtype(form.q.stages[0].value)
     if dtype not in _TYPES:
         raise NotAttention(f"it computes in {'an unknown type' if dtype is None else dtype.name}")
-    writer = _Writer((form.q, form.k, form.v), facts, edit)
+    writer = _Writer((form.q, form.k, form.v), facts, edit, order)
     scores = form.scores
     mask = mask_of(form, facts, edit, writer.views, dtype)
     q, q_factor = writer.placed(form.q)
@@ -179,10 +182,12 @@ def _heads(q: Operand, k: Operand) -> str:
 
 
 class _Writer:
-    """Writes one operator, at the site of `edit`."""
+    """Writes one operator, at the site of `edit`; `order` says where the nodes stood before the pass."""
 
-    def __init__(self, parts: Sequence[Operand], facts: ShapeFacts, edit: Editor) -> None:
-        self.facts, self.edit = facts, edit
+    def __init__(
+        self, parts: Sequence[Operand], facts: ShapeFacts, edit: Editor, order: Mapping[ir.Node, float]
+    ) -> None:
+        self.facts, self.edit, self.order = facts, edit, order
         self.views = Rearrangement(edit, facts, [stage for operand in parts for stage in operand.stages])
         self._replaced: list[tuple[ir.Value, ir.Value]] = []
 
@@ -255,23 +260,22 @@ class _Writer:
             return None
         return keys, values
 
-    @staticmethod
-    def _reach(starts: Sequence[ir.Value | None], targets: set[ir.Value]) -> bool:
-        """Whether one of `targets` is needed to compute `starts`, as far as is near."""
-        if not any(_read_elsewhere(target) for target in targets):
-            return False
-        stack, seen = [value for value in starts if value is not None], set()
+    def _reach(self, starts: Sequence[ir.Value | None], targets: set[ir.Value]) -> bool:
+        """Whether one of `targets` is needed to compute `starts`; what stands before all of them can't need them."""
+        first = min(self._place(target) for target in targets)
+        stack = [value for value in starts if value is not None]
+        seen: set[ir.Node] = set()
         while stack:
             value = stack.pop()
             if value in targets:
                 return True
             node = value.producer()
-            if node is None or node in seen:
+            if node is None or node in seen or self.order.get(node, math.inf) < first:
                 continue
             seen.add(node)
             stack.extend(v for v in node.inputs if v is not None)
         return False
 
-
-def _read_elsewhere(value: ir.Value) -> bool:
-    return len(value.uses()) > 1
+    def _place(self, value: ir.Value) -> float:
+        node = value.producer()
+        return 0.0 if node is None else self.order.get(node, 0.0)
