@@ -123,7 +123,7 @@ def run(model: Path | ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray
 
 RECIPE = [
     "inline-functions", "lift-constants", "eliminate-dead-code", "eliminate-identities", "simplify-shapes",
-    "convert-opset", "fold-constants", "softmax-guard", "raise-layer-norm", "raise-rms-norm", "raise-linear",
+    "convert-opset", "fold-constants", "raise-layer-norm", "raise-rms-norm", "raise-linear",
     "raise-rotary", "raise-attention", "attention-masks", "group-query-attention", "eliminate-dead-code",
 ]  # fmt: skip
 
