@@ -63,7 +63,8 @@ class GroupQueryAttention(RulePass):
        which the graph fills the rows of the new tokens from its own cosines and sines: one table for all layers, and
        any scaling of frequencies is in it already. Inside, all rows of a batch have the same positions. That is so
        where the cosines don't depend on the batch, where the batch is 1, or by assumption (`--assume
-       counted-positions`). Elsewhere the rotation stays an operator before it, in the layout of the projections.
+       counted-positions`). Elsewhere the rotation stays an operator before it, in the layout of the projections. With
+       `max-length=N` assumed too, the table is a constant of N rows.
     4. Three projections of one value whose weights nothing else reads become one product (option `packed`), biases too.
        The operator reads the packed result without a Split.
 
