@@ -45,7 +45,7 @@ class LowerAttention(ShapeRulePass):
     busy machine: an A/A control gave 0.91 to 1.05), at 1 × 16, 1 × 128 and 8 × 64 tokens: all-MiniLM-L6 with sdpa
     attention, both exporters, 0.92 to 0.97, 0.94 to 0.97, 0.97 to 0.98; with eager attention 0.97 to 1.01, 0.95 to 1.0,
     0.95 to 1.04; on 1.29 and 1.30 (one export) 0.92 to 0.98. Single attentions of 1 to 12 heads, windows of Swin and
-    single heads of SHViT among them, 0.61 to 0.98 of the spelled-out form. On operands whose heads can't be left unsplit
+    SHViT's single heads among them, 0.61 to 0.98 of the spelled-out form. On operands whose heads can't be left unsplit
     the operator takes 0.93 to 1.09 of it from 16 tokens on, and with a cache (SmolLM2) 0.84 to 0.98 of the source.
     Spelled out again after `raise-attention`, the four exports take 0.95 to 1.05, within the noise.
 
