@@ -39,11 +39,13 @@ class LowerAttention(ShapeRulePass):
     against 0.92 to 0.97; at 8 × 64 0.95 to 1.11 against 0.88 to 0.96): a profile takes it where the graph fixes a small
     number of tokens. ONNX Runtime's `MultiHeadAttention` (0.89 to 1.03) was behind `attention` at every point.
 
-    Measured on ONNX Runtime 1.29 to 1.31 (CPU time over that of the same graph spelled out, 1 and 2 threads): all four
-    exports of all-MiniLM-L6 0.92 to 0.97 at 1 × 16 tokens, 0.94 to 0.97 at 1 × 128, 0.93 to 0.98 at 8 × 64; single
-    attentions of 1 to 12 heads, windows of Swin and single heads of SHViT among them, 0.61 to 0.98. On operands whose
-    heads can't be left unsplit the operator takes 0.93 to 1.05 of the time of the spelled-out form, with a cache
-    (SmolLM2) 0.84 to 0.98. Spelled out again after `raise-attention`, the four exports take 0.97 to 1.03.
+    Measured on ONNX Runtime 1.31 (CPU time over that of the same graph without `raise-attention`, 1 and 2 threads, on a
+    busy machine: an A/A control gave 0.91 to 1.05), at 1 × 16, 1 × 128 and 8 × 64 tokens: all-MiniLM-L6 with sdpa
+    attention, both exporters, 0.92 to 0.97, 0.94 to 0.97, 0.97 to 0.98; with eager attention 0.97 to 1.01, 0.95 to 1.0,
+    0.95 to 1.04; on 1.29 and 1.30 (one export) 0.92 to 0.98. Single attentions of 1 to 12 heads, windows of Swin and
+    SHViT's single heads among them, 0.61 to 0.98 of the spelled-out form. On operands whose heads can't be left unsplit
+    the operator takes 0.93 to 1.09 of it from 16 tokens on, and with a cache (SmolLM2) 0.84 to 0.98 of the source.
+    Spelled out again after `raise-attention`, the four exports take 0.95 to 1.05, within the noise.
 
     **Options:** `form` (`spelled-out`, `attention` or `contrib-attention`; default: as above): one form for all sites,
     where it can be.
