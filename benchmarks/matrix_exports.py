@@ -46,7 +46,8 @@ class Probe:
 
 PROBES = (Probe(1, 7), Probe(3, 5), Probe(3, 6, right=2), Probe(3, 6, left=2))
 CACHED = (
-    Probe(1, 6), Probe(1, 1, past=5), Probe(3, 4, right=1), Probe(3, 1, past=5, left=2), Probe(3, 3, past=4, left=2), Probe(1, 9, past=8),
+    Probe(1, 6), Probe(1, 1, past=5), Probe(3, 4, right=1), Probe(3, 1, past=5, left=2), Probe(3, 3, past=4, left=2),
+    Probe(1, 9, past=8),
 )  # fmt: skip
 SAMPLE, CACHED_SAMPLE = Probe(2, 7), Probe(2, 4, past=6)
 

@@ -11,7 +11,6 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir

@@ -29,7 +29,7 @@ class Model:
         sites: Attentions softmax(q·kᵀ)·v in one forward.
         others: Attentions whose scores go through something else than a softmax.
         form: What its attention is an example of.
-        fixed: Of `sites`, those whose q or k comes from weights alone, which a count of what runs takes for a linear layer.
+        fixed: Of `sites`, those whose q or k comes from weights alone: a count of what runs takes them for linear.
         sizes: Sizes that its inputs depend on, by name.
         implementations: The attention implementations of transformers that it has; empty for a plain torch module.
     """
@@ -93,9 +93,10 @@ def _model(config: str, kind: str, sites: int, form: str, settings: dict[str, An
 
 
 _EAGER = (
-    "Gemma2 GPTNeo GPTJ CodeGen Bloom Mpt GptOss XGLM DebertaV2 MPNet RoFormer ConvBert SqueezeBert WavLM Swinv2 Pvt "
-    "MobileViT MobileViTV2 PoolFormer Levit Cvt SwiftFormer Blip"
-).split()
+    "Gemma2", "GPTNeo", "GPTJ", "CodeGen", "Bloom", "Mpt", "GptOss", "XGLM", "DebertaV2", "MPNet", "RoFormer",
+    "ConvBert", "SqueezeBert", "WavLM", "Swinv2", "Pvt", "MobileViT", "MobileViTV2", "PoolFormer", "Levit",
+    "Cvt", "SwiftFormer", "Blip",
+)  # fmt: skip
 """Those for which transformers has no sdpa implementation (Gemma 2 and gpt-oss refuse it)."""
 
 

@@ -2,11 +2,11 @@
 
 Importing this adds them to `matrix_models.MODELS`; their one variant is `text`.
 
-- tf2onnx: Einsum or MatMul with explicit Transpose, shapes by Shape/StridedSlice (Cast, Slice, Squeeze) and Concat, dense
-  layers as Reshape to two axes, MatMul and Add, masks as (1 - m)·-10000, NCHW never.
+- tf2onnx: Einsum, or MatMul with explicit Transpose; shapes by Cast, Slice, Squeeze and Concat; dense layers as Reshape
+  to two axes, MatMul and Add; masks as (1 - m)·-10000.
 - paddle2onnx: q, k, v by Slice and Squeeze of one packed tensor of rank 5, Scale as Mul and Add of zero.
 - keras2onnx: heads merged into the batch, a mask by Where with -1e9 of the full shape.
-- MXNet-like: interleaved packed projections, tokens first.
+- tokens first: projections packed and interleaved by head, as MXNet had them.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ _text(
     13,
     f"""
 g ({_INPUTS}) => (float[batch, tokens, 32] y)
-<int64[2] flat = {{-1, 32}}, int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int32[1] heads = {{4}}, int32[1] size = {{8}},
- int32[1] width = {{32}}, float unit = {{1.0}}, float penalty = {{-10000.0}}, float scale = {{0.35355338}}, int64[1] a1 = {{1}}, int64[1] a2 = {{2}}>
+<int64[2] flat = {{-1, 32}}, int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}},
+ int32[1] heads = {{4}}, int32[1] size = {{8}},
+ int32[1] width = {{32}}, float unit = {{1.0}}, float penalty = {{-10000.0}}, float scale = {{0.35355338}},
+ int64[1] a1 = {{1}}, int64[1] a2 = {{2}}>
 {{
   s = Shape (x)
   s32 = Cast <to = 6> (s)
@@ -140,7 +142,8 @@ _text(
     11,
     """
 g (float[batch, tokens, 32] x) => (float[batch, tokens, 32] y)
-<int64[5] packed = {0, -1, 3, 4, 8}, int64[1] i0 = {0}, int64[1] i1 = {1}, int64[1] i2 = {2}, int64[1] i3 = {3}, float scale = {0.35355338},
+<int64[5] packed = {0, -1, 3, 4, 8}, int64[1] i0 = {0}, int64[1] i1 = {1}, int64[1] i2 = {2}, int64[1] i3 = {3},
+ float scale = {0.35355338},
  float nothing = {0.0}, int64[3] merged = {0, -1, 32}>
 {
   a = MatMul (x, w_p)
@@ -174,8 +177,10 @@ _text(
     12,
     f"""
 g ({_INPUTS}) => (float[batch, tokens, 32] y)
-<int64[4] split = {{0, 0, 4, 8}}, int64[3] flat = {{-1, 0, 8}}, int64[1] heads = {{4}}, float root = {{2.8284271}}, float far = {{-1000000000.0}},
- int64[3] merged = {{0, 0, 32}}, int64[1] i0 = {{0}}, int64[1] i1 = {{1}}, int64[1] size = {{8}}, int64[1] minus = {{-1}}, int64[4] ones = {{1, 1, 1, 1}},
+<int64[4] split = {{0, 0, 4, 8}}, int64[3] flat = {{-1, 0, 8}}, int64[1] heads = {{4}}, float root = {{2.8284271}},
+ float far = {{-1000000000.0}},
+ int64[3] merged = {{0, 0, 32}}, int64[1] i0 = {{0}}, int64[1] i1 = {{1}}, int64[1] size = {{8}},
+ int64[1] minus = {{-1}}, int64[4] ones = {{1, 1, 1, 1}},
  int64[1] i2 = {{2}}>
 {{
   shape = Shape (x)

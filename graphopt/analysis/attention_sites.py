@@ -154,7 +154,7 @@ def _is_weight(value: ir.Value) -> bool:
         if current is None or is_constant(current):
             return current is not None
         node = current.producer()
-        if node is None or not is_op(node, "Gather", "Cast", "Identity", *_VIEWS):
+        if node is None or not is_op(node, "Gather", "GatherND", "Cast", "Identity", *_VIEWS):
             return False
         current = node.inputs[0]
     return False
