@@ -28,8 +28,6 @@ from graphopt.graph.constants import scalar
 __all__ = ["AttentionForm", "Bias", "Keep", "NotAttention", "Operand", "Roles", "concatenated", "operands", "read"]
 
 _LONGEST = 16
-LOWERED = "graphopt.lowered"
-"""In `ir.Node.meta` of a Softmax that a pass wrote for a target: raising it again would only be undone."""
 
 Roles = tuple[tuple[Atom, ...], tuple[Atom, ...], tuple[Atom, ...], tuple[Atom, ...]]
 """The atoms of batch, head, sequence and depth."""

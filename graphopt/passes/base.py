@@ -17,6 +17,9 @@ from graphopt.graph.assumptions import NOTHING, Assumptions, Reliance, note
 from graphopt.graph.edits import Editor, walk
 from graphopt.graph.session_settings import request
 
+LOWERED = "graphopt.lowered"
+"""In `ir.Node.meta` of what a pass wrote for a target, where a raise pass would take it for its own: it leaves it."""
+
 
 class Guarantee(enum.Enum):
     """What a pass promises about the numbers."""

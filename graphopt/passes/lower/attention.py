@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.analysis.attention_form import LOWERED
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.edits import Editor, sort
+from graphopt.passes.base import LOWERED
 from graphopt.passes.lower.attention_forms import Forms
 from graphopt.passes.lower.attention_site import Merged, NotLowered, Site, may_hide_all, merged, read
 from graphopt.passes.lower.packed_attention import packed, write

@@ -11,11 +11,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int
-from graphopt.analysis.attention_form import LOWERED, AttentionForm, NotAttention, Operand, concatenated, operands, read
+from graphopt.analysis.attention_form import AttentionForm, NotAttention, Operand, concatenated, operands, read
 from graphopt.analysis.layout import NotAView, Stage
 from graphopt.analysis.shapes import ShapeFacts, lazily
 from graphopt.graph.edits import Editor, nodes, sort
-from graphopt.passes.base import RulePass
+from graphopt.passes.base import LOWERED, RulePass
 from graphopt.passes.raise_.attention_mask import mask_of
 from graphopt.passes.raise_.rearrange import Rearrangement
 

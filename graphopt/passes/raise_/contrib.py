@@ -7,6 +7,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.graph.edits import Editor, nodes
+from graphopt.passes.base import LOWERED
 from graphopt.passes.raise_.contrib_rules import RULES, Call
 from graphopt.passes.raise_.expression import Operand, expressions, needed_opset, write
 from graphopt.passes.raise_.root_mean_square import NotRaised
@@ -83,7 +84,7 @@ class RaiseContrib(ShapeRulePass):
 
     def rewrite(self, node: ir.Node, edit: Editor) -> bool:
         """See the class."""
-        if node.op_identifier() in self._functions:
+        if node.op_identifier() in self._functions or node.meta.get(LOWERED):
             return False
         if any(attribute.is_ref() for attribute in node.attributes.values()):
             return self.left(node, "the caller of its function sets an attribute of it: inline functions first")
