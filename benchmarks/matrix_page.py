@@ -129,7 +129,7 @@ def _general(text: str) -> str:
     """A reason without the names of nodes and values, so that equal ones are counted together."""
     text = text.removeprefix("attention isn't raised: ").partition("  [Caused by")[0]
     # A quoted name, and not what lies between two apostrophes of words.
-    text = re.sub(r"(Name:)?(?<!\w)'[^']*'(?!\w) ?", "", text)
+    text = re.sub(r"(Name:)?(?<!\w)'(?!aten::)[^']*'(?!\w) ?", "", text)
     return re.sub(r"/\S+", "…", re.sub(r"\?\w+_\d+|\bval_\d+", "?", text)).strip()
 
 
