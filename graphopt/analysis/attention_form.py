@@ -125,7 +125,7 @@ def _read(path: Path, facts: ShapeFacts) -> AttentionForm:
     q_stages, k_stages = climb(q_value, q_axes, facts), climb(k_value, k_axes, facts)
     queries, keys = scoring.rows(q_axes, k_axes)
     scores = read_scores(path, scoring.result(queries, keys), facts)
-    if scores.axes[-1] and set(settled(scores.axes)[-1]) <= set(_leaves(queries[-2])):
+    if scores.axes[scores.keys] and set(settled(scores.axes)[scores.keys]) <= set(_leaves(queries[-2])):
         # The product is keys times queries, exchanged afterwards.
         scores = read_scores(path, scoring.result(queries, keys, 1), facts)
         queries, keys, q_stages, k_stages = keys, queries, k_stages, q_stages
@@ -143,7 +143,7 @@ def _read(path: Path, facts: ShapeFacts) -> AttentionForm:
         raise NotAttention(f"{path.weighted.name!r} multiplies the result by a number")
     rows = weighting.rows(*factors)
     weights, values = rows[path.place], _exchanged(rows[1 - path.place])
-    if set(settled(weights)[-1]) != set(settled(scores.axes)[-1]):
+    if set(settled(weights)[-1]) != set(settled(scores.axes)[scores.keys]):
         raise NotAttention("the sum over the values isn't along the axis of the Softmax")
     output, out_axes = path.weighted.outputs[0], weighting.result(*rows, first=path.place)
     q_roles, k_roles, v_roles = _roles(queries, keys, values, weights)

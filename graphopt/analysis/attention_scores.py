@@ -172,9 +172,11 @@ class Scores:
         terms: What is added and which keys are kept, in order.
         precision: The type of the Softmax where it isn't that of the product.
         axes: The axes of what the Softmax takes.
+        keys: Which of them is that of the keys.
     """
 
     axes: Axes
+    keys: int = -1
     scale: float = 1.0
     softcap: float = 0.0
     temperatures: list[ir.Value] = dataclasses.field(default_factory=list)
@@ -238,8 +240,9 @@ def read_scores(path: Path, axes: Axes, facts: ShapeFacts) -> Scores:
         inner = node.outputs[0]
     only_reader(inner, path.softmax)
     axis = attribute_int(path.softmax, "axis", -1)
-    if axis is None or axis % len(scores.axes) != len(scores.axes) - 1:
-        raise NotAttention("the Softmax isn't over the last axis")
+    if axis is None or axis % len(scores.axes) < len(scores.axes) - 2:
+        raise NotAttention("the Softmax isn't over one of the last two axes")
+    scores.keys = axis % len(scores.axes)
     if tanh:
         scores.scale *= scores.softcap
     return scores

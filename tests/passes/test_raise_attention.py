@@ -136,7 +136,7 @@ def test_temperature_multiplies_the_queries() -> None:
         (plain("z = Where(m, s, half)", ", bool[b, 1, s, t] m"), "doesn't hide a key"),
         (plain("z0 = Max(s, half) z = Identity(z0)"), "limits the scores"),
         (plain("z = Where(m, s, n)", ", bool[b, 1, s, t] m, float[b, 4, s, t] n"), "isn't one number"),
-        (plain("z = Identity(s)", weights="w = Softmax <axis = 1> (z)"), "isn't over the last axis"),
+        (plain("z = Identity(s)", weights="w = Softmax <axis = 1> (z)"), "isn't over one of the last two axes"),
         (plain("z = Identity(s)").replace("(float[b, 4, s, 6] y)", "(float[b, 4, s, 6] y, float[b, 4, s, t] w)"),
          "read elsewhere"),
         (plain("z = Identity(s)").replace("(float[b, 4, s, 6] y)", "(float[b, 4, s, 6] y, float[b, 4, s, t] s)"),
@@ -251,6 +251,14 @@ def test_single_head_on_channels() -> None:
         qt = Transpose <perm = [0, 2, 1]> (q) s = MatMul(qt, k) w = Softmax <axis = -1> (s)
         wt = Transpose <perm = [0, 2, 1]> (w) y = MatMul(v, wt) }}"""
     raised(text, b=2, n=5)
+
+
+def test_softmax_over_the_rows() -> None:
+    """Keys times queries, with the mask in that order too."""
+    text = f"""{HEAD} g (float[b, 2, s, 8] q, float[b, 2, t, 8] k, float[b, 2, t, 6] v, float[t, s] m)
+        => (float[b, 2, 6, s] y) {{ qt = Transpose <perm = [0, 1, 3, 2]> (q) s = MatMul(k, qt) z = Add(s, m)
+        w = Softmax <axis = -2> (z) vt = Transpose <perm = [0, 1, 3, 2]> (v) y = MatMul(vt, w) }}"""
+    raised(text, b=2, s=3, t=5)
 
 
 def test_attention_over_channels() -> None:

@@ -229,5 +229,5 @@ class Forms:
         for number in np.unique(form[0, TABLE]):
             table = self.tables[number]
             further = self.tables.number(dataclasses.replace(table, steps=(*table.steps, step)))
-            result[0, TABLE][form[0, TABLE] == number] = further
+            result[:, TABLE][form[:, TABLE] == number] = further
         return result
