@@ -60,7 +60,7 @@ def main() -> int:
     known = [before[key] for item in items if (key := (item.model, item.variant)) in before]
     fresh = judged([item for item in items if (item.model, item.variant) not in before], exports, options.jobs, known)
     order = {(item.model, item.variant): index for index, item in enumerate(items)}
-    outcomes = sorted([*known, *fresh], key=lambda outcome: order[outcome.model, outcome.variant])
+    outcomes = sorted(fresh, key=lambda outcome: order[outcome.model, outcome.variant])
     if options.json:
         options.json.write_text(json.dumps([dataclasses.asdict(o) for o in outcomes], indent=1) + "\n")
     if options.page:

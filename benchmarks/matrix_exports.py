@@ -30,7 +30,7 @@ from matrix_variants import Variant, variants_of
 from graphopt.errors import first_line
 from graphopt.export.dependencies import quiet
 
-LIMIT_SECONDS = 150
+LIMIT_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -109,20 +110,27 @@ def _lists(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[tuple[str, l
     def gathered(pairs: Iterable[tuple[str, Outcome]]) -> list[tuple[str, list[str]]]:
         found: dict[str, list[str]] = {}
         for text, outcome in pairs:
-            found.setdefault(text, []).append(f"{outcome.model} {outcome.variant}")
+            places = found.setdefault(text, [])
+            if (place := f"{outcome.model} {outcome.variant}") not in places:
+                places.append(place)
         return sorted(found.items(), key=lambda item: -len(item[1]))
 
     yield "Missed", gathered(("softmax(q·kᵀ)·v that nothing found", o) for o in outcomes if o.missed)
     yield "Wrong", gathered((_general(text), o) for o in outcomes for text in o.wrong)
     yield "Failed", gathered((o.fault, o) for o in outcomes if o.exported and o.fault)
-    yield "Left, with the reason", gathered((text, o) for o in outcomes for text in o.left)
+    yield "Left, with the reason", gathered((_general(text), o) for o in outcomes for text in o.left)
     yield "Of another kind, not seen", gathered(("not seen as an attention", o) for o in outcomes if o.unseen)
     yield "The original itself doesn't run", gathered((_general(text), o) for o in outcomes for text in o.unusable)
-    yield "Not exported", gathered((o.fault.removeprefix("not exported: "), o) for o in outcomes if not o.exported)
+    refused = ((_general(o.fault.removeprefix("not exported: ")), o) for o in outcomes if not o.exported)
+    yield "Not exported", gathered(refused)
 
 
 def _general(text: str) -> str:
-    return text
+    """A reason without the names of nodes and values, so that equal ones are counted together."""
+    text = text.removeprefix("attention isn't raised: ").partition("  [Caused by")[0]
+    # A quoted name, and not what lies between two apostrophes of words.
+    text = re.sub(r"(Name:)?(?<!\w)'(?!aten::)[^']*'(?!\w) ?", "", text)
+    return re.sub(r"/\S+", "…", re.sub(r"\?\w+_\d+|\bval_\d+", "?", text)).strip()
 
 
 def page(outcomes: Sequence[Outcome], forms: Mapping[str, str]) -> str:
