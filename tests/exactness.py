@@ -122,12 +122,21 @@ class GroupNormalization(OpRun):
 
 
 class Attention(onnx.reference.ops.op_attention.Attention_23):  # type: ignore[misc, name-defined]
-    """Attention with the root of its scale in the type of its inputs: the evaluator takes it in float32."""
+    """Attention with the root of its scale in the type of its inputs, which the evaluator takes in float32, and for
+    sequences of no elements."""
 
     def _run(self, *inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
         for name in ("scale", "softcap"):
             if attributes.get(name) is not None:
                 attributes[name] = float(attributes[name])
+        q, k, v = inputs[:3]
+        past = inputs[4] if len(inputs) > 4 else None
+        if 0 in q.shape or (past is None and 0 in k.shape):  # the evaluator takes the maximum of nothing
+            heads = attributes.get("q_num_heads")
+            depth = v.shape[-1] if heads is None else v.shape[-1] // attributes["kv_num_heads"] * heads
+            keys, values = (new if past is None else np.concatenate((old, new), axis=2)
+                            for old, new in ((past, k), (inputs[5] if past is not None else None, v)))  # fmt: skip
+            return np.zeros((*q.shape[:-1], depth), q.dtype), keys, values, np.zeros(())
         return tuple(super()._run(*inputs, **attributes))
 
 

@@ -54,6 +54,7 @@ class RaiseAttention(RulePass):
     NaN and the operator 0. Hidden by a finite number, they have equal weights in both: the lowest float32, which ONNX
     Runtime 1.31 takes for −∞, is written as −3e38 (a score of a size below 1e30 doesn't change either). A choice of
     a number between −10,000 and −1e30 is taken for one that hides the key: scores below it would differ.
+    ONNX Runtime's kernel refuses a batch or a sequence of no elements, which the products take.
     Sizes that the signature declares equal by name in two inputs are taken as equal; the operator checks them when it
     runs. A mask or keys of another batch than the queries, which a product would broadcast, make it fail.
 
