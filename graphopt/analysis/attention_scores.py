@@ -16,6 +16,7 @@ from graphopt.graph.constants import constant_tensor, is_constant, scalar
 
 _MAX_NODES = 40
 FLOAT_LOWEST = float(np.finfo(np.float32).min)
+_MIXED = 64 * 64
 SWALLOWING = -1e30
 HIDING = -1e4
 """What is written in place of a score, or added to it, hides the key where it is at most this."""
@@ -158,6 +159,10 @@ def _carriers(node: ir.Node) -> tuple[int, ...]:
         return (0,)
     if is_op(node, "Add", "Mul", "Max", "Concat"):
         return (0, 1) if len(node.inputs) == 2 else ()
+    if is_op(node, "MatMul", "Einsum", "Conv") and len(node.inputs) > 1:
+        # Scores of all heads mixed (talking heads): no attention that an operator computes, but one to tell of.
+        small = [tensor is not None and tensor.size <= _MIXED for tensor in map(constant_tensor, node.inputs[:2])]
+        return (small.index(False),) if sum(small) == 1 else ()
     return (1, 2) if is_op(node, "Where") else ()
 
 
@@ -230,6 +235,8 @@ def read_scores(path: Path, axes: Axes, facts: ShapeFacts) -> Scores:
             pass
         elif is_op(node, *QUANTIZING):
             raise NotAttention(f"{node.op_type} {node.name!r} quantizes the scores")
+        elif is_op(node, "MatMul", "Einsum", "Conv"):
+            raise NotAttention(f"{node.op_type} {node.name!r} mixes the scores by a constant")
         elif is_op(node, "Concat"):
             raise NotAttention(f"Concat {node.name!r} puts further scores (attention sinks) beside those of the keys")
         else:

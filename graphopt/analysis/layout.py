@@ -67,10 +67,7 @@ def plain_axes(value: ir.Value, facts: ShapeFacts) -> Axes:
     Raises:
         NotAView: The rank isn't known.
     """
-    shape = facts.shape(value)
-    if shape is None:
-        raise NotAView(f"the rank of {value.name!r} isn't known")
-    return tuple(() if size == 1 else (Atom(size),) for size in shape)
+    return tuple(() if size == 1 else (Atom(size),) for size in _shape(value, facts))
 
 
 def regroup(atoms: Iterable[Atom], sizes: Sequence[Dim]) -> Axes:
@@ -137,7 +134,8 @@ def below(node: ir.Node, axes: Axes, facts: ShapeFacts) -> Axes:
     if is_op(node, "Transpose"):
         return tuple(axes[axis] for axis in _perm(node, len(axes)))
     if is_op(node, *_REGROUPING):
-        return regroup(_flat(axes), _shape(node.outputs[0], facts))
+        sizes = _reshaped(node, [total(axis) for axis in axes], facts)
+        return regroup(_flat(axes), sizes or _shape(node.outputs[0], facts))
     raise NotAView(f"{node.op_type} {node.name!r} is no view")
 
 
@@ -253,7 +251,35 @@ def _shape(value: ir.Value, facts: ShapeFacts) -> Sequence[Dim]:
     shape = facts.shape(value)
     if shape is None:
         raise NotAView(f"the rank of {value.name!r} isn't known")
+    node = value.producer()
+    if node is not None and is_op(node, "Reshape"):
+        given = facts.shape(node.inputs[0])
+        return (None if given is None else _reshaped(node, given, facts)) or shape
     return shape
+
+
+def _reshaped(node: ir.Node, given: Sequence[Dim], facts: ShapeFacts) -> list[Dim] | None:
+    """The sizes that a Reshape with one open size makes of `given`, None where they aren't known.
+
+    Facts of shapes leave an open size unknown where another could be 0; an attention of nothing is no matter here.
+    """
+    target = facts.data(node.inputs[1]) if is_op(node, "Reshape") and len(node.inputs) > 1 else None
+    if target is None or target.ndim != 1:
+        return None
+    copies = attribute_int(node, "allowzero", 0) == 0
+    sizes = [
+        given[place] if size == 0 and copies and place < len(given) else size
+        for place, size in enumerate(target.tolist())
+    ]
+    if sizes.count(-1) != 1 or any(size == 0 for size in sizes):
+        return None
+    whole, others = Dim.of(1), Dim.of(1)
+    for size in given:
+        whole = whole * size
+    for size in sizes:
+        others = others if size == -1 else others * size
+    rest = whole.exact_div(others)
+    return None if rest is None else [rest if size == -1 else size for size in sizes]
 
 
 def _perm(node: ir.Node, rank: int) -> tuple[int, ...]:
