@@ -12,7 +12,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.analysis.algebra import attribute_int, is_op
+from graphopt.analysis.algebra import attribute_int, is_op, producer
+from graphopt.analysis.attention_form import Bias, Keep, NotAttention, concatenated, read
+from graphopt.analysis.layout import NotAView
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.constants import is_constant
 from graphopt.graph.edits import nodes
@@ -66,6 +68,10 @@ class AttentionSite:
         heads: The number of query heads, None where the shapes don't tell.
         head_size: Elements of one head, None where the shapes don't tell.
         operator: "Softmax", one of `OTHERS`, or the fused operator.
+        kv_heads: The number of heads of keys and values, None where it isn't known.
+        rotary: Whether queries or keys come from a rotation, or the operator rotates them.
+        cached: Whether keys of earlier tokens come in.
+        mask: What is added or chosen, where it is one value; None where there is none, or several.
     """
 
     node: ir.Node
@@ -77,6 +83,10 @@ class AttentionSite:
     heads: int | None
     head_size: int | None
     operator: str
+    kv_heads: int | None = None
+    rotary: bool = False
+    cached: bool = False
+    mask: ir.Value | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What `inspect` tells of it."""
@@ -84,8 +94,11 @@ class AttentionSite:
             "node": self.node.name,
             "operator": self.operator,
             "heads": self.heads,
+            "kv_heads": self.kv_heads,
             "head_size": self.head_size,
             "masked": self.masked,
+            "rotary": self.rotary,
+            "cached": self.cached,
         }
 
 
@@ -115,8 +128,20 @@ def _fused(node: ir.Node, places: tuple[int, ...] | None, facts: ShapeFacts) -> 
         heads, size = shape[1].value, shape[3].value
     elif shape is not None and heads and shape[-1].value is not None:
         size = shape[-1].value // heads
-    masked = len(node.inputs) > 3 and node.inputs[3] is not None
-    return AttentionSite(node, q, k, v, node.outputs[0], masked, heads, size, node.op_type)
+    masked = node.op_type == "GroupQueryAttention" or (len(node.inputs) > 3 and node.inputs[3] is not None)
+    kv_heads = attribute_int(node, "kv_num_heads", 0) or None
+    keys = facts.shape(k)
+    if kv_heads is None and keys is not None and len(keys) == 4:
+        kv_heads = keys[1].value
+    past = 3 if node.op_type == "GroupQueryAttention" else 4 if node.op_type == "Attention" else None
+    cached = past is not None and len(node.inputs) > past and node.inputs[past] is not None
+    rotary = any(producer(v, "RotaryEmbedding") is not None for v in (q, k)) or bool(
+        attribute_int(node, "do_rotary", 0)
+    )
+    mask = node.inputs[3] if masked and node.op_type == "Attention" else None
+    return AttentionSite(
+        node, q, k, v, node.outputs[0], masked, heads, size, node.op_type, kv_heads, rotary, cached, mask
+    )
 
 
 def _spelled_out(node: ir.Node, facts: ShapeFacts) -> AttentionSite | None:
@@ -137,7 +162,28 @@ def _spelled_out(node: ir.Node, facts: ShapeFacts) -> AttentionSite | None:
     shape = facts.shape(q)
     heads = shape[-3].value if shape is not None and len(shape) >= 4 else None
     size = shape[-1].value if shape is not None and len(shape) else None
-    return AttentionSite(node, q, k, v, last.outputs[0], masked, heads, size, node.op_type)
+    site = AttentionSite(node, q, k, v, last.outputs[0], masked, heads, size, node.op_type)
+    try:
+        form = read(node, facts) if node.op_type == "Softmax" else None
+    except (NotAttention, NotAView):
+        form = None
+    if form is None:
+        return site
+    masks = [term.value if isinstance(term, Bias) else term.condition for term in form.scores.terms
+             if isinstance(term, Bias | Keep)]  # fmt: skip
+    return dataclasses.replace(
+        site,
+        heads=form.heads,
+        head_size=form.head_size,
+        kv_heads=form.kv_heads,
+        cached=any(concatenated(stage.value) is not None for stage in form.k.stages),
+        mask=masks[0] if len(masks) == 1 else None,
+    )
+
+
+def of_another_kind(node: ir.Node, facts: ShapeFacts) -> bool:
+    """Whether a node is what an attention has in place of a Softmax, for which there is no operator."""
+    return is_op(node, *OTHERS) and _spelled_out(node, facts) is not None
 
 
 def _is_product(node: ir.Node) -> bool:

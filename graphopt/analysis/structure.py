@@ -7,16 +7,27 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.analysis.attention_sites import attention_sites
+from graphopt.analysis.attention_sites import AttentionSite, attention_sites
 from graphopt.analysis.branches import long_skips
 from graphopt.analysis.conv_structures import conv_structures
 from graphopt.analysis.elementwise_norms import elementwise_norms
 from graphopt.analysis.layers import stacks, tied_layers
 from graphopt.analysis.linear_sites import linear_sites, roles
+from graphopt.analysis.masks import MaskForm, Masks
 from graphopt.analysis.residual import residual_streams
 from graphopt.analysis.shapes import infer
 
 WHY_NONE = "no addition whose one operand is computed from the other through weights"
+
+
+KIND = ("operator", "heads", "kv_heads", "head_size", "masked", "rotary", "cached", "mask")
+"""What attentions that are counted together have in common."""
+
+
+def _described(site: AttentionSite, masks: Masks) -> str | None:
+    """What the mask of a site lets through, in words; None where there is none, or it isn't understood."""
+    form = None if site.mask is None else masks.form(site.mask)
+    return form.describe() if isinstance(form, MaskForm) else None
 
 
 def structure(model: ir.Model) -> dict[str, Any]:
@@ -33,7 +44,11 @@ def structure(model: ir.Model) -> dict[str, Any]:
     streams = residual_streams(model, facts)
     attention = attention_sites(model, facts)
     linear = linear_sites(model, attention)
-    kinds = Counter((a.operator, a.heads, a.head_size, a.masked) for a in attention)
+    masks = Masks(facts)
+    kinds = Counter(
+        (a.operator, a.heads, a.kv_heads, a.head_size, a.masked, a.rotary, a.cached, _described(a, masks))
+        for a in attention
+    )
     return {
         "convolutions": [found.to_dict() for found in conv_structures(model)],
         "elementwise_norms": dict(Counter(norm.kind for norm in elementwise_norms(model))),
@@ -43,10 +58,7 @@ def structure(model: ir.Model) -> dict[str, Any]:
         "no_residual_stream": None if streams else WHY_NONE,
         "long_skips": [{"concat": s.concat.name, "skip": s.skip.name, "nodes": s.length} for s in long_skips(model)],
         "attention": {
-            "summary": [
-                {"count": n, "operator": operator, "heads": heads, "head_size": size, "masked": masked}
-                for (operator, heads, size, masked), n in kinds.most_common()
-            ],
+            "summary": [{"count": n, **dict(zip(KIND, kind, strict=True))} for kind, n in kinds.most_common()],
             "sites": [site.to_dict() for site in attention],
         },
         "linear": {

@@ -61,8 +61,12 @@ def _sites(data: Data) -> list[str]:
     """Attention and linear sites, each on a line."""
     lines = []
     for kind in (data.get("attention") or {}).get("summary") or []:
-        heads = f"{kind['heads'] or '?'} heads of {kind['head_size'] or '?'}"
-        lines.append(f"attention: {kind['count']} × {heads}{', masked' if kind['masked'] else ''} ({kind['operator']})")
+        groups = f" on {kind['kv_heads']}" if kind.get("kv_heads") not in (None, kind["heads"]) else ""
+        facts = [f"{kind['heads'] or '?'} heads{groups} of {kind['head_size'] or '?'}"]
+        facts += ["rotated"] if kind.get("rotary") else []
+        facts += [kind["mask"]] if kind.get("mask") else ["masked"] if kind["masked"] else []
+        facts += ["with a cache"] if kind.get("cached") else []
+        lines.append(f"attention: {kind['count']} × {', '.join(facts)} ({kind['operator']})")
     linear = data.get("linear") or {}
     if linear.get("roles"):
         shared = linear.get("shared") or []

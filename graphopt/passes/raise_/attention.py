@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int
 from graphopt.analysis.attention_form import AttentionForm, NotAttention, Operand, concatenated, operands, read
+from graphopt.analysis.attention_sites import OTHERS, of_another_kind
 from graphopt.analysis.layout import NotAView, Stage
 from graphopt.analysis.shapes import ShapeFacts, lazily
 from graphopt.graph.edits import Editor, nodes, sort
@@ -72,7 +73,7 @@ class RaiseAttention(RulePass):
     name: ClassVar[str] = "raise-attention"
     family: ClassVar[str] = "raise"
     paper: ClassVar[str] = "Attention Is All You Need"
-    anchors: ClassVar[tuple[str, ...]] = ("Softmax", "Attention")
+    anchors: ClassVar[tuple[str, ...]] = ("Softmax", "Attention", *OTHERS)
 
     def prepare(self, model: ir.Model, edit: Editor) -> None:
         """Know what is known already."""
@@ -92,6 +93,12 @@ class RaiseAttention(RulePass):
 
     def rewrite(self, node: ir.Node, edit: Editor) -> bool:
         """See the class."""
+        if node.op_type in OTHERS:
+            if of_another_kind(node, self._facts):
+                self.left(
+                    node, f"attention isn't raised: {node.op_type} instead of a softmax, which no operator computes"
+                )
+            return False
         mark = edit.made()
         try:
             if node.op_type == "Attention":
