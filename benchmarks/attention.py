@@ -163,8 +163,8 @@ def decoder(key: str, tools: list[Tool], arguments: argparse.Namespace, tell: Te
 
 
 def differing(errors: dict[str, float | str], narrow: bool, rows: int | None = None) -> dict[str, str]:
-    """The calls that aren't answered alike. `narrow`: of those without padding on the left (and of `rows` rows), and one
-    that is refused counts for nothing."""
+    """The calls that aren't answered alike. `narrow`: of those without padding on the left (and of `rows` rows), and
+    one that is refused counts for nothing."""
     result = {}
     for case in CASES:
         error = errors[case.label]
