@@ -110,7 +110,7 @@ def chains(draw: st.DrawFn) -> tuple[onnx.ModelProto, str]:
     return model, ",".join(map(str, shape))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(chains())
 def test_elements_of_random_chains_are_true(made: tuple[onnx.ModelProto, str]) -> None:
     proto, sizes = made

@@ -445,7 +445,7 @@ def compositions(draw: st.DrawFn) -> str:
     return f"{kind}|" + " ".join(lines)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(compositions())
 def test_forms_of_random_compositions_are_true(text: str) -> None:
     kind, body = text.split("|")

@@ -211,11 +211,9 @@ def _from_product(value: ir.Value | None, depth: int = 0) -> bool:
     ("name", "exporter", "past", "mask", "expected"),
     [
         ("llama", "dynamo", True, True, ["causal, padding from 'attention_mask'"]),
-        ("llama", "dynamo", False, False, ["causal"]),
         ("llama", "torchscript", True, True, ["causal, padding from 'attention_mask'"]),
         ("mistral", "dynamo", True, True, ["window 4, padding from 'attention_mask'"]),
         ("gemma2", "dynamo", False, True, ["causal, window 4, padding from", "causal, padding from 'attention_mask'"]),
-        ("falcon", "torchscript", True, True, ["causal, padding from 'attention_mask'"]),
         ("bloom", "dynamo", False, True, ["causal, padding from 'attention_mask'"]),
         ("mpt", "dynamo", False, True, ["where", "ALiBi of 4 heads"]),
         ("bart", "torchscript", False, True, ["padding from", "causal", "padding from"]),
@@ -304,15 +302,14 @@ def _window(ids: Any, mask: Any, past: Any) -> Any:
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
 @pytest.mark.parametrize(
-    ("code", "expected"),
+    ("code", "exporter", "expected"),
     [
-        (_positions, "causal, padding from 'attention_mask'"),
-        (_converter, "causal, padding from 'attention_mask', if 'attention_mask' is 0 or 1"),
-        (_summed, "causal, padding from 'attention_mask', if 'attention_mask' is 0 or 1"),
-        (_buffer, "causal"),
-        (_window, "causal, window 4, padding from 'attention_mask'"),
+        (_positions, "dynamo", "causal, padding from 'attention_mask'"),
+        (_converter, "torchscript", "causal, padding from 'attention_mask', if 'attention_mask' is 0 or 1"),
+        (_summed, "dynamo", "causal, padding from 'attention_mask', if 'attention_mask' is 0 or 1"),
+        (_buffer, "torchscript", "causal"),
+        (_window, "torchscript", "causal, window 4, padding from 'attention_mask'"),
     ],
 )
 def test_masks_of_older_code(code: Callable[[Any, Any, Any], Any], expected: str, exporter: str) -> None:

@@ -216,8 +216,10 @@ def test_a_present_that_is_missing_is_a_problem() -> None:
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
-@pytest.mark.parametrize(("name", "heads"), [("llama", 2), ("gpt2", 4), ("gemma", 2), ("opt", 4)])
+@pytest.mark.parametrize(
+    ("name", "heads", "exporter"),
+    [("llama", 2, "torchscript"), ("gpt2", 4, "dynamo"), ("gemma", 2, "torchscript"), ("opt", 4, "dynamo")],
+)
 def test_transformers(name: str, heads: int, exporter: str) -> None:
     model = load(exported_cached(name, exporter))
     rng = np.random.default_rng(0)

@@ -129,8 +129,7 @@ RECIPE = [
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize(("name", "exporter"), [("llama", "dynamo"), ("qwen3", "torchscript"), ("gemma2", "dynamo")])
 def test_decoders(name: str, exporter: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = exported(name, exporter, Path(folder))

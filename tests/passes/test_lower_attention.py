@@ -231,7 +231,7 @@ def test_an_older_runtime_only_where_every_query_sees_a_key() -> None:
 SHAPES = ("S, T", "1, 1, S, T", "B, 1, S, T", "B, H, S, T", "1, H, S, T", "B, 1, 1, T", "1, T", "H, S, T")
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_attention(data: st.DataObject) -> None:
     draw = data.draw

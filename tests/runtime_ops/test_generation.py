@@ -210,8 +210,10 @@ def test_texts_too_short_to_score(folder: Path) -> None:
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "opt"])
+@pytest.mark.parametrize(
+    ("name", "exporter"),
+    [("llama", "dynamo"), ("gpt2", "torchscript"), ("gemma", "dynamo"), ("opt", "torchscript")],
+)
 def test_the_same_text_as_transformers(name: str, exporter: str) -> None:
     import torch
 
