@@ -115,6 +115,7 @@ MULTI_HEAD: dict[str, tuple[dict[int, Array], dict[int, Any], dict[str, Any], in
     "keys by heads, mask": (HEADED | {4: lengths(L, 2, 0, total=L)}, HEAD_SHAPES | {4: ["B", "L"]}, {}, 1),
     "mask": (QKV | {4: PADDED}, BATCHED | {4: ["B", "S"]}, {}, 1),
     "mask, other fill": (QKV | {4: PADDED}, BATCHED, {"mask_filter_value": -2.5}, 1),
+    "mask, lowest fill": (QKV | {4: PADDED}, BATCHED, {"mask_filter_value": float(np.finfo(np.float32).min)}, 1),
     "mask per query": (QKV | {4: PER_QUERY}, BATCHED | {4: ["B", "S", "S"]}, {}, 1),
     "counts": (QKV | {4: ALL}, BATCHED | {4: ["B"]}, {}, 1),
     "bias of scores": (QKV | {5: normal(B, H, S, S)}, BATCHED, {}, 1),

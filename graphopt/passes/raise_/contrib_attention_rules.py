@@ -23,6 +23,7 @@ from graphopt.passes.raise_.root_mean_square import NotRaised
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
 SWAPPED = [0, 2, 1, 3]
+_LOWEST = float(np.finfo(np.float32).min)
 _PARTS = ("Attention", "RelativePositionBias", "RemovePadding", "RestorePadding")
 
 
@@ -173,6 +174,12 @@ def _padding(call: AttentionCall, mask: ir.Value, q: ir.Value, keys: ir.Value, p
     queries, rank = call.dims(q, 3)[1], call.rank(mask)
     if rank not in (1, 2, 3):
         raise NotRaised(f"its mask has {rank} axes, which ONNX Runtime's CPU doesn't take")
+    if fill <= _LOWEST * 0.5:
+        if dtype != ir.DataType.FLOAT:
+            raise NotRaised(f"its mask_filter_value is the lowest of float32, in {dtype.name}")
+        if call.attribute("unidirectional", 0):
+            raise NotRaised("it is unidirectional, and what its mask hides is as low as what lies ahead")
+        fill = max(fill, HIDDEN)
     zero, hidden = (np.asarray(number, dtype=dtype.numpy()) for number in (0.0, fill))
     if not np.isfinite(hidden):
         raise NotRaised("its mask_filter_value isn't finite in the type of the scores")
@@ -210,7 +217,7 @@ def _bias(call: AttentionCall, scores: ir.Value) -> Operand:
     """The bias, its lowest numbers raised a little: ONNX Runtime's `Attention` takes the lowest float32 for -∞."""
     if call.dtype(scores) != ir.DataType.FLOAT or not may_be_lowest(scores):
         return scores
-    lowest = np.asarray(np.finfo(np.float32).min)
+    lowest = np.asarray(_LOWEST, dtype=np.float32)
     return call.shared(
         ("bias", scores),
         lambda: op("Where", op("Equal", scores, lowest), np.asarray(HIDDEN, dtype=np.float32), scores),
