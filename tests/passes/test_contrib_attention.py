@@ -49,7 +49,9 @@ def model_of(
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
         inputs.append(helper.make_tensor_value_info(f"i{index}", kind, shapes.get(index, array.shape)))
     dtype = helper.np_dtype_to_tensor_dtype(arrays[0].dtype)
-    made = [helper.make_tensor_value_info(f"o{i}", dtype, ["a", "b", "c", "d"][: 4 if i else 3]) for i in range(outputs)]
+    made = [
+        helper.make_tensor_value_info(f"o{i}", dtype, ["a", "b", "c", "d"][: 4 if i else 3]) for i in range(outputs)
+    ]
     graph = helper.make_graph([node], "g", inputs, made, initializers)
     imports = [helper.make_opsetid("", 23), helper.make_opsetid(MS, 1)]
     return ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=10))

@@ -7,7 +7,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.graph.edits import Editor
-from graphopt.passes.raise_.contrib_attention_rules import is_attention
+from graphopt.passes.raise_.contrib_attention_operators import is_attention
 from graphopt.passes.raise_.contrib_operators import DOMAIN, ContribRulePass
 from graphopt.passes.raise_.contrib_rules import RULES, Call, Formulas
 from graphopt.passes.raise_.root_mean_square import NotRaised

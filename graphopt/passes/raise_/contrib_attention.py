@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from graphopt.analysis.shapes import lazily
 from graphopt.graph.edits import Editor
-from graphopt.passes.raise_.contrib_attention_rules import RULES, AttentionCall, Need, why_it_stays
+from graphopt.passes.raise_.contrib_attention_operators import RULES, why_it_stays
+from graphopt.passes.raise_.contrib_attention_rules import AttentionCall, Need
 from graphopt.passes.raise_.contrib_operators import DOMAIN, ContribRulePass
 from graphopt.passes.raise_.contrib_rules import Formulas
 from graphopt.passes.raise_.expression import Expression, Operand, expressions

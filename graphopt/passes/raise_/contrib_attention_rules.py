@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.analysis.dims import Dim
 from graphopt.analysis.shapes import Shape
 from graphopt.graph.computed import columns
 from graphopt.graph.constants import constant_tensor
@@ -24,12 +24,6 @@ from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
 SWAPPED = [0, 2, 1, 3]
 _LOWEST = float(np.finfo(np.float32).min)
-_PARTS = ("Attention", "RelativePositionBias", "RemovePadding", "RestorePadding")
-
-
-def is_attention(node: ir.Node) -> bool:
-    """Whether an operator of com.microsoft is attention, or belongs to one that is."""
-    return any(part in node.op_type for part in _PARTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +73,11 @@ class AttentionCall(Call):
         if place not in self._shared:
             self._shared[place] = make()
         return self._shared[place]
+
+    def number_of(self, value: ir.Value) -> Dim | None:
+        """The one integer that a value consists of, as an expression."""
+        content = self._facts.data(value)
+        return content.flat[0] if content is not None and content.size == 1 else None
 
     def heads(self, name: str = "num_heads") -> int:
         """An attribute that counts heads."""
@@ -144,7 +143,9 @@ def parts_of(value: ir.Value, sizes: Sequence[int]) -> list[Operand | None]:
 # ---- masks
 
 
-def mask_of(call: AttentionCall, place: int, bias: int, q: ir.Value, keys: ir.Value, past: ir.Value | None) -> Operand | None:
+def mask_of(
+    call: AttentionCall, place: int, bias: int, q: ir.Value, keys: ir.Value, past: ir.Value | None
+) -> Operand | None:
     """The padding mask at input `place` and the bias at input `bias` as numbers to add, [batch, 1, queries, keys].
 
     masked keys get `mask_filter_value` (-10000 unless it says otherwise), also in rows where all are masked
@@ -292,43 +293,3 @@ def packed_attention(call: AttentionCall) -> Formulas:
     causal = int(call.attribute("unidirectional", 0)) or None
     y = op("Attention", q.operand, k.operand, v.operand, mask, scale=scale_of(call, q.depth), is_causal=causal)
     return {0: joined(y, sizes[2])}
-
-
-RULES: Mapping[str, Callable[[AttentionCall], Formulas]] = {
-    "Attention": packed_attention,
-    "MultiHeadAttention": multi_head,
-}
-"""By operator of the domain com.microsoft."""
-
-_SHARED_BUFFER = "takes one step over a buffer that past and present share"
-_NO_PADDING = "works on tokens packed without padding, a form that the standard hasn't"
-_SPARSE = "attends to a sparse choice of keys, made inside"
-_REASONS: Mapping[str, str] = {
-    "DecoderMaskedMultiHeadAttention": _SHARED_BUFFER,
-    "DecoderMaskedSelfAttention": _SHARED_BUFFER,
-    "DecoderAttention": "chooses at run time between its own keys and a cache",
-    "PackedAttention": _NO_PADDING,
-    "PackedMultiHeadAttention": _NO_PADDING,
-    "RemovePadding": _NO_PADDING,
-    "RestorePadding": _NO_PADDING,
-    "PagedAttention": "has its cache in pages, which the standard hasn't",
-    "LongformerAttention": _SPARSE,
-    "SparseAttention": _SPARSE,
-    "DynamicSparseAttention": _SPARSE,
-    "LinearAttention": "is a recurrence without a softmax",
-    "LinearAttentionGate": "is a recurrence without a softmax",
-}
-
-
-def why_it_stays(node: ir.Node) -> str | None:
-    """The reason for attention without a rule; None where it has one, and for what isn't attention."""
-    if node.domain != "com.microsoft" or not is_attention(node) or node.op_type in RULES:
-        return None
-    if node.op_type.startswith("Q"):
-        return f"{node.op_type} is quantized arithmetic, which stays as it is"
-    return f"{node.op_type} {_REASONS.get(node.op_type, 'has no counterpart among the standard operators')}"
-
-
-def attributes_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes but those that are off."""
-    return {name: value for name, value in values.items() if value}
