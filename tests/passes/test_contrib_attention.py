@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from exactness import op_types
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from graphopt.passes.raise_.contrib_attention import RaiseContribAttention
 from graphopt.verification.structure import check_structure

@@ -45,9 +45,9 @@ class RaiseContrib(ContribRulePass):
 
     Attention is raised by `raise-contrib-attention`, `RotaryEmbedding` by `raise-rotary`.
 
-    **Left alone, with the reason:** quantized operators, and those of `com.microsoft.nchwc`, whose weights lie in the layout
-    of one machine; a mean, a deviation or a dropout mask that is read; FastGelu in float64, where the runtime's `Gelu`
-    holds 0.044715 in float32; attributes that the caller of a function sets.
+    **Left alone, with the reason:** quantized operators, and those of `com.microsoft.nchwc`, whose weights lie in the
+    layout of one machine; a mean, a deviation or a dropout mask that is read; FastGelu in float64, where the runtime's
+    `Gelu` holds 0.044715 in float32; attributes that the caller of a function sets.
 
     **When not to use it:** for a model that only ever runs in ONNX Runtime on a provider that was measured to be
     faster with its own operators, such as float16 on CUDA.

@@ -1,4 +1,4 @@
-"""What the passes that raise ONNX Runtime's own operators have in common: rules as formulas, and the domain's import."""
+"""What the passes that raise ONNX Runtime's own operators have in common: rules that give formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What GroupQueryAttention of com.microsoft computes, as formulas around `Attention` and `RotaryEmbedding` of ai.onnx."""
+"""What GroupQueryAttention of com.microsoft computes, as formulas around `Attention` and `RotaryEmbedding`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op, producer
 from graphopt.graph.constants import constant_array, constant_tensor, scalar
-from graphopt.passes.raise_.contrib_attention_rules import (
-    AttentionCall, Heads, Need, joined, parts_of, scale_of, split,
-)  # fmt: skip
+from graphopt.passes.raise_.contrib_attention_rules import AttentionCall, Heads, Need, joined, parts_of, scale_of, split
 from graphopt.passes.raise_.contrib_rules import Formulas
 from graphopt.passes.raise_.expression import Expression, Operand, added, ints, op
 from graphopt.passes.raise_.root_mean_square import NotRaised
@@ -30,6 +28,21 @@ _OFF = {
 
 
 @dataclasses.dataclass(frozen=True)
+class _Packed:
+    """A product by constant weights that lie side by side."""
+
+    x: ir.Value
+    weight: ir.Value
+    bias: ir.Value | None
+
+    def parts(self, sizes: list[int]) -> list[Operand]:
+        """A product for each of them."""
+        products = [op("MatMul", self.x, part) for part in parts_of(self.weight, sizes)]
+        biases = [None] * len(sizes) if self.bias is None else parts_of(self.bias, sizes)
+        return [added(product, bias) for product, bias in zip(products, biases, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Site:
     """Sizes of a site that its parts have in common.
 
@@ -37,11 +50,17 @@ class _Site:
         call: The site.
         q: Its queries, or queries, keys and values side by side.
         total: The number of past and new tokens, an int32 of one element.
+        packed: What makes them side by side, where it is to be taken apart.
     """
 
     call: AttentionCall
     q: ir.Value
     total: ir.Value
+    packed: _Packed | None
+
+    def sizes(self, start: int, end: int) -> Expression:
+        """Batch and new tokens; not of what is to be taken apart, which would stay for it."""
+        return op("Shape", self.q if self.packed is None else self.packed.x, start=start, end=end)
 
     def length(self) -> Expression:
         """Past and new tokens as an int64 scalar."""
@@ -53,7 +72,7 @@ class _Site:
         """Where the new tokens are among all, int64 [S]."""
 
         def make() -> Expression:
-            new = op("Squeeze", op("Shape", self.q, start=1, end=2))
+            new = op("Squeeze", self.sizes(1, 2))
             first = op("Sub", self.length(), new)
             return op("Range", first, self.length(), np.asarray(1, dtype=np.int64))
 
@@ -61,7 +80,7 @@ class _Site:
 
     def positions(self) -> Expression:
         """The same for each row of the batch, [B, S]."""
-        sizes = op("Shape", self.q, start=0, end=2)
+        sizes = self.sizes(0, 2)
         key = ("positions", self.total, self.call.dims(self.q, 3)[:2])
         return self.call.shared(key, lambda: op("Expand", op("Unsqueeze", self.places(), ints(0)), sizes))
 
@@ -84,7 +103,10 @@ def query_groups(call: AttentionCall) -> Formulas:
         given = call.attribute(name, off[0])
         if given not in off:
             raise NotRaised(f"its {name} is {given}, which Attention hasn't")
-    site = _Site(call, call[0], call[6])
+    packed = _packed(call[0]) if call.get(1) is None else None
+    if packed is not None and call.rank(packed.x) != 3:
+        packed = None
+    site = _Site(call, call[0], call[6], packed)
     past, past_v = call.get(3), call.get(4)
     if (past is None) != (past_v is None):
         raise NotRaised("it has one of past_key and past_value")
@@ -123,33 +145,38 @@ def _projected(site: _Site) -> tuple[Heads, Heads, Heads]:
     if rest:
         raise NotRaised(f"{call.width(q)} elements aren't {heads} + 2 · {groups} equal heads")
     sizes = [heads * depth, groups * depth, groups * depth]
-    parts = _unpacked(q, sizes)
+    if site.packed is not None:
+        parts = site.packed.parts(sizes)
+    else:
+        whole = op("Split", q, ints(*sizes), axis=-1, outputs=3)
+        parts = [whole, whole[1], whole[2]]
     queries, keys, values = (
         split(call, x, n, h) for x, n, h in zip(parts, sizes, (heads, groups, groups), strict=True)
     )
     return queries, keys, values
 
 
-def _unpacked(packed: ir.Value, sizes: list[int]) -> list[Operand]:
-    """Queries, keys and values that lie side by side: by a product each where the weights are constant."""
-    alone = len(packed.uses()) == 1 and not packed.is_graph_output()
-    product, bias = packed, None
-    addition = producer(packed, "Add") if alone else None
+def _packed(value: ir.Value) -> _Packed | None:
+    """The product that `value` is, where nothing else reads it."""
+    bias = None
+    addition = producer(value, "Add") if _alone(value) else None
     if addition is not None:
-        for value, other in (addition.inputs, addition.inputs[::-1]):
+        for term, other in (addition.inputs, addition.inputs[::-1]):
             tensor = constant_tensor(other)
-            if tensor is not None and value is not None and tensor.shape.numpy() == (sum(sizes),):
-                product, bias = value, other
-    node = producer(product, "MatMul") if alone and len(product.uses()) == 1 else None
-    weight = None if node is None else constant_tensor(node.inputs[1])
-    if node is not None and weight is not None and len(weight.shape) == 2 and not product.is_graph_output():
-        assert node.inputs[0] is not None
-        assert node.inputs[1] is not None
-        products = [op("MatMul", node.inputs[0], part) for part in parts_of(node.inputs[1], sizes)]
-        biases = [None] * 3 if bias is None else parts_of(bias, sizes)
-        return [added(part, shift) for part, shift in zip(products, biases, strict=True)]
-    whole = op("Split", packed, ints(*sizes), axis=-1, outputs=3)
-    return [whole, whole[1], whole[2]]
+            if tensor is not None and term is not None and len(tensor.shape) == 1:
+                value, bias = term, other
+                break
+    node = producer(value, "MatMul") if _alone(value) else None
+    if node is None or node.inputs[0] is None or node.inputs[1] is None:
+        return None
+    weight = constant_tensor(node.inputs[1])
+    if weight is None or len(weight.shape) != 2:
+        return None
+    return _Packed(node.inputs[0], node.inputs[1], bias)
+
+
+def _alone(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _rotated(site: _Site, x: Heads) -> Heads:

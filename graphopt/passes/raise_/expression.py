@@ -17,10 +17,10 @@ import onnx_ir as ir
 from graphopt.graph.edits import Editor
 
 OPSETS: Mapping[str, int] = {
-    "Cast": 13, "CastLike": 15, "Celu": 12, "Clip": 12, "GatherND": 12, "Gelu": 20, "GroupNormalization": 21,
-    "Hardmax": 13, "LayerNormalization": 17, "LogSoftmax": 13, "Pad": 11, "Range": 11, "ReduceSum": 13,
-    "Attention": 23, "Expand": 8, "RMSNormalization": 23, "RotaryEmbedding": 23, "Shape": 15, "Slice": 13, "Softmax": 13, "Split": 18, "Squeeze": 13, "Trilu": 14,
-    "Unsqueeze": 13, "Where": 9,
+    "Attention": 23, "Cast": 13, "CastLike": 15, "Celu": 12, "Clip": 12, "Expand": 8, "GatherND": 12, "Gelu": 20,
+    "GroupNormalization": 21, "Hardmax": 13, "LayerNormalization": 17, "LogSoftmax": 13, "Pad": 11, "Range": 11,
+    "ReduceSum": 13, "RMSNormalization": 23, "RotaryEmbedding": 23, "Shape": 15, "Slice": 13, "Softmax": 13,
+    "Split": 18, "Squeeze": 13, "Trilu": 14, "Unsqueeze": 13, "Where": 9,
 }  # fmt: skip
 """The opset from which an operator has the form that `op` writes; 7 where it isn't listed."""
 
