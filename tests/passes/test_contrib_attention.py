@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from exactness import op_types
+from exactness import op_types, parse, reference_outputs, to_float64
 from onnx import helper, numpy_helper
 
+from graphopt.graph.assumptions import Assumptions, read
+from graphopt.models import catalogue
+from graphopt.passes.base import LOWERED
+from graphopt.passes.raise_.contrib import RaiseContrib
 from graphopt.passes.raise_.contrib_attention import RaiseContribAttention
+from graphopt.passes.raise_.convert_opset import ConvertOpset
 from graphopt.verification.structure import check_structure
 
 MS = "com.microsoft"
@@ -66,17 +72,23 @@ def run(model: ir.Model, feeds: Mapping[str, Array]) -> list[Array]:
     return session.run(None, dict(feeds))
 
 
-def raised(model: ir.Model) -> ir.Model:
+def raising(*assumed: str) -> RaiseContribAttention:
+    rule = RaiseContribAttention()
+    rule.assumptions = Assumptions.parse(assumed)
+    return rule
+
+
+def raised(model: ir.Model, *assumed: str) -> ir.Model:
     """The model after the pass: valid, without the domain, and found at rest by a second run."""
     after = model.clone()
-    rule = RaiseContribAttention()
+    rule = raising(*assumed)
     assert rule(after).modified, [site.detail for site in rule.sites]
     onnx.checker.check_model(ir.to_proto(after), full_check=True)
     assert check_structure(after) == []
     assert MS not in after.graph.opset_imports
-    assert not RaiseContribAttention()(after).modified
+    assert not raising(*assumed)(after).modified
     again = model.clone()
-    RaiseContribAttention()(again)
+    raising(*assumed)(again)
     assert ir.to_proto(again) == ir.to_proto(after)
     return after
 
@@ -174,3 +186,283 @@ def test_attention(case: str, constant: bool) -> None:
     feeds = {value.name: arrays[int(value.name[1:])] for value in model.graph.inputs}
     (one,), (other,) = run(model, feeds), run(after, feeds)
     np.testing.assert_allclose(other, one, rtol=1e-4, atol=5e-3 if 3 in arrays else 1e-5)
+
+
+def test_weights_are_cut_when_they_are_asked_for() -> None:
+    wide = 512
+    arrays = {0: normal(1, 2, wide), 1: normal(wide, 3 * wide), 2: normal(3 * wide)}
+    after = raised(model_of("Attention", arrays, {0: [1, "S", wide]}, {"num_heads": 8}, 1, [1, 2]))
+    weights = [node.inputs[1].const_value for node in after.graph if node.op_type == "MatMul"]
+    assert [type(weight) for weight in weights] == [ir.LazyTensor] * 3
+    np.testing.assert_array_equal(np.concatenate([weight.numpy() for weight in weights], axis=1), arrays[1])
+
+
+def softmaxed(scores: Array) -> Array:
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("fill", [-10000.0, -3.0, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_in_float64(fill: float, causal: bool) -> None:
+    arrays = QKV | BIAS | {4: PADDED if not causal else 1 - PADDED}
+    attributes = {"num_heads": H, "mask_filter_value": fill, "unidirectional": int(causal)}
+    model = model_of("MultiHeadAttention", arrays, BATCHED, attributes, 1, [3])
+    if causal and fill < -1e30:
+        assert "as low as what lies ahead" in left(model)
+        return
+    after = to_float64(raised(model))
+    double = [arrays[i].astype(np.float64) + arrays[3][i * W : (i + 1) * W].astype(np.float64) for i in range(3)]
+    q, k, v = (x.reshape(B, S, H, D).transpose(0, 2, 1, 3) for x in double)
+    scores = q @ k.transpose(0, 1, 3, 2) * float(np.float32(1 / np.sqrt(D)))
+    scores = scores + np.where(arrays[4] > 0, 0.0, float(np.float32(fill)))[:, None, None]
+    if causal:
+        scores = np.where(np.tri(S, dtype=bool), scores, -np.inf)
+    wanted = (softmaxed(scores) @ v).transpose(0, 2, 1, 3).reshape(B, S, W)
+    feeds = {f"i{i}": arrays[i].astype(np.float64) for i in range(3)} | {"i4": arrays[4]}
+    np.testing.assert_allclose(reference_outputs(after, feeds)[0], wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_in_float16() -> None:
+    halves = {i: x.astype(np.float16) for i, x in QKV.items()} | {3: BIAS[3].astype(np.float16), 4: PADDED}
+    after = raised(model_of("MultiHeadAttention", halves, BATCHED, {"num_heads": H}, 1, [3]))
+    whole = model_of("MultiHeadAttention", QKV | BIAS | {4: PADDED}, BATCHED, {"num_heads": H}, 1, [3])
+    feeds = {f"i{i}": halves[i] for i in (0, 1, 2, 4)}
+    (half,) = run(after, feeds)
+    (full,) = run(whole, {f"i{i}": (QKV | {4: PADDED})[i] for i in (0, 1, 2, 4)})
+    assert half.dtype == np.float16
+    # Beside -10000 a float16 score keeps no digit behind the point, so the row without any key is its own.
+    np.testing.assert_allclose(half[:2].astype(np.float32), full[:2], atol=2e-2)
+
+
+REFUSED: list[tuple[str, dict[int, Array], dict[int, Any], dict[str, Any], int, str]] = [
+    ("MultiHeadAttention", QKV, BATCHED, {"num_heads": 3}, 1, "aren't 3 equal heads"),
+    ("MultiHeadAttention", {0: normal(B, S, H, 3, D)}, {}, {}, 1, "packed by heads"),
+    ("MultiHeadAttention", QKV | {6: PAST[6]}, BATCHED, {}, 3, "one of past_key and past_value"),
+    ("MultiHeadAttention", QKV | PAST | {8: np.ones(1, np.int32)}, BATCHED, {}, 3, "a buffer shared"),
+    ("MultiHeadAttention", QKV, BATCHED, {}, 4, "its output 3"),
+    ("MultiHeadAttention", QKV, {2: ["B", "S", "V"]}, {}, 1, "the size of the last axis of 'i2' isn't known"),
+    ("MultiHeadAttention", CROSSED, CROSS_SHAPES, {"unidirectional": 1}, 1, "aren't known to be as many"),
+    ("MultiHeadAttention", QKV | {5: normal(1, 1, S, S)}, BATCHED, {"unidirectional": 1}, 1, "beside a bias"),
+    ("MultiHeadAttention", QKV | {4: ALL}, BATCHED | {4: ["N"]}, {}, 1, "one count for each row"),
+    ("MultiHeadAttention", QKV | {4: PADDED[:, :1]}, BATCHED, {}, 1, "mask of one column"),
+    ("Attention", {0: X, 1: WEIGHTS, 4: normal(2, B, H, P, D)}, {}, {}, 2, "one tensor of keys and values"),
+    ("Attention", {0: X, 1: WEIGHTS}, {}, {"do_rotary": 1}, 1, "no kernel"),
+    ("Attention", {0: X, 1: WEIGHTS}, {}, {"qkv_hidden_sizes": [W, W, 8]}, 1, "columns aren't"),
+    ("Attention", {0: X, 1: WEIGHTS, 3: np.ones((B, 1, 9, 9), np.int32)}, {}, {}, 1, "its mask has 4 axes"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(REFUSED)))
+def test_left_alone(case: int) -> None:
+    op_type, arrays, shapes, attributes, outputs, reason = REFUSED[case]
+    assert reason in left(model_of(op_type, arrays, shapes, {"num_heads": H} | attributes, outputs))
+
+
+@pytest.mark.parametrize(
+    ("op_type", "reason"),
+    [
+        ("DecoderMaskedMultiHeadAttention", "a buffer that past and present share"),
+        ("PackedAttention", "packed without padding"),
+        ("QAttention", "quantized arithmetic"),
+        ("PagedAttention", "its cache in pages"),
+        ("SparseAttention", "sparse choice of keys"),
+        ("RelativePositionBias", "no counterpart"),
+    ],
+)
+def test_operators_that_stay(op_type: str, reason: str) -> None:
+    model = model_of("MultiHeadAttention", QKV, BATCHED, {"num_heads": H})
+    model.graph.node(0).op_type = op_type
+    assert reason in left(model)
+
+
+def test_what_a_pass_lowered_stays_without_a_word() -> None:
+    model = model_of("MultiHeadAttention", QKV, BATCHED, {"num_heads": H})
+    model.graph.node(0).meta[LOWERED] = True
+    rule = RaiseContribAttention()
+    assert not rule(model).modified
+    assert rule.sites == []
+
+
+def test_before_opset_23() -> None:
+    model = model_of("MultiHeadAttention", QKV, BATCHED, {"num_heads": H})
+    model.graph.opset_imports[""] = 21
+    assert "needs opset 23" in left(model)
+
+
+def test_in_a_subgraph_and_one_mask_for_both() -> None:
+    text = """<ir_version: 10, opset_import: ["": 23, "com.microsoft": 1]>
+    g (float[B, S, 16] x, int32[B, S] mask, bool which) => (float[B, S, 16] y) {
+        a = com.microsoft.MultiHeadAttention <num_heads = 2> (x, x, x, , mask)
+        b = com.microsoft.MultiHeadAttention <num_heads = 2> (a, a, a, , mask)
+        y = If (which) <
+            then_branch = t () => (float[B, S, 16] c) {
+                c = com.microsoft.MultiHeadAttention <num_heads = 2> (b, b, b, , mask)
+            },
+            else_branch = e () => (float[B, S, 16] d) { d = Identity(b) }
+        >
+    }"""
+    model = parse(text)
+    after = raised(model)
+    assert op_types(after).count("Attention") == 2
+    assert op_types(after).count("Where") == 1  # and another one in the subgraph
+    for which in (True, False):
+        feeds = {"x": QKV[0], "mask": PADDED, "which": np.array(which)}
+        np.testing.assert_allclose(run(after, feeds)[0], run(model, feeds)[0], atol=5e-3)
+
+
+# ---- GroupQueryAttention
+
+
+def decoder(
+    attributes: str = "",
+    query: str = "packed, , ",
+    extra: str = "",
+    layers: int = 1,
+    depth: int = 16,
+    counted: str = "summed",
+    cos: int = 8,
+    read: bool = False,
+) -> ir.Model:
+    """Layers as a generative builder writes them: 2 heads on 1, sizes counted from a mask or from the cache."""
+    width = 4 * depth
+    cut = "q#, kk#, vv# = Split <axis = -1> (packed#, parts)"
+    body, outputs, caches, value = "", ["float[B, S, N] y"], "", "x"
+    for layer in range(layers):
+        caches += f", float[B, 1, P, {depth}] pk{layer}, float[B, 1, P, {depth}] pv{layer}"
+        outputs += [f"float[B, 1, T, {depth}] k{layer}", f"float[B, 1, T, {depth}] v{layer}"]
+        after = "y" if layer == layers - 1 else f"h{layer}"
+        body += f"""
+            product{layer} = MatMul({value}, w)
+            packed{layer} = Add(product{layer}, b)
+            {cut.replace("#", str(layer)) if query == "split" else ""}
+            {after}, k{layer}, v{layer} = com.microsoft.GroupQueryAttention
+                <num_heads = 2, kv_num_heads = 1 {attributes}>
+                ({query.replace("packed", f"packed{layer}").replace("split", f"q{layer}, kk{layer}, vv{layer}")},
+                 pk{layer}, pv{layer}, last, total, cos, sin {extra})"""
+        value = after
+    sums = {
+        "summed": "count = ReduceSum <keepdims = 0> (mask, axis) less = Sub(count, one) last = Cast <to = 6> (less) "
+        "sizes = Shape(mask) size = Gather(sizes, at) total = Cast <to = 6> (size)",
+        "sizes": "past = Shape <start = 2, end = 3> (pk0) new = Shape <start = 1, end = 2> (x) "
+        "all = Add(past, new) total = Cast <to = 6> (all) ones = Cast <to = 6> (one) less = Sub(total, ones) "
+        "rows = Shape <start = 0, end = 1> (x) last = Expand(less, rows)",
+        "given": "last = Identity(seqlens) total = Identity(whole)",
+    }[counted]
+    also = ", int32[B] seqlens, int32[1] whole" if counted == "given" else ""
+    also += ", float[1, 1, S, T] bias" if read else ""
+    also += f", float[{2 * depth}, {width}] w, float[{width}] b, float[32, {cos}] cos, float[32, {cos}] sin"
+    text = f"""<ir_version: 10, opset_import: ["": 23, "com.microsoft": 1]>
+    g (float[B, S, {2 * depth}] x, int64[B, T] mask {caches} {also})
+        => ({", ".join(outputs)})
+    <int64[1] one = {{1}}, int64[1] axis = {{1}}, int64 at = {{1}},
+     int64[3] parts = {{{2 * depth}, {depth}, {depth}}}> {{ {sums} {body} }}"""
+    model = parse(text)
+    if layers == 1:
+        model.graph.outputs[0].shape = ir.Shape(["B", "S", 2 * depth])
+    rng = np.random.default_rng(1)
+    angles = rng.normal(size=(32, cos))
+    arrays = {"w": rng.normal(size=(2 * depth, width)) / 4, "b": rng.normal(size=width)}
+    arrays |= {"cos": np.cos(angles), "sin": np.sin(angles)}
+    for value in list(model.graph.inputs):
+        if value.name in arrays:
+            model.graph.inputs.remove(value)
+            value.const_value = ir.tensor(arrays[value.name].astype(np.float32), name=value.name)
+            model.graph.register_initializer(value)
+    return model
+
+
+def step(model: ir.Model, batch: int, new: int, past: int) -> dict[str, Array]:
+    sizes = {"B": batch, "S": new, "P": past, "T": new + past}
+    feeds = {}
+    for value in model.graph.inputs:
+        shape = [size if isinstance(size, int) else sizes[size.value] for size in value.shape]
+        whole = value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
+        feeds[value.name] = np.ones(shape, value.dtype.numpy()) if whole else normal(*shape)
+    return feeds
+
+
+STEPS = [(1, 6, 0), (3, 6, 0), (3, 1, 5), (1, 3, 5)]
+ROTARY = ", do_rotary = 1"
+
+
+@pytest.mark.parametrize("size", STEPS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "products"),
+    [
+        ({}, 3),
+        ({"attributes": ", scale = 0.3, softcap = 5.0"}, 3),
+        ({"attributes": ROTARY}, 3),
+        ({"attributes": ROTARY + ", rotary_interleaved = 1"}, 3),
+        ({"attributes": ROTARY, "depth": 32}, 3),
+        ({"attributes": ROTARY + ", local_window_size = 3"}, 3),
+        ({"attributes": ROTARY, "query": "split"}, 1),
+        ({"attributes": ROTARY, "extra": ", , bias", "read": True}, 3),
+        ({"attributes": ROTARY, "layers": 2}, 6),
+        ({"attributes": ROTARY, "counted": "sizes"}, 3),
+    ],
+    ids=lambda option: str(option) if isinstance(option, dict) else "",
+)
+def test_group_query_attention(options: dict[str, Any], products: int, size: tuple[int, int, int]) -> None:
+    model = decoder(**options)
+    assumed = () if options.get("counted") == "sizes" else ("no-padding",)
+    after = raised(model, *assumed)
+    assert [(r.assumption, dict(r.inputs)) for r in read(after)] == [(name, {"mask": "mask"}) for name in assumed]
+    assert op_types(after).count("MatMul") == products
+    assert op_types(after).count("Range") <= 2
+    feeds = step(model, *size)
+    for one, other in zip(run(model, feeds), run(after, feeds), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "--assume no-padding"),
+        ({"counted": "given"}, "what its seqlens_k counts isn't known"),
+        ({"attributes": ", smooth_softmax = 1"}, "its smooth_softmax is 1"),
+        ({"attributes": ", local_window_size = 3", "extra": ", , bias", "read": True}, "a window beside a bias"),
+        ({"extra": ", mask"}, "it has position_ids"),
+        ({"extra": ", , , b"}, "a sink beside the keys"),
+    ],
+    ids=str,
+)
+def test_group_query_attention_that_stays(options: dict[str, Any], reason: str) -> None:
+    model = decoder(**options)
+    if options:
+        rule = raising("no-padding")
+        assert not rule(model).modified
+        assert reason in rule.sites[0].detail
+    else:
+        assert reason in left(model)
+
+
+# ---- real models
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("raw", [True, False], ids=["mask", "counts"])
+def test_saved_by_the_transformers_optimizer(raw: bool, tmp_path: Path) -> None:
+    optimizer = pytest.importorskip("onnxruntime.transformers.optimizer")
+    options = pytest.importorskip("onnxruntime.transformers.fusion_options").FusionOptions("bert")
+    options.use_raw_attention_mask(raw)
+    fusion = optimizer.optimize_model(
+        str(catalogue.fetch("paraphrase-minilm")), model_type="bert", num_heads=12, hidden_size=384, opt_level=0,
+        optimization_options=options,
+    )  # fmt: skip
+    fusion.save_model_to_file(str(tmp_path / "fused.onnx"))
+    before = ir.load(tmp_path / "fused.onnx")
+    assert op_types(before).count("Attention") == 3
+    after = before.clone()
+    ConvertOpset()(after)
+    RaiseContrib()(after)
+    after = raised(after)
+    assert op_types(after).count("Attention") == 3
+    assert op_types(after).count("Range") == (0 if raw else 1)
+    rng = np.random.default_rng(0)
+    for batch in (1, 3):
+        mask = lengths(12, 7, 3, total=12)[:batch].astype(np.int64)
+        named = {"input_ids": rng.integers(1, 1000, (batch, 12)), "attention_mask": mask}
+        feeds = {v.name: named.get(v.name, np.zeros((batch, 12), np.int64)) for v in before.graph.inputs}
+        for one, other in zip(run(before, feeds), run(after, feeds), strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-4, atol=2e-5)

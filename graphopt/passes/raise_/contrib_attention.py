@@ -37,17 +37,19 @@ class RaiseContribAttention(ContribRulePass):
        still weighs its scores, as it does in the kernel; no boolean mask says that. The lowest float32, which the
        runtime's `Attention` takes for -∞, becomes -3e38, as in `raise-attention`.
 
-    The kernel of `GroupQueryAttention` takes each row's past to end at seqlens_k + 1 - S. Where these are sums of a mask
-    that is an input, rows of other lengths than the longest have a cache that no `Attention` of opset 23 has (new keys
-    go behind each row's own), and a cache that is a buffer longer than what is in it isn't told from a full one. So
-    `--assume no-padding` is needed; where seqlens_k and the total are computed from the sizes of the cache and the new
+    The kernel of `GroupQueryAttention` takes each row's past to end at seqlens_k + 1 - S. Where these are sums of a
+    mask that is an input, rows of other lengths than the longest have a cache that no `Attention` of opset 23 has (new
+    keys go behind each row's own), and a buffer longer than what is in it isn't told from a full cache. So `--assume
+    no-padding` is needed; where seqlens_k and the total are computed from the sizes of the cache and the new
     tokens, nothing is.
 
     **Needs:** opset 23 (`convert-opset`); sizes of heads; `raise-contrib` before, which makes the counts of
     EmbedLayerNormalization's mask. Sizes that the signature declares equal by name are taken as equal, as by
-    `raise-attention`. **Guarantees:** what the kernels of ONNX Runtime 1.31 on the CPU compute, up to the order of sums,
-    at rows without a key too; beside -10000 a float32 score keeps three digits behind the point in both forms. Where
-    something was assumed, it is in the model's metadata, and `graphopt.session` checks it.
+    `raise-attention`.
+
+    **Guarantees:** what the kernels of ONNX Runtime 1.31 on the CPU compute, up to the order of sums, at rows without a
+    key too; beside -10000 a float32 score keeps three digits behind the point in both forms. Where something was
+    assumed, it is in the model's metadata, and `graphopt.session` checks it.
 
     **Left alone, with the reason:** a past and present in one tensor or one buffer; queries, keys and values packed by
     heads; `unidirectional` beside a bias, beside a mask of the lowest number, or with other numbers of keys than

@@ -206,12 +206,13 @@ def _count(site: _Site, past: ir.Value | None) -> None:
     rows = call[5]
     new = call.dims(site.q, 3)[1]
     every = new if past is None else call.dims(past, 4)[2] + new
-    counted = _less_one(_bare(rows))
-    if counted is None:
-        raise NotRaised("what its seqlens_k counts isn't known: one less than the tokens of each row")
-    counted, total = _bare(counted), call.number_of(site.total)
-    if total == every and call.number_of(counted) == every:
+    last, total = _bare(rows), call.number_of(site.total)
+    if total == every and call.number_of(last) == every - 1:
         return
+    less = _less_one(last)
+    if less is None:
+        raise NotRaised("what its seqlens_k counts isn't known: one less than the tokens of each row")
+    counted = _bare(less)
     mask = _summed(counted) or _measured(counted)
     lengths = _measured(_bare(site.total))
     if mask is None or (lengths is not mask and total != call.dims(mask, 2)[1]):
