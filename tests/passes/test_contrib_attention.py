@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 from exactness import op_types, parse, reference_outputs, to_float64
 from onnx import helper, numpy_helper
+from tiny_transformers import exported, feeds
 
 from graphopt.graph.assumptions import Assumptions, read
 from graphopt.models import catalogue
@@ -465,4 +466,31 @@ def test_saved_by_the_transformers_optimizer(raw: bool, tmp_path: Path) -> None:
         named = {"input_ids": rng.integers(1, 1000, (batch, 12)), "attention_mask": mask}
         feeds = {v.name: named.get(v.name, np.zeros((batch, 12), np.int64)) for v in before.graph.inputs}
         for one, other in zip(run(before, feeds), run(after, feeds), strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_fused_after_a_fresh_export(exporter: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    source = exported("bert", exporter)
+    if exporter == "dynamo":
+        fusions = pytest.importorskip("onnxscript.rewriter.ort_fusions")
+        before = ir.load(source)
+        before = fusions.optimize_for_ort(before)
+        before = before[0] if isinstance(before, tuple) else before
+    else:
+        optimizer = pytest.importorskip("onnxruntime.transformers.optimizer")
+        fusion = optimizer.optimize_model(str(source), model_type="bert", num_heads=4, hidden_size=32, opt_level=0)
+        fusion.save_model_to_file(str(tmp_path / "fused.onnx"))
+        before = ir.load(tmp_path / "fused.onnx")
+    assert sum(node.domain == MS and "Attention" in node.op_type for node in before.graph) == 3
+    after = before.clone()
+    ConvertOpset()(after)
+    RaiseContrib()(after)
+    after = raised(after)
+    assert op_types(after).count("Attention") == 3
+    for batch in (1, 3):
+        inputs = feeds("bert", batch=batch)
+        for one, other in zip(run(before, inputs), run(after, inputs), strict=True):
             np.testing.assert_allclose(other, one, rtol=1e-4, atol=2e-5)
