@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op, producer
+from graphopt.analysis.dims import Dim
 from graphopt.graph.constants import constant_array, constant_tensor, scalar
 from graphopt.passes.raise_.contrib_attention_rules import AttentionCall, Heads, Need, joined, parts_of, scale_of, split
 from graphopt.passes.raise_.contrib_rules import Formulas
@@ -49,39 +50,50 @@ class _Site:
     Attributes:
         call: The site.
         q: Its queries, or queries, keys and values side by side.
-        total: The number of past and new tokens, an int32 of one element.
+        past: The keys in its cache.
         packed: What makes them side by side, where it is to be taken apart.
     """
 
     call: AttentionCall
     q: ir.Value
-    total: ir.Value
+    past: ir.Value | None
     packed: _Packed | None
 
     def sizes(self, start: int, end: int) -> Expression:
         """Batch and new tokens; not of what is to be taken apart, which would stay for it."""
         return op("Shape", self.q if self.packed is None else self.packed.x, start=start, end=end)
 
+    @property
+    def key(self) -> tuple[Dim, Dim]:
+        """What sites with equal places have in common: the numbers of past and new tokens."""
+        past = Dim.of(0) if self.past is None else self.call.dims(self.past, 4)[2]
+        return past, self.call.dims(self.q, 3)[1]
+
     def length(self) -> Expression:
-        """Past and new tokens as an int64 scalar."""
-        wide = op("Cast", self.total, to=ir.DataType.INT64)
-        rank = self.call.rank(self.total)
-        return self.call.shared(("length", self.total), lambda: wide if rank == 0 else op("Squeeze", wide))
+        """Past and new tokens as an int64 scalar. Not what the operator reads: that may count a mask."""
+
+        def make() -> Expression:
+            new = self.sizes(1, 2)
+            return op("Squeeze", new if self.past is None else op("Add", self._before(self.past), new))
+
+        return self.call.shared(("length", *self.key), make)
 
     def places(self) -> Expression:
         """Where the new tokens are among all, int64 [S]."""
 
         def make() -> Expression:
-            new = op("Squeeze", self.sizes(1, 2))
-            first = op("Sub", self.length(), new)
+            first = np.asarray(0, dtype=np.int64) if self.past is None else op("Squeeze", self._before(self.past))
             return op("Range", first, self.length(), np.asarray(1, dtype=np.int64))
 
-        return self.call.shared(("places", self.total, self.call.dims(self.q, 3)[1]), make)
+        return self.call.shared(("places", *self.key), make)
+
+    def _before(self, past: ir.Value) -> Expression:
+        return self.call.shared(("past", self.key[0]), lambda: op("Shape", past, start=2, end=3))
 
     def positions(self) -> Expression:
         """The same for each row of the batch, [B, S]."""
         sizes = self.sizes(0, 2)
-        key = ("positions", self.total, self.call.dims(self.q, 3)[:2])
+        key = ("positions", *self.key, self.call.dims(self.q, 3)[0])
         return self.call.shared(key, lambda: op("Expand", op("Unsqueeze", self.places(), ints(0)), sizes))
 
     def window(self, width: int) -> Expression:
@@ -93,7 +105,7 @@ class _Site:
             near = op("Less", distance, np.asarray(width, dtype=np.int64))
             return op("And", op("GreaterOrEqual", distance, np.asarray(0, dtype=np.int64)), near)
 
-        return self.call.shared(("window", width, self.total, self.call.dims(self.q, 3)[1]), make)
+        return self.call.shared(("window", width, *self.key), make)
 
 
 def query_groups(call: AttentionCall) -> Formulas:
@@ -106,11 +118,11 @@ def query_groups(call: AttentionCall) -> Formulas:
     packed = _packed(call[0]) if call.get(1) is None else None
     if packed is not None and call.rank(packed.x) != 3:
         packed = None
-    site = _Site(call, call[0], call[6], packed)
     past, past_v = call.get(3), call.get(4)
+    site = _Site(call, call[0], past, packed)
     if (past is None) != (past_v is None):
         raise NotRaised("it has one of past_key and past_value")
-    _count(site, past)
+    _count(site)
     q, k, v = _projected(site)
     if call.attribute("do_rotary", 0):
         q, k = _rotated(site, q), _rotated(site, k)
@@ -197,16 +209,15 @@ def _rotated(site: _Site, x: Heads) -> Heads:
 # ---- how many tokens there are
 
 
-def _count(site: _Site, past: ir.Value | None) -> None:
+def _count(site: _Site) -> None:
     """See that each row of the batch has as many tokens as the cache and the new ones together, or what says so.
 
     The operator takes the past to end at seqlens_k + 1 - S in each row, whatever the size of its cache is.
     """
     call = site.call
-    rows = call[5]
-    new = call.dims(site.q, 3)[1]
-    every = new if past is None else call.dims(past, 4)[2] + new
-    last, total = _bare(rows), call.number_of(site.total)
+    past, new = site.key
+    every = past + new
+    last, total = _bare(call[5]), call.number_of(call[6])
     if total == every and call.number_of(last) == every - 1:
         return
     less = _less_one(last)
@@ -214,7 +225,7 @@ def _count(site: _Site, past: ir.Value | None) -> None:
         raise NotRaised("what its seqlens_k counts isn't known: one less than the tokens of each row")
     counted = _bare(less)
     mask = _summed(counted) or _measured(counted)
-    lengths = _measured(_bare(site.total))
+    lengths = _measured(_bare(call[6]))
     if mask is None or (lengths is not mask and total != call.dims(mask, 2)[1]):
         raise NotRaised("its seqlens_k and total_sequence_length aren't known to be the tokens of one mask")
     if not mask.is_graph_input():
