@@ -17,6 +17,7 @@ from tiny_transformers import exported, feeds
 from graphopt.graph.assumptions import Assumptions, read
 from graphopt.models import catalogue
 from graphopt.passes.base import LOWERED
+from graphopt.passes.lower.group_query_attention import GroupQueryAttention
 from graphopt.passes.raise_.contrib import RaiseContrib
 from graphopt.passes.raise_.contrib_attention import RaiseContribAttention
 from graphopt.passes.raise_.convert_opset import ConvertOpset
@@ -324,13 +325,15 @@ def decoder(
     counted: str = "summed",
     cos: int = 8,
     read: bool = False,
+    cached: bool = True,
 ) -> ir.Model:
     """Layers as a generative builder writes them: 2 heads on 1, sizes counted from a mask or from the cache."""
     width = 4 * depth
     cut = "q#, kk#, vv# = Split <axis = -1> (packed#, parts)"
     body, outputs, caches, value = "", ["float[B, S, N] y"], "", "x"
     for layer in range(layers):
-        caches += f", float[B, 1, P, {depth}] pk{layer}, float[B, 1, P, {depth}] pv{layer}"
+        pasts = f"pk{layer}, pv{layer}" if cached else ","
+        caches += f", float[B, 1, P, {depth}] pk{layer}, float[B, 1, P, {depth}] pv{layer}" if cached else ""
         outputs += [f"float[B, 1, T, {depth}] k{layer}", f"float[B, 1, T, {depth}] v{layer}"]
         after = "y" if layer == layers - 1 else f"h{layer}"
         body += f"""
@@ -340,7 +343,7 @@ def decoder(
             {after}, k{layer}, v{layer} = com.microsoft.GroupQueryAttention
                 <num_heads = 2, kv_num_heads = 1 {attributes}>
                 ({query.replace("packed", f"packed{layer}").replace("split", f"q{layer}, kk{layer}, vv{layer}")},
-                 pk{layer}, pv{layer}, last, total, cos, sin {extra})"""
+                 {pasts}, last, total, cos, sin {extra})"""
         value = after
     sums = {
         "summed": "count = ReduceSum <keepdims = 0> (mask, axis) less = Sub(count, one) last = Cast <to = 6> (less) "
@@ -414,6 +417,31 @@ def test_group_query_attention(options: dict[str, Any], products: int, size: tup
     feeds = step(model, *size)
     for one, other in zip(run(model, feeds), run(after, feeds), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("attributes", ["", ROTARY, ROTARY + ", local_window_size = 3"])
+def test_group_query_attention_without_a_cache(attributes: str) -> None:
+    model = decoder(attributes, cached=False)
+    after = raised(model, "no-padding")
+    given = {"x": normal(3, 6, 32), "mask": np.ones((3, 6), np.int64)}
+    for one, other in zip(run(model, given), run(after, given), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("attributes", ["", ROTARY, ROTARY + ", local_window_size = 3"])
+def test_there_and_back(attributes: str) -> None:
+    model = decoder(attributes, layers=2)
+    after = raised(model, "no-padding")
+    lower = GroupQueryAttention()
+    lower.assumptions = Assumptions.parse(["no-padding", "no-batched-chunks", "counted-positions"])
+    assert lower(after).modified
+    assert op_types(after).count("GroupQueryAttention") == 2
+    assert op_types(after).count("RotaryEmbedding") == 0
+    assert op_types(after).count("MatMul") == 2
+    for size in STEPS:
+        given = step(model, *size)
+        for one, other in zip(run(model, given), run(after, given), strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
