@@ -13,7 +13,7 @@ from graphopt.analysis.masks import Masks, NoForm
 from graphopt.analysis.shapes import ShapeFacts, lazily
 from graphopt.graph.computed import concatenated
 from graphopt.graph.edits import Editor
-from graphopt.passes.base import RulePass
+from graphopt.passes.base import LOWERED, RulePass
 from graphopt.passes.fold.layers import Layer
 from graphopt.passes.lower.cached_site import CachedSite, NotTaken, Operand, projection, read, token_outputs
 from graphopt.passes.lower.rotary_table import Need, RotaryTables, Table, first_input
@@ -230,6 +230,7 @@ class GroupQueryAttention(RulePass):
         edit.model.graph.opset_imports.setdefault(CONTRIB, 1)
         made = y.producer()
         assert made is not None
+        made.meta[LOWERED] = True
         self._replace(site, y, edit)
         for old, new in zip(site.node.outputs[1:3], made.outputs[1:3], strict=False):
             new.type, new.shape = old.type, old.shape
