@@ -78,6 +78,16 @@ def concatenated(tensors: Sequence[ir.TensorProtocol], axis: int) -> ir.TensorPr
     return weight(compute, kept[0].dtype, shape, origin=("concatenated", axis, *map(identity, kept)))
 
 
+def columns(tensor: ir.TensorProtocol, start: int, stop: int) -> ir.TensorProtocol:
+    """The part of a tensor from `start` to `stop` of its last axis."""
+
+    def compute() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(tensor.numpy()[..., start:stop]), dtype=tensor.dtype)
+
+    shape = [*tensor.shape.numpy()[:-1], stop - start]
+    return weight(compute, tensor.dtype, shape, origin=("columns", start, stop, identity(tensor)))
+
+
 def origin_of(tensor: ir.TensorProtocol) -> tuple[Hashable, ...] | None:
     """What a computed tensor was computed from: equal origins mean equal contents. None where it isn't known."""
     if not isinstance(tensor, ir.LazyTensor):

@@ -477,10 +477,7 @@ def test_left_where_a_bias_is_spread_over_inner_axes() -> None:
 @pytest.mark.parametrize(
     ("op_type", "domain", "reason"),
     [
-        ("MultiHeadAttention", MS, "MultiHeadAttention belongs to attention, which stays whole"),
-        ("RotaryEmbedding", MS, "belongs to attention"),
         ("MatMulNBits", MS, "is quantized arithmetic"),
-        ("QAttention", MS, "belongs to attention"),
         ("DynamicQuantizeMatMul", MS, "is quantized arithmetic"),
         ("Inverse", MS, "has no counterpart"),
         ("Conv", f"{MS}.nchwc", "has its data in the layout of one machine"),
@@ -492,6 +489,15 @@ def test_operators_that_stay(op_type: str, domain: str, reason: str) -> None:
     node.op_type, node.domain = op_type, domain
     before.graph.opset_imports[domain] = 1
     assert reason in left(before)
+
+
+@pytest.mark.parametrize("op_type", ["MultiHeadAttention", "QAttention", "PagedAttention", "RotaryEmbedding"])
+def test_attention_is_for_other_passes(op_type: str) -> None:
+    before = model_of("Gelu", [X])
+    before.graph.node(0).op_type = op_type
+    rule = RaiseContrib()
+    assert not rule(before).modified
+    assert rule.sites == []
 
 
 def test_a_function_of_that_name_is_no_operator_of_the_runtime() -> None:

@@ -121,14 +121,17 @@ def read(node: ir.Node, facts: ShapeFacts) -> CachedSite | None:
     if precision not in (0, ir.DataType.FLOAT.value, dtype.value):
         raise NotTaken("its softmax has a type of its own")
     cache, values = facts.shape(past_key), facts.shape(past_value)
-    shape, new = facts.shape(q), facts.shape(k)
+    shape, new, new_values = facts.shape(q), facts.shape(k), facts.shape(v)
     if cache is None or values is None or shape is None or new is None or len(cache) != 4 or len(values) != 4:
         raise NotTaken("the ranks of its operands aren't certain")
-    kv_heads, depth = cache[1].value, cache[3].value
-    if kv_heads is None or depth is None or values[3].value is None:
+    # What is put behind a cache that doesn't declare its sizes has them.
+    kv_heads = cache[1].value or (new[1].value if len(new) == 4 else None)
+    depth = cache[3].value or (new[3].value if len(new) == 4 else None)
+    value_depth = values[3].value or (new_values[3].value if new_values is not None and len(new_values) == 4 else None)
+    if kv_heads is None or depth is None or value_depth is None:
         raise NotTaken("heads or depth of its cache aren't certain")
-    if depth != values[3].value or depth % 8:
-        raise NotTaken(f"keys {depth} and values {values[3].value} deep: the operator takes equal multiples of 8")
+    if depth != value_depth or depth % 8:
+        raise NotTaken(f"keys {depth} and values {value_depth} deep: the operator takes equal multiples of 8")
     joined = len(shape) == 3
     heads = attribute_int(node, "q_num_heads", 0) if joined else shape[1].value
     if not heads or heads % kv_heads:

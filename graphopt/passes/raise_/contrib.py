@@ -6,17 +6,16 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.graph.edits import Editor, nodes
-from graphopt.passes.base import LOWERED
-from graphopt.passes.raise_.contrib_rules import RULES, Call
-from graphopt.passes.raise_.expression import Operand, expressions, needed_opset, write
+from graphopt.graph.edits import Editor
+from graphopt.passes.raise_.contrib_attention_operators import is_attention
+from graphopt.passes.raise_.contrib_operators import DOMAIN, ContribRulePass
+from graphopt.passes.raise_.contrib_rules import RULES, Call, Formulas
 from graphopt.passes.raise_.root_mean_square import NotRaised
-from graphopt.passes.raise_.shape_rules import ShapeRulePass
 
-DOMAIN = "com.microsoft"
+__all__ = ["DOMAIN", "RaiseContrib"]
 
 
-class RaiseContrib(ShapeRulePass):
+class RaiseContrib(ContribRulePass):
     """Write the operators that ONNX Runtime contributes (domain `com.microsoft`) as standard ones.
 
     A model that ONNX Runtime or its transformers optimizer fused and saved runs nowhere else, and other passes can't
@@ -44,10 +43,11 @@ class RaiseContrib(ShapeRulePass):
     **Options:** `bfloat16` (default false): raise norms of bfloat16 too. ONNX Runtime 1.31 has a CPU kernel for its
     fused norm in that type and none for `Add`, so on the CPU the model would no longer load.
 
-    **Left alone, with the reason:** attention (`Attention`, `MultiHeadAttention`, `GroupQueryAttention`,
-    `RotaryEmbedding`, ...), quantized operators, and those of `com.microsoft.nchwc`, whose weights lie in the layout
-    of one machine; a mean, a deviation or a dropout mask that is read; FastGelu in float64, where the runtime's `Gelu`
-    holds 0.044715 in float32; attributes that the caller of a function sets.
+    Attention is raised by `raise-contrib-attention`, `RotaryEmbedding` by `raise-rotary`.
+
+    **Left alone, with the reason:** quantized operators, and those of `com.microsoft.nchwc`, whose weights lie in the
+    layout of one machine; a mean, a deviation or a dropout mask that is read; FastGelu in float64, where the runtime's
+    `Gelu` holds 0.044715 in float32; attributes that the caller of a function sets.
 
     **When not to use it:** for a model that only ever runs in ONNX Runtime on a provider that was measured to be
     faster with its own operators, such as float16 on CUDA.
@@ -61,57 +61,16 @@ class RaiseContrib(ShapeRulePass):
         super().__init__()
         self.bfloat16 = bfloat16
 
-    def prepare(self, model: ir.Model, edit: Editor) -> None:
-        """Say of the operators without a rule why they stay."""
-        super().prepare(model, edit)
-        self._functions = set(model.functions)
-        if not any(domain.startswith(DOMAIN) for domain in model.graph.opset_imports):
-            return
-        for node in nodes(model):
-            ruled = node.domain == DOMAIN and node.op_type in RULES
-            if node.domain.startswith(DOMAIN) and not ruled and node.op_identifier() not in self._functions:
-                self.left(node, _why_it_stays(node))
+    def formulas(self, node: ir.Node, edit: Editor) -> Formulas:
+        """The rule of the operator."""
+        self._check_type(node)
+        return RULES[node.op_type](Call(node, self))
 
-    def apply(self, model: ir.Model) -> bool:
-        """Rewrite what has a rule, and import the domain no longer where that was all of it."""
-        changed = super().apply(model)
-        named = (domain for domain, *_ in model.functions)
-        if changed and DOMAIN not in named and all(node.domain != DOMAIN for node in nodes(model)):
-            model.graph.opset_imports.pop(DOMAIN, None)
-            for function in model.functions.values():
-                function.opset_imports.pop(DOMAIN, None)
-        return changed
-
-    def rewrite(self, node: ir.Node, edit: Editor) -> bool:
-        """See the class."""
-        if node.op_identifier() in self._functions or node.meta.get(LOWERED):
-            return False
-        if any(attribute.is_ref() for attribute in node.attributes.values()):
-            return self.left(node, "the caller of its function sets an attribute of it: inline functions first")
-        try:
-            self._check_type(node)
-            formulas = self._formulas(node)
-        except NotRaised as reason:
-            return self.left(node, str(reason))
-        if not formulas:
-            return False  # nothing reads it
-        opset = needed_opset(formulas.values())
-        if edit.opset < opset:
-            return self.left(node, f"needs opset {opset}, the model has {edit.opset}: run convert-opset first")
-        written = write(formulas, edit)
-        for old, new in written.items():
-            edit.replace(old, new)
-        return self.applied(node, " ".join(_operators(formulas)) or "removed")
-
-    def _formulas(self, node: ir.Node) -> dict[ir.Value, Operand]:
-        """What may stand for each output that is read."""
-        call = Call(node, self)
-        found = RULES[node.op_type](call)
-        by_index = found if isinstance(found, dict) else {0: found}
-        for index, output in enumerate(node.outputs):
-            if index not in by_index and call.uses(index):
-                raise NotRaised(f"its output {index}, {output.name!r}, is used too, which no standard operator gives")
-        return {output: by_index[i] for i, output in enumerate(node.outputs) if call.uses(i)}
+    def why_it_stays(self, node: ir.Node) -> str | None:
+        """What has no rule, but for the attention that raise-contrib-attention and raise-rotary look at."""
+        if node.domain == DOMAIN and (node.op_type in RULES or is_attention(node) or node.op_type == "RotaryEmbedding"):
+            return None
+        return _why_it_stays(node)
 
     def _check_type(self, node: ir.Node) -> None:
         dtype = self.dtype(node.outputs[0])
@@ -123,11 +82,6 @@ class RaiseContrib(ShapeRulePass):
             raise NotRaised("it computes in float64, and RMSNormalization in float32")
 
 
-def _operators(formulas: dict[ir.Value, Operand]) -> list[str]:
-    return [expression.op_type for expression in expressions(formulas.values())]
-
-
-_ATTENTION = ("Attention", "RotaryEmbedding", "RelativePositionBias", "RemovePadding", "RestorePadding")
 _QUANTIZED = (
     "NBits",
     "Quantize",
@@ -149,6 +103,4 @@ def _why_it_stays(node: ir.Node) -> str:
         return f"{node.op_type} of {node.domain} has its data in the layout of one machine: start from the original"
     if any(part in node.op_type for part in _QUANTIZED):
         return f"{node.op_type} is quantized arithmetic, which stays as it is"
-    if any(part in node.op_type for part in _ATTENTION):
-        return f"{node.op_type} belongs to attention, which stays whole"
     return f"{node.op_type} has no counterpart among the standard operators, or no rule here"

@@ -17,10 +17,10 @@ import onnx_ir as ir
 from graphopt.graph.edits import Editor
 
 OPSETS: Mapping[str, int] = {
-    "Cast": 13, "CastLike": 15, "Celu": 12, "Clip": 12, "GatherND": 12, "Gelu": 20, "GroupNormalization": 21,
-    "Hardmax": 13, "LayerNormalization": 17, "LogSoftmax": 13, "Pad": 11, "Range": 11, "ReduceSum": 13,
-    "RMSNormalization": 23, "Shape": 15, "Slice": 13, "Softmax": 13, "Split": 18, "Squeeze": 13, "Trilu": 14,
-    "Unsqueeze": 13, "Where": 9,
+    "Attention": 23, "Cast": 13, "CastLike": 15, "Celu": 12, "Clip": 12, "Expand": 8, "GatherND": 12, "Gelu": 20,
+    "GroupNormalization": 21, "Hardmax": 13, "LayerNormalization": 17, "LogSoftmax": 13, "Pad": 11, "Range": 11,
+    "ReduceSum": 13, "RMSNormalization": 23, "RotaryEmbedding": 23, "Shape": 15, "Slice": 13, "Softmax": 13,
+    "Split": 18, "Squeeze": 13, "Trilu": 14, "Unsqueeze": 13, "Where": 9,
 }  # fmt: skip
 """The opset from which an operator has the form that `op` writes; 7 where it isn't listed."""
 
@@ -47,7 +47,7 @@ class Output:
     index: int
 
 
-Operand: TypeAlias = "ir.Value | Expression | Output | npt.NDArray[Any]"
+Operand: TypeAlias = "ir.Value | Expression | Output | npt.NDArray[Any] | ir.TensorProtocol"
 
 
 def op(op_type: str, *inputs: Operand | None, outputs: int = 1, **attributes: Any) -> Expression:
@@ -75,11 +75,21 @@ def needed_opset(operands: Iterable[Operand]) -> int:
     return max((OPSETS.get(expression.op_type, 7) for expression in expressions(operands)), default=7)
 
 
-def write(operands: Mapping[ir.Value, Operand], edit: Editor) -> dict[ir.Value, ir.Value]:
-    """Write formulas before the site, each shared part once; returns for each key the value that may replace it."""
+def write(
+    operands: Mapping[ir.Value, Operand], edit: Editor, made: dict[Expression, ir.Value] | None = None
+) -> dict[ir.Value, ir.Value]:
+    """Write formulas before the site, each shared part once; returns for each key the value that may replace it.
+
+    Args:
+        operands: The formulas.
+        edit: The editor, at the site.
+        made: What was written for other sites, which isn't written again; what is written now is added.
+    """
     results = {operand: old for old, operand in operands.items() if isinstance(operand, Expression)}
-    made: dict[Expression, ir.Value] = {}
+    made = {} if made is None else made
     for expression in expressions(operands.values()):
+        if expression in made and _stands(made[expression]):
+            continue
         inputs = [None if item is None else _value(item, made, edit) for item in expression.inputs]
         made[expression] = edit.op(
             expression.op_type,
@@ -89,6 +99,11 @@ def write(operands: Mapping[ir.Value, Operand], edit: Editor) -> dict[ir.Value, 
             like=results.get(expression),
         )
     return {old: _value(operand, made, edit) for old, operand in operands.items()}
+
+
+def _stands(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and node.graph is not None
 
 
 def _value(operand: Operand, made: Mapping[Expression, ir.Value], edit: Editor) -> ir.Value:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from graphopt.analysis.shapes import Shape, ShapeFacts, lazily
+from graphopt.analysis.shapes.rule import Content
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import RulePass
 
@@ -36,6 +37,10 @@ class ShapeRulePass(RulePass):
     def dims(self, value: ir.Value) -> Shape | None:
         """The sizes of the axes of `value` as expressions that can be compared, None where the rank isn't certain."""
         return self._facts.shape(value)
+
+    def data(self, value: ir.Value) -> Content | None:
+        """The elements of a small tensor of integers as expressions, None where they aren't certain."""
+        return self._facts.data(value)
 
     def rank(self, value: ir.Value) -> int | None:
         """The rank of `value`, None where it isn't certain."""
