@@ -119,8 +119,6 @@ def _quotient(a: Dim, b: Dim) -> Dim | None:
 _REGROUPING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 VIEWS = ("Identity", "Transpose", *_REGROUPING)
 """Operators that arrange all elements of their first input anew."""
-REPEATS = ("Expand", "Tile", "Gather", "Concat")
-"""Operators that may repeat elements along an axis."""
 
 
 def below(node: ir.Node, axes: Axes, facts: ShapeFacts) -> Axes:
@@ -182,8 +180,8 @@ def _above_expand(axes: Axes, shape: Sequence[Dim]) -> Axes:
     result: list[tuple[Atom, ...]] = []
     for index, axis in enumerate(axes):
         size = shape[index - new] if index >= new else Dim.of(1)
-        total = _total(axis)
-        if total == size:
+        length = total(axis)
+        if length == size:
             kept = axis
         elif size == 1:
             for atom in axis:
@@ -191,7 +189,7 @@ def _above_expand(axes: Axes, shape: Sequence[Dim]) -> Axes:
                     leaf.repeat = True
             kept = ()
         else:
-            raise NotAView(f"whether an Expand repeats an axis of {size} elements to {total} isn't known")
+            raise NotAView(f"whether an Expand repeats an axis of {size} elements to {length} isn't known")
         if index >= new:
             result.append(kept)
     return tuple(result)
@@ -242,9 +240,6 @@ def total(axis: Iterable[Atom]) -> Dim:
     for atom in axis:
         size = size * atom.size
     return size
-
-
-_total = total
 
 
 def _shape(value: ir.Value, facts: ShapeFacts) -> Sequence[Dim]:

@@ -7,14 +7,12 @@ import json
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, UsageError
+from graphopt.graph.assumptions import ASSUMPTIONS_KEY
 from graphopt.graph.edits import Names, walk
 from graphopt.graph.kv_interface import KVInterface, kv_interface
 
 RENAMED_KEY = "graphopt.renamed"
 """Metadata key under which a renamed model keeps the names that it had: JSON, its name now to its name before."""
-_ASSUMPTIONS_KEY = "graphopt.assumptions"
-"""Metadata key of what the model takes for granted of its inputs, which it names: JSON, a list of objects in which
-"inputs" gives a name for each role."""
 
 
 def convention(interface: KVInterface) -> tuple[dict[str, str], dict[str, str]]:
@@ -108,7 +106,7 @@ def _rename(model: ir.Model, names: dict[str, str]) -> None:
 
 
 def _rename_in_assumptions(model: ir.Model, names: dict[str, str]) -> None:
-    text = model.metadata_props.get(_ASSUMPTIONS_KEY)
+    text = model.metadata_props.get(ASSUMPTIONS_KEY)
     try:
         entries = json.loads(text) if text is not None else []
     except ValueError:
@@ -117,4 +115,4 @@ def _rename_in_assumptions(model: ir.Model, names: dict[str, str]) -> None:
         if isinstance(entry, dict) and isinstance(inputs := entry.get("inputs"), dict):
             entry["inputs"] = {role: names.get(name, name) for role, name in inputs.items()}
     if entries:
-        model.metadata_props[_ASSUMPTIONS_KEY] = json.dumps(entries)
+        model.metadata_props[ASSUMPTIONS_KEY] = json.dumps(entries)

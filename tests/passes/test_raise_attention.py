@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from graphopt.passes.raise_.attention import RaiseAttention
 
 HEAD = '<ir_version: 10, opset_import: ["": 23]>'
-MANY = "a = {0, 2, 1, 3}"
 
 
 def attention_of(model: ir.Model) -> ir.Node:
