@@ -24,11 +24,16 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def implementation(model_class: Any) -> str:
-    """The implementation to load a class of models with: one that calls a registered function gets ours."""
-    if getattr(model_class, "_supports_attention_backend", False):
-        return NAME
-    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+def usable(model_class: Any, exporter: str) -> tuple[str, ...]:
+    """The implementations to trace models of a class with, the best first: one that calls a registered function gets ours.
+
+    Args:
+        model_class: A transformers class.
+        exporter: "dynamo" or "torchscript", which has no opset with the operator.
+    """
+    register()
+    ours = [NAME] if getattr(model_class, "_supports_attention_backend", False) and exporter == "dynamo" else []
+    return (*ours, *(["sdpa"] if getattr(model_class, "_supports_sdpa", False) else []), "eager")
 
 
 def attention(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from graphopt.errors import UsageError, VerificationError, first_line
 from graphopt.export.dependencies import quiet, require
+from graphopt.export.dry_run import dry_run
 from graphopt.export.source import Reference, Source
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
@@ -49,6 +50,27 @@ def _run(source: Source, sizes: dict[str, int], seed: int) -> Reference:
             f"{source.label} has tensors that ONNX Runtime can't be given to compare ({first_line(error)}); "
             "use float32 or float16"
         ) from error
+
+
+def dry_references(source: Source) -> list[Reference]:
+    """The probes' outputs by shape alone, all numbers 0.
+
+    Raises:
+        UsageError: The module takes none of the probes.
+    """
+    refused: Exception | None = None
+    for probes in source.probes:
+        found = []
+        try:
+            for seed, sizes in enumerate(probes, start=1):
+                tensors = source.tensors(sizes, seed)
+                outputs = dry_run(source.module, source.module, tensors)
+                found.append(Reference(dict(sizes), {}, [np.broadcast_to(np.float32(0), t.shape) for t in outputs]))
+            return found
+        except Exception as error:
+            refused = refused or error
+    assert refused is not None
+    raise UsageError(f"{source.label} doesn't run on its own inputs: {first_line(refused)}") from refused
 
 
 def _call(source: Source, tensors: tuple[Any, ...]) -> Sequence[Any]:

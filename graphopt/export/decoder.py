@@ -18,7 +18,9 @@ import numpy.typing as npt
 
 from graphopt.errors import UsageError, first_line
 from graphopt.export import cache as caches
-from graphopt.export.dependencies import quiet, require
+from graphopt.export.dependencies import require
+from graphopt.export.dry_run import dry_run
+from graphopt.export.sample_inputs import integers
 from graphopt.export.source import Input, Reference, Source, wrap
 
 TOKENS = ("input_ids", "attention_mask", "position_ids")
@@ -89,7 +91,7 @@ def cache_slots(label: str, model: Any) -> list[Slot]:
     """
     sizes = ({"batch": 2, "past": 5}, {"batch": 3, "past": 7})
     try:
-        found = [_without_numbers(model, **size) for size in sizes]
+        found = [_shapes(model, **size) for size in sizes]
     except Exception as error:
         raise UsageError(f"{label} ({type(model).__name__}) doesn't run on tokens: {first_line(error)}") from error
     if not found[0]:
@@ -106,18 +108,18 @@ def cache_slots(label: str, model: Any) -> list[Slot]:
     return slots
 
 
-def _without_numbers(model: Any, batch: int, past: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the cache after a run of so many tokens, computed from shapes alone."""
+def _shapes(model: Any, batch: int, past: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the cache after a run of so many tokens."""
     torch = require("torch")
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    ids = torch.ones((batch, past), dtype=torch.long)
+    masked = "attention_mask" in inspect.signature(model.forward).parameters
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quiet():
-        ids = torch.ones((batch, past), dtype=torch.long)
-        given = {"attention_mask": torch.ones((batch, past), dtype=torch.long)}
-        known = inspect.signature(model.forward).parameters
-        result = model(input_ids=ids, **{k: v for k, v in given.items() if k in known}, use_cache=True)
-        held = getattr(result, "past_key_values", None)
-        return [] if held is None else [(name, tuple(tensor.shape)) for name, tensor in caches.flatten(held)]
+    def call(ids: Any) -> Any:
+        more = {"attention_mask": torch.ones_like(ids)} if masked else {}
+        return model(input_ids=ids, **more, use_cache=True)
+
+    held = getattr(dry_run(model, call, [ids]), "past_key_values", None)
+    return [] if held is None else [(name, tuple(tensor.shape)) for name, tensor in caches.flatten(held)]
 
 
 def _run(model: Any, named: Sequence[str], slots: Sequence[Slot], last: bool, *tensors: Any) -> tuple[Any, ...]:
@@ -148,7 +150,7 @@ def _token_input(name: str, vocabulary: int) -> Input:
         return Input(name, ("batch", "total"), lambda shape, _: require("torch").ones(shape, dtype=_long()))
     if name == "position_ids":
         return Input(name, ("batch", "sequence"), _counted)
-    return Input(name, ("batch", "sequence"), _integers(vocabulary))
+    return Input(name, ("batch", "sequence"), integers(vocabulary))
 
 
 def _long() -> Any:
@@ -158,10 +160,6 @@ def _long() -> Any:
 def _counted(shape: tuple[int, ...], _: np.random.Generator) -> Any:
     torch = require("torch")
     return torch.arange(shape[1]).expand(shape).contiguous()
-
-
-def _integers(below: int) -> Callable[[tuple[int, ...], np.random.Generator], Any]:
-    return lambda shape, generator: require("torch").from_numpy(generator.integers(0, below, size=shape))
 
 
 def _cache(dtype: Any) -> Callable[[tuple[int, ...], np.random.Generator], Any]:
@@ -175,7 +173,9 @@ CALLS = ((1, 7, 0, None), (3, 7, 0, "right"), (3, 6, 0, "left"), (1, 1, 7, None)
 """Batch, new tokens, tokens in the cache, side of the padding: prompts, steps, and a prompt in chunks."""
 
 
-def _references(source: Source, vocabulary: int, run: Callable[[tuple[Any, ...]], Sequence[Any]]) -> Iterator[Reference]:
+def _references(
+    source: Source, vocabulary: int, run: Callable[[tuple[Any, ...]], Sequence[Any]]
+) -> Iterator[Reference]:
     """Runs of the module on prompts, steps and chunks; what is in the cache comes from the module itself."""
     torch = require("torch")
     named = [item.name for item in source.inputs]
@@ -184,9 +184,14 @@ def _references(source: Source, vocabulary: int, run: Callable[[tuple[Any, ...]]
         positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
         ids = np.random.default_rng(seed).integers(0, vocabulary, mask.shape)
         given = {"input_ids": ids, "position_ids": positions}
-        held = {i.name: i.tensor({"batch": batch, "past": 0}, np.random.default_rng(0)) for i in source.inputs[_tokens(named):]}
+        held = {
+            i.name: i.tensor({"batch": batch, "past": 0}, np.random.default_rng(0))
+            for i in source.inputs[_tokens(named) :]
+        }
 
-        def tensors(start: int, end: int, held: Mapping[str, Any], given: Any = given, mask: Any = mask) -> tuple[Any, ...]:
+        def tensors(
+            start: int, end: int, held: Mapping[str, Any], given: Any = given, mask: Any = mask
+        ) -> tuple[Any, ...]:
             made = {name: torch.from_numpy(array[:, start:end].copy()) for name, array in given.items()}
             made |= {"attention_mask": torch.from_numpy(mask[:, :end].copy()), **held}
             return tuple(made[name] for name in named)
@@ -198,7 +203,10 @@ def _references(source: Source, vocabulary: int, run: Callable[[tuple[Any, ...]]
         args = tensors(past, past + sequence, held)
         outputs = [tensor.detach().numpy().copy() for tensor in run(args)]
         feeds = {name: tensor.numpy() for name, tensor in zip(named, args, strict=True)}
-        real = {name: _at(mask, dims, array) for (name, dims), array in zip((source.dims or {}).items(), outputs, strict=True)}
+        real = {
+            name: _at(mask, dims, array)
+            for (name, dims), array in zip((source.dims or {}).items(), outputs, strict=True)
+        }
         yield Reference(sizes, feeds, outputs, real)
 
 

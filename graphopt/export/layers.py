@@ -215,7 +215,7 @@ class _Repetition:
             producer = value.producer()
             owner = -1 if producer is None else self.segment[producer]
             named = self.layer(value)
-            if named >= 0 and owner >= 0 and named != owner or named < 0 and 0 <= owner < self.plan.kept - 1:
+            if (named >= 0 and owner >= 0 and named != owner) or (named < 0 and 0 <= owner < self.plan.kept - 1):
                 raise NotRepeatable(f"the output {value.name} is computed by layer {owner}")
 
     def _require_equal_kinds(self) -> None:
@@ -223,7 +223,9 @@ class _Repetition:
         used = sorted(set(self.plan.templates))
         for first in used:
             if len(self.crossing[first]) != len(self.crossing[first - 1]):
-                raise NotRepeatable(f"layer {first} hands on {len(self.crossing[first])} values and gets another number")
+                raise NotRepeatable(
+                    f"layer {first} hands on {len(self.crossing[first])} values and gets another number"
+                )
         for second in range(1, self.plan.kept - 1):
             for first in used:
                 if first != second and self._like(first, second) and (why := self._difference(first, second)):
@@ -251,7 +253,9 @@ class _Repetition:
             same |= dict(zip(one.outputs, other.outputs, strict=True))
         return ""
 
-    def _corresponds(self, x: ir.Value | None, y: ir.Value | None, same: Mapping[ir.Value, ir.Value], layer: int) -> bool:
+    def _corresponds(
+        self, x: ir.Value | None, y: ir.Value | None, same: Mapping[ir.Value, ir.Value], layer: int
+    ) -> bool:
         if x is y or x is None or y is None:
             return x is y
         if x in same:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from graphopt.errors import ModelError, first_line
 from graphopt.export import layers
@@ -71,8 +72,8 @@ def _repeated(source: Source, outputs: Dims, opset: int, plan: layers.Plan) -> t
         dims = dict(fewer.dims or outputs)
         model, warned = _export(fewer, dims, "dynamo", opset, Path())
     _tidy(fewer, model, dims, "dynamo")
-    inlined = ir.passes.common.InlinePass()(model).model
-    ir.passes.common.CommonSubexpressionEliminationPass()(inlined)
+    inlined = common.InlinePass()(model).model
+    common.CommonSubexpressionEliminationPass()(inlined)
     layers.repeat(inlined.graph, dataclasses.replace(plan, path=plan.path.removeprefix(INNER)), CACHES)
     order = {name: place for place, name in enumerate([*(item.name for item in source.inputs), *outputs])}
     for values in (inlined.graph.inputs, inlined.graph.outputs):
@@ -140,13 +141,13 @@ def _tidy(source: Source, model: ir.Model, outputs: Dims, exporter: Exporter) ->
             value.shape = ir.Shape(declared)
     found = {value.name: value for value in model.graph.inputs}
     for item in source.inputs:
-        value = found.get(item.name)
-        if value is None:
+        given = found.get(item.name)
+        if given is None:
             raise ModelError(f"{source.label} doesn't use its input {item.name}: {exporter} left it out of the model")
         for axis, dim in enumerate(item.dims):
-            if isinstance(dim, str) and value.shape is not None and isinstance(value.shape[axis], int):
+            if isinstance(dim, str) and given.shape is not None and isinstance(given.shape[axis], int):
                 raise ModelError(
-                    f"{exporter} fixed the dimension {dim!r} of the input {item.name} at {value.shape[axis]}, because "
+                    f"{exporter} fixed the dimension {dim!r} of the input {item.name} at {given.shape[axis]}, because "
                     f"the code of {source.label} depends on it"
                 )
 
