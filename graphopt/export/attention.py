@@ -25,7 +25,7 @@ def register() -> None:
 
 
 def usable(model_class: Any, exporter: str) -> tuple[str, ...]:
-    """The implementations to trace models of a class with, the best first: one that calls a registered function gets ours.
+    """The implementations to trace models of a class with, the best first: ours where the class calls a registered one.
 
     Args:
         model_class: A transformers class.

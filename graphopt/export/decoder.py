@@ -49,9 +49,9 @@ class Slot:
 def causal_lm(label: str, model: Any, *, last_logits: bool = False) -> Source:
     """A decoder with its cache.
 
-    Inputs: input_ids [batch, sequence] int64, attention_mask [batch, total] int64 and position_ids [batch, sequence]
-    int64 as far as the model has them, past_key_values.N.key and .value [batch, heads, past, head size]. Outputs: logits
-    [batch, sequence, vocabulary], present.N.key and .value [batch, heads, total, head size]. total = past + sequence.
+    Inputs: input_ids [batch, sequence], attention_mask [batch, total] and position_ids [batch, sequence], int64, as far
+    as the model has them; past_key_values.N.key and .value [batch, heads, past, head size]. Outputs: logits
+    [batch, sequence, vocabulary]; present.N.key and .value [batch, heads, total, head size]. total = past + sequence.
 
     Args:
         label: How messages call the model.

@@ -39,7 +39,7 @@ def from_pretrained(
 ) -> Loaded:
     """A Hugging Face model, from a folder or by its name on the hub.
 
-    Which inputs it has is read from the signature of its forward, from its configuration, and from runs without numbers.
+    Which inputs it has is read off the signature of its forward, its configuration, and runs without numbers.
 
     Args:
         name: A folder, or a name on the hub.
