@@ -153,6 +153,9 @@ def _load(
             )
         except Exception as error:
             raise ModelError(f"{name}: {model_class.__name__} can't be made: {first_line(error)}") from error
+        if getattr(module, "_can_set_experts_implementation", lambda: False)():
+            # The usual one counts tokens by expert with an operator that no exporter has.
+            module.set_experts_implementation("batched_mm")
         weights = checkpoint_weights(folder, module)
         return module, weights, weights.missing(module)
 
