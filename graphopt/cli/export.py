@@ -30,7 +30,7 @@ Examples:
 @click.option(
     "--raw", is_flag=True, help="The graph as the exporter writes it; else it's brought to standard operators, exactly."
 )
-@click.option("--exporter", type=click.Choice(["dynamo", "torchscript"]), default="dynamo", show_default=True)
+@click.option("--exporter", type=click.Choice(["dynamo", "torchscript"]), help="Default: dynamo, then torchscript.")
 @click.option(
     "--attention",
     type=click.Choice(["sdpa", "eager"]),
@@ -80,13 +80,14 @@ def command(
     console = out()
     seconds = ", ".join(f"{step} {time:.1f}" for step, time in report.seconds.items())
     for part in report.parts:
-        console.print(f"{part.path}: {part.nodes} nodes, opset {report.opset}", markup=False, soft_wrap=True)
+        console.print(f"{part.path}: {part.nodes} nodes, opset {part.opset}", markup=False, soft_wrap=True)
         for kind, values in (("input ", part.inputs), ("output", part.outputs)):
             for name, dims in _shortened(values):
                 console.print(f"  {kind} {name} {dims}", markup=False, soft_wrap=True)
         if part.errors:
             worst = max(part.errors.values())
             console.print(f"  equal to PyTorch to {worst:.1e} of the largest output value")
+    console.print(f"traced with {report.way}")
     console.print(f"{sum(report.seconds.values()):.1f} s: {seconds}", markup=False, soft_wrap=True)
     for note in report.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)

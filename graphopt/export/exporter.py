@@ -15,13 +15,13 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from graphopt.errors import GraphoptError, ModelError, UsageError, VerificationError
-from graphopt.export import layers
+from graphopt.export import attention, layers
 from graphopt.export.compare import compare, dry_references, run_torch
 from graphopt.export.dependencies import require
 from graphopt.export.huggingface import from_pretrained
 from graphopt.export.loaded import Loaded, available_bytes
 from graphopt.export.source import Reference, Source, from_factory
-from graphopt.export.trace import Exporter, trace
+from graphopt.export.trace import Dims, Exporter, trace
 from graphopt.graph.edits import nodes
 from graphopt.graph.save import save, weight_bytes
 
@@ -44,6 +44,7 @@ class Part:
         path: The model.
         inputs: The dimensions of each input: a size, or the name of a dynamic one.
         outputs: The same for each output.
+        opset: The version of the default operator domain.
         nodes: Number of nodes, Constant ones too.
         errors: For each output the largest absolute difference from PyTorch, relative to the largest magnitude
             of that output, over all calls. Empty: not compared.
@@ -52,6 +53,7 @@ class Part:
     path: Path
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
+    opset: int
     nodes: int
     errors: dict[str, float]
 
@@ -63,16 +65,14 @@ class ExportReport:
     Attributes:
         parts: The models, one of them for most.
         files: All files written, the models first.
-        opset: The version of the default operator domain.
-        attention: The attention implementation that was traced; empty: the module's own.
+        way: How it was traced.
         seconds: Seconds of wall time by step: load, reference, trace, write, verify.
         notes: What the user should know.
     """
 
     parts: tuple[Part, ...]
     files: tuple[Path, ...]
-    opset: int
-    attention: str
+    way: Way
     seconds: dict[str, float]
     notes: tuple[str, ...]
 
@@ -92,6 +92,11 @@ class ExportReport:
         return self.parts[0].outputs
 
     @property
+    def opset(self) -> int:
+        """Of the first model."""
+        return self.parts[0].opset
+
+    @property
     def nodes(self) -> int:
         """Of all models."""
         return sum(part.nodes for part in self.parts)
@@ -103,6 +108,18 @@ class ExportReport:
 
 
 @dataclass(frozen=True)
+class Way:
+    """How a model is traced: by what, with which attention implementation (empty: the module's own), at which opset."""
+
+    exporter: Exporter
+    implementation: str
+    opset: int
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.exporter, self.implementation, f"opset {self.opset}")))
+
+
+@dataclass(frozen=True)
 class Options:
     """How to export.
 
@@ -110,7 +127,8 @@ class Options:
         opset: Version of the default operator domain; None: 23 for dynamo, 17 for torchscript.
         attention: transformers' attention implementation, "sdpa" or "eager"; None: one that exports to ONNX's operator
             where the model can use it.
-        exporter: "dynamo" (torch.export) or "torchscript" (tracing).
+        exporter: "dynamo" (torch.export) or "torchscript" (tracing); None: the first, and the second where the first
+            can't.
         dtype: "float32" or "float16", of weights and floating-point inputs of Hugging Face models.
         last_logits: A decoder gives the logits of the last position only.
         repeat: Equal layers are traced a few times and repeated in the graph, where that can be.
@@ -121,7 +139,7 @@ class Options:
 
     opset: int | None = None
     attention: str | None = None
-    exporter: Exporter = "dynamo"
+    exporter: Exporter | None = None
     dtype: str = "float32"
     last_logits: bool = False
     repeat: bool = True
@@ -130,7 +148,7 @@ class Options:
 
     def check(self, name: str) -> None:
         """Raise UsageError for what can't be."""
-        if self.exporter not in OPSET:
+        if self.exporter not in (None, *OPSET):
             raise UsageError(f"there is no exporter {self.exporter!r}; use dynamo or torchscript")
         if self.attention not in (None, "sdpa", "eager"):
             raise UsageError(f"there is no attention implementation {self.attention!r}; use sdpa or eager")
@@ -198,9 +216,7 @@ def export_report(
         for made in made_folders:
             if made.is_dir() and not any(made.iterdir()):
                 made.rmdir()
-    return ExportReport(
-        tuple(parts), tuple(files), export.opset, export.attention, export.seconds, tuple(export.notes + loaded.notes)
-    )
+    return ExportReport(tuple(parts), tuple(files), export.way, export.seconds, tuple(export.notes + loaded.notes))
 
 
 class _Export:
@@ -208,8 +224,7 @@ class _Export:
 
     def __init__(self, options: Options, say: Callable[[str], None]) -> None:
         self.options, self._say = options, say
-        self.opset = options.opset or OPSET[options.exporter]
-        self.attention = ""
+        self.way = Way("dynamo", "", 0)
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
         self._step, self._since = "", time.perf_counter()
@@ -230,32 +245,52 @@ class _Export:
         if _is_factory(name):
             source = from_factory(name)
             return Loaded(name, {"model": source}, source.module)
-        return from_pretrained(
-            name, attention=options.attention, exporter=options.exporter, dtype=options.dtype,
-            last_logits=options.last_logits,
-        )  # fmt: skip
+        return from_pretrained(name, attention=options.attention, dtype=options.dtype, last_logits=options.last_logits)
 
     def write(self, loaded: Loaded, folder: Path, name: str | None) -> list[tuple[Part, list[Path]]]:
         """Write all models into a folder, and verify them there; each with its files."""
         whole = self._whole(loaded)
-        if whole or self.options.exporter == "torchscript":  # Which writes the numbers that it finds in the module.
+        if whole:
             loaded.put_in()
         first: GraphoptError | None = None
-        for implementation in loaded.implementations or ("",):
+        for way in self._ways(loaded, whole):
             try:
+                if way.exporter == "torchscript":  # Which writes the numbers that it finds in the module.
+                    loaded.put_in()
                 written = [
-                    self._part(loaded, source, folder, name or f"{stem}.onnx", implementation, whole)
+                    self._part(loaded, source, folder, name or f"{stem}.onnx", way, whole)
                     for stem, source in loaded.sources.items()
                 ]
             except (ModelError, VerificationError) as error:
-                # What one implementation of attention can't, a plainer one can.
+                # What one way can't, a plainer one can.
                 first = first or error
                 continue
-            self.attention = implementation
+            self.way = way
+            if first is not None:
+                self.notes.append(f"exported with {way}, because another way failed: {first}")
             self.say("", "")
             return written
         assert first is not None
         raise first
+
+    def _ways(self, loaded: Loaded, whole: bool) -> list[Way]:
+        """Exporter, attention and opset in the order to try them."""
+        options = self.options
+        exporters: list[Exporter] = [options.exporter] if options.exporter else ["dynamo", "torchscript"]
+        if options.exporter is None and (not loaded.implementations or not whole):
+            exporters = ["dynamo"]
+        ways = []
+        for exporter in exporters:
+            usable = [name for name in loaded.implementations if exporter == "dynamo" or name != attention.NAME]
+            for implementation in usable or [""]:
+                opset = options.opset or OPSET[exporter]
+                if implementation == attention.NAME and opset < attention.OPSET:
+                    continue
+                ways.append(Way(exporter, implementation, opset))
+                if exporter == "dynamo" and implementation == "sdpa" and options.opset is None:
+                    # The operator of opset 23 has no form for one head of keys that is broadcast.
+                    ways.append(Way(exporter, implementation, attention.OPSET - 2))
+        return ways
 
     def _whole(self, loaded: Loaded) -> bool:
         """Whether the whole model is compared with PyTorch."""
@@ -264,7 +299,7 @@ class _Export:
         return loaded.weights is None or VERIFIED_SHARE * loaded.weight_bytes() < available_bytes()
 
     def _part(
-        self, loaded: Loaded, source: Source, folder: Path, name: str, implementation: str, whole: bool
+        self, loaded: Loaded, source: Source, folder: Path, name: str, way: Way, whole: bool
     ) -> tuple[Part, list[Path]]:
         references = None
         if whole:
@@ -273,8 +308,8 @@ class _Export:
             with loaded.attending("eager"):
                 references = run_torch(source)
         outputs = output_dims(source, references)
-        with loaded.attending(implementation):
-            model = self._model(loaded, source, outputs, folder, self.options.repeat)
+        with loaded.attending(way.implementation):
+            model = self._model(loaded, source, outputs, folder, way, self.options.repeat)
         self.say("write", f"writing {name}")
         nodes_written = sum(1 for _ in nodes(model))
         inputs = {item.name: item.dims for item in source.inputs}
@@ -284,25 +319,25 @@ class _Export:
             self.say("verify", f"verifying {name} against PyTorch")
             errors = compare(source.label, folder / name, references, list(outputs), self._warned)
         elif self.options.verify != "none":
-            errors = self._first_layers(loaded, source, folder, implementation)
-        return Part(folder / name, inputs, outputs, nodes_written, errors), files
+            errors = self._first_layers(loaded, source, folder, way)
+        return Part(folder / name, inputs, outputs, model.graph.opset_imports[""], nodes_written, errors), files
 
-    def _model(self, loaded: Loaded, source: Source, outputs: Any, folder: Path, repeat: bool) -> ir.Model:
-        self.say("trace", f"exporting {source.label} with {self.options.exporter}")
-        traced = trace(source, outputs, self.options.exporter, self.opset, folder, repeat)
+    def _model(self, loaded: Loaded, source: Source, outputs: Dims, folder: Path, way: Way, repeat: bool) -> ir.Model:
+        self.say("trace", f"exporting {source.label} with {way}")
+        traced = trace(source, outputs, way.exporter, way.opset, folder, repeat)
         self.notes += [note for note in traced.notes if note not in self.notes]
         self._warned = traced.warned
         written = traced.model.graph.opset_imports.get("", 0)
-        if written != self.opset:
+        if written != way.opset:
             raise ModelError(
-                f"PyTorch couldn't write {source.label} at opset {self.opset} with {self.options.exporter}; ask for "
-                + (f"{written} or a newer one" if self.opset < written else "an older one")
+                f"PyTorch couldn't write {source.label} at opset {way.opset} with {way.exporter}; ask for "
+                + (f"{written} or a newer one" if way.opset < written else "an older one")
             )
-        if self.options.exporter == "dynamo":
+        if way.exporter == "dynamo":
             loaded.fill(traced.model, source)
         return traced.model if self.options.finish is None else self.options.finish(traced.model)
 
-    def _first_layers(self, loaded: Loaded, source: Source, folder: Path, implementation: str) -> dict[str, float]:
+    def _first_layers(self, loaded: Loaded, source: Source, folder: Path, way: Way) -> dict[str, float]:
         """Verify the model cut to the layers that are traced; the others are made of these, with their own weights."""
         plan = layers.plan(source.module) if source.again is not None else None
         if plan is None:
@@ -316,8 +351,8 @@ class _Export:
             with loaded.attending("eager"):
                 references = run_torch(fewer)
             outputs = output_dims(fewer, references)
-            with loaded.attending(implementation):
-                model = self._model(loaded, fewer, outputs, folder, False)
+            with loaded.attending(way.implementation):
+                model = self._model(loaded, fewer, outputs, folder, way, False)
             trial = folder / "first-layers.onnx"
             self.say("verify", "")
             files = save(model, trial, external_data=weight_bytes(model) > INLINE_BYTES)

@@ -34,9 +34,7 @@ COMPANIONS = (
 """Files of a model's folder that a program needs beside the ONNX model, as glob patterns."""
 
 
-def from_pretrained(
-    name: str, *, attention: str | None, exporter: str, dtype: str, last_logits: bool = False
-) -> Loaded:
+def from_pretrained(name: str, *, attention: str | None, dtype: str, last_logits: bool = False) -> Loaded:
     """A Hugging Face model, from a folder or by its name on the hub.
 
     Which inputs it has is read off the signature of its forward, its configuration, and runs without numbers.
@@ -44,7 +42,6 @@ def from_pretrained(
     Args:
         name: A folder, or a name on the hub.
         attention: The attention implementation; None: the best that the model takes.
-        exporter: What traces it: "torchscript" has no operator for attention.
         dtype: Type of the weights, "float32" or "float16".
         last_logits: A decoder gives the logits of the last position only.
 
@@ -60,7 +57,7 @@ def from_pretrained(
     except Exception as error:
         raise ModelError(f"{folder / 'config.json'} can't be used: {first_line(error)}") from error
     model_class = _model_class(name, config)
-    implementations = (attention,) if attention is not None else usable(model_class, exporter)
+    implementations = (attention,) if attention is not None else usable(model_class)
     module, weights, notes = _load(name, folder, model_class, config, implementations[0], dtype)
     forward = inspect.signature(model_class.forward).parameters
     if "decoder_input_ids" in forward:

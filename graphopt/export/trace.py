@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 
 from graphopt.errors import ModelError, first_line
 from graphopt.export import layers
+from graphopt.export.bfloat16 import compute_in_float
 from graphopt.export.dependencies import quiet, require
 from graphopt.export.source import INNER, Source
 from graphopt.graph.edits import walk
@@ -104,7 +105,7 @@ def _export(source: Source, outputs: Dims, exporter: Exporter, opset: int, folde
                 )
                 return program.model, warned
             raw = folder / "raw" / "model.onnx"
-            raw.parent.mkdir()
+            raw.parent.mkdir(exist_ok=True)
             # Folding constants would write a tied weight twice, once transposed.
             torch.onnx.export(
                 source.module, args, str(raw), dynamo=False, do_constant_folding=False, dynamic_axes=named, **options
@@ -132,6 +133,7 @@ def _plain_attention(torch: Any) -> Iterator[None]:
 def _tidy(source: Source, model: ir.Model, outputs: Dims, exporter: Exporter) -> None:
     """Weights called as the module calls them, outputs as declared, no traces; and what should be dynamic is."""
     _without_traces(model)
+    compute_in_float(model.graph)
     for value in list(model.graph.initializers.values()):
         if value.name and value.name.startswith(INNER):
             value.name = value.name.removeprefix(INNER)
