@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import ModelError
+from graphopt.errors import ModelError, UsageError
 from graphopt.export.conversions import plan
 from graphopt.export.dependencies import require
-from graphopt.export.safetensors_files import stored_tensors
+from graphopt.export.safetensors_files import json_object, stored_tensors
 from graphopt.export.streamed_tensor import FLOATING, blocks_of, cast
 from graphopt.export.torch_tensors import as_torch
 
@@ -92,9 +92,10 @@ def checkpoint_weights(folder: Path, module: Any) -> CheckpointWeights:
             matter, and they may be on the device meta.
 
     Raises:
-        UsageError: There are no safetensors files, or several of which none is the model's.
+        UsageError: There are no safetensors files, or several of which none is the model's, or quantized weights.
         ModelError: A file is missing or broken, or a tensor hasn't the shape that the module has it in.
     """
+    _require_plain(folder, module)
     stored = stored_tensors(folder)
     own: dict[str, Any] = module.state_dict()
     tensors, unexpected = plan(stored, module, own)
@@ -117,6 +118,20 @@ def checkpoint_weights(folder: Path, module: Any) -> CheckpointWeights:
             tensors.update({name: tensors[given[0]] for name in names if name not in tensors})
     ordered = {name: tensors[name] for name in own if name in tensors}
     return CheckpointWeights(folder, ordered, tuple(sorted(unexpected)), tuple(untied))
+
+
+def _require_plain(folder: Path, module: Any) -> None:
+    """Refuse quantized weights, whose integers would be taken for the weights themselves."""
+    settings = getattr(getattr(module, "config", None), "quantization_config", None)
+    if settings is None and (folder / "config.json").is_file():
+        settings = json_object(folder / "config.json").get("quantization_config")
+    if settings is not None:
+        held = settings if isinstance(settings, dict) else vars(settings)
+        method = held.get("quant_method") or "an unnamed method"
+        raise UsageError(
+            f"{folder} holds weights that are quantized with {getattr(method, 'value', method)}, which export can't "
+            "read; give the folder of the model before it was quantized, or a GGUF file"
+        )
 
 
 def shared_names(module: Any) -> list[list[str]]:
@@ -145,37 +160,36 @@ def same(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
 
 
 def load_into(module: Any, weights: Weights) -> None:
-    """Put the weights into a module, in place; a parameter stays the object it was, so that tied ones stay tied.
+    """Put the weights into a module, in place; what is one parameter under several names stays one.
 
     Where the types agree the parameter shares its memory with the mapped file (and what is written to it stays out of
-    the file). Else the numbers are cast. Parameters on the device meta are made real. Names that the module hasn't are
-    passed over.
+    the file). Else the numbers are cast. Parameters on the device meta are replaced by real ones. Names that the module
+    hasn't are passed over.
+
+    Raises:
+        ModelError: A weight hasn't the shape of the parameter.
     """
     torch = require("torch")
     given = set(weights.names())
     done: set[int] = set()
-    with torch.no_grad():
-        for kind in (module.named_parameters, module.named_buffers):
-            for name, value in list(kind(remove_duplicate=False)):
-                if name not in given or id(value) in done:
-                    continue
-                done.add(id(value))
-                tensor = as_torch(weights.tensor(name)).to(value.dtype)
-                if value.device.type == "meta":
-                    # A meta tensor can't take other data; the one object becomes another everywhere it is held.
-                    _replace(module, value, tensor)
-                else:
-                    value.data = tensor
-
-
-def _replace(module: Any, old: Any, new: Any) -> None:
-    torch = require("torch")
-    made = torch.nn.Parameter(new, requires_grad=False) if isinstance(old, torch.nn.Parameter) else new
-    for part in module.modules():
+    real: dict[int, Any] = {}
+    for kind in (module.named_parameters, module.named_buffers):
+        for name, value in list(kind(remove_duplicate=False)):
+            if name not in given or id(value) in done:
+                continue
+            done.add(id(value))
+            tensor = as_torch(weights.tensor(name))
+            if tensor.shape != value.shape:
+                raise ModelError(f"the weight {name} is {list(tensor.shape)}, and {list(value.shape)} in the module")
+            if value.device.type != "meta":
+                value.data = tensor.to(value.device, value.dtype)
+            elif isinstance(value, torch.nn.Parameter):
+                real[id(value)] = torch.nn.Parameter(tensor.to(value.dtype), requires_grad=False)
+            else:
+                real[id(value)] = tensor.to(value.dtype)
+    for part in module.modules() if real else ():
         for held in (part._parameters, part._buffers):
-            for key, value in held.items():
-                if value is old:
-                    held[key] = made
+            held.update({key: real[id(value)] for key, value in held.items() if id(value) in real})
 
 
 def not_finite(weights: Weights) -> list[str]:
