@@ -62,8 +62,8 @@ class _Conversion:
             source = places.get(value.untyped_storage()._cdata)
             if source is not None and value.is_contiguous() and dtype == source.dtype:
                 # A part of the file as it stands there, such as one of the rows that were fused: no need to compute.
-                begin = (source.offset or 0) + value.storage_offset() * dtype.itemsize
-                length = value.numel() * dtype.itemsize
+                size = value.element_size()
+                begin, length = (source.offset or 0) + value.storage_offset() * size, value.numel() * size
                 found[name] = MappedTensor(
                     source.location, begin, length, dtype, shape=shape, name=name, base_dir=source.base_dir
                 )

@@ -101,6 +101,8 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             f"{folder} has its weights only as {_several(pickled)}, which can't be read tensor by tensor; load it with "
             "transformers' from_pretrained and write it again with save_pretrained, which makes .safetensors files"
         )
+    if any(folder.glob("adapter_*.safetensors")):
+        raise UsageError(f"{folder} holds an adapter and no model; give the folder of its base model too")
     raise UsageError(f"{folder} has no weights; give a folder with {SINGLE}, or with {INDEX} and its shards")
 
 
@@ -181,7 +183,7 @@ def _entry(file: Path, real: Path, name: str, entry: Any, data: int) -> MappedTe
         raise ModelError(f"{file} isn't a safetensors file: its header's entry of {name} is {json.dumps(entry)[:80]}")
     if kind not in TYPES:
         raise ModelError(f"{file}: the tensor {name} is of the type {kind}, which isn't supported")
-    needed = math.prod(shape) * TYPES[kind].itemsize
+    needed = math.prod(shape) * int(TYPES[kind].itemsize)
     if end - begin != needed:
         raise ModelError(
             f"{file} is damaged: its tensor {name}, {kind} {list(shape)}, needs {needed} bytes, and its header "
