@@ -15,10 +15,19 @@ from graphopt.errors import ModelError, UsageError
 from graphopt.export.conversions import plan
 from graphopt.export.dependencies import require
 from graphopt.export.safetensors_files import json_object, stored_tensors
-from graphopt.export.streamed_tensor import FLOATING, blocks_of, cast
-from graphopt.export.torch_tensors import as_torch
+from graphopt.export.streamed_tensor import FLOATING, CastWeights, blocks_of, cast
+from graphopt.export.torch_tensors import as_torch, ir_dtype
 
-__all__ = ["CheckpointWeights", "Weights", "cast", "checkpoint_weights", "load_into", "not_finite", "shared_names"]
+__all__ = [
+    "CheckpointWeights",
+    "Weights",
+    "cast",
+    "cast_like",
+    "checkpoint_weights",
+    "load_into",
+    "not_finite",
+    "shared_names",
+]
 
 
 class Weights(Protocol):
@@ -118,6 +127,17 @@ def checkpoint_weights(folder: Path, module: Any) -> CheckpointWeights:
             tensors.update({name: tensors[given[0]] for name in names if name not in tensors})
     ordered = {name: tensors[name] for name in own if name in tensors}
     return CheckpointWeights(folder, ordered, tuple(sorted(unexpected)), tuple(untied))
+
+
+def cast_like(weights: Weights, module: Any) -> Weights:
+    """The weights with their floating-point tensors in the types that a module has them in, cast as `cast` does it.
+
+    So the parts of a float16 model that transformers keeps in float32 are in float32. Names that the module hasn't keep
+    their type.
+    """
+    types = {name: ir_dtype(value.dtype) for name, value in module.state_dict().items()}
+    wanted = {name: dtype for name, dtype in types.items() if dtype in FLOATING}
+    return CastWeights(weights, lambda name: wanted.get(name) or weights.tensor(name).dtype)
 
 
 def _require_plain(folder: Path, module: Any) -> None:

@@ -26,6 +26,7 @@ from graphopt.export.torch_tensors import as_torch  # noqa: E402
 from graphopt.export.weights import (  # noqa: E402
     CheckpointWeights,
     cast,
+    cast_like,
     checkpoint_weights,
     load_into,
     not_finite,
@@ -284,6 +285,19 @@ class TestLoadInto:
         assert torch.equal(wide.weight, module.weight.float())
         with pytest.raises(ModelError, match=r"the weight weight is \[4, 3\], and \[5, 3\] in the module"):
             load_into(torch.nn.Linear(3, 5), weights)
+
+
+def test_types_of_the_module(tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4).half(), torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    safetensors_torch.save_file(module.double().state_dict(), tmp_path / "model.safetensors")
+    module[0].half(), module[1].float()
+    weights = cast_like(checkpoint_weights(tmp_path, module), module)
+    assert {name: str(weights.tensor(name).dtype) for name in weights.names() if "weight" in name or "num" in name} == {
+        "0.weight": "FLOAT16",
+        "1.weight": "FLOAT",
+        "2.weight": "DOUBLE",
+        "2.num_batches_tracked": "INT64",
+    }
 
 
 def test_saved_and_loaded_again(tmp_path: Path) -> None:
