@@ -155,13 +155,19 @@ def _require_plain(folder: Path, module: Any) -> None:
 
 
 def shared_names(module: Any) -> list[list[str]]:
-    """The names in the module's state_dict of each parameter or buffer that has several, in the module's order."""
-    places: dict[int, list[str]] = defaultdict(list)
+    """The names in the module's state_dict of each parameter or buffer that has several, in the module's order.
+
+    They are one object, or transformers would make them one (which older versions leave undone on the device meta).
+    """
     own = module.state_dict()
+    sources = getattr(module, "all_tied_weights_keys", None) or {}
+    objects: dict[str, Any] = {}
     for kind in (module.named_parameters, module.named_buffers):
-        for name, value in kind(remove_duplicate=False):
-            if name in own:
-                places[id(value)].append(name)
+        objects.update({name: value for name, value in kind(remove_duplicate=False) if name in own})
+    places: dict[int, list[str]] = defaultdict(list)
+    for name in own:
+        if name in objects:
+            places[id(objects.get(sources.get(name, name), objects[name]))].append(name)
     return [names for names in places.values() if len(names) > 1]
 
 
