@@ -25,7 +25,7 @@ STACK = ["e.*.a.weight", "e.*.b.weight"]
 
 
 def converter(sources: Any, targets: Any, *operations: Any) -> Any:
-    return loading.WeightConverter(sources, targets, list(operations))
+    return loading.WeightConverter(sources, targets, operations=list(operations))
 
 
 def merge(dim: int = 0) -> Any:

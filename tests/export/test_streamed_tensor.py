@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as arrays
 from graphopt.errors import ModelError
 from graphopt.export import streamed_tensor
 from graphopt.export.streamed_tensor import StreamedTensor, blocks_of, cast, cast_tensor
+from graphopt.graph.save import save
 
 FLOATS = {
     "float64": ir.DataType.DOUBLE,
@@ -134,3 +135,16 @@ def test_what_was_infinite_or_no_number_stays_so() -> None:
     for target in FLOATS:
         found = cast(Given(a=odd), target).tensor("a").numpy().astype(np.float32)
         assert np.array_equal(found, odd, equal_nan=True)
+
+
+@pytest.mark.parametrize("external", [True, False])
+def test_a_refusal_while_saving_leaves_nothing(tmp_path: Path, external: bool) -> None:
+    weights = cast(Given(a=np.full(5000, 1, np.float32), b=np.full(5000, 1e5, np.float32)), "float16")
+    values = [ir.Value(name=name, const_value=weights.tensor(name)) for name in ("a", "b")]
+    node = ir.node("Add", values)
+    model = ir.Model(
+        ir.Graph([], node.outputs, nodes=[node], initializers=values, opset_imports={"": 21}), ir_version=10
+    )
+    with pytest.raises(ModelError, match="the weight b has the value 100000, and float16 ends at 65504"):
+        save(model, tmp_path / "new" / "m.onnx", external_data=external)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
