@@ -77,16 +77,18 @@ class _Conversion:
 
         That is so where the tensors are stacked first, and nothing later touches the dimension that this makes.
         """
-        first, *rest = self.converter.operations
-        counts = {len(members) for members in self.sources.values()}
-        if type(first).__name__ != "MergeModulelist" or first.dim != 0 or counts != {shape[0] if shape else 0}:
+        # An expert's scales come with its weights, so that dequantizing goes expert by expert too.
+        operations = [op for op in self.converter.operations if not type(op).__name__.endswith("Dequantize")]
+        if not operations or type(operations[0]).__name__ != "MergeModulelist" or operations[0].dim != 0:
+            return False
+        if {len(members) for members in self.sources.values()} != {shape[0]}:
             return False
         axes = {"Concatenate": ("dim",), "Interleave": ("dim",), "Transpose": ("dim0", "dim1")}
         return all(
             type(operation).__name__ in axes
             and all(getattr(operation, axis) >= 1 for axis in axes[type(operation).__name__])
             and not getattr(operation, "check_dims", False)
-            for operation in rest
+            for operation in operations[1:]
         )
 
 
@@ -119,7 +121,7 @@ class _Experts:
 
 
 def plan(
-    stored: Mapping[str, MappedTensor], module: Any, own: Mapping[str, Any]
+    stored: Mapping[str, MappedTensor], module: Any, own: Mapping[str, Any], quantizer: Any = None
 ) -> tuple[dict[str, ir.TensorProtocol], set[str]]:
     """The weights of a module that the tensors of a checkpoint give.
 
@@ -130,6 +132,7 @@ def plan(
         stored: The tensors of the checkpoint by their names in it.
         module: The module.
         own: Its state_dict.
+        quantizer: transformers' quantizer where the tensors are quantized.
 
     Returns:
         The weights by the module's names, and the names of tensors that it has no place for.
@@ -137,7 +140,7 @@ def plan(
     Raises:
         ModelError: The tensors don't fit what transformers would make of them.
     """
-    tables = _tables(module)
+    tables = _tables(module, quantizer)
     if tables is None:
         given = {name: tensor for name, tensor in stored.items() if name in own}
         return {**given}, set(stored) - set(own)
@@ -174,14 +177,14 @@ def plan(
     return weights, _of_use(unexpected, module)
 
 
-def _tables(module: Any) -> tuple[Any, list[Any], list[Any], str | None] | None:
+def _tables(module: Any, quantizer: Any) -> tuple[Any, list[Any], list[Any], str | None] | None:
     """transformers' functions, and its renamings, converters and prefix for a module; None for one of another kind."""
     transformers = require("transformers")
     if not isinstance(module, transformers.PreTrainedModel):
         return None
     loading, mapping = require("transformers.core_model_loading"), require("transformers.conversion_mapping")
     with quiet():
-        transforms = mapping.get_model_conversion_mapping(module) or []
+        transforms = mapping.get_model_conversion_mapping(module, hf_quantizer=quantizer) or []
     renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
     return loading, renamings, converters, module.base_model_prefix or None

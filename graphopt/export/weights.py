@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import ModelError, UsageError
+from graphopt.errors import ModelError
 from graphopt.export.conversions import plan
 from graphopt.export.dependencies import require
-from graphopt.export.safetensors_files import json_object, stored_tensors
+from graphopt.export.dequantization import dequantizer, require_dequantized
+from graphopt.export.safetensors_files import stored_tensors
 from graphopt.export.streamed_tensor import FLOATING, CastWeights, blocks_of, cast
 from graphopt.export.torch_tensors import as_torch, ir_dtype
 
@@ -101,13 +102,15 @@ def checkpoint_weights(folder: Path, module: Any) -> CheckpointWeights:
             matter, and they may be on the device meta.
 
     Raises:
-        UsageError: There are no safetensors files, or several of which none is the model's, or quantized weights.
+        UsageError: There are no safetensors files, or several of which none is the model's, or quantized weights that
+            transformers can't dequantize (fp8 and mxfp4 it can: they are computed in the module's types).
         ModelError: A file is missing or broken, or a tensor hasn't the shape that the module has it in.
     """
-    _require_plain(folder, module)
-    stored = stored_tensors(folder)
+    quantizer = dequantizer(folder, module)
     own: dict[str, Any] = module.state_dict()
-    tensors, unexpected = plan(stored, module, own)
+    tensors, unexpected = plan(stored_tensors(folder), module, own, quantizer)
+    if quantizer is not None:
+        require_dequantized(folder, tensors.values(), quantizer.quantization_config)
     for name, tensor in tensors.items():
         held, wanted = tuple(tensor.shape.numpy()), tuple(own[name].shape)
         if held != wanted:
@@ -138,20 +141,6 @@ def cast_like(weights: Weights, module: Any) -> Weights:
     types = {name: ir_dtype(value.dtype) for name, value in module.state_dict().items()}
     wanted = {name: dtype for name, dtype in types.items() if dtype in FLOATING}
     return CastWeights(weights, lambda name: wanted.get(name) or weights.tensor(name).dtype)
-
-
-def _require_plain(folder: Path, module: Any) -> None:
-    """Refuse quantized weights, whose integers would be taken for the weights themselves."""
-    settings = getattr(getattr(module, "config", None), "quantization_config", None)
-    if settings is None and (folder / "config.json").is_file():
-        settings = json_object(folder / "config.json").get("quantization_config")
-    if settings is not None:
-        held = settings if isinstance(settings, dict) else vars(settings)
-        method = held.get("quant_method") or "an unnamed method"
-        raise UsageError(
-            f"{folder} holds weights that are quantized with {getattr(method, 'value', method)}, which export can't "
-            "read; give the folder of the model before it was quantized, or a GGUF file"
-        )
 
 
 def shared_names(module: Any) -> list[list[str]]:

@@ -362,13 +362,6 @@ class TestBroken:
         with pytest.raises(ModelError, match=r"layers.1.mlp.experts.gate_up_proj can't be made of 7 tensors"):
             self.read(tmp_path, "MixtralForCausalLM")
 
-    def test_quantized_weights(self, folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "fp8"}
-        (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(UsageError, match=r"quantized with fp8, which export can't read; give .* a GGUF file"):
-            self.read(folder)
-
     def test_only_pickled_weights(self, folder: Path) -> None:
         for file in folder.glob("*.safetensors*"):
             file.unlink()
