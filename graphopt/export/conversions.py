@@ -30,7 +30,8 @@ class _Conversion:
 
     def run(self, tensors: Mapping[str, list[Any]]) -> dict[str, Any]:
         """The torch tensors that the converter makes of torch tensors, by the module's names."""
-        converter = copy.deepcopy(self.converter)
+        converter = copy.copy(self.converter)
+        converter.collected_tensors, converter.layer_targets = defaultdict(list), defaultdict(set)
         for pattern, members in tensors.items():
             for member in members:
                 converter.add_tensor(self.target, self.target, pattern, member)
@@ -54,14 +55,14 @@ class _Conversion:
             for pattern, values in blank.items()
             for value, source in zip(values, self.sources[pattern], strict=True)
         }
-        # The converter takes its lists apart; the storages must live on to be recognised.
         made = self.run(blank)
         found: dict[str, ir.TensorProtocol] = {}
         for name, value in made.items():
             shape, dtype = ir.Shape(value.shape), ir_dtype(value.dtype)
             source = places.get(value.untyped_storage()._cdata)
-            if source is not None and value.is_contiguous() and dtype == source.dtype:
-                # A part of the file as it stands there, such as one of the rows that were fused: no need to compute.
+            # A part of the file as it stands there (no operation has written to it), such as one of the weights that
+            # were fused along the rows, needs no computing.
+            if source is not None and value.is_contiguous() and dtype == source.dtype and value._version == 0:
                 size = value.element_size()
                 begin, length = (source.offset or 0) + value.storage_offset() * size, value.numel() * size
                 found[name] = MappedTensor(
