@@ -61,10 +61,10 @@ def keep_quantized(model: ir.Model, weights: GGUFWeights, *, accuracy_level: int
     """Replace the float weights that came from a GGUF file by the file's own blocks, in place and without loss.
 
     MatMul, Gemm (also behind a Transpose of the weight) and Gather become com.microsoft `MatMulNBits` and
-    `GatherBlockQuantized`. Types with an offset add, for each block of the input, its sum times the offset; the sums are
-    made once for all matrices that read the input. An embedding that is also the head is one initializer. Nothing is
-    read but the names and, where a weight isn't known by its parameter's name, its content; the new initializers are
-    lazy.
+    `GatherBlockQuantized`. Types with an offset add, for each block of the input, its sum times the offset; the sums
+    are made once for all matrices that read the input. An embedding that is also the head is one initializer. Nothing
+    is read but the names and, where a weight isn't known by its parameter's name, its content; the new initializers
+    are lazy.
 
     Args:
         model: The exported graph, opset 13 or later.
@@ -143,17 +143,18 @@ def _product(node: ir.Node) -> _Use | tuple[ir.Value, str] | None:
     if source is None or weight is None:
         return None
     transposed = True  # [K, N], as MatMul reads it
-    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
+    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1:
         transposed = False
-    producer = weight.producer()
-    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
-        if list(producer.attributes.get_ints("perm", [1, 0])) == [1, 0]:
-            weight, transposed = producer.inputs[0], not transposed
+    behind = weight.producer()
+    if behind is not None and behind.op_type == "Transpose" and behind.inputs[0] is not None:
+        if list(behind.attributes.get_ints("perm", [1, 0])) != [1, 0]:
+            return None
+        weight, transposed = behind.inputs[0], not transposed
     if not _is_matrix(weight):
         return None
     if node.op_type == "Gemm":
         plain = node.attributes.get_float("alpha", 1.0) == 1 and node.attributes.get_float("beta", 1.0) == 1
-        if not plain or node.attributes.get_int("transA", 0):
+        if not plain or node.attributes.get_int("transA", 0) == 1:
             return weight, "the Gemm that reads it scales or transposes"
     if source.shape is None and node.op_type == "MatMul":
         return weight, "the rank of what it is multiplied with isn't known"

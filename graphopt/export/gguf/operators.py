@@ -114,7 +114,9 @@ class Writer:
             scales = self._initializer(rows.scales(self.edit.names.fresh(f"{name}.scales")))
             minimums = rows.minimums(self.edit.names.fresh(f"{name}.minimums"))
             offsets = None if minimums is None else self._initializer(minimums)
-            if grid.half:  # Stored as float16 as in the file; a session makes float32 constants of it when it is loaded.
+            if (
+                grid.half
+            ):  # Stored as float16 as in the file; a session makes float32 constants of it when it is loaded.
                 scales = self.edit.op("Cast", [scales], {"to": ir.DataType.FLOAT})
             if offsets is not None:
                 if grid.half:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,16 @@ from graphopt.export.gguf.quantized import GRIDS, Rows
 from graphopt.export.gguf.reader import StoredTensor
 from graphopt.export.gguf.weights import GGUFWeights
 
-SAMPLED = 3
-"""Rows of a weight that are compared with the file where the weight goes by the parameter's name."""
+_TOGETHER = 1 << 12
+"""Rows that are compared at a time."""
 
 
 class Origins:
     """Finds the stored rows that a weight of a graph is made of.
 
-    A weight that is the parameter's own tensor, or goes by its name, is taken for it (a few rows are compared). Any
-    other, say one that an exporter has transposed and named anew or a pass has joined with its neighbours, is looked
-    for by content: each of its rows must be a stored row, in all bits.
+    A weight that is the parameter's own tensor under its name is taken for it; one that only goes by the name is
+    compared. Any other, say one that an exporter has transposed and named anew or a pass has joined with its
+    neighbours, is looked for by content: each of its rows must be a stored row, in all bits.
 
     Args:
         weights: The file's parameters.
@@ -60,13 +61,8 @@ class Origins:
         stored, rows = found
         if stored.type.name not in GRIDS:
             return _no_grid(stored)
-        if tensor is not self._weights.tensor(name):
-            array = tensor.numpy()
-            for row in np.linspace(0, shape[0] - 1, SAMPLED).astype(int):
-                at = int(rows[row])
-                values = next(iter(_dequantized(stored, at, at + 1)))
-                if not np.array_equal(np.asarray(array[row], np.float32), values):
-                    return None
+        if tensor is not self._weights.tensor(name) and not _equal(tensor, stored, rows):
+            return None
         return Rows(((stored, rows),))
 
     def _by_content(self, array: npt.NDArray[Any]) -> Rows | str:
@@ -76,7 +72,9 @@ class Origins:
         if any(place is None for place in places):
             lost = sum(place is None for place in places)
             return (
-                "it isn't in the file" if lost == len(places) else f"{lost} of its {len(places)} rows aren't in the file"
+                "it isn't in the file"
+                if lost == len(places)
+                else f"{lost} of its {len(places)} rows aren't in the file"
             )
         numbers = np.array(places, dtype=np.int64)
         cuts = np.flatnonzero(np.diff(numbers[:, 0])) + 1
@@ -107,17 +105,22 @@ class Origins:
         return self._index[length]
 
 
+def _equal(tensor: ir.TensorProtocol, stored: StoredTensor, rows: npt.NDArray[np.int64]) -> bool:
+    """Whether a weight consists of these stored rows, in all bits."""
+    array = tensor.numpy()
+    ordered = bool((np.diff(rows) == 1).all())
+    values = None if ordered else stored.values()
+    for start in range(0, len(rows), _TOGETHER):
+        taken = rows[start : start + _TOGETHER]
+        expected = stored.run(int(taken[0]), int(taken[-1]) + 1) if values is None else values[taken]
+        if array[start : start + _TOGETHER].tobytes() != expected.tobytes():
+            return False
+    return True
+
+
 def _no_grid(stored: StoredTensor) -> str:
     return f"it is stored as {stored.type.name}, which no integer operator takes without loss"
 
 
-def _dequantized(stored: StoredTensor, start: int, stop: int) -> Any:
-    from graphopt.export.dependencies import require
-
-    return require("gguf.quants").dequantize(stored.blocks(start, stop), stored.type)
-
-
 def _digest(row: npt.NDArray[Any]) -> bytes:
-    import hashlib
-
-    return hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+    return blake2b(row.tobytes(), digest_size=16).digest()

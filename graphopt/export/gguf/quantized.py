@@ -1,8 +1,8 @@
 """GGUF's blocks as what ONNX Runtime's integer operators take.
 
-Every type here is an affine grid on blocks along the last dimension: w = s·(q - z) + o with unsigned q, the middle z of
-their range, a scale s and, in some types, an offset o for each block. The first term is a symmetric `MatMulNBits`, whose
-integers need no zero points; the second is the sums of the input's blocks times the matrix of offsets.
+Every type here is an affine grid on blocks along the last dimension: w = s·(q - z) + o with unsigned q, the middle z
+of their range, a scale s and, in some types, an offset o for each block. The first term is a symmetric `MatMulNBits`,
+whose integers need no zero points; the second is the sums of the input's blocks times the matrix of offsets.
 
 | type | bits | block | s | q - z | o |
 |---|---|---|---|---|---|
@@ -30,8 +30,10 @@ import onnx_ir as ir
 
 from graphopt.export.gguf.reader import CHUNK_BYTES, StoredTensor
 
-Bytes = npt.NDArray[np.uint8]
+Bytes = npt.NDArray[Any]
+"""Of uint8; arithmetic on it doesn't say so to the type checker."""
 Floats = npt.NDArray[Any]
+"""Of float16 or float32."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,17 @@ def _k_nibbles(packed: Bytes) -> Bytes:
 
 def _q5_k(blocks: Bytes) -> Bytes:
     bits = np.arange(8, dtype=np.uint8).reshape(1, 8, 1)
-    return _k_nibbles(blocks[:, 48:176]) | ((blocks[:, 16:48].reshape(-1, 1, 32) >> bits & 1) << 4).reshape(-1, 256)
+    fifth: Bytes = (blocks[:, 16:48].reshape(-1, 1, 32) >> bits & 1) << 4
+    whole: Bytes = _k_nibbles(blocks[:, 48:176]) | fifth.reshape(-1, 256)
+    return whole
 
 
 def _q6_k(blocks: Bytes) -> Bytes:
     low = blocks[:, :128].reshape(-1, 2, 1, 64)
     low = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
     shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3
-    return (low | high << 4).reshape(-1, 256)
+    whole: Bytes = low | (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3) << 4
+    return whole.reshape(-1, 256)
 
 
 def _q6_k_scales(blocks: Bytes) -> Floats:
@@ -158,7 +162,7 @@ class Rows:
         grid, columns = self.grid, self.length // self.grid.block
 
         def packed(blocks: Bytes) -> Bytes:
-            numbers = grid.integers(blocks) + np.uint8(2 ** (grid.bits - 1) - grid.middle)
+            numbers: Bytes = grid.integers(blocks) + np.uint8(2 ** (grid.bits - 1) - grid.middle)
             if grid.bits == 4:
                 numbers = numbers[:, 0::2] | numbers[:, 1::2] << 4
             return numbers

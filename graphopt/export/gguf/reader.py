@@ -81,13 +81,16 @@ class StoredTensor:
             raise ModelError(f"{self.path} ends within {self.name}: it was changed while it was read.")
         return data.reshape(count, self.row_bytes)
 
+    def run(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """The values of some rows, dequantized: [rows, last dimension]."""
+        values: npt.NDArray[np.float32] = require("gguf.quants").dequantize(self.blocks(start, stop), self.type)
+        return values
+
     def chunks(self) -> Iterator[npt.NDArray[np.float32]]:
         """The values, dequantized, as runs of rows [n, last dimension] of about `CHUNK_BYTES`."""
         step = max(1, CHUNK_BYTES // (4 * self.shape[-1]))
         for start in range(0, self.rows, step):
-            stop = min(self.rows, start + step)
-            values: npt.NDArray[np.float32] = require("gguf.quants").dequantize(self.blocks(start, stop), self.type)
-            yield values
+            yield self.run(start, min(self.rows, start + step))
 
     def values(self) -> npt.NDArray[np.float32]:
         """The values, dequantized: float32 of this tensor's shape."""
