@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.export.gguf.quantized import Rows
+from graphopt.export.gguf.quantized import Grid, Rows
 from graphopt.graph.edits import Editor
+
+Inputs = Literal["int8", "int8x2", "float32"]
+"""What an integer operator makes of its input: for each block of it signed 8-bit numbers and a scale (`accuracy_level`
+4); the same twice, the second time of what the first time left over; or nothing (level 0)."""
 
 _MICROSOFT = "com.microsoft"
 
@@ -21,13 +26,16 @@ class Writer:
 
     Args:
         edit: The graph's editor.
-        level: `accuracy_level` of MatMulNBits.
+        inputs: What the operators make of their inputs.
     """
 
-    def __init__(self, edit: Editor, level: int) -> None:
-        self.edit, self.level = edit, level
+    def __init__(self, edit: Editor, inputs: Inputs) -> None:
+        self.edit, self.inputs = edit, inputs
         self._sets: dict[tuple[int, ...], _Set] = {}
+        self._blocks: dict[tuple[ir.Value, int], ir.Value] = {}
         self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._twice: dict[tuple[ir.Value, int, int], ir.Value] = {}
+        self._units: dict[tuple[int, int], tuple[ir.Value, ir.Value]] = {}
 
     def size(self, rows: Rows) -> int:
         """Bytes of the initializers of these rows."""
@@ -41,7 +49,7 @@ class Writer:
         if len(products) > 1:
             rows = Rows(tuple(part for _, _, r, _ in products for part in r.parts))
         self.edit.at(first)
-        result = self._multiply(first, source, rows, products[0][3].name or "weight")
+        result = self._multiply(source, rows, products[0][3].name or "weight")
         parts = [result]
         if len(products) > 1:
             widths = self.edit.constant(np.array([r.count for _, _, r, _ in products], np.int64), "widths")
@@ -77,33 +85,79 @@ class Writer:
         whole = self.edit.op("Concat", [ids, last], {"axis": 0})
         self.edit.replace(old, self.edit.op("Reshape", [result, whole], like=old))
 
-    def _multiply(self, node: ir.Node, source: ir.Value, rows: Rows, name: str) -> ir.Value:
+    def _multiply(self, source: ir.Value, rows: Rows, name: str) -> ir.Value:
         made, grid = self._set(rows, name), rows.grid
+        # Computed in float32, 8 bits take 60 to 1000 times as long in ONNX Runtime 1.31.
+        twice = self.inputs == "int8x2" or (self.inputs == "float32" and grid.bits == 8)
+        if twice:
+            result = self._product(self._both(source, grid), made.integers, made.scales, grid)
+            count = {"num_outputs": 2} if self.edit.opset >= 18 else {}
+            halves = self.edit.op("Split", [result], {"axis": 0, **count}, outputs=2).producer()
+            assert halves is not None
+            terms = list(halves.outputs)
+        else:
+            terms = [self._product(source, made.integers, made.scales, grid)]
+        if made.offsets is not None:
+            terms.append(self.edit.op("MatMul", [self._block_sums(source, grid.block), made.offsets]))
+        while len(terms) > 1:
+            terms = [self.edit.op("Add", terms[:2]), *terms[2:]]
+        return terms[0]
+
+    def _product(self, source: ir.Value, integers: ir.Value, scales: ir.Value, grid: Grid) -> ir.Value:
+        rows, columns, _ = (int(size) for size in _shape(integers))
         attributes = {
-            "K": rows.length,
-            "N": rows.count,
+            "K": columns * grid.block,
+            "N": rows,
             "bits": grid.bits,
             "block_size": grid.block,
-            "accuracy_level": self.level,
+            "accuracy_level": 0 if self.inputs == "float32" and grid.bits == 4 else 4,
         }
-        inputs = [source, made.integers, made.scales]
-        result = self.edit.op("MatMulNBits", inputs, attributes, domain=_MICROSOFT)
-        if made.offsets is None:
-            return result
-        offset = self.edit.op("MatMul", [self._block_sums(source, grid.block, rows.length), made.offsets])
-        return self.edit.op("Add", [result, offset])
+        return self.edit.op("MatMulNBits", [source, integers, scales], attributes, domain=_MICROSOFT)
 
-    def _block_sums(self, source: ir.Value, block: int, length: int) -> ir.Value:
-        """The sums of a value's blocks along its last dimension, made once: [..., length / block]."""
+    def _by_block(self, source: ir.Value, block: int) -> ir.Value:
+        """A value as blocks along its last dimension, made once: [..., blocks, block]."""
+        key = (source, block)
+        if key not in self._blocks:
+            shape = self.edit.constant(np.array([*self._kept(source), -1, block], np.int64), "blocks")
+            self._blocks[key] = self.edit.op("Reshape", [source, shape])
+        return self._blocks[key]
+
+    def _kept(self, source: ir.Value) -> list[int]:
+        return [0] * (1 if source.shape is None else len(source.shape) - 1)
+
+    def _block_sums(self, source: ir.Value, block: int) -> ir.Value:
+        """The sums of a value's blocks, made once: [..., blocks]."""
         key = (source, block)
         if key not in self._sums:
-            rank = 2 if source.shape is None else len(source.shape)
-            kept = [0] * (rank - 1)
-            shape = self.edit.constant(np.array([*kept, length // block, block], np.int64), "blocks")
-            blocks = self.edit.op("Reshape", [source, shape])
             axes = self.edit.constant(np.array([-1], np.int64), "axes")
-            self._sums[key] = self.edit.op("ReduceSum", [blocks, axes], {"keepdims": 0})
+            self._sums[key] = self.edit.op("ReduceSum", [self._by_block(source, block), axes], {"keepdims": 0})
         return self._sums[key]
+
+    def _both(self, source: ir.Value, grid: Grid) -> ir.Value:
+        """A value, and along the first dimension behind it what rounding its blocks to 8 bits takes from it.
+
+        The operator itself says what it makes of a block: its product with the unit matrix.
+        """
+        key = (source, grid.bits, grid.block)
+        if key not in self._twice:
+            blocks = self._by_block(source, grid.block)
+            rounded = self._product(blocks, *self._unit(grid), grid)
+            rest = self.edit.op("Sub", [blocks, rounded])
+            both = self.edit.op("Concat", [blocks, rest], {"axis": 0})
+            shape = self.edit.constant(np.array([*self._kept(source), -1], np.int64), "whole")
+            self._twice[key] = self.edit.op("Reshape", [both, shape])
+        return self._twice[key]
+
+    def _unit(self, grid: Grid) -> tuple[ir.Value, ir.Value]:
+        """Integers and scales of the unit matrix of the size of a block."""
+        key = (grid.bits, grid.block)
+        if key not in self._units:
+            numbers = (2 ** (grid.bits - 1) + np.eye(grid.block)).astype(np.uint8)
+            packed = numbers[:, 0::2] | numbers[:, 1::2] << 4 if grid.bits == 4 else numbers
+            integers = self._initializer(ir.tensor(packed[:, None], name=self.edit.names.fresh("unit.integers")))
+            ones = np.ones((grid.block, 1), np.float32)
+            self._units[key] = integers, self._initializer(ir.tensor(ones, name=self.edit.names.fresh("unit.scales")))
+        return self._units[key]
 
     def _set(self, rows: Rows, name: str) -> _Set:
         """The values of a matrix."""
@@ -136,6 +190,11 @@ class Writer:
         )
         self.edit.model.graph.register_initializer(value)
         return value
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return tuple(value.const_value.shape.numpy())
 
 
 class _Set:
