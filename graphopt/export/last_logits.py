@@ -78,7 +78,7 @@ def last_logits(model: ir.Model) -> None:
     editor.at(next(node for node in model.graph if node in region))
     places = {name: np.array([number], dtype=np.int64) for name, number in (("start", -1), ("end", _END), ("axis", 1))}
     last = editor.op("Slice", [cut, *(editor.constant(array, name) for name, array in places.items())])
-    last.type, last.shape = cut.type, _one_position(cut.shape)
+    last.type, last.shape = cut.type, ir.Shape([None if cut.shape is None else cut.shape[0], 1, _features(cut)])
     for node, index in list(cut.uses()):
         if node in region:
             editor.set_input(node, index, last)
@@ -93,13 +93,11 @@ def _logits(model: ir.Model) -> ir.Value:
         if value.name == name:
             if value.shape is not None and len(value.shape) != 3:
                 raise ModelError(
-                    f"the logits {name!r} have {len(value.shape)} dimensions, and only [batch, sequence, vocabulary] has "
+                    f"the logits {name!r} have {len(value.shape)} dimensions, only [batch, sequence, vocabulary] has "
                     "a last position"
                 )
             return value
-    raise ModelError(
-        "no output of the model is recognised as the logits, so there is nothing to cut to the last position"
-    )
+    raise ModelError("no output of the model is recognised as its logits, so there is none to cut to the last position")
 
 
 def _search(logits: ir.Value) -> tuple[ir.Value, dict[ir.Node, Form]] | None:
@@ -278,28 +276,26 @@ def _cuts_to_last(node: ir.Node) -> bool:
 
 
 def _reshaped(node: ir.Node, main: ir.Value, form: Form) -> Form | None:
-    """The form of what a Reshape reads, where it only joins batch and sequence or takes them apart."""
+    """The form of what a Reshape reads, where it only joins batch and sequence or takes them apart: the features stay
+    the last axis, and the order of the rows can't change."""
     wanted = _last_size(node.inputs[1])
-    sizes = main.shape
-    if wanted is None:
+    if wanted is None or wanted != _features(main):
         return None
+    rank = None if main.shape is None else len(main.shape)
     if form == "flat":
-        joins = sizes is not None and len(sizes) == 3 and sizes[2] == wanted
-        return "rows" if joins else None
-    producer = main.producer()
-    rank = 2 if producer is not None and producer.op_type == "Gemm" else len(sizes) if sizes is not None else 0
-    width = _width(producer) if producer is not None and producer.op_type == "Gemm" else None
-    if width is None and sizes is not None and len(sizes):
-        size = sizes[-1]
-        width = size if isinstance(size, int) else None
-    return "flat" if rank == 2 and width == wanted else None
+        return "rows" if rank in (None, 3) else None
+    return "flat" if rank in (None, 2) else None
 
 
-def _width(gemm: ir.Node) -> int | None:
-    weight = gemm.inputs[1]
-    if weight is None or weight.shape is None or len(weight.shape) != 2:
+def _features(value: ir.Value) -> int | None:
+    """The size of the last axis: as declared, or that of the weight which the producer applies."""
+    node, sizes, axis = value.producer(), value.shape, -1
+    weight = node.inputs[1] if node is not None and len(node.inputs) > 1 else None
+    if sizes is None and node is not None and weight is not None and node.op_type in (*_NORMS, "MatMul", "Gemm"):
+        sizes, axis = weight.shape, 0 if _given(node, "transB") else -1
+    if sizes is None or not len(sizes):
         return None
-    size = weight.shape[0 if _given(gemm, "transB") else 1]
+    size = sizes[axis]
     return size if isinstance(size, int) else None
 
 

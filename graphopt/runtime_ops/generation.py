@@ -180,7 +180,8 @@ class Generator:
                 result = np.zeros((batch, logits.shape[-1]), dtype=logits.dtype)
             for row in np.flatnonzero((begin <= last) & (last < end)):
                 if logits.shape[1] != end - begin and last[row] != end - 1:
-                    raise InputDataError(f"{self.name} gives logits for the last token only; pad on the left.")
+                    advice = "give prompts of one length" if self._compact else "pad on the left"
+                    raise InputDataError(f"{self.name} gives logits for the last token only; {advice}.")
                 result[row] = logits[row, last[row] - begin if logits.shape[1] == end - begin else -1]
         assert result is not None
         return result
