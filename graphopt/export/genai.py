@@ -113,7 +113,8 @@ def genai_config(
     decoder["num_attention_heads"] = heads
     decoder["hidden_size"] = _number(text, "hidden_size") or heads * decoder["head_size"]
     sources = [generation, text, config]
-    tokens = {name: _tokens(sources, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    vocabulary = found["vocab_size"]
+    tokens = {name: _tokens(sources, name, vocabulary) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokens["pad_token_id"] is None:
         eos = tokens["eos_token_id"]
         tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
@@ -236,15 +237,15 @@ def _number(source: Any, name: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _UNLIMITED else None
 
 
-def _tokens(sources: Sequence[Any], name: str) -> int | list[int] | None:
-    """One token id, or a list of several, of the first source that has it."""
+def _tokens(sources: Sequence[Any], name: str, vocabulary: int) -> int | list[int] | None:
+    """One token id, or a list of several, of the first source that has it; without ids that no logits stand for, which
+    the runtime refuses."""
     for source in sources:
         value = None if source is None else _get(source, name)
-        if isinstance(value, list | tuple) and value:
-            ids = [int(token) for token in value]
+        given = value if isinstance(value, list | tuple) else [value]
+        ids = [token for token in given if isinstance(token, int) and 0 <= token < vocabulary]
+        if ids:
             return ids if len(ids) > 1 and name == "eos_token_id" else ids[0]
-        if isinstance(value, int) and value >= 0:
-            return value
     return None
 
 
