@@ -189,18 +189,21 @@ def _part(interface: KVInterface, part: str) -> list[CachePair]:
 
 
 def _template(names: Sequence[str]) -> str:
-    """The names of all layers as one C format, such as "past_key_values.%d.key".
+    """The names of all layers as one C format, such as "past_key_values.%d.key". Layers without a cache leave gaps in
+    the numbers, which the runtime finds by itself.
 
     Raises:
         ModelError: They differ in more than the number of the layer.
     """
-    for match in re.finditer("0", names[0]):
+    for match in re.finditer(r"\d+", names[0]):
         head, tail = names[0][: match.start()], names[0][match.end() :]
-        if all(name == f"{head}{layer}{tail}" for layer, name in enumerate(names)) and "%" not in head + tail:
+        found = [re.fullmatch(re.escape(head) + r"(0|[1-9]\d*)" + re.escape(tail), name) for name in names]
+        numbers = [int(number[1]) for number in found if number is not None]
+        if len(numbers) == len(names) and numbers == sorted(set(numbers)) and "%" not in head + tail:
             return f"{head}%d{tail}"
     raise ModelError(
-        f"onnxruntime-genai counts the layers from 0 in the names of their caches, and here the first is {names[0]!r}; "
-        "rename them with `graphopt optimize --rename-kv-cache`"
+        f"onnxruntime-genai finds caches by names that differ in the number of the layer alone, and here the first is "
+        f"{names[0]!r}; rename them with `graphopt optimize --rename-kv-cache`"
     )
 
 

@@ -123,6 +123,10 @@ def test_other_names_become_a_format() -> None:
     many = genai_config(made(layers=11), "model.onnx", CONFIG)["model"]["decoder"]
     assert many["inputs"]["past_key_names"] == "past_key_values.%d.key"
     model = made()
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.name = (value.name or "").replace(".1.", ".4.")
+    gaps = genai_config(model, "model.onnx", CONFIG)["model"]["decoder"]
+    assert gaps["inputs"]["past_key_names"] == "past_key_values.%d.key"
     model.graph.inputs[-1].name = "last"
     with pytest.raises(
         ModelError, match=r"here the first is 'past_key_values.0.value'; rename them with `graphopt opt"
