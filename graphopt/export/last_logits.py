@@ -96,6 +96,11 @@ def _logits(model: ir.Model) -> ir.Value:
                     f"the logits {name!r} have {len(value.shape)} dimensions, only [batch, sequence, vocabulary] has "
                     "a last position"
                 )
+            if readers := [node for node, _ in value.uses()]:
+                raise ModelError(
+                    f"the logits {name!r} are read by {readers[0].op_type} ({readers[0].name!r}) too, which would get the "
+                    "last position only"
+                )
             return value
     raise ModelError("no output of the model is recognised as its logits, so there is none to cut to the last position")
 
@@ -173,6 +178,8 @@ def _step(node: ir.Node, value: ir.Value, form: Form) -> _Step | str:
         return _Step({main: form})
     if name == "Slice" and _along_features(node, form):
         return _Step({main: form})
+    if name == "Concat" and _last_axis(node, form):
+        return _Step({operand: form for operand in node.inputs if operand is not None})
     if name == "Reshape":
         other = _reshaped(node, main, form)
         return _Step({main: other}) if other is not None else f"{where} may mix the positions"

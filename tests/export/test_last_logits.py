@@ -83,6 +83,11 @@ HEADS = {
       a = MatMul(n, down)
       b = MatMul(a, up)
       logits = Add(whole, b)""",
+    "two halves of a head": """
+      n = RMSNormalization(x, gain)
+      a = MatMul(n, left)
+      b = MatMul(n, right)
+      logits = Concat<axis = -1>(a, b)""",
     "log probabilities": "a = MatMul(x, head)\nlogits = LogSoftmax(a)",
 }
 
@@ -91,7 +96,7 @@ def model(head: str, outputs: str = "", opset: int = 23) -> ir.Model:
     """A stream of residuals and a head; the names that nobody makes are random weights."""
     shapes = {
         "embedding": "33, 16", "mixer": "16, 16", "gain": "16", "bias": "16", "head": "16, 33", "head_2": "16, 33",
-        "head_t": "33, 16", "head_bias": "33", "down": "16, 3", "up": "3, 33",
+        "head_t": "33, 16", "head_bias": "33", "down": "16, 3", "up": "3, 33", "left": "16, 20", "right": "16, 13",
     }  # fmt: skip
     used = "embedding mixer " + head
     declared = ", ".join(f"float[{shape}] {name}" for name, shape in shapes.items() if name in used.replace(",", " "))
@@ -223,6 +228,14 @@ def test_logits_that_are_no_rows_of_positions_are_refused() -> None:
     pooled.graph.outputs[0].name = "scores"
     with pytest.raises(ModelError, match="no output of the model is recognised as its logits"):
         last_logits(pooled)
+
+
+def test_logits_that_are_read_again_are_refused() -> None:
+    before = model(
+        "logits = MatMul(x, head)\nprobabilities = Softmax(logits)", ", float[batch, sequence, 33] probabilities"
+    )
+    with pytest.raises(ModelError, match=r"the logits 'logits' are read by Softmax \(.*\) too"):
+        last_logits(before)
 
 
 def test_old_models_without_a_dynamic_slice_are_refused() -> None:
