@@ -98,8 +98,8 @@ def _logits(model: ir.Model) -> ir.Value:
                 )
             if readers := [node for node, _ in value.uses()]:
                 raise ModelError(
-                    f"the logits {name!r} are read by {readers[0].op_type} ({readers[0].name!r}) too, which would get the "
-                    "last position only"
+                    f"the logits {name!r} are read by {readers[0].op_type} ({readers[0].name!r}) too, which would get "
+                    "the last position only"
                 )
             return value
     raise ModelError("no output of the model is recognised as its logits, so there is none to cut to the last position")
