@@ -8,6 +8,7 @@ written in both, so that programs on either read the same: optimum's `ORTModelFo
 | config.json | `dtype` | `torch_dtype`, the same |
 | | `rope_parameters` with one `rope_theta` | `rope_theta`, and `rope_scaling` where the kind of it isn't the default |
 | tokenizer_config.json | `tokenizer_class` "TokenizersBackend" | "PreTrainedTokenizerFast", its name in both |
+| | `model_input_names` left out, if ids and mask | `model_input_names` |
 | | `extra_special_tokens`, a list | `additional_special_tokens`, the same list |
 """
 
@@ -108,6 +109,8 @@ def readable_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
     found = dict(config)
     if found.get("tokenizer_class") == "TokenizersBackend":
         found["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # Else version 4 gives token_type_ids too, which decoders don't take.
+        found.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(found.get("extra_special_tokens"), list):
         extra = found.pop("extra_special_tokens")
         found.setdefault("additional_special_tokens", extra)

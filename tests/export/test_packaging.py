@@ -90,6 +90,7 @@ def test_tokenizer_config_in_the_names_of_both_versions() -> None:
     new = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>", "<b>"], "bos_token": "<s>"}
     assert readable_tokenizer_config(new) == {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
         "additional_special_tokens": ["<a>", "<b>"],
         "bos_token": "<s>",
     }
@@ -161,4 +162,5 @@ def test_transformers_reads_back_its_tokenizer(tmp_path: Path) -> None:
         written(text)["input_ids"], skip_special_tokens=True
     )
     assert again.extra_special_tokens == ["<tool>"]
+    assert again.model_input_names == written.model_input_names
     assert (again.bos_token, again.eos_token) == ("<s>", "</s>")
