@@ -7,8 +7,9 @@ architectures: inputs come from the signature, the cache and all sizes from dry 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from graphopt.errors import UsageError, first_line
 from graphopt.export.cache import flatten, rebuild
 from graphopt.export.dependencies import require
 from graphopt.export.dry_run import dry_run, used
-from graphopt.export.encoder_inputs import BATCHES, TOKENS, EncoderInputs, encode, encoder_inputs, longest
+from graphopt.export.encoder_inputs import BATCHES, TOKENS, encode, encoder_inputs, longest
+from graphopt.export.parts import only, without
 from graphopt.export.sample_inputs import floats, integers, padding_mask
 from graphopt.export.source import Input, Source, wrap
 
@@ -28,6 +30,8 @@ FILES = ("encoder_model", "decoder_model", "decoder_with_past_model")
 _NEW = {"decoder_model": (4, 1, 5), "decoder_with_past_model": (3, 1, 4)}
 """New tokens in the sample and the probes, for batches of `BATCHES`."""
 _PAST = (5, 6, 9)
+_TOLD = (0, 2)
+"""Which of these sizes tell the dimensions of outputs apart: no two symbols have the same pair."""
 
 
 def is_encoder_decoder(module: Any) -> bool:
@@ -60,41 +64,51 @@ def encoder_decoder_sources(
     Raises:
         UsageError: Inputs or cache can't be derived, or there are no logits; the message says what is missing.
     """
-    encoder = module.get_encoder()
-    given = encoder_inputs(label, module, encoder, image)
-    decoder = _Decoder(label, module, config, given)
-    sources = (_encoder_source(label, module, encoder, given), decoder.first(), decoder.with_past())
-    return dict(zip(FILES, sources, strict=True))
+    parts = _Parts(label, module, config, image)
+    makers = (parts.encoder, parts.first, parts.with_past)
+    made = {}
+    for name, maker in zip(FILES, makers, strict=True):
+        made[name] = maker()
+        made[name].again = maker
+    return made
 
 
-def _encoder_source(label: str, module: Any, encoder: Any, given: EncoderInputs) -> Source:
-    return _source(
-        f"{label}/encoder_model",
-        module,
-        encode(encoder, given.inputs, given.gives_mask),
-        given.inputs,
-        ["last_hidden_state", "encoder_attention_mask"] if given.gives_mask else ["last_hidden_state"],
-        given.sizes,
-    )
+Named = list[tuple[str, Any]]
+"""Names and tensors, in order."""
+Columns = dict[str, tuple[int, ...]]
+"""Of each dynamic dimension its sizes in the sample and in the probes."""
 
 
 @dataclass
-class _Decoder:
-    """The decoder of a module, called through the module's own forward with the encoder's output given."""
+class _Parts:
+    """The sources of a module, made again and again while its layers come and go."""
 
     label: str
     module: Any
     config: Any
-    given: EncoderInputs
+    image: tuple[int, int] | None
+
+    def __post_init__(self) -> None:
+        self.encoder_module = self.module.get_encoder()
+        self.given = encoder_inputs(self.label, self.module, self.encoder_module, self.image)
+
+    def encoder(self) -> Source:
+        """The encoder."""
+        names = ["last_hidden_state", "encoder_attention_mask"] if self.given.gives_mask else ["last_hidden_state"]
+        run = encode(self.encoder_module, self.given.inputs, self.given.gives_mask)
+
+        def call(*tensors: Any) -> Named:
+            return list(zip(names, run(*tensors), strict=True))
+
+        part = only(self.module, self.encoder_module)
+        return self._source("encoder_model", part, call, self.given.inputs, self.given.sizes)
 
     def first(self) -> Source:
         """The decoder before there is a cache."""
         name = "decoder_model"
         sizes = self._sizes(name)
         inputs = self._keep_used(name, [*self._mask(), self._tokens(), self._states()], sizes)
-        outputs = self._dry(name, self._first_call(inputs), inputs, sizes)
-        names = ["logits", *(f"present.{part}" for part, _ in outputs[1:])]
-        return _source(f"{self.label}/{name}", self.module, _values(self._first_call(inputs)), inputs, names, sizes)
+        return self._source(name, self._decoder_module(), self._first_call(inputs), inputs, sizes)
 
     def with_past(self) -> Source:
         """The decoder behind a cache; the encoder's part of it comes in and doesn't go out."""
@@ -109,13 +123,14 @@ class _Decoder:
             sizes["sequence"] = (1, 1, 1)
             sizes["total"] = tuple(n + 1 for n in _PAST)
             inputs = self._keep_used(name, [*self._mask(), self._tokens(one=True), *cache], sizes)
-        outputs = self._dry(name, self._later_call(inputs), inputs, sizes)
-        names = ["logits", *(f"present.{part}" for part, _ in outputs[1:])]
-        return _source(f"{self.label}/{name}", self.module, _values(self._later_call(inputs)), inputs, names, sizes)
+        return self._source(name, self._decoder_module(), self._later_call(inputs), inputs, sizes)
+
+    def _decoder_module(self) -> Any:
+        return without(self.module, self.encoder_module)
 
     # ---- inputs
 
-    def _sizes(self, name: str) -> dict[str, tuple[int, ...]]:
+    def _sizes(self, name: str) -> Columns:
         room = longest(self.config.get_text_config(decoder=True)) - max(_PAST)
         lengths = self.given.sizes["encoder_sequence"]
         if len(set(lengths)) == 1:  # Images and windows of sound of one size; the decoder doesn't depend on it.
@@ -138,44 +153,29 @@ class _Decoder:
         return Input("encoder_hidden_states", dims, floats(self.module.dtype))
 
     def _cache(self) -> list[Input]:
-        """The cache's tensors, their dimensions told apart by runs of different sizes."""
+        """The cache's tensors, as the decoder without a cache gives them."""
         name = "decoder_model"
         inputs = [*self._mask(), self._tokens(), self._states()]
-        sizes = self._sizes(name)
-        call = self._first_call(inputs)
-        runs = [self._dry(name, call, inputs, sizes, place)[1:] for place in range(len(BATCHES))]
-        if not any(".encoder." in part for part, _ in runs[0]):
+        found = self._outputs(name, self._first_call(inputs), inputs, self._sizes(name))
+        held = {part.removeprefix("present."): (dims, dtype) for part, (dims, dtype) in found.items()}
+        if not any(".encoder." in part for part in held):
             raise UsageError(
                 f"{self.label}: {type(self.module).__name__} keeps no cache of its encoder's states, so there is no "
                 "decoder to be exported with one"
             )
-        found = []
-        for index, (part, tensor) in enumerate(runs[0]):
-            shapes = [run[index][1].shape for run in runs]
-            dims: list[int | str] = []
-            for axis, size in enumerate(tensor.shape):
-                column = tuple(shape[axis] for shape in shapes)
-                dims.append(size if len(set(column)) == 1 else self._symbol(part, column, sizes))
-            found.append(Input(f"past_key_values.{part}", tuple(dims), floats(tensor.dtype)))
-        return found
-
-    def _symbol(self, part: str, column: tuple[int, ...], sizes: Mapping[str, tuple[int, ...]]) -> str:
-        symbols = {"batch": "batch", "encoder_sequence": "encoder_sequence", "sequence": "past"}
-        for symbol, called in symbols.items():
-            if sizes[symbol] == column:
-                return called
-        raise UsageError(
-            f"{self.label}: the cache {part} of {type(self.module).__name__} has a dimension that is neither the batch "
-            "nor a number of tokens, so it can't be exported with a cache"
-        )
+        return [
+            Input(f"past_key_values.{part}", tuple("past" if d == "sequence" else d for d in dims), floats(dtype))
+            for part, (dims, dtype) in held.items()
+            if part != "logits"
+        ]
 
     # ---- calls
 
-    def _first_call(self, inputs: Sequence[Input]) -> Callable[..., list[tuple[str, Any]]]:
+    def _first_call(self, inputs: Sequence[Input]) -> Callable[..., Named]:
         names = [item.name for item in inputs]
         transformers = require("transformers")
 
-        def call(*tensors: Any) -> list[tuple[str, Any]]:
+        def call(*tensors: Any) -> Named:
             given = dict(zip(names, tensors, strict=True))
             # Given, so that layers with a window keep every key: the window is in the mask.
             empty = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
@@ -183,23 +183,23 @@ class _Decoder:
 
         return call
 
-    def _later_call(self, inputs: Sequence[Input]) -> Callable[..., list[tuple[str, Any]]]:
+    def _later_call(self, inputs: Sequence[Input]) -> Callable[..., Named]:
         names = [item.name for item in inputs]
         prefix = "past_key_values."
 
-        def call(*tensors: Any) -> list[tuple[str, Any]]:
+        def call(*tensors: Any) -> Named:
             given = dict(zip(names, tensors, strict=True))
             past = {name.removeprefix(prefix): given.pop(name) for name in names if name.startswith(prefix)}
             keys = next(tensor for name, tensor in past.items() if ".encoder." in name)
             # The keys and values are there already: of the states only the length is read.
             states = keys.new_zeros(keys.shape[0], keys.shape[-2], self.given.width)
             made = self._forward(given, states, rebuild(self.config, past))
-            return [(part, tensor) for part, tensor in made if ".encoder." not in part]
+            return [(name, tensor) for name, tensor in made if ".encoder." not in name]
 
         return call
 
-    def _forward(self, given: Mapping[str, Any], states: Any, cache: Any) -> list[tuple[str, Any]]:
-        """("logits", tensor), then the name and tensor of each part of the cache."""
+    def _forward(self, given: Mapping[str, Any], states: Any, cache: Any) -> Named:
+        """logits, then present.N.decoder.key and what else there is of the cache."""
         masks = {"attention_mask": given["encoder_attention_mask"]} if "encoder_attention_mask" in given else {}
         ours = self.given.gives_mask
         result = self.module(
@@ -216,61 +216,67 @@ class _Decoder:
             )
         if result.past_key_values is None:
             raise UsageError(f"{self.label}: {type(self.module).__name__} gives no cache (past_key_values)")
-        return [("logits", result.logits), *flatten(result.past_key_values)]
+        present = [(f"present.{part}", tensor) for part, tensor in flatten(result.past_key_values)]
+        return [("logits", result.logits), *present]
 
     # ---- dry runs
 
-    def _keep_used(self, name: str, inputs: list[Input], sizes: Mapping[str, tuple[int, ...]]) -> list[Input]:
+    def _keep_used(self, name: str, inputs: list[Input], sizes: Columns) -> list[Input]:
         """Without the inputs that change nothing: Whisper, for one, reads no mask."""
         make = self._first_call if name == "decoder_model" else self._later_call
-        tensors = _tensors(inputs, sizes, 0)
-        try:
-            kept = used(self.module, _values(make(inputs)), tensors)
-        except UsageError:
-            raise
-        except Exception as error:
-            raise self._refused(name, error) from error
+        with self._refusing(name):
+            kept = used(self.module, _values(make(inputs)), _tensors(inputs, sizes, 0))
         return [item for item, counts in zip(inputs, kept, strict=True) if counts]
 
-    def _dry(
-        self,
-        name: str,
-        call: Callable[..., list[tuple[str, Any]]],
-        inputs: Sequence[Input],
-        sizes: Mapping[str, tuple[int, ...]],
-        place: int = 0,
-    ) -> list[tuple[str, Any]]:
+    def _outputs(
+        self, name: str, call: Callable[..., Named], inputs: Sequence[Input], sizes: Columns
+    ) -> dict[str, tuple[tuple[int | str, ...], Any]]:
+        """Dimensions and dtype of each output: the dimensions are told apart by runs of different sizes."""
+        with self._refusing(name):
+            runs = [dry_run(self.module, call, _tensors(inputs, sizes, place)) for place in _TOLD]
+        symbols = {tuple(column[place] for place in _TOLD): symbol for symbol, column in sizes.items()}
+        found = {}
+        for index, (output, tensor) in enumerate(runs[0]):
+            columns = list(zip(*(run[index][1].shape for run in runs), strict=True))
+            unknown = [column for column in columns if len(set(column)) > 1 and column not in symbols]
+            if unknown:
+                raise UsageError(
+                    f"{self.label}: {output} of {type(self.module).__name__} has a dimension that is neither the batch "
+                    f"nor a number of tokens (it is {unknown[0][0]} where there are {self._told(sizes)})"
+                )
+            dims = (symbols[column] if len(set(column)) > 1 else column[0] for column in columns)
+            found[output] = (tuple(dims), tensor.dtype)
+        return found
+
+    def _told(self, sizes: Columns) -> str:
+        return ", ".join(f"{column[0]} of {symbol}" for symbol, column in sizes.items())
+
+    @contextlib.contextmanager
+    def _refusing(self, name: str) -> Iterator[None]:
         try:
-            return list(dry_run(self.module, call, _tensors(inputs, sizes, place)))
+            yield
         except UsageError:
             raise
         except Exception as error:
-            raise self._refused(name, error) from error
+            raise UsageError(
+                f"{self.label}: {type(self.module).__name__} doesn't run as {name} on new tokens and the states of its "
+                f"encoder alone ({first_line(error)}); write a function that returns the module and its example "
+                "inputs, and export module:function"
+            ) from error
 
-    def _refused(self, name: str, error: Exception) -> UsageError:
-        return UsageError(
-            f"{self.label}: {type(self.module).__name__} doesn't run as {name} on new tokens and the states of its "
-            f"encoder alone ({first_line(error)}); write a function that returns the module and its example inputs, "
-            "and export module:function"
-        )
+    def _source(
+        self, name: str, part: Any, call: Callable[..., Named], inputs: Sequence[Input], sizes: Columns
+    ) -> Source:
+        dims = {output: dims for output, (dims, _) in self._outputs(name, call, inputs, sizes).items()}
+        columns = [{symbol: column[place] for symbol, column in sizes.items()} for place in range(len(BATCHES))]
+        label = f"{self.label}/{name}"
+        return Source(label, wrap(_values(call), part), list(inputs), list(dims), columns[0], [columns[1:]], dims=dims)
 
 
-def _tensors(inputs: Sequence[Input], sizes: Mapping[str, tuple[int, ...]], place: int) -> list[Any]:
+def _tensors(inputs: Sequence[Input], sizes: Columns, place: int) -> list[Any]:
     generator = np.random.default_rng(place)
     return [item.tensor({symbol: column[place] for symbol, column in sizes.items()}, generator) for item in inputs]
 
 
-def _values(call: Callable[..., list[tuple[str, Any]]]) -> Callable[..., tuple[Any, ...]]:
+def _values(call: Callable[..., Named]) -> Callable[..., tuple[Any, ...]]:
     return lambda *tensors: tuple(tensor for _, tensor in call(*tensors))
-
-
-def _source(
-    label: str,
-    module: Any,
-    call: Callable[..., tuple[Any, ...]],
-    inputs: list[Input],
-    outputs: list[str],
-    sizes: Mapping[str, tuple[int, ...]],
-) -> Source:
-    columns = [{symbol: column[place] for symbol, column in sizes.items()} for place in range(len(BATCHES))]
-    return Source(label, wrap(call, module), inputs, outputs, columns[0], [columns[1:]])

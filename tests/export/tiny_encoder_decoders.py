@@ -21,6 +21,7 @@ LAYERS = {
     "decoder_ffn_dim": 48,
 }
 BART = {**LAYERS, "max_position_embeddings": 64}
+ONE = {**LAYERS, "encoder_layers": 1, "decoder_layers": 1}
 T5 = {
     **TOKENS,
     "d_model": 32,
@@ -37,9 +38,17 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 
 def vision() -> Any:
     """Its decoder is narrower than its encoder, so that there is a projection between them."""
-    encoder = transformers.ViTConfig(**SMALL, image_size=32, patch_size=8)
+    encoder = transformers.ViTConfig(**{**SMALL, "num_hidden_layers": 1}, image_size=32, patch_size=8)
     decoder = transformers.GPT2Config(
-        n_embd=24, n_layer=2, n_head=4, vocab_size=WORDS, n_positions=64, add_cross_attention=True, is_decoder=True
+        n_embd=24,
+        n_layer=1,
+        n_head=4,
+        vocab_size=WORDS,
+        n_positions=64,
+        eos_token_id=2,
+        bos_token_id=1,
+        add_cross_attention=True,
+        is_decoder=True,
     )
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         encoder, decoder, decoder_start_token_id=1, pad_token_id=0
@@ -49,7 +58,7 @@ def vision() -> Any:
 
 def whisper() -> Any:
     config = {"num_mel_bins": 16, "max_source_positions": 20, "max_target_positions": 64}
-    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**LAYERS, **config))
+    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**ONE, **config))
 
 
 def speech() -> Any:
@@ -59,7 +68,7 @@ def speech() -> Any:
         "max_target_positions": 64,
         "conv_channels": 24,
     }
-    return transformers.Speech2TextForConditionalGeneration(transformers.Speech2TextConfig(**LAYERS, **config))
+    return transformers.Speech2TextForConditionalGeneration(transformers.Speech2TextConfig(**ONE, **config))
 
 
 def moonshine() -> Any:
@@ -100,10 +109,11 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def built(name: str) -> Any:
-    """The model, the same at every call, its gains and biases random too."""
+    """The model, the same at every call, its gains and biases random too, its words far enough apart to differ."""
     torch.manual_seed(0)
     module = MODELS[name]()
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + (0.5 if parameter.ndim == 1 else 0.0))
+        for key, parameter in module.named_parameters():
+            gain = parameter.ndim == 1 and not key.endswith("bias")
+            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else 0.5) + float(gain))
     return module.eval().requires_grad_(False)
