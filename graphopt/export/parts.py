@@ -35,24 +35,24 @@ def only(module: Any, part: Any) -> Any:
     return part.eval()
 
 
-def without(module: Any, part: Any) -> Any:
-    """A module that holds all of `module` but `part`; the module itself where that would be nothing.
+def without(module: Any, *parts: Any) -> Any:
+    """A module that holds all of `module` but these parts; the module itself where that would be nothing.
 
-    The holders along the way to the part are new and can't be called: a caller calls the module, and gives the result
-    of this to those who look for parameters.
+    The holders along the way to a part are new and can't be called: a caller calls the module, and gives the result of
+    this to those who look for parameters.
     """
-    torch = require("torch")
-    path = path_of(module, part)
-    if not path:
-        return module
-    root = holder = torch.nn.Module()
-    names = path.split(".")
-    for place, name in enumerate(names):
-        for table in ("_modules", "_parameters", "_buffers"):
-            getattr(holder, table).update({key: held for key, held in getattr(module, table).items() if key != name})
-        if place < len(names) - 1:
-            module = module._modules[name]
-            inner = torch.nn.Module()
-            holder.add_module(name, inner)
-            holder = inner
-    return root.eval()
+    paths = [path_of(module, part) for part in parts]
+    return _without(module, set(paths), "") if all(paths) and paths else module
+
+
+def _without(module: Any, paths: set[str], here: str) -> Any:
+    holder = require("torch").nn.Module().eval()
+    holder._parameters.update(module._parameters)
+    holder._buffers.update(module._buffers)
+    for name, part in module._modules.items():
+        path = f"{here}{name}"
+        if path in paths:
+            continue
+        on_the_way = any(other.startswith(f"{path}.") for other in paths)
+        holder._modules[name] = _without(part, paths, f"{path}.") if on_the_way else part
+    return holder
