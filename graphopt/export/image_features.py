@@ -20,7 +20,7 @@ from graphopt.export.dry_run import dry_run, used
 from graphopt.export.packed_images import attending, patch_facts
 from graphopt.export.sample_inputs import floats
 from graphopt.export.source import Input
-from graphopt.export.traceable import traceable
+from graphopt.export.traceable import Reached, traceable
 
 GRID = "image_grid_thw"
 """The input of models that take images of any sizes: int64 [images, 3], frames, rows and columns of patches."""
@@ -69,13 +69,6 @@ Form = tuple[list[Input], dict[str, tuple[int, ...]]]
 """Inputs, and of each dynamic dimension its sizes in the sample and in the probes."""
 
 
-class _Reached(Exception):
-    """Carries the features out of the module that computed them."""
-
-    def __init__(self, features: Any) -> None:
-        self.features = features
-
-
 class _Vision:
     def __init__(self, label: str, module: Any, owner: Any, image: tuple[int, int] | None) -> None:
         self.label, self.module, self.owner, self.image = label, module, owner, image
@@ -113,8 +106,8 @@ class _Vision:
         if unknown := [name for name in needed if name not in ("pixel_values", GRID, MASK)]:
             raise UsageError(
                 f"{self.label}: {type(self.module).__name__} needs {', '.join(unknown)} for the features of its "
-                "images, whose numbers decide how these are put together; write a function that returns its vision part and "
-                "its example inputs, and export module:function"
+                "images, whose numbers decide how these are put together; write a function that returns its vision "
+                "part and its example inputs, and export module:function"
             )
         if GRID in self.parameters:
             return [self._packed()]
@@ -183,14 +176,14 @@ class _Vision:
         """Features by the modules up to `last`; None: by the whole method."""
 
         def call(*tensors: Any) -> tuple[Any]:
-            with self._arguments(inputs, tensors) as given, traceable():
+            with self._arguments(inputs, tensors) as given, traceable() as context:
                 if last is None:
                     return (_features(self.method(**given)),)
-                handle = last.register_forward_hook(_leave)
+                handle = last.register_forward_hook(lambda *called: setattr(context, "result", _features(called[-1])))
                 try:
                     self.method(**given)
-                except _Reached as reached:
-                    return (reached.features,)
+                except Reached as reached:
+                    return (reached.result,)
                 finally:
                     handle.remove()
             raise RuntimeError(f"{type(last).__name__} doesn't run")
@@ -298,10 +291,6 @@ class _Vision:
                 f"{self.label}: get_image_features of {type(self.module).__name__} doesn't give features as wide as "
                 f"the language model ({self.width})"
             )
-
-
-def _leave(part: Any, _: Any, output: Any) -> None:
-    raise _Reached(_features(output))
 
 
 def _features(result: Any) -> Any:

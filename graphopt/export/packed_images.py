@@ -1,8 +1,8 @@
 """Images of any sizes in one row of patches: what a vision tower needs to know of each patch, computed from the grids.
 
 transformers computes these with loops over images, whose number of steps no trace holds, and takes them ready-made
-under the names used here. Grids are int64 [images, 3]: frames, rows and columns of patches. Patches lie image after image,
-in square blocks of `merge` × `merge`, as the tower merges them.
+under the names used here. Grids are int64 [images, 3]: frames, rows and columns of patches. Patches lie image after
+image, in square blocks of `merge` × `merge`, as the tower merges them.
 """
 
 from __future__ import annotations

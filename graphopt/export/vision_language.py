@@ -1,9 +1,9 @@
 """A vision-language model as three sources: its vision part, its embedding of tokens, and its decoder of embeddings.
 
-Names and split are those of transformers.js and of the models that are published for it: vision_encoder, embed_tokens and
-decoder_model_merged, which takes a cache of any length, none at all to begin with. Who runs them puts the features of
-the images where the image tokens are among the embedded tokens. Nothing is known of architectures: the vision part is
-what `get_image_features` runs, the decoder is the model's own forward on embeddings.
+Names and split are those of transformers.js and of the models that are published for it: vision_encoder, embed_tokens
+and decoder_model_merged, which takes a cache of any length, none at all to begin with. Who runs them puts the features
+of the images where the image tokens are among the embedded tokens. Nothing is known of architectures: the vision part
+is what `get_image_features` runs, the decoder is the model's own forward on embeddings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import numpy as np
 from graphopt.errors import UsageError, first_line
 from graphopt.export import cache as caches
 from graphopt.export.decoder import cache_slots
-from graphopt.export.dependencies import require
 from graphopt.export.dry_run import dry_run, used
 from graphopt.export.image_features import ImageFeatures, image_features
 from graphopt.export.parts import only, without
@@ -51,8 +50,8 @@ def vision_language_sources(
       image_features [..., width of the language model];
     - embed_tokens: input_ids [batch, sequence] to inputs_embeds [batch, sequence, width];
     - decoder_model_merged: inputs_embeds, attention_mask [batch, total], position_ids [batch, sequence] or
-      [3, batch, sequence], token_type_ids [batch, total] where the mask depends on them, past_key_values.N.key/.value to
-      logits [batch, sequence, vocabulary] and present.N.key/.value. total = past + sequence.
+      [3, batch, sequence], token_type_ids [batch, total] where the mask depends on them, past_key_values.N.key/.value
+      to logits [batch, sequence, vocabulary] and present.N.key/.value. total = past + sequence.
 
     Args:
         module: The transformers module, in eval mode. Its weights aren't read.
