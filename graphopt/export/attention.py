@@ -25,7 +25,7 @@ def register() -> None:
 
 
 def usable(model_class: Any, exporter: str) -> tuple[str, ...]:
-    """The implementations to trace models of a class with, the best first: one that calls a registered function gets ours.
+    """The implementations to trace models of a class with, the best first: ours where the class calls a registered one.
 
     Args:
         model_class: A transformers class.
@@ -75,10 +75,12 @@ def attention(
     if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         # A single token sees every key.
         causal = not isinstance(query.shape[2], int) or query.shape[2] > 1
-    if position_bias is not None or s_aux is not None:
+    # PyTorch takes the values' size for the queries' in the operator's result.
+    spelled = s_aux is not None or query.shape[-1] != value.shape[-1]
+    if position_bias is not None or spelled:
         mask, causal = _added(mask, causal, query, key, position_bias), False
-    if s_aux is not None:
-        return _with_sinks(query, key, value, mask, scale, s_aux), None
+    if spelled:
+        return _spelled(query, key, value, mask, scale, softcap, s_aux), None
     result, *_ = torch.onnx.ops.attention(
         query, key, value, mask, is_causal=causal, scale=scale, softcap=float(softcap or 0.0)
     )
@@ -99,13 +101,17 @@ def _added(mask: Any, causal: bool, query: Any, key: Any, bias: Any) -> Any:
     return torch.clamp(mask + bias, min=torch.finfo(query.dtype).min)
 
 
-def _with_sinks(query: Any, key: Any, value: Any, mask: Any, scale: float, sinks: Any) -> Any:
+def _spelled(query: Any, key: Any, value: Any, mask: Any, scale: float, cap: float | None, sinks: Any) -> Any:
     torch = require("torch")
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if cap:
+        scores = torch.tanh(scores / cap) * cap
     if mask is not None:
         scores = scores + mask
+    if sinks is None:
+        return torch.matmul(torch.softmax(scores, -1), value).transpose(1, 2)
     sink = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
     weights = torch.softmax(torch.cat([scores, sink], -1), -1)[..., :-1]
     return torch.matmul(weights, value).transpose(1, 2)

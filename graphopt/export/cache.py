@@ -35,27 +35,38 @@ def flatten(cache: Any) -> list[tuple[str, Any]]:
     return found
 
 
-def rebuild(config: Any, tensors: Mapping[str, Any], layers: int | None = None) -> Any:
-    """A cache that holds these tensors, named as `flatten` names them.
+def empty(config: Any, layers: int) -> Any:
+    """A cache of so many layers that hold nothing yet.
 
     Attention layers with a window get a cache of full length like the others: the window is in the mask, and one
     length serves all layers.
+    """
+    transformers = require("transformers")
+    from transformers.cache_utils import DynamicLayer
+
+    made = transformers.DynamicCache(config=config)
+    made.layers = [made.layers[i] if i < len(made.layers) else DynamicLayer() for i in range(layers)]
+    for index, layer in enumerate(made.layers):
+        if getattr(layer, "is_sliding", False):
+            made.layers[index] = _unbounded(layer)
+    return made
+
+
+def rebuild(config: Any, tensors: Mapping[str, Any], layers: int) -> Any:
+    """A cache that holds these tensors, named as `flatten` names them.
 
     Args:
         config: The configuration of the model that reads the cache.
         tensors: Keys and values [batch, heads, past, head size], states of any shape.
-        layers: Number of layers; None: up to the last that a tensor belongs to.
+        layers: Number of layers.
     """
-    transformers = require("transformers")
     if any(name.split(".")[1] in ("decoder", "encoder") for name in tensors):
         halves: list[dict[str, Any]] = [{}, {}]
         for name, tensor in tensors.items():
             index, half, part = name.split(".", 2)
             halves[half == "encoder"][f"{index}.{part}"] = tensor
-        return transformers.EncoderDecoderCache(*(rebuild(config, half, layers) for half in halves))
-    count = layers if layers is not None else 1 + max((int(name.split(".")[0]) for name in tensors), default=-1)
-    made = transformers.DynamicCache()
-    made.layers = [_empty_layer(config, index, tensors) for index in range(count)]
+        return require("transformers").EncoderDecoderCache(*(rebuild(config, half, layers) for half in halves))
+    made = empty(config, layers)
     for name, tensor in tensors.items():
         index, part, *number = name.split(".")
         layer = made.layers[int(index)]
@@ -66,6 +77,15 @@ def rebuild(config: Any, tensors: Mapping[str, Any], layers: int | None = None) 
         else:
             _set_state(layer, part, int(number[0]) if number else 0, tensor)
     return made
+
+
+def _unbounded(layer: Any) -> Any:
+    """A layer that keeps all tokens, in place of one with a window."""
+    from transformers import cache_utils
+
+    if hasattr(layer, "conv_states"):
+        return cache_utils.LinearAttentionAndFullAttentionLayer(layer.number_of_states)
+    return cache_utils.DynamicLayer()
 
 
 def _pair(cache: Any) -> tuple[Sequence[Any], Sequence[Any] | None]:
@@ -86,16 +106,6 @@ def _layer(layer: Any) -> list[tuple[str, Any]]:
             several = len(held) > 1
             found += [(f"{name}.{key}" if several else name, t) for key, t in held.items() if t is not None]
     return found
-
-
-def _empty_layer(config: Any, index: int, tensors: Mapping[str, Any]) -> Any:
-    """A layer of the class that these tensors need; the configuration knows the classes of those with states."""
-    from transformers.cache_utils import DynamicLayer
-
-    parts = {name.split(".")[1] for name in tensors if name.split(".")[0] == str(index)}
-    if parts <= set(PARTS):
-        return DynamicLayer()
-    return require("transformers").DynamicCache(config=config).layers[index]
 
 
 def _set_state(layer: Any, part: str, number: int, tensor: Any) -> None:

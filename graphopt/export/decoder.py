@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from graphopt.errors import UsageError, first_line
 from graphopt.export import cache as caches
+from graphopt.export import layers
 from graphopt.export.dependencies import require
 from graphopt.export.dry_run import dry_run
 from graphopt.export.sample_inputs import integers
@@ -49,9 +50,9 @@ class Slot:
 def causal_lm(label: str, model: Any, *, last_logits: bool = False) -> Source:
     """A decoder with its cache.
 
-    Inputs: input_ids [batch, sequence] int64, attention_mask [batch, total] int64 and position_ids [batch, sequence]
-    int64 as far as the model has them, past_key_values.N.key and .value [batch, heads, past, head size]. Outputs: logits
-    [batch, sequence, vocabulary], present.N.key and .value [batch, heads, total, head size]. total = past + sequence.
+    Inputs: input_ids [batch, sequence], attention_mask [batch, total] and position_ids [batch, sequence], int64, as far
+    as the model has them; past_key_values.N.key and .value [batch, heads, past, head size]. Outputs: logits
+    [batch, sequence, vocabulary]; present.N.key and .value [batch, heads, total, head size]. total = past + sequence.
 
     Args:
         label: How messages call the model.
@@ -89,6 +90,25 @@ def cache_slots(label: str, model: Any) -> list[Slot]:
     Raises:
         UsageError: It has no cache, or a size of it follows from nothing that is known.
     """
+    plan = layers.plan(model)
+    if plan is None:
+        return _seen_slots(label, model)
+    with layers.cut(model, plan):
+        first = _seen_slots(label, model)
+    by_layer: dict[int, list[Slot]] = {}
+    for slot in first:
+        by_layer.setdefault(int(slot.name.split(".")[0]), []).append(slot)
+    if sorted(by_layer) != list(range(plan.kept)):
+        return _seen_slots(label, model)  # Layers of the list and of the cache aren't the same.
+    made_of = [*range(plan.kept - 1), *plan.templates, plan.kept - 1]
+    return [
+        Slot(f"{layer}.{slot.name.split('.', 1)[1]}", slot.dims)
+        for layer, template in enumerate(made_of)
+        for slot in by_layer[template]
+    ]
+
+
+def _seen_slots(label: str, model: Any) -> list[Slot]:
     sizes = ({"batch": 2, "past": 5}, {"batch": 3, "past": 7})
     try:
         found = [_shapes(model, **size) for size in sizes]
@@ -116,7 +136,7 @@ def _shapes(model: Any, batch: int, past: int) -> list[tuple[str, tuple[int, ...
 
     def call(ids: Any) -> Any:
         more = {"attention_mask": torch.ones_like(ids)} if masked else {}
-        return model(input_ids=ids, **more, use_cache=True)
+        return model(input_ids=ids, **more, past_key_values=caches.empty(model.config, _depth(model)), use_cache=True)
 
     held = getattr(dry_run(model, call, [ids]), "past_key_values", None)
     return [] if held is None else [(name, tuple(tensor.shape)) for name, tensor in caches.flatten(held)]
@@ -124,15 +144,20 @@ def _shapes(model: Any, batch: int, past: int) -> list[tuple[str, tuple[int, ...
 
 def _run(model: Any, named: Sequence[str], slots: Sequence[Slot], last: bool, *tensors: Any) -> tuple[Any, ...]:
     past = dict(zip((slot.name for slot in slots), tensors[len(named) :], strict=True))
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
     with _last_only(model) if last else contextlib.nullcontext():
         result = model(
             **dict(zip(named, tensors, strict=False)),
-            past_key_values=caches.rebuild(model.config, past, layers),
+            past_key_values=caches.rebuild(model.config, past, _depth(model)),
             use_cache=True,
         )
     present = dict(caches.flatten(result.past_key_values))
     return (result.logits, *(present[slot.name] for slot in slots))
+
+
+def _depth(model: Any) -> int:
+    """Layers of the model's decoder, as its configuration tells."""
+    depth: int = model.config.get_text_config(decoder=True).num_hidden_layers
+    return depth
 
 
 @contextlib.contextmanager

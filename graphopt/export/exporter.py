@@ -303,7 +303,7 @@ class _Export:
         return traced.model if self.options.finish is None else self.options.finish(traced.model)
 
     def _first_layers(self, loaded: Loaded, source: Source, folder: Path, implementation: str) -> dict[str, float]:
-        """Verify the model cut to the layers that are traced: the others are made of these, with weights of their own."""
+        """Verify the model cut to the layers that are traced; the others are made of these, with their own weights."""
         plan = layers.plan(source.module) if source.again is not None else None
         if plan is None:
             self.notes.append(f"{source.label} wasn't compared with PyTorch: its memory isn't free (--verify full)")

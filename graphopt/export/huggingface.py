@@ -39,7 +39,7 @@ def from_pretrained(
 ) -> Loaded:
     """A Hugging Face model, from a folder or by its name on the hub.
 
-    Which inputs it has is read from the signature of its forward, from its configuration, and from runs without numbers.
+    Which inputs it has is read off the signature of its forward, its configuration, and runs without numbers.
 
     Args:
         name: A folder, or a name on the hub.
@@ -153,6 +153,9 @@ def _load(
             )
         except Exception as error:
             raise ModelError(f"{name}: {model_class.__name__} can't be made: {first_line(error)}") from error
+        if getattr(module, "_can_set_experts_implementation", lambda: False)():
+            # The usual one counts tokens by expert with an operator that no exporter has.
+            module.set_experts_implementation("batched_mm")
         weights = checkpoint_weights(folder, module)
         return module, weights, weights.missing(module)
 
