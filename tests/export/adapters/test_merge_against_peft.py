@@ -1,0 +1,165 @@
+"""Every method merged as peft's own merge_and_unload merges it, on tiny random models and random adapters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from adapter_cases import InMemory, attention_module, bert, convolutions, gpt2, llama, merged_by_peft, save_adapter
+
+from graphopt.export.adapters import AdaptedWeights
+
+pytestmark = pytest.mark.export
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft", reason="peft isn't installed, so nothing is compared with its merge_and_unload")
+
+TOLERANCE = 1e-5
+ATTENTION = ["q_proj", "k_proj"]
+TWO = ["q_proj", "down_proj"]
+
+Make = Callable[[], Any]
+
+
+def case(name: str, make: Make, config: Callable[[], Any], **how: Any) -> Any:
+    return pytest.param(make, config, how, id=name)
+
+
+def lora(**settings: Any) -> Callable[[], Any]:
+    return lambda: peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": TWO, **settings})
+
+
+def of(kind: str, **settings: Any) -> Callable[[], Any]:
+    return lambda: getattr(peft, f"{kind}Config")(**{"target_modules": TWO, **settings})
+
+
+CASES = [
+    case("lora", llama, lora()),
+    case("lora-bfloat16", llama, lora(), dtype="bfloat16"),
+    case("lora-rank-stabilised", llama, lora(use_rslora=True)),
+    case("lora-patterns", llama, lora(rank_pattern={"layers.1.*down_proj": 2}, alpha_pattern={"q_proj": 3})),
+    case("lora-some-layers", llama, lora(layers_to_transform=[1])),
+    case("lora-excluded", llama, lora(exclude_modules=[".*layers.0.*q_proj"])),
+    case("lora-embedding-and-head", llama, lora(target_modules=["embed_tokens", "lm_head", "o_proj"])),
+    case("lora-bias", bert, lora(target_modules=["query", "dense"], lora_bias=True)),
+    case("lora-trained-biases", bert, lora(target_modules=["query"], bias="lora_only")),
+    case("lora-all-biases", bert, lora(target_modules=["query"], bias="all")),
+    case("lora-classifier", bert, lora(target_modules=["query"], task_type="SEQ_CLS")),
+    case("lora-saved-module", llama, lora(modules_to_save=["lm_head"])),
+    case("lora-tokens", llama, lora(trainable_token_indices=[1, 5])),
+    case("lora-conv1d", gpt2, lora(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
+    case("lora-convolutions", convolutions, lora(target_modules=["one", "two", "along", "head"])),
+    case("lora-multihead", attention_module, lora(target_modules=["attn"])),
+    case("dora", llama, lora(use_dora=True)),
+    case("dora-embedding", llama, lora(use_dora=True, target_modules=["embed_tokens", "v_proj"])),
+    case("dora-conv1d", gpt2, lora(use_dora=True, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+    case("dora-convolutions", convolutions, lora(use_dora=True, target_modules=["one", "two", "along"])),
+    case("pissa", llama, lora(init_lora_weights="pissa")),
+    case("pissa-conv1d", gpt2, lora(init_lora_weights="pissa", target_modules=["c_attn"], fan_in_fan_out=True)),
+    case("olora", llama, lora(init_lora_weights="olora")),
+    case("orthogonal", llama, lora(init_lora_weights="orthogonal")),
+    case("mica", llama, lora(init_lora_weights="mica")),
+    case("kasa", llama, lambda: lora(kasa_config=peft.KasaConfig())()),
+    case("adalora", llama, of("AdaLora", init_r=6, target_r=4, total_step=10, lora_alpha=12)),
+    case("vera", llama, of("Vera", r=4)),
+    case("vera-made-again", llama, of("Vera", r=4, save_projection=False, projection_prng_key=7)),
+    case("pvera", llama, of("PVera", r=4)),
+    case("randlora", llama, of("RandLora", r=4, target_modules=["q_proj", "down_proj", "up_proj"])),
+    case("randlora-made-again", llama, of("RandLora", r=3, save_projection=False, randlora_alpha=20)),
+    case("randlora-sparse", llama, of("RandLora", r=4, save_projection=False, sparse=True, randlora_alpha=20)),
+    case("randlora-very-sparse", llama, of("RandLora", r=4, save_projection=False, very_sparse=True, randlora_alpha=20)),
+    case("vblora", llama, of("VBLoRA", r=4, num_vectors=10, vector_length=4)),
+    case("vblora-indices", llama, of("VBLoRA", r=4, num_vectors=10, vector_length=4, save_only_topk_weights=True)),
+    case("unilora", llama, of("UniLora", r=4, save_indices=True)),
+    case("delora", llama, of("Delora", r=4)),
+    case("miss", llama, of("Miss", r=5)),
+    case("miss-mini", llama, of("Miss", r=4, mini_r=8, init_weights="mini")),
+    case("miss-bat", llama, of("Miss", r=4, init_weights="bat")),
+    case("loha", llama, of("LoHa", r=4)),
+    case("loha-convolutions", convolutions, of("LoHa", r=4, target_modules=["one", "two", "along"])),
+    case(
+        "loha-core", convolutions, of("LoHa", r=4, use_effective_conv2d=True, target_modules=["one", "two", "along"])
+    ),
+    case("lokr", llama, of("LoKr", r=4)),
+    case("lokr-decomposed", llama, of("LoKr", r=1, decompose_both=True, alpha_pattern={"q_proj": 3})),
+    case("lokr-factor", llama, of("LoKr", r=2, decompose_factor=2, rank_pattern={"down_proj": 1})),
+    case("lokr-convolutions", convolutions, of("LoKr", r=1, target_modules=["one", "two", "along"])),
+    case(
+        "lokr-core", convolutions, of("LoKr", r=1, use_effective_conv2d=True, target_modules=["one", "two", "along"])
+    ),
+    case("ia3", llama, of("IA3", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    case("ia3-bias", bert, of("IA3", target_modules=["key", "output.dense"], feedforward_modules=["output.dense"])),
+    case("ia3-conv1d", gpt2, of("IA3", target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])),
+    case("ia3-convolutions", convolutions, of("IA3", target_modules=["one", "two"], feedforward_modules=["two"])),
+    case("oft", llama, of("OFT", oft_block_size=4)),
+    case("oft-exact", llama, of("OFT", oft_block_size=4, use_cayley_neumann=False)),
+    case("oft-three-terms", llama, of("OFT", oft_block_size=4, num_cayley_neumann_terms=3)),
+    case("oft-eight-terms", llama, of("OFT", oft_block_size=4, num_cayley_neumann_terms=8), scale=0.1),
+    case("oft-shared", llama, of("OFT", oft_block_size=4, block_share=True)),
+    case("oft-constrained", llama, of("OFT", oft_block_size=4, coft=True, eps=0.1)),
+    case("oft-embedding", llama, of("OFT", oft_block_size=4, target_modules=["embed_tokens"])),
+    case("oft-convolutions", convolutions, of("OFT", oft_block_size=4, target_modules=["one", "two", "head"])),
+    case("boft", llama, of("BOFT", boft_block_size=4)),
+    case("boft-convolutions", convolutions, of("BOFT", boft_block_size=4, target_modules=["one", "two"])),
+    case("hra", llama, of("HRA", r=4)),
+    case("hra-orthogonalised", llama, of("HRA", r=4, apply_GS=True)),
+    case("hra-convolutions", convolutions, of("HRA", r=4, target_modules=["one", "two"])),
+    case("fourierft", llama, of("FourierFT", n_frequency=30)),
+    case("fourierft-conv1d", gpt2, of("FourierFT", n_frequency=30, target_modules=["c_attn"], fan_in_fan_out=True)),
+    case("layer-norms", llama, of("LNTuning", target_modules=["input_layernorm", "norm"])),
+    case("c3a", llama, of("C3A", block_size=8)),
+    case("shira", llama, of("Shira", r=1)),
+    case("road-1", llama, of("Road", variant="road_1", group_size=8)),
+    case("road-2", bert, of("Road", variant="road_2", group_size=4, target_modules=["query"])),
+    case("road-4", bert, of("Road", variant="road_4", group_size=8, target_modules=["query"])),
+    case("tokens", llama, of("TrainableTokens", target_modules=["embed_tokens"], token_indices=[1, 4])),
+    case("gralora", llama, of("Gralora", r=4, gralora_k=2)),
+    case("gralora-hybrid", llama, of("Gralora", r=4, gralora_k=4, hybrid_r=2)),
+    case("hira", llama, of("Hira", r=4)),
+    case("hira-embedding", llama, of("Hira", r=4, target_modules=["embed_tokens"])),
+    case("hira-convolutions", convolutions, of("Hira", r=4, target_modules=["one", "two"])),
+    case("glora", bert, of("Glora", r=2, target_modules=["query", "key"])),
+    case("glora-vectors", bert, of("Glora", config_A_B="vector", config_C="vector", config_D_E="vector", target_modules=["query"])),
+    case("beft", bert, of("Beft", target_modules=["value"])),
+    case("deft", llama, of("Deft", r=4)),
+    case("deft-qr", llama, of("Deft", r=4, decomposition_method="qr", alpha=8)),
+    case("deft-para", llama, of("Deft", r=4, para=True)),
+    case("supertuning", llama, of("Supertuning", sparsity=0.9)),
+    case("supertuning-and-rank", llama, of("Supertuning", sparsity=0.9, r=2, lora_alpha=4)),
+    case("osf", llama, of("OSF")),
+]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize(("make", "config", "how"), CASES)
+def test_as_peft_merges(tmp_path: Path, make: Make, config: Callable[[], Any], how: dict[str, Any]) -> None:
+    dtype = getattr(torch, how["dtype"]) if "dtype" in how else None
+    folder = save_adapter(tmp_path / "adapter", make, config(), scale=how.get("scale", 0.3), dtype=dtype)
+    expected = merged_by_peft(make, folder)
+    base = InMemory(make())
+    weights = AdaptedWeights(base, folder)
+    assert set(weights.names()) == set(expected) == set(base.names())
+    assert weights.notes == []
+    before = {n: v.float().numpy() for n, v in base.state.items()}
+    changed = 0
+    for name in weights.names():
+        tensor = weights.tensor(name)
+        assert tuple(tensor.shape) == expected[name].shape
+        found = tensor.numpy()
+        error = np.abs(found - expected[name]).max() / max(1.0, np.abs(expected[name]).max())
+        assert error <= TOLERANCE, f"{name}: {error}"
+        differs = not np.array_equal(before[name], expected[name])
+        changed += differs
+        assert name in weights.changed() or not differs
+    assert changed >= 1
