@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +115,6 @@ class Adapter:
                 "(save_projection=True, save_indices=True)"
             )
         return self.array(self.common[name])
-
-    def parameters(self) -> Iterator[str]:
-        """Every key, for messages."""
-        yield from self.shapes
 
     def _place(self, key: str) -> None:
         inner = key.removeprefix("base_model.model.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from graphopt.errors import UsageError
 from graphopt.export.adapters.checkpoint import TOKENS, Adapter
-from graphopt.export.adapters.projections import regenerated
-from graphopt.export.adapters.site import Array
+from graphopt.export.adapters.projections import shared_tensors
+from graphopt.export.adapters.site import Array, Site
 from graphopt.export.adapters.targets import (
     Names,
     Target,
@@ -65,15 +65,18 @@ class AdaptedWeights:
         self._biases: dict[str, list[tuple[Target, str]]] = {}
         self._tokens: dict[str, tuple[Adapter, str]] = {}
         self._replaced: dict[str, tuple[Adapter, str]] = {}
-        self._regenerated: dict[int, dict[str, Array]] = {}
         self.notes: list[str] = []
-        known = set(base.names())
+        known = self._known = set(base.names())
         for adapter, share in self._adapters:
             names = Names(adapter, known)
             self._plan(adapter, share, names, turned)
             self._plan_replaced(adapter, names, known)
             self.notes.extend(unmatched(adapter, known))
         self._check_sums()
+        self._shared = {}
+        for adapter, _ in self._adapters:
+            targets = [t for found in self._targets.values() for t in found if t.adapter is adapter]
+            self._shared[id(adapter)] = shared_tensors(adapter, [(t.outputs, t.inputs) for t in targets])
         self._names = [*base.names(), *(name for name in self._replaced if name not in known)]
 
     def names(self) -> Collection[str]:
@@ -87,19 +90,21 @@ class AdaptedWeights:
     def tensor(self, name: str) -> ir.TensorProtocol:
         """The merged weight, read and merged when its data is asked for; what no adapter changes is the base's own."""
         replaced = self._replaced.get(name)
-        if replaced is None or name in set(self._base.names()):
-            before = self._base.tensor(name)
-        else:
+        if name not in self._known:
+            if replaced is None:
+                return self._base.tensor(name)  # which says that there is none
             adapter, key = replaced
-            array = adapter.array(key)
-            return ir.tensor(array, name=name)
+            shape = ir.Shape(adapter.shapes[key])
+            whole = functools.partial(_tensor, adapter, key, name)
+            return ir.LazyTensor(whole, dtype=ir.DataType.FLOAT, shape=shape, name=name)
+        before = self._base.tensor(name)
         if name not in self.changed():
             return before
 
         def merged() -> ir.TensorProtocol:
-            dtype = before.dtype.numpy()
             array = before.numpy() if replaced is None else replaced[0].array(replaced[1])
-            return ir.Tensor(self._merged(name, array, dtype), dtype=before.dtype, name=name)
+            found = self._merged(name, array, before.dtype.numpy())
+            return ir.Tensor(found, dtype=before.dtype, name=name)
 
         return ir.LazyTensor(merged, dtype=before.dtype, shape=ir.Shape(before.shape.numpy()), name=name)
 
@@ -115,7 +120,7 @@ class AdaptedWeights:
                 if len(keys) == 1:
                     continue
             shape = tuple(self._base.tensor(weight).shape.numpy())
-            target = target_of(adapter, share, module, weight, shape, weight in turned)
+            target = target_of(adapter, share * names.times(module), module, weight, shape, weight in turned)
             if method.factors or method.delta or method.transform:
                 self._targets.setdefault(weight, []).append(target)
             if method.bias is not None:
@@ -184,7 +189,7 @@ class AdaptedWeights:
             key = adapter.modules[module][TOKENS]
             array = trainable_tokens(token_indices(adapter, key), adapter.array(key).astype(dtype), array)
         for target, weight in self._biases.get(name, []):
-            site = target.site(self._shared(target.adapter))
+            site = self._site(target)
             bias = target.adapter.method.bias
             assert bias is not None
             before = array.astype(np.float32)
@@ -203,7 +208,7 @@ class AdaptedWeights:
         left, right, sites = [], [], []
         for target in targets:
             assert target.adapter.method.factors is not None
-            site = target.site(self._shared(target.adapter))
+            site = self._site(target)
             b, a = target.adapter.method.factors(site)
             b = b * np.float32(target.share) if target.share != 1 else b
             left.append(a.T if target.turned else b)
@@ -237,7 +242,7 @@ class AdaptedWeights:
         return out.reshape(array.shape)
 
     def _whole(self, target: Target, array: Array) -> Array:
-        method, site = target.adapter.method, target.site(self._shared(target.adapter))
+        method, site = target.adapter.method, self._site(target)
         weight = _matrix(array, target.turned)
         if method.delta is not None:
             delta = method.delta(site)
@@ -250,16 +255,8 @@ class AdaptedWeights:
     def _base_matrix(self, name: str, target: Target) -> Array:
         return _matrix(self._base.tensor(name).numpy(), target.turned)
 
-    def _shared(self, adapter: Adapter) -> Callable[[str], Array]:
-        def shared(name: str) -> Array:
-            if name in adapter.common:
-                return adapter.shared(name)
-            if (found := self._regenerated.get(id(adapter))) is None:
-                sizes = [(t.outputs, t.inputs) for ts in self._targets.values() for t in ts if t.adapter is adapter]
-                found = self._regenerated[id(adapter)] = regenerated(adapter, sizes)
-            return found[name] if name in found else adapter.shared(name)
-
-        return shared
+    def _site(self, target: Target) -> Site:
+        return target.site(self._shared[id(target.adapter)])
 
 
 def opened(adapters: Given | Sequence[Given]) -> list[tuple[Adapter, float]]:
@@ -273,6 +270,10 @@ def opened(adapters: Given | Sequence[Given]) -> list[tuple[Adapter, float]]:
         one, share = item if isinstance(item, tuple) else (item, 1.0)
         found.append((one if isinstance(one, Adapter) else Adapter(one), float(share)))
     return found
+
+
+def _tensor(adapter: Adapter, key: str, name: str) -> ir.TensorProtocol:
+    return ir.Tensor(adapter.array(key), name=name)
 
 
 def _matrix(array: Array, turned: bool) -> Array:

@@ -6,20 +6,33 @@ They are torch's random numbers for the seed in the configuration, so torch make
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from graphopt.export.adapters.checkpoint import Adapter
 from graphopt.export.adapters.site import Array
 from graphopt.export.dependencies import require
 
 
-def regenerated(adapter: Adapter, sizes: Sequence[tuple[int, int]]) -> dict[str, Array]:
-    """The shared matrices of a VeRA or RandLoRA adapter by name; empty for other methods.
+def shared_tensors(adapter: Adapter, sizes: Sequence[tuple[int, int]]) -> Callable[[str], Array]:
+    """A function that gives what all modules of an adapter share, by name: stored, or made again when first asked for.
 
     Args:
         adapter: The adapter.
         sizes: Output and input features of every module that it changes.
     """
+    made: dict[str, Array] = {}
+
+    def shared(name: str) -> Array:
+        if name not in adapter.common and not made:
+            made.update(_regenerated(adapter, sizes))
+        return made[name] if name in made else adapter.shared(name)
+
+    return shared
+
+
+def _regenerated(adapter: Adapter, sizes: Sequence[tuple[int, int]]) -> dict[str, Array]:
+    """The shared matrices of a VeRA or RandLoRA adapter; empty for other methods."""
     kind = adapter.config["peft_type"]
     if kind not in ("VERA", "RANDLORA") or not sizes:
         return {}
@@ -49,11 +62,11 @@ def regenerated(adapter: Adapter, sizes: Sequence[tuple[int, int]]) -> dict[str,
 
         return {"randlora_A": signs(rank, 1, small), "randlora_B": signs(large, bases, rank)}
 
-    def basis(*shape: int) -> object:
+    def basis(*shape: int) -> Any:
         # peft draws them in bfloat16, and keeps them in it until they are normalised.
         empty = torch.empty(shape, dtype=torch.bfloat16)
         return torch.nn.init.kaiming_uniform_(empty, a=math.sqrt(5), generator=generator)
 
     a = basis(rank, 1, small)
     b = torch.cat([basis(large, 1, rank) for _ in range(bases)], dim=1)
-    return {"randlora_A": (a / a.std()).float().numpy(), "randlora_B": (b / b.std()).float().numpy()}  # type: ignore
+    return {"randlora_A": (a / a.std()).float().numpy(), "randlora_B": (b / b.std()).float().numpy()}

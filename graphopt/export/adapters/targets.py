@@ -71,6 +71,15 @@ class Names:
             )
         return found
 
+    def times(self, module: str) -> int:
+        """How often peft adds a module's change: that of nn.MultiheadAttention's output projection twice.
+
+        It does so when it merges and when it runs the adapter, so the adapter was trained for it.
+        """
+        outer, _, last = module.rpartition(".")
+        double = last == "out_proj" and outer in self._adapter.modules
+        return 2 if double and self.weight(outer).endswith(".in_proj_weight") else 1
+
     def bias(self, module: str) -> str | None:
         """The name of a module's bias; None where the base has none."""
         stem, _, kind = self.weight(module).rpartition(".")

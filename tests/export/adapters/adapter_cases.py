@@ -41,7 +41,12 @@ def bert() -> Any:
 
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.4,
     )
     return transformers.BertForSequenceClassification(config).eval()
 
@@ -102,7 +107,7 @@ def save_adapter(
 
     model = peft.get_peft_model(make(), config)
     if dtype is not None:
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
     randomise(model, scale, seed)
