@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ TOKENS = "trainable_tokens_delta"
 """Rows of an embedding, which stand beside every method."""
 _INSIDE = ("base_layer", "token_adapter", "modules_to_save", "original_module")
 """Parts of a key that peft's wrappers put between the module and its parameter."""
+
+
+class Named(dict[str, Any]):
+    """A dictionary that says in a sentence what it lacks."""
+
+    def __init__(self, found: Mapping[str, Any], lacks: str, of: str = "") -> None:
+        super().__init__(found)
+        self._lacks, self._of = lacks, of
+
+    def __missing__(self, key: str) -> Any:
+        raise UsageError(f"{self._lacks} {key}{self._of}")
 
 
 class Adapter:
@@ -141,7 +153,7 @@ _NATIVE = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", 
 _FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> Named:
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder} with an adapter")
     path = folder / CONFIG
@@ -153,4 +165,4 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path} can't be read: {first_line(error)}") from error
     if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
         raise ModelError(f"{path} doesn't say the adapter's peft_type")
-    return found
+    return Named(found, f"{path} lacks")

@@ -115,6 +115,8 @@ def _sizes(output: str, inputs: str) -> Callable[[Shapes, Mapping[str, Any]], Fe
 
 def _lora_features(shapes: Shapes, config: Mapping[str, Any]) -> Features:
     out, into = _sizes("lora_B|lora_embedding_B", "lora_A|lora_embedding_A")(shapes, config)
+    if out is None or into is None:
+        raise KeyError("lora_A and lora_B")
     return (None, None) if config.get("use_bdlora") else (out, into)
 
 

@@ -193,7 +193,8 @@ class AdaptedWeights:
             bias = target.adapter.method.bias
             assert bias is not None
             before = array.astype(np.float32)
-            after = bias(site, before, functools.partial(self._base_matrix, weight, target))
+            with target.fitting():
+                after = bias(site, before, functools.partial(self._base_matrix, weight, target))
             array = before + np.float32(target.share) * (after - before) if target.share != 1 else after
         low = [t for t in targets if t.adapter.method.factors is not None]
         if low:
@@ -209,7 +210,10 @@ class AdaptedWeights:
         for target in targets:
             assert target.adapter.method.factors is not None
             site = self._site(target)
-            b, a = target.adapter.method.factors(site)
+            with target.fitting():
+                b, a = target.adapter.method.factors(site)
+                if (b.shape[0], a.shape[1], b.shape[1]) != (target.outputs, target.inputs, a.shape[0]):
+                    raise ValueError(f"the product is one of {shape_text(b.shape)} and {shape_text(a.shape)}")
             b = b * np.float32(target.share) if target.share != 1 else b
             left.append(a.T if target.turned else b)
             right.append(b.T if target.turned else a)
@@ -244,12 +248,15 @@ class AdaptedWeights:
     def _whole(self, target: Target, array: Array) -> Array:
         method, site = target.adapter.method, self._site(target)
         weight = _matrix(array, target.turned)
-        if method.delta is not None:
-            delta = method.delta(site)
-            found = weight + (delta if target.share == 1 else np.float32(target.share) * delta)
-        else:
-            assert method.transform is not None
-            found = method.transform(site, weight)
+        with target.fitting():
+            if method.delta is not None:
+                delta = method.delta(site)
+                found = weight + (delta if target.share == 1 else np.float32(target.share) * delta)
+            else:
+                assert method.transform is not None
+                found = method.transform(site, weight)
+            if found.shape != weight.shape:
+                raise ValueError(f"the formula gives {shape_text(found.shape)}")
         return np.asarray((found.T if target.turned else found).reshape(array.shape))
 
     def _base_matrix(self, name: str, target: Target) -> Array:

@@ -42,7 +42,7 @@ class Site:
         for key, value in (self.config.get(pattern) or {}).items():
             if re.match(rf"(.*\.)?({key})$", self.module):
                 return value
-        return self.config.get(default)
+        return self.config[default]
 
     def flat(self, name: str) -> Array:
         """A tensor as a matrix [first dimension, everything else]: the kernels of a convolution in one row each."""

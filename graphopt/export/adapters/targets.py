@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from graphopt.errors import UsageError
-from graphopt.export.adapters.checkpoint import Adapter
+from graphopt.errors import UsageError, first_line
+from graphopt.export.adapters.checkpoint import Adapter, Named
 from graphopt.export.adapters.site import Array, Site
 
 
@@ -34,8 +35,24 @@ class Target:
 
     def site(self, shared: Callable[[str], Array]) -> Site:
         """The adapter's numbers for the module, read now."""
-        tensors = {name: self.adapter.array(key) for name, key in self.adapter.modules[self.module].items()}
+        found = {name: self.adapter.array(key) for name, key in self.adapter.modules[self.module].items()}
+        tensors = Named(found, f"{self.adapter.path} lacks", f" of {self.module}")
         return Site(self.module, tensors, shared, self.adapter.config, self.outputs, self.inputs)
+
+    @contextlib.contextmanager
+    def fitting(self) -> Iterator[None]:
+        """What the shapes of the tensors don't allow is said in a sentence.
+
+        Raises:
+            UsageError: A formula met shapes that don't fit each other or the weight.
+        """
+        try:
+            yield
+        except ValueError as error:
+            raise UsageError(
+                f"{self.adapter.path}: the tensors of {self.module} don't fit each other or the base's weight of "
+                f"{self.outputs} × {self.inputs} features: {first_line(error)}"
+            ) from error
 
 
 class Names:
@@ -47,12 +64,10 @@ class Names:
 
     def __init__(self, adapter: Adapter, known: set[str]) -> None:
         self._adapter, self._known = adapter, known
-        self._drop, self._add = "", ""
         modules = list(adapter.modules)
-        for drop, add in self._prefixes(modules):
-            if all(self._find(m, drop, add) is not None for m in modules):
-                self._drop, self._add = drop, add
-                break
+        fits = {p: sum(self._find(m, *p) is not None for m in modules) for p in self._prefixes(modules)}
+        # The one that most modules fit with: a module that fits with none is told by the name it would have.
+        self._drop, self._add = max(fits, key=lambda p: fits[p])
 
     def weight(self, module: str) -> str:
         """The name of a module's weight.
@@ -98,10 +113,11 @@ class Names:
         parts = modules[0].split(".")
         for count in range(1, min(3, len(parts))):
             yield ".".join(parts[:count]) + ".", ""
-        for kind in ("weight", "in_proj_weight"):
-            ends = [n for n in self._known if n.endswith(f".{modules[0]}.{kind}")]
-            for name in sorted(ends, key=len):
-                yield "", name[: -len(f"{modules[0]}.{kind}")]
+        for module in modules:
+            ends = [n for n in self._known if n.endswith((f".{module}.weight", f".{module}.in_proj_weight"))]
+            if ends:
+                yield from (("", name[: name.rindex(f"{module}.")]) for name in sorted(ends, key=len))
+                return
 
     def _find(self, module: str, drop: str, add: str) -> str | None:
         if not module.startswith(drop):
