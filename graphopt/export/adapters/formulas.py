@@ -34,6 +34,7 @@ class Method:
         transform: W' from W.
         magnitude: The tensor that holds the norm of each row of W' (DoRA): W' = diag(m/‖W + ΔW‖) (W + ΔW).
         bias: b' from b and a function that gives the base weight W.
+        by_rows: Whether `transform` makes each row of W' of the same row of W alone and can be given any rows.
         infinite: Whether its tensors may hold infinities.
     """
 
@@ -44,6 +45,7 @@ class Method:
     transform: Callable[[Site, Array], Array] | None = None
     magnitude: str | None = None
     bias: Callable[[Site, Array, Callable[[], Array]], Array] | None = None
+    by_rows: bool = False
     infinite: bool = False
 
     @property
@@ -223,9 +225,9 @@ METHODS: dict[str, Method] = {
     "SHIRA": Method(("shira_",), _unknown, delta=additive.shira),
     "SUPERTUNING": Method(("supertuning_",), _supertuning_features, delta=additive.supertuning),
     "GRALORA": Method(("gralora_",), _gralora_features, delta=additive.gralora),
-    "OFT": Method(("oft_",), _oft_features, transform=transforms.oft),
+    "OFT": Method(("oft_",), _oft_features, transform=transforms.oft, by_rows=True),
     "BOFT": Method(("boft_",), _boft_features, transform=transforms.boft),
-    "HRA": Method(("hra_",), _of(None, "hra_u"), transform=transforms.hra),
+    "HRA": Method(("hra_",), _of(None, "hra_u"), transform=transforms.hra, by_rows=True),
     "IA3": Method(
         ("ia3_",), _ia3_features, transform=transforms.ia3, bias=lambda site, b, w: transforms.ia3_bias(site, b)
     ),

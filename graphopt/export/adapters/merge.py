@@ -36,8 +36,8 @@ class AdaptedWeights:
     """The weights of a base with adapters merged in (the `Weights` protocol).
 
     A weight is merged when it is read, in float32 (what inverts or decomposes in float64), and given back in the
-    base's type. Of low-rank adapters only a block of the weight is in float32 at a time; the others need the whole
-    weight in float32, two to four times.
+    base's type. Of low-rank adapters, DoRA, OFT and HRA only a block of the weight is in float32 at a time; the others
+    need the whole weight in float32, two to four times.
 
     Several adapters are summed, W' = W + Σᵢ wᵢ ΔWᵢ, which for LoRA is what peft's `add_weighted_adapter` with "cat"
     gives; those that multiply or replace a weight don't sum and can only be merged alone, with weight 1.
@@ -200,7 +200,10 @@ class AdaptedWeights:
         if low:
             array = self._low_rank(low, array, dtype)
         for target in targets:
-            if target.adapter.method.factors is None:
+            method = target.adapter.method
+            if method.by_rows and not target.turned:
+                array = self._by_rows(target, array, dtype)
+            elif method.factors is None:
                 array = self._whole(target, array)
         return np.ascontiguousarray(array.astype(dtype, copy=False))
 
@@ -220,8 +223,7 @@ class AdaptedWeights:
             sites.append(site)
         rows, columns = np.concatenate(left, axis=1), np.concatenate(right, axis=0)
         stored = array.reshape(array.shape[0], -1)
-        step = max(1, BLOCK_BYTES // 4 // max(1, stored.shape[1]))
-        blocks = [slice(i, min(i + step, len(stored))) for i in range(0, len(stored), step)]
+        blocks = _blocks(stored)
 
         def block(part: slice) -> Array:
             return np.asarray(stored[part].astype(np.float32) + rows[part] @ columns)
@@ -243,6 +245,17 @@ class AdaptedWeights:
             for part in blocks:
                 found = block(part)
                 out[part] = found * (magnitude[part] / np.linalg.norm(found, axis=1))[:, None]
+        return out.reshape(array.shape)
+
+    def _by_rows(self, target: Target, array: Array, dtype: np.dtype) -> Array:
+        """f(W) block by block of its rows."""
+        transform, site = target.adapter.method.transform, self._site(target)
+        assert transform is not None
+        stored = array.reshape(array.shape[0], -1)
+        out = np.empty(stored.shape, dtype)
+        with target.fitting():
+            for part in _blocks(stored):
+                out[part] = transform(site, stored[part].astype(np.float32))
         return out.reshape(array.shape)
 
     def _whole(self, target: Target, array: Array) -> Array:
@@ -277,6 +290,11 @@ def opened(adapters: Given | Sequence[Given]) -> list[tuple[Adapter, float]]:
         one, share = item if isinstance(item, tuple) else (item, 1.0)
         found.append((one if isinstance(one, Adapter) else Adapter(one), float(share)))
     return found
+
+
+def _blocks(stored: Array) -> list[slice]:
+    step = max(1, BLOCK_BYTES // 4 // max(1, stored.shape[1]))
+    return [slice(i, min(i + step, len(stored))) for i in range(0, len(stored), step)]
 
 
 def _tensor(adapter: Adapter, key: str, name: str) -> ir.TensorProtocol:

@@ -183,11 +183,14 @@ def hra(site: Site, weight: Array) -> Array:
         # The signs of Q's columns don't matter, Q Qᵀ being even in each.
         q = np.linalg.qr(u)[0].astype(np.float32)
         return np.asarray(weight - 2 * (weight @ q) @ q.T)
-    u = (u / np.linalg.norm(u, axis=0)).astype(np.float32)
-    found = weight
+    u = u / np.linalg.norm(u, axis=0)
+    # The product is I − U T Uᵀ with an upper triangular T ("The WY Representation for Products of Householder
+    # Matrices"), so that W is gone over once and not once for each reflection.
+    middle = np.zeros((u.shape[1], u.shape[1]))
     for i in range(u.shape[1]):
-        found = found - np.outer(2 * (found @ u[:, i]), u[:, i])
-    return np.asarray(found)
+        middle[:i, i] = -2 * middle[:i, :i] @ (u[:, :i].T @ u[:, i])
+        middle[i, i] = 2
+    return np.asarray(weight - (weight @ u.astype(np.float32)) @ (middle @ u.T).astype(np.float32))
 
 
 def bat(site: Site, weight: Array) -> Array:
