@@ -19,6 +19,8 @@ from graphopt.export.dependencies import require
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TOKENS = "trainable_tokens_delta"
 """Rows of an embedding, which stand beside every method."""
+WRAPPED = "#"
+"""Stands before the depth of a wrapper that isn't the outermost one of its module."""
 _INSIDE = ("base_layer", "token_adapter", "modules_to_save", "original_module")
 """Parts of a key that peft's wrappers put between the module and its parameter."""
 
@@ -145,6 +147,10 @@ class Adapter:
         if name.startswith("ln_tuning_layers."):  # a norm's parameters, whole
             self.replaced[f"{module}.{parts[-1]}"] = key
             return
+        depth = 0
+        while self.config.get("target_parameters") and depth < first and parts[first - 1 - depth] == "base_layer":
+            depth += 1
+        module += f"{WRAPPED}{depth}" if depth else ""
         name = name.removesuffix(".weight").replace("bone_block", "miss_block")  # as MiSS was called first
         self.modules.setdefault(module, {})[name] = key
 

@@ -77,8 +77,8 @@ def method_of(config: Mapping[str, Any], folder: Path) -> Method:
 def _variant(method: Method, kind: str, config: Mapping[str, Any], folder: Path) -> Method:
     if config.get("layer_replication"):
         raise UsageError(f"{folder} repeats layers of its base (layer_replication), which changes more than weights")
-    if config.get("target_parameters"):
-        raise UsageError(f"{folder} adapts parameters by name (target_parameters), which isn't supported")
+    if config.get("target_parameters") and kind != "LORA":
+        raise UsageError(f"{folder} adapts parameters by name (target_parameters), which is known of LoRA only")
     if kind in ("MISS", "BONE") and config.get("init_weights") == "bat":
         return dataclasses.replace(method, factors=None, transform=transforms.bat, features=_bat_features)
     if kind != "LORA":

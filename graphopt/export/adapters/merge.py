@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from graphopt.errors import UsageError
 from graphopt.export.adapters.checkpoint import TOKENS, Adapter
+from graphopt.export.adapters.experts import Stacked, stacked_target
 from graphopt.export.adapters.projections import shared_tensors
 from graphopt.export.adapters.site import Array, Site
 from graphopt.export.adapters.targets import (
@@ -62,11 +63,12 @@ class AdaptedWeights:
         self._base = base
         self._adapters = opened(adapters)
         self._targets: dict[str, list[Target]] = {}
+        self._experts: dict[str, list[Stacked]] = {}
         self._biases: dict[str, list[tuple[Target, str]]] = {}
         self._tokens: dict[str, tuple[Adapter, str]] = {}
         self._replaced: dict[str, tuple[Adapter, str]] = {}
         self.notes: list[str] = []
-        known = self._known = set(base.names())
+        known = self._known = dict.fromkeys(base.names())
         for adapter, share in self._adapters:
             names = Names(adapter, known)
             self._plan(adapter, share, names, turned)
@@ -85,7 +87,7 @@ class AdaptedWeights:
 
     def changed(self) -> Collection[str]:
         """The names of the parameters that differ from the base's."""
-        return dict.fromkeys([*self._targets, *self._biases, *self._tokens, *self._replaced])
+        return dict.fromkeys([*self._targets, *self._experts, *self._biases, *self._tokens, *self._replaced])
 
     def tensor(self, name: str) -> ir.TensorProtocol:
         """The merged weight, read and merged when its data is asked for; what no adapter changes is the base's own."""
@@ -112,15 +114,23 @@ class AdaptedWeights:
 
     def _plan(self, adapter: Adapter, share: float, names: Names, turned: Collection[str]) -> None:
         method = adapter.method
+
+        def shape_of(name: str) -> tuple[int, ...]:
+            return tuple(self._base.tensor(name).shape.numpy())
+
         for module, keys in adapter.modules.items():
+            if stacked := names.stacked(module):
+                name, one = stacked_target(adapter, share, module, stacked, shape_of, turned.__contains__)
+                self._experts.setdefault(name, []).append(one)
+                continue
             weight = names.weight(module)
             if TOKENS in keys:
                 self._tokens[weight] = (adapter, module)
                 self._check_rows(adapter, keys[TOKENS], weight)
                 if len(keys) == 1:
                     continue
-            shape = tuple(self._base.tensor(weight).shape.numpy())
-            target = target_of(adapter, share * names.times(module), module, weight, shape, weight in turned)
+            times = share * names.times(module)
+            target = target_of(adapter, times, module, weight, shape_of(weight), weight in turned)
             if method.factors or method.delta or method.transform:
                 self._targets.setdefault(weight, []).append(target)
             if method.bias is not None:
@@ -137,7 +147,7 @@ class AdaptedWeights:
                 f"{target.adapter.folder} adds a bias to {module} ({needed}), and the base has none there to add it to"
             )
 
-    def _plan_replaced(self, adapter: Adapter, names: Names, known: set[str]) -> None:
+    def _plan_replaced(self, adapter: Adapter, names: Names, known: Collection[str]) -> None:
         for parameter, key in adapter.replaced.items():
             name = names.parameter(parameter)
             if name in known:
@@ -196,6 +206,8 @@ class AdaptedWeights:
             with target.fitting():
                 after = bias(site, before, functools.partial(self._base_matrix, weight, target))
             array = before + np.float32(target.share) * (after - before) if target.share != 1 else after
+        for one in self._experts.get(name, []):
+            array = one.added(array, dtype)
         low = [t for t in targets if t.adapter.method.factors is not None]
         if low:
             array = self._low_rank(low, array, dtype)

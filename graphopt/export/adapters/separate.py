@@ -102,7 +102,7 @@ def keep_adapters(
     for name, given in adapters.items():
         adapter = given if isinstance(given, Adapter) else Adapter(given)
         _check_low_rank(adapter)
-        names = Names(adapter, set(weights.names()))
+        names = Names(adapter, dict.fromkeys(weights.names()))
         for module in adapter.modules:
             weight = names.weight(module)
             target = target_of(adapter, float(names.times(module)), module, weight, weights.shape(weight), turned=False)
@@ -165,6 +165,8 @@ def _check_low_rank(adapter: Adapter) -> None:
     if adapter.method.factors is None or adapter.method.magnitude is not None:
         kind = "DoRA" if adapter.method.magnitude else adapter.config["peft_type"]
         why = f"is a {kind} adapter, which doesn't only add a product of two small matrices"
+    elif adapter.config.get("target_parameters"):
+        why = "adapts parameters by name (target_parameters)"
     elif adapter.replaced:
         why = f"also replaces whole parameters ({next(iter(adapter.replaced))})"
     else:

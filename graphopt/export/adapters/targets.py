@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.errors import UsageError, first_line
-from graphopt.export.adapters.checkpoint import Adapter, Named
+from graphopt.export.adapters.checkpoint import WRAPPED, Adapter, Named
 from graphopt.export.adapters.site import Array, Site
 
 
@@ -58,14 +58,14 @@ class Target:
 class Names:
     """The base's names for what an adapter calls a module.
 
-    They are the same, or all of them differ by a prefix: an adapter of a language model's body alone, of a body
-    inside of another model, or of a module that was wrapped.
+    They are the same, or the same but for the first parts of all of them: an adapter of a language model's body alone,
+    of a body inside of another model, or of a module that was wrapped or is called otherwise today.
     """
 
-    def __init__(self, adapter: Adapter, known: set[str]) -> None:
+    def __init__(self, adapter: Adapter, known: Mapping[str, None]) -> None:
         self._adapter, self._known = adapter, known
         modules = list(adapter.modules)
-        fits = {p: sum(self._find(m, *p) is not None for m in modules) for p in self._prefixes(modules)}
+        fits = {p: sum(self._found(m, *p) for m in modules) for p in self._prefixes(modules)}
         # The one that most modules fit with: a module that fits with none is told by the name it would have.
         self._drop, self._add = max(fits, key=lambda p: fits[p])
 
@@ -85,6 +85,21 @@ class Names:
                 f"{self._moved(module, self._drop, self._add)}.weight{hint}"
             )
         return found
+
+    def stacked(self, module: str) -> list[str]:
+        """The targeted parameters of a module that has no weight of its own, in the base's order."""
+        return self._stacked(module, self._drop, self._add)
+
+    def _found(self, module: str, drop: str, add: str) -> bool:
+        return self._find(module, drop, add) is not None or bool(self._stacked(module, drop, add))
+
+    def _stacked(self, module: str, drop: str, add: str) -> list[str]:
+        asked = tuple(map(str, self._adapter.config.get("target_parameters") or ()))
+        if not asked or self._find(module, drop, add) is not None:
+            return []
+        stem = self._moved(module.partition(WRAPPED)[0], drop, add) + "."
+        inside = [n for n in self._known if n.startswith(stem) and "." not in n.removeprefix(stem)]
+        return [n for n in inside if any(f".{n}".endswith(f".{a.rpartition('.')[2]}") for a in asked)]
 
     def times(self, module: str) -> int:
         """How often peft adds a module's change: that of nn.MultiheadAttention's output projection twice.
@@ -107,17 +122,18 @@ class Names:
         return name if name in self._known or moved not in self._known else moved
 
     def _prefixes(self, modules: list[str]) -> Iterator[tuple[str, str]]:
+        """What to drop from the front of every name, and what to put there instead; nothing of both first."""
         yield "", ""
-        if not modules:
+        known = [n.rpartition(".")[0] for n in self._known if n.endswith((".weight", ".in_proj_weight"))]
+        plain = [m for m in modules if WRAPPED not in m]
+        if not plain:
             return
-        parts = modules[0].split(".")
-        for count in range(1, min(3, len(parts))):
-            yield ".".join(parts[:count]) + ".", ""
-        for module in modules:
-            ends = [n for n in self._known if n.endswith((f".{module}.weight", f".{module}.in_proj_weight"))]
-            if ends:
-                yield from (("", name[: name.rindex(f"{module}.")]) for name in sorted(ends, key=len))
-                return
+        first = min(plain, key=len)
+        parts = first.split(".")
+        for count in range(min(3, len(parts))):
+            drop, rest = "".join(f"{part}." for part in parts[:count]), ".".join(parts[count:])
+            ends = sorted((n for n in known if f".{n}".endswith(f".{rest}")), key=len)
+            yield from ((drop, name.removesuffix(rest)) for name in ends[:4])
 
     def _find(self, module: str, drop: str, add: str) -> str | None:
         if not module.startswith(drop):

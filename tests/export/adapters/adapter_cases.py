@@ -35,6 +35,41 @@ def llama(**settings: Any) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **heads, **settings})).eval()
 
 
+def mixtral(**settings: Any) -> Any:
+    """Its experts are stacked in parameters [experts, out, in]."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**{**sizes, **heads, **settings})).eval()
+
+
+def square_mixtral() -> Any:
+    """The two projections of its experts have the same shape but for which side is doubled."""
+    return mixtral(hidden_size=16, intermediate_size=16)
+
+
+def gpt_oss() -> Any:
+    """Its experts are stacked in parameters [experts, in, out]."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        num_local_experts=3,
+    )
+    return transformers.GptOssForCausalLM(config).eval()
+
+
 def bert() -> Any:
     import torch
     import transformers

@@ -173,6 +173,25 @@ def read_all(weights: Base, folder: Path) -> None:
         adapted.tensor(name).numpy()
 
 
+@pytest.mark.parametrize(
+    ("named", "base_named"),
+    [("", "model."), ("model.", ""), ("language_model.model.", "model.language_model."), ("a.", "b.c.")],
+)
+def test_names_that_differ_in_front(tmp_path: Path, named: str, base_named: str) -> None:
+    """An adapter of a body in a whole model, and the other way round, and of a model whose parts are called otherwise."""
+    tensors = lora_tensors()
+    plain = base()
+    weights = Base({f"{base_named}{n}": v for n, v in plain.arrays.items()})
+    weights.arrays["vision.layers.0.q.weight"] = random(5, 5)
+    renamed = {k.replace("base_model.model.", f"base_model.model.{named}"): v for k, v in tensors.items()}
+    adapted = AdaptedWeights(weights, write(tmp_path, renamed))
+    for module in ("layers.0.q", "layers.1.down"):
+        found = adapted.tensor(f"{base_named}{module}.weight").numpy()
+        expected = plain.arrays[f"{module}.weight"] + delta(tensors, module)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert "vision.layers.0.q.weight" not in adapted.changed()
+
+
 class TestBadInput:
     def fails(
         self, folder: Path, message: str, kind: type[Exception] = UsageError, weights: Base | None = None
@@ -209,7 +228,7 @@ class TestBadInput:
         [
             ({"use_qalora": True}, "use_qalora"),
             ({"layer_replication": [[0, 1], [0, 1]]}, "repeats layers of its base"),
-            ({"target_parameters": ["experts.w"]}, "target_parameters"),
+            ({"peft_type": "LOHA", "target_parameters": ["experts.w"]}, "target_parameters"),
             ({"init_lora_weights": "corda"}, "changed base .*path_initial_model_for_weight_conversion"),
             ({"init_lora_weights": "pissa_niter_4"}, "changed base"),
             ({"init_lora_weights": "pissa", "use_dora": True}, "DoRA together with init_lora_weights 'pissa'"),

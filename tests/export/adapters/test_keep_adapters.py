@@ -193,6 +193,9 @@ class TestRefused:
         safetensors_numpy.save_file({**tensors, "base_model.model.c.bias": np.ones(6, np.float32)}, path)
         self.fails(folder, r"also replaces whole parameters \(c.bias\)")
 
+    def test_experts(self, tmp_path: Path) -> None:
+        self.fails(write(tmp_path / "experts", {"a": (3, 4)}, target_parameters=["w"]), "adapts parameters by name")
+
     def test_another_base(self, tmp_path: Path) -> None:
         self.fails(write(tmp_path / "other", {"a": (3, 9)}), "fits a weight of 3 × 9 features")
         self.fails(write(tmp_path / "none", {"q": (3, 4)}), "the base has no parameter q.weight")

@@ -15,10 +15,13 @@ from adapter_cases import (
     bert,
     convolutions,
     gpt2,
+    gpt_oss,
     llama,
     merged_by_peft,
+    mixtral,
     randomise,
     save_adapter,
+    square_mixtral,
 )
 
 from graphopt.export.adapters import AdaptedWeights
@@ -31,6 +34,7 @@ peft = pytest.importorskip("peft", reason="peft isn't installed, so nothing is c
 TOLERANCE = 1e-5
 ATTENTION = ["q_proj", "k_proj"]
 TWO = ["q_proj", "down_proj"]
+EXPERTS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
 
 Make = Callable[[], Any]
 
@@ -70,6 +74,11 @@ CASES = [
     case("lora-conv1d", gpt2, lora(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
     case("lora-convolutions", convolutions, lora(target_modules=["one", "two", "along", "head"])),
     case("lora-multihead", attention_module, lora(target_modules=["attn"])),
+    case("lora-experts", mixtral, lora(target_modules=["q_proj"], target_parameters=EXPERTS)),
+    case("lora-one-of-experts", mixtral, lora(target_modules=[], target_parameters=EXPERTS[:1], use_rslora=True)),
+    case("lora-experts-turned", gpt_oss, lora(target_modules=[], target_parameters=EXPERTS)),
+    case("lora-square-experts", square_mixtral, lora(target_modules=[], target_parameters=EXPERTS)),
+    case("lora-router", mixtral, lora(target_modules=[], target_parameters=["mlp.gate.weight"])),
     case("dora", llama, lora(use_dora=True)),
     case("dora-embedding", llama, lora(use_dora=True, target_modules=["embed_tokens", "v_proj"])),
     case("dora-conv1d", gpt2, lora(use_dora=True, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
