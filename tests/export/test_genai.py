@@ -17,8 +17,8 @@ from tiny_decoders import HEADS, KV_HEADS, SIZE, VOCABULARY, decoder
 from graphopt import Generator
 from graphopt.errors import ModelError, UsageError
 from graphopt.export.genai import genai_config, update_genai_config, write_genai_config
-from graphopt.export.last_logits import last_logits
 from graphopt.graph.assumptions import Reliance, note
+from graphopt.graph.last_logits import last_logits
 from graphopt.graph.load import load
 from graphopt.graph.save import save
 

@@ -17,7 +17,7 @@ from tiny_transformers import exported, exported_cached, feeds
 
 from graphopt import Generator, perplexity
 from graphopt.errors import InputDataError, ModelError
-from graphopt.export.last_logits import last_logits
+from graphopt.graph.last_logits import last_logits
 from graphopt.graph.load import load
 from graphopt.graph.save import save
 
