@@ -30,6 +30,8 @@ from graphopt.export.weights import Weights
 BLOCK_BYTES = 64_000_000
 """A product of two matrices is added to so many bytes of the weight (in float32) at a time."""
 
+_MERGED_INTO = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
 Given = Adapter | str | Path | tuple[Adapter | str | Path, float]
 
 
@@ -116,7 +118,13 @@ class AdaptedWeights:
         method = adapter.method
 
         def shape_of(name: str) -> tuple[int, ...]:
-            return tuple(self._base.tensor(name).shape.numpy())
+            tensor = self._base.tensor(name)
+            if tensor.dtype not in _MERGED_INTO:
+                raise UsageError(
+                    f"the base's {name} is stored as {tensor.dtype.name}, which {adapter.folder} can't be merged into; "
+                    "dequantize the base"
+                )
+            return tuple(tensor.shape.numpy())
 
         for module, keys in adapter.modules.items():
             if stacked := names.stacked(module):
@@ -125,6 +133,11 @@ class AdaptedWeights:
                 continue
             weight = names.weight(module)
             if TOKENS in keys:
+                if weight in self._tokens:
+                    raise UsageError(
+                        f"{adapter.folder} and {self._tokens[weight][0].folder} both replace rows of {weight}; merge "
+                        "one of them"
+                    )
                 self._tokens[weight] = (adapter, module)
                 self._check_rows(adapter, keys[TOKENS], weight)
                 if len(keys) == 1:
@@ -206,16 +219,18 @@ class AdaptedWeights:
             with target.fitting():
                 after = bias(site, before, functools.partial(self._base_matrix, weight, target))
             array = before + np.float32(target.share) * (after - before) if target.share != 1 else after
-        for one in self._experts.get(name, []):
-            array = one.added(array, dtype)
+        # Rounded to the base's type once, by the last of them.
+        experts = self._experts.get(name, [])
+        for one in experts:
+            array = one.added(array, dtype if one is experts[-1] else np.dtype(np.float32))
         low = [t for t in targets if t.adapter.method.factors is not None]
+        others = [t for t in targets if t.adapter.method.factors is None]
         if low:
-            array = self._low_rank(low, array, dtype)
-        for target in targets:
-            method = target.adapter.method
-            if method.by_rows and not target.turned:
+            array = self._low_rank(low, array, np.dtype(np.float32) if others else dtype)
+        for target in others:
+            if target.adapter.method.by_rows and not target.turned:
                 array = self._by_rows(target, array, dtype)
-            elif method.factors is None:
+            else:
                 array = self._whole(target, array)
         return np.ascontiguousarray(array.astype(dtype, copy=False))
 

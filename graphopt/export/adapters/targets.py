@@ -48,7 +48,7 @@ class Target:
         """
         try:
             yield
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise UsageError(
                 f"{self.adapter.path}: the tensors of {self.module} don't fit each other or the base's weight of "
                 f"{self.outputs} × {self.inputs} features: {first_line(error)}"
@@ -192,7 +192,7 @@ def target_of(adapter: Adapter, share: float, module: str, weight: str, shape: t
         )
     try:
         out, into = adapter.method.features(shapes, adapter.config)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, StopIteration, RuntimeError) as error:
         raise UsageError(f"{adapter.path} lacks tensors for {module}: it has {', '.join(sorted(keys))}") from error
     rows, columns = shape[0], int(np.prod(shape[1:]))
     straight = out in (None, rows) and into in (None, columns)
