@@ -45,8 +45,12 @@ class AdaptedWeights:
     Several adapters are summed, W' = W + Σᵢ wᵢ ΔWᵢ, which for LoRA is what peft's `add_weighted_adapter` with "cat"
     gives; those that multiply or replace a weight don't sum and can only be merged alone, with weight 1.
 
+    Weights that the base ties (gives as one object under several names) are taken as the adapter's modules: a change of
+    the embedding alone unties it from the head, as it is when peft runs the adapter. Rows of tokens go into both.
+
     Attributes:
         notes: What a user should know: entries of `target_modules` that named no module.
+        untied: Pairs of names that are one weight of the base and now differ.
     """
 
     def __init__(self, base: Weights, adapters: Given | Sequence[Given], *, turned: Collection[str] = ()) -> None:
@@ -76,6 +80,16 @@ class AdaptedWeights:
             self._plan(adapter, share, names, turned)
             self._plan_replaced(adapter, names, known)
             self.notes.extend(unmatched(adapter, known))
+        ties = _ties(base, known)
+        for name in list(self._tokens):
+            self._tokens.update({other: self._tokens[name] for other in ties.get(name, ())})
+        changed = self.changed()
+        self.untied = tuple(
+            (name, other)
+            for name, others in ties.items()
+            for other in others
+            if name not in self._tokens and name in changed and (other not in changed or name < other)
+        )
         self._check_sums()
         self._shared = {}
         for adapter, _ in self._adapters:
@@ -317,6 +331,16 @@ def opened(adapters: Given | Sequence[Given]) -> list[tuple[Adapter, float]]:
         one, share = item if isinstance(item, tuple) else (item, 1.0)
         found.append((one if isinstance(one, Adapter) else Adapter(one), float(share)))
     return found
+
+
+def _ties(base: Weights, names: Collection[str]) -> dict[str, list[str]]:
+    """For each name the others that the base gives the same tensor for."""
+    tensors = {name: base.tensor(name) for name in names}
+    groups: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    tied = [group for group in groups.values() if len(group) > 1]
+    return {name: [other for other in group if other != name] for group in tied for name in group}
 
 
 def _blocks(stored: Array) -> list[slice]:

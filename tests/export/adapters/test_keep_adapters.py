@@ -138,6 +138,22 @@ def test_every_way_a_weight_is_used(tmp_path: Path, dtype: ir.DataType) -> None:
     check(None, None, 0)
 
 
+def test_the_branches_outlive_the_optimizer(tmp_path: Path) -> None:
+    """Passes must not take what can be overridden for constant: the optimized model still switches."""
+    import graphopt
+
+    model = graph()
+    report = keep_adapters(model, {"one": write(tmp_path / "one", FEATURES)})
+    save(model, tmp_path / "before.onnx")
+    graphopt.optimize(tmp_path / "before.onnx").save(tmp_path / "after.onnx")
+    feeds = {"x": RANDOM.normal(size=(3, 4)).astype(np.float32), "ids": np.array([6, 0, 3])}
+    options, _held = switched(report.adapters[0], tmp_path)
+    before, after = session(tmp_path / "before.onnx"), session(tmp_path / "after.onnx")
+    for how in (None, options):
+        for right, found in zip(before.run(None, feeds, how), after.run(None, feeds, how), strict=True):
+            np.testing.assert_allclose(found, right, atol=1e-5)
+
+
 def test_a_tied_weight(tmp_path: Path) -> None:
     """The product gets the adapter of the head, and the look-up in the same numbers stays as it is."""
     model = ir.from_onnx_text("""
