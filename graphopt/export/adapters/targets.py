@@ -197,14 +197,17 @@ def target_of(adapter: Adapter, share: float, module: str, weight: str, shape: t
     rows, columns = shape[0], int(np.prod(shape[1:]))
     straight = out in (None, rows) and into in (None, columns)
     swapped = len(shape) == 2 and out in (None, columns) and into in (None, rows)
+    asked = turned or (any("embedding" in name for name in keys) and "oft_embedding_R" not in keys)
+    asked = asked or bool(adapter.config.get("fan_in_fan_out"))
+    # One size of two could fit by chance, in the wrong place.
+    swapped = swapped and (asked or None not in (out, into))
     if not straight and not swapped:
         name = next(iter(keys.values()))
         raise UsageError(
             f"{adapter.folder} is of another base: {name} fits a weight of {out or 'any'} × {into or 'any'} features, "
             f"and the base's {weight} is {shape_text(shape)}"
         )
-    asked = turned or (any("embedding" in name for name in keys) and "oft_embedding_R" not in keys)
-    turned = swapped and (not straight or asked or bool(adapter.config.get("fan_in_fan_out")))
+    turned = swapped and (not straight or asked)
     rows, columns = (columns, rows) if turned else (rows, columns)
     return Target(adapter, share, module, turned, rows, columns)
 

@@ -304,6 +304,14 @@ class TestBadInput:
             weights=weights,
         )
 
+    def test_half_a_fit(self, tmp_path: Path) -> None:
+        """Only the inputs are known of this method, and they are as many as the base's outputs."""
+        tensors = {"base_model.model.layers.0.q.hra_u": random(6, 2)}
+        self.fails(
+            write(tmp_path, tensors, peft_type="HRA", target_modules=["q"]),
+            "fits a weight of any × 6 features, and the base's layers.0.q.weight is 6×8",
+        )
+
     def test_a_vector_where_a_matrix_is_due(self, tmp_path: Path) -> None:
         weights = base()
         weights.arrays["layers.1.down.weight"] = random(8)
