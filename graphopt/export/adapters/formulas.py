@@ -187,6 +187,12 @@ def _supertuning_features(shapes: Shapes, config: Mapping[str, Any]) -> Features
     return _sizes("supertuning_lora_B", "supertuning_lora_A")(shapes, config)
 
 
+def _vblora_features(shapes: Shapes, config: Mapping[str, Any]) -> Features:
+    a, b = (next(s for n, s in shapes.items() if n.startswith(f"vblora_logits_{k}")) for k in "AB")
+    length = int(config["vector_length"])
+    return b[0] * length, a[1] * length
+
+
 def _unknown(shapes: Shapes, config: Mapping[str, Any]) -> Features:
     return None, None
 
@@ -213,7 +219,7 @@ METHODS: dict[str, Method] = {
     "VERA": Method(("vera_",), _of("vera_lambda_b", None), factors=low_rank.vera),
     "PVERA": Method(("pvera_",), _of("pvera_lambda_b", None), factors=low_rank.pvera),
     "RANDLORA": Method(("randlora_",), _unknown, factors=low_rank.randlora),
-    "VBLORA": Method(("vblora_",), _unknown, factors=low_rank.vblora, infinite=True),
+    "VBLORA": Method(("vblora_",), _vblora_features, factors=low_rank.vblora, infinite=True),
     "UNILORA": Method(("unilora_",), _of("unilora_indices_B", "unilora_indices_A", axis=1), factors=low_rank.unilora),
     "DELORA": Method(("delora_",), _sizes("delora_B", "delora_A"), factors=low_rank.delora),
     "MISS": Method(("miss_",), _miss_features, factors=low_rank.miss),

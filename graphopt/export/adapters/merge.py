@@ -30,6 +30,8 @@ from graphopt.export.weights import Weights
 BLOCK_BYTES = 64_000_000
 """A product of two matrices is added to so many bytes of the weight (in float32) at a time."""
 
+_MERGED_INTO = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
 Given = Adapter | str | Path | tuple[Adapter | str | Path, float]
 
 
@@ -43,8 +45,12 @@ class AdaptedWeights:
     Several adapters are summed, W' = W + Σᵢ wᵢ ΔWᵢ, which for LoRA is what peft's `add_weighted_adapter` with "cat"
     gives; those that multiply or replace a weight don't sum and can only be merged alone, with weight 1.
 
+    Weights that the base ties (gives as one object under several names) are taken as the adapter's modules: a change of
+    the embedding alone unties it from the head, as it is when peft runs the adapter. Rows of tokens go into both.
+
     Attributes:
         notes: What a user should know: entries of `target_modules` that named no module.
+        untied: Pairs of names that are one weight of the base and now differ.
     """
 
     def __init__(self, base: Weights, adapters: Given | Sequence[Given], *, turned: Collection[str] = ()) -> None:
@@ -74,6 +80,16 @@ class AdaptedWeights:
             self._plan(adapter, share, names, turned)
             self._plan_replaced(adapter, names, known)
             self.notes.extend(unmatched(adapter, known))
+        ties = _ties(base, known)
+        for name in list(self._tokens):
+            self._tokens.update({other: self._tokens[name] for other in ties.get(name, ())})
+        changed = self.changed()
+        self.untied = tuple(
+            (name, other)
+            for name, others in ties.items()
+            for other in others
+            if name not in self._tokens and name in changed and (other not in changed or name < other)
+        )
         self._check_sums()
         self._shared = {}
         for adapter, _ in self._adapters:
@@ -116,7 +132,13 @@ class AdaptedWeights:
         method = adapter.method
 
         def shape_of(name: str) -> tuple[int, ...]:
-            return tuple(self._base.tensor(name).shape.numpy())
+            tensor = self._base.tensor(name)
+            if tensor.dtype not in _MERGED_INTO:
+                raise UsageError(
+                    f"the base's {name} is stored as {tensor.dtype.name}, which {adapter.folder} can't be merged into; "
+                    "dequantize the base"
+                )
+            return tuple(tensor.shape.numpy())
 
         for module, keys in adapter.modules.items():
             if stacked := names.stacked(module):
@@ -125,6 +147,11 @@ class AdaptedWeights:
                 continue
             weight = names.weight(module)
             if TOKENS in keys:
+                if weight in self._tokens:
+                    raise UsageError(
+                        f"{adapter.folder} and {self._tokens[weight][0].folder} both replace rows of {weight}; merge "
+                        "one of them"
+                    )
                 self._tokens[weight] = (adapter, module)
                 self._check_rows(adapter, keys[TOKENS], weight)
                 if len(keys) == 1:
@@ -206,16 +233,18 @@ class AdaptedWeights:
             with target.fitting():
                 after = bias(site, before, functools.partial(self._base_matrix, weight, target))
             array = before + np.float32(target.share) * (after - before) if target.share != 1 else after
-        for one in self._experts.get(name, []):
-            array = one.added(array, dtype)
+        # Rounded to the base's type once, by the last of them.
+        experts = self._experts.get(name, [])
+        for one in experts:
+            array = one.added(array, dtype if one is experts[-1] else np.dtype(np.float32))
         low = [t for t in targets if t.adapter.method.factors is not None]
+        others = [t for t in targets if t.adapter.method.factors is None]
         if low:
-            array = self._low_rank(low, array, dtype)
-        for target in targets:
-            method = target.adapter.method
-            if method.by_rows and not target.turned:
+            array = self._low_rank(low, array, np.dtype(np.float32) if others else dtype)
+        for target in others:
+            if target.adapter.method.by_rows and not target.turned:
                 array = self._by_rows(target, array, dtype)
-            elif method.factors is None:
+            else:
                 array = self._whole(target, array)
         return np.ascontiguousarray(array.astype(dtype, copy=False))
 
@@ -302,6 +331,16 @@ def opened(adapters: Given | Sequence[Given]) -> list[tuple[Adapter, float]]:
         one, share = item if isinstance(item, tuple) else (item, 1.0)
         found.append((one if isinstance(one, Adapter) else Adapter(one), float(share)))
     return found
+
+
+def _ties(base: Weights, names: Collection[str]) -> dict[str, list[str]]:
+    """For each name the others that the base gives the same tensor for."""
+    tensors = {name: base.tensor(name) for name in names}
+    groups: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    tied = [group for group in groups.values() if len(group) > 1]
+    return {name: [other for other in group if other != name] for group in tied for name in group}
 
 
 def _blocks(stored: Array) -> list[slice]:

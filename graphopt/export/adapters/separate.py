@@ -16,7 +16,7 @@ onnxruntime-genai reads the same files (`Adapters.load`). The scale of the adapt
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from graphopt.errors import ModelError, UsageError, first_line
 from graphopt.export.adapters.checkpoint import Adapter
 from graphopt.export.adapters.projections import shared_tensors
 from graphopt.export.adapters.site import Array
-from graphopt.export.adapters.targets import Names, Target, target_of
+from graphopt.export.adapters.targets import Names, Target, shape_text, target_of
 from graphopt.export.dependencies import require
 from graphopt.graph.edits import Editor
 
@@ -108,35 +108,48 @@ def keep_adapters(
             target = target_of(adapter, float(names.times(module)), module, weight, weights.shape(weight), turned=False)
             plans.setdefault(weight, []).append((name, target))
         read.append((name, adapter))
-    # What can't be done is found out before anything is changed.
-    sites = {weight: _uses(weights.value(weight), weight, [t for _, t in plans[weight]]) for weight in plans}
+    # What can't be done, or not be read, is found out before anything is changed.
+    sites = {weight: _uses(weights.value(weight), weight, [t for _, t in planned]) for weight, planned in plans.items()}
     parameters: dict[str, dict[str, Array]] = {name: {} for name, _ in read}
-    shared = {}
-    for _, adapter in read:
-        targets = [t for planned in plans.values() for _, t in planned if t.adapter is adapter]
-        shared[id(adapter)] = shared_tensors(adapter, [(t.outputs, t.inputs) for t in targets])
+    for name, adapter in read:
+        own = [(w, t) for w, planned in plans.items() for called, t in planned if called == name]
+        shared = shared_tensors(adapter, [(t.outputs, t.inputs) for _, t in own])
+        for weight, target in own:
+            names_of = _input_names(model, weight)
+            pair = _factors(target, shared, weights.dtype(weight))
+            parameters[name].update(zip(names_of, pair, strict=True))
     editor = Editor(model)
     inputs: list[str] = []
     for weight, planned in plans.items():
-        target = planned[0][1]
-        dtype = weights.value(weight).dtype
-        if dtype is None:
-            raise UsageError(f"the graph doesn't say the type of {weight}")
-        stem = weight.removesuffix(".weight")
-        a, b = (
-            _overridable(model, f"{stem}.lora_{which}", shape, dtype)
-            for which, shape in (("A", (target.inputs, None)), ("B", (None, target.outputs)))
-        )
-        inputs += [str(a.name), str(b.name)]
+        target, (first, second) = planned[0][1], _input_names(model, weight)
+        a = _overridable(model, first, (target.inputs, None), weights.dtype(weight))
+        b = _overridable(model, second, (None, target.outputs), weights.dtype(weight))
+        inputs += [first, second]
         for node in sites[weight]:
             _branch(editor, node, a, b)
-        for name, one in planned:
-            factors = one.adapter.method.factors
-            assert factors is not None
-            left, right = factors(one.site(shared[id(one.adapter)]))
-            parameters[name][str(a.name)] = np.ascontiguousarray(right.T.astype(dtype.numpy()))
-            parameters[name][str(b.name)] = np.ascontiguousarray((left.T * np.float32(one.share)).astype(dtype.numpy()))
     return SeparateReport(inputs, [KeptAdapter(name, parameters[name]) for name, _ in read])
+
+
+def _input_names(model: ir.Model, weight: str) -> tuple[str, str]:
+    stem = weight.removesuffix(".weight")
+    found = (f"{stem}.lora_A", f"{stem}.lora_B")
+    taken = {*model.graph.initializers, *(value.name for value in model.graph.inputs)}
+    if clash := next((name for name in found if name in taken), None):
+        raise UsageError(f"the graph has {clash} already, so its adapters have been kept separate before")
+    return found
+
+
+def _factors(target: Target, shared: Callable[[str], Array], dtype: ir.DataType) -> tuple[Array, Array]:
+    """A [in, rank] and B [rank, out] in the type of the weight."""
+    factors = target.adapter.method.factors
+    assert factors is not None
+    with target.fitting():
+        left, right = factors(target.site(shared))
+        if (left.shape[0], right.shape[1], left.shape[1]) != (target.outputs, target.inputs, right.shape[0]):
+            raise ValueError(f"the product is one of {shape_text(left.shape)} and {shape_text(right.shape)}")
+    left = left * np.float32(target.share)
+    kind = dtype.numpy()
+    return np.ascontiguousarray(right.T.astype(kind)), np.ascontiguousarray(left.T.astype(kind))
 
 
 class _GraphWeights:
@@ -153,6 +166,11 @@ class _GraphWeights:
 
     def value(self, name: str) -> ir.Value:
         return self._values[name]
+
+    def dtype(self, name: str) -> ir.DataType:
+        tensor = self._values[name].const_value
+        assert tensor is not None
+        return tensor.dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         tensor = self._values[name].const_value
@@ -229,8 +247,6 @@ def _branch(editor: Editor, node: ir.Node, a: ir.Value, b: ir.Value) -> None:
 
 def _overridable(model: ir.Model, name: str, shape: tuple[int | None, int | None], dtype: ir.DataType) -> ir.Value:
     """An initializer of rank 0 that is a graph input too."""
-    if name in model.graph.initializers or any(value.name == name for value in model.graph.inputs):
-        raise UsageError(f"the graph has an input or initializer called {name} already")
     sizes = tuple(size or 0 for size in shape)
     symbol = f"{name.rpartition('.')[0]}.rank"
     value = ir.Value(

@@ -48,7 +48,7 @@ class Target:
         """
         try:
             yield
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise UsageError(
                 f"{self.adapter.path}: the tensors of {self.module} don't fit each other or the base's weight of "
                 f"{self.outputs} × {self.inputs} features: {first_line(error)}"
@@ -192,19 +192,22 @@ def target_of(adapter: Adapter, share: float, module: str, weight: str, shape: t
         )
     try:
         out, into = adapter.method.features(shapes, adapter.config)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, StopIteration, RuntimeError) as error:
         raise UsageError(f"{adapter.path} lacks tensors for {module}: it has {', '.join(sorted(keys))}") from error
     rows, columns = shape[0], int(np.prod(shape[1:]))
     straight = out in (None, rows) and into in (None, columns)
     swapped = len(shape) == 2 and out in (None, columns) and into in (None, rows)
+    asked = turned or (any("embedding" in name for name in keys) and "oft_embedding_R" not in keys)
+    asked = asked or bool(adapter.config.get("fan_in_fan_out"))
+    # One size of two could fit by chance, in the wrong place.
+    swapped = swapped and (asked or None not in (out, into))
     if not straight and not swapped:
         name = next(iter(keys.values()))
         raise UsageError(
             f"{adapter.folder} is of another base: {name} fits a weight of {out or 'any'} × {into or 'any'} features, "
             f"and the base's {weight} is {shape_text(shape)}"
         )
-    asked = turned or (any("embedding" in name for name in keys) and "oft_embedding_R" not in keys)
-    turned = swapped and (not straight or asked or bool(adapter.config.get("fan_in_fan_out")))
+    turned = swapped and (not straight or asked)
     rows, columns = (columns, rows) if turned else (rows, columns)
     return Target(adapter, share, module, turned, rows, columns)
 

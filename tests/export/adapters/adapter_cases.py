@@ -17,12 +17,16 @@ class InMemory:
         self.state = {name: value.detach().clone() for name, value in module.state_dict().items()}
         if dtype is not None:
             self.state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in self.state.items()}
+        seen: dict[int, str] = {}
+        own = module.state_dict(keep_vars=True)
+        self._first = {name: seen.setdefault(id(value), name) for name, value in own.items()}  # Tied: one object.
+        self._tensors = {n: ir.tensor_adapters.TorchTensor(v, name=n) for n, v in self.state.items()}
 
     def names(self) -> Collection[str]:
         return self.state.keys()
 
     def tensor(self, name: str) -> ir.TensorProtocol:
-        return ir.tensor_adapters.TorchTensor(self.state[name], name=name)
+        return self._tensors[self._first.get(name, name)]
 
 
 def llama(**settings: Any) -> Any:

@@ -144,6 +144,22 @@ def test_a_weighted_sum(tmp_path: Path) -> None:
     np.testing.assert_allclose(alone, weights.arrays["layers.0.q.weight"] + 0.25 * delta(one, "layers.0.q"), atol=1e-5)
 
 
+def test_a_sum_is_rounded_once(tmp_path: Path) -> None:
+    """Of a low-rank and a sparse change of a float16 weight."""
+    weights = base(np.float16)
+    one = lora_tensors()
+    stem = "base_model.model.layers.0.q.shira_"
+    two = {f"{stem}weight": random(3), f"{stem}indices": np.array([[0, 1, 5], [7, 2, 3]], np.int32)}
+    folders = [
+        write(tmp_path / "one", one),
+        write(tmp_path / "two", two, peft_type="SHIRA", target_modules=["q"]),
+    ]
+    found = AdaptedWeights(weights, folders).tensor("layers.0.q.weight").numpy()
+    exact = weights.arrays["layers.0.q.weight"].astype(np.float32) + delta(one, "layers.0.q")
+    np.add.at(exact, tuple(two[f"{stem}indices"]), two[f"{stem}weight"])
+    assert np.all(np.abs(found.astype(np.float32) - exact) <= 0.501 * np.spacing(np.abs(found)).astype(np.float32))
+
+
 def test_a_new_classifier(tmp_path: Path) -> None:
     tensors = {**lora_tensors(), "base_model.model.score.weight": random(2, 8)}
     adapted = AdaptedWeights(base(), write(tmp_path, tensors, modules_to_save=["score"]))
@@ -279,6 +295,23 @@ class TestBadInput:
             weights=weights,
         )
 
+    def test_a_quantized_base(self, tmp_path: Path) -> None:
+        weights = base()
+        weights.arrays["layers.0.q.weight"] = np.ones((6, 8), np.int8)
+        self.fails(
+            write(tmp_path, lora_tensors()),
+            r"layers.0.q.weight is stored as INT8.*dequantize the base",
+            weights=weights,
+        )
+
+    def test_half_a_fit(self, tmp_path: Path) -> None:
+        """Only the inputs are known of this method, and they are as many as the base's outputs."""
+        tensors = {"base_model.model.layers.0.q.hra_u": random(6, 2)}
+        self.fails(
+            write(tmp_path, tensors, peft_type="HRA", target_modules=["q"]),
+            "fits a weight of any × 6 features, and the base's layers.0.q.weight is 6×8",
+        )
+
     def test_a_vector_where_a_matrix_is_due(self, tmp_path: Path) -> None:
         weights = base()
         weights.arrays["layers.1.down.weight"] = random(8)
@@ -312,6 +345,12 @@ class TestBadInput:
         self.fails(
             write(tmp_path, tensors), r"the tensors of layers.1.q don't fit each other .*: the product is .* 6×3"
         )
+
+    def test_places_outside_of_the_weight(self, tmp_path: Path) -> None:
+        stem = "base_model.model.layers.0.q.shira_"
+        places = np.array([[0, 6], [0, 0]], np.int32)
+        tensors = {f"{stem}weight": random(2), f"{stem}indices": places}
+        self.fails(write(tmp_path, tensors, peft_type="SHIRA", target_modules=["q"]), "don't fit each other")
 
     def test_a_setting_that_lacks(self, tmp_path: Path) -> None:
         path = write(tmp_path, lora_tensors()) / "adapter_config.json"

@@ -138,6 +138,22 @@ def test_every_way_a_weight_is_used(tmp_path: Path, dtype: ir.DataType) -> None:
     check(None, None, 0)
 
 
+def test_the_branches_outlive_the_optimizer(tmp_path: Path) -> None:
+    """Passes must not take what can be overridden for constant: the optimized model still switches."""
+    import graphopt
+
+    model = graph()
+    report = keep_adapters(model, {"one": write(tmp_path / "one", FEATURES)})
+    save(model, tmp_path / "before.onnx")
+    graphopt.optimize(tmp_path / "before.onnx", verify="none").save(tmp_path / "after.onnx")
+    feeds = {"x": RANDOM.normal(size=(3, 4)).astype(np.float32), "ids": np.array([6, 0, 3])}
+    options, _held = switched(report.adapters[0], tmp_path)
+    before, after = session(tmp_path / "before.onnx"), session(tmp_path / "after.onnx")
+    for how in (None, options):
+        for right, found in zip(before.run(None, feeds, how), after.run(None, feeds, how), strict=True):
+            np.testing.assert_allclose(found, right, atol=1e-5)
+
+
 def test_a_tied_weight(tmp_path: Path) -> None:
     """The product gets the adapter of the head, and the look-up in the same numbers stays as it is."""
     model = ir.from_onnx_text("""
@@ -165,10 +181,12 @@ def test_a_tied_weight(tmp_path: Path) -> None:
 class TestRefused:
     """One sentence, and the graph as it was."""
 
-    def fails(self, folder: Path, message: str, model: ir.Model | None = None) -> None:
+    def fails(
+        self, folder: Path, message: str, model: ir.Model | None = None, kind: type[Exception] = UsageError
+    ) -> None:
         model = model or graph()
         before = ir.to_proto(model).SerializeToString()
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(kind, match=message):
             keep_adapters(model, {"one": folder})
         assert ir.to_proto(model).SerializeToString() == before
 
@@ -199,6 +217,20 @@ class TestRefused:
     def test_another_base(self, tmp_path: Path) -> None:
         self.fails(write(tmp_path / "other", {"a": (3, 9)}), "fits a weight of 3 × 9 features")
         self.fails(write(tmp_path / "none", {"q": (3, 4)}), "the base has no parameter q.weight")
+
+    def test_a_broken_file(self, tmp_path: Path) -> None:
+        """Found out before the graph is changed, also in the last tensor of the last adapter."""
+        folder = write(tmp_path / "one", FEATURES)
+        path = folder / "adapter_model.safetensors"
+        tensors = safetensors_numpy.load_file(path)
+        tensors["base_model.model.c.lora_B.weight"][2, 1] = np.nan
+        safetensors_numpy.save_file(tensors, path)
+        self.fails(folder, "c.lora_B.weight has values that are NaN", kind=ModelError)
+
+    def test_twice(self, tmp_path: Path) -> None:
+        model, folder = graph(), write(tmp_path / "one", FEATURES)
+        keep_adapters(model, {"one": folder})
+        self.fails(folder, "the graph has a.lora_A already", model)
 
     def test_a_weight_used_otherwise(self, tmp_path: Path) -> None:
         model = ir.from_onnx_text("""

@@ -325,6 +325,36 @@ def test_a_body_trained_alone_and_a_whole_model(tmp_path: Path) -> None:
     np.testing.assert_allclose(on_body.tensor(name).numpy(), expected, atol=TOLERANCE)
 
 
+def tied() -> Any:
+    return llama(tie_word_embeddings=True)
+
+
+def test_tokens_of_tied_embeddings(tmp_path: Path) -> None:
+    """The head gets the new rows too, and stays tied."""
+    folder = save_adapter(tmp_path / "adapter", tied, lora(trainable_token_indices=[1, 5])())
+    expected = merged_by_peft(tied, folder)
+    weights = AdaptedWeights(InMemory(tied()), folder)
+    assert weights.untied == ()
+    for name in weights.names():
+        np.testing.assert_allclose(weights.tensor(name).numpy(), expected[name], atol=TOLERANCE)
+    assert not np.array_equal(expected["lm_head.weight"][1], tied().lm_head.weight.detach().numpy()[1])
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_one_of_two_tied_weights(tmp_path: Path, target: str) -> None:
+    """It differs from the other afterwards, as it does where peft runs the adapter unmerged."""
+    folder = save_adapter(tmp_path / "adapter", tied, lora(target_modules=[target, "q_proj"])())
+    weights = AdaptedWeights(InMemory(tied()), folder)
+    assert len(weights.untied) == 1
+    assert set(weights.untied[0]) == {"model.embed_tokens.weight", "lm_head.weight"}
+    inputs = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = peft.PeftModel.from_pretrained(tied(), str(folder)).eval()(input_ids=inputs).logits
+        model = llama()
+        model.load_state_dict(state(weights))
+        close(model(input_ids=inputs).logits, expected)
+
+
 def test_square_conv1d_weights(tmp_path: Path) -> None:
     """Shapes don't tell how a square weight is stored; the configuration does, or the caller."""
     folder = save_adapter(tmp_path / "adapter", gpt2, lora(target_modules=["attn.c_proj"], fan_in_fan_out=True)())
