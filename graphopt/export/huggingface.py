@@ -18,7 +18,7 @@ from graphopt.export.encoder_decoder import encoder_decoder_sources, is_encoder_
 from graphopt.export.feed_forward import feed_forward, image_size
 from graphopt.export.gguf import from_gguf
 from graphopt.export.loaded import Loaded
-from graphopt.export.modules import without_weights
+from graphopt.export.modules import untie, without_weights
 from graphopt.export.packaging import COMPANIONS, copy_companions
 from graphopt.export.source import Source
 from graphopt.export.vision_language import is_vision_language, vision_language_sources
@@ -69,6 +69,7 @@ def from_pretrained(
     if adapters:
         loaded.weights = merged = AdaptedWeights(weights, list(adapters), turned=_turned(module))
         notes += merged.notes
+        untie(module, (other for _, other in merged.untied))
     loaded.sources = _sources(name, module, folder)
     return loaded
 
@@ -164,6 +165,7 @@ def _load(
     notes: list[str] = []
     module = _make(name, model_class, config, attention, dtype)
     weights = checkpoint_weights(folder, module)
+    untie(module, (other for _, other in weights.untied))
     missing = weights.missing(module)
     # A sentence encoder is often saved without BERT's pooler, which nothing but its second output needs.
     has_option = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
