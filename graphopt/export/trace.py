@@ -16,6 +16,7 @@ from graphopt.export import layers
 from graphopt.export.bfloat16 import compute_in_float
 from graphopt.export.dependencies import quiet, require
 from graphopt.export.source import INNER, Source
+from graphopt.export.weights import shared_names
 from graphopt.graph.edits import walk
 from graphopt.graph.load import load
 
@@ -107,8 +108,9 @@ def _export(source: Source, outputs: Dims, exporter: Exporter, opset: int, folde
             raw = folder / "raw" / "model.onnx"
             raw.parent.mkdir(exist_ok=True)
             # Folding constants would write a tied weight twice, once transposed.
+            fold = not shared_names(source.module)
             torch.onnx.export(
-                source.module, args, str(raw), dynamo=False, do_constant_folding=False, dynamic_axes=named, **options
+                source.module, args, str(raw), dynamo=False, do_constant_folding=fold, dynamic_axes=named, **options
             )
             return load(raw), warned
     except Exception as error:
