@@ -50,7 +50,7 @@ class CheckpointWeights:
         folder: The folder.
         unexpected: Names that the checkpoint has and the module hasn't, as the module would call them. What the
             module's class declares of no use isn't among them.
-        untied: Pairs of names that were one parameter of the module, and are two different ones in the checkpoint.
+        untied: Pairs of names that are one parameter of the module, and two different ones in the checkpoint.
     """
 
     def __init__(
@@ -94,8 +94,7 @@ def checkpoint_weights(folder: Path, module: Any) -> CheckpointWeights:
     """Read the headers of a folder's safetensors files and assign the tensors in them to the names of a module.
 
     Names with and without the prefix of the base model, transformers' renamings and conversions and tied weights are
-    seen to as its `from_pretrained` does it. No data is read, except of two tensors for one tied weight: where they
-    differ, the checkpoint goes before the configuration, and the module's two names get a parameter each.
+    seen to as its `from_pretrained` does it. No data is read, except of two tensors for one tied weight.
 
     Args:
         folder: The folder of the model.
@@ -126,24 +125,11 @@ def checkpoint_weights(folder: Path, module: Any) -> CheckpointWeights:
             if same(tensors[given[0]], tensors[other]):
                 tensors[other] = tensors[given[0]]
             else:
-                _untie(module, given[0], other)
                 untied.append((given[0], other))
         if given:
             tensors.update({name: tensors[given[0]] for name in names if name not in tensors})
     ordered = {name: tensors[name] for name in own if name in tensors}
     return CheckpointWeights(folder, ordered, tuple(sorted(unexpected)), tuple(untied))
-
-
-def _untie(module: Any, first: str, second: str) -> None:
-    """Give the second name of a parameter a parameter of its own."""
-    torch = require("torch")
-    path, _, key = second.rpartition(".")
-    part = module.get_submodule(path)
-    held = part._parameters if key in part._parameters else part._buffers
-    other = torch.empty_like(held[key])
-    held[key] = torch.nn.Parameter(other, requires_grad=False) if held is part._parameters else other
-    for name in (first, second):
-        (getattr(module, "all_tied_weights_keys", None) or {}).pop(name, None)
 
 
 def cast_like(weights: Weights, module: Any) -> Weights:
