@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from graphopt.graph import streamed
 from graphopt.graph.load import MappedTensor
-from graphopt.graph.streamed import StreamedTensor, transposed
+from graphopt.graph.streamed import StreamedTensor, contiguous, transposed
 
 
 def test_pieces_make_up_the_tensor_each_time(tmp_path: Path) -> None:
@@ -65,6 +67,19 @@ def test_transposed_from_a_file(
     assert all(block.shape[0] <= rows for block in tensor.blocks())
     back = transposed(tensor, np.argsort(order).tolist())
     assert np.array_equal(back.numpy(), array)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.complex128, np.uint8, np.float32])
+@pytest.mark.parametrize("shape", [(), (7,), (5, 7), (1, 6), (6, 1), (3, 5, 4), (2, 1, 3, 4), (0, 3)])
+def test_contiguous_as_numpy_makes_it(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: type) -> None:
+    monkeypatch.setattr(streamed, "TILE", 3)
+    array = np.arange(math.prod(shape)).astype(dtype).reshape(shape)
+    for order in itertools.permutations(range(len(shape))):
+        for view in (array.transpose(order), array.transpose(order)[::-1] if shape else array):
+            found = contiguous(view)
+            assert found.flags.c_contiguous
+            assert found.dtype == view.dtype
+            assert np.array_equal(found, view)
 
 
 def test_transposed_four_bit_numbers_stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
