@@ -124,8 +124,6 @@ def _folder(name: str) -> Path:
             ) from error
     else:
         raise UsageError(f"there is no folder {name}; give a model's folder, its name on the hub, or module:factory")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{name} has no .safetensors file; convert its weights with save_pretrained first")
     return folder
 
 
@@ -149,7 +147,9 @@ def _model_class(name: str, config: Any) -> Any:
 def _make(name: str, model_class: Any, config: Any, attention: str, dtype: str, **more: Any) -> Any:
     """The module without its weights."""
     try:
-        module = without_weights(lambda: model_class._from_config(config, attn_implementation=attention, **more), dtype)
+        module = without_weights(
+            lambda kind: model_class._from_config(config, attn_implementation=attention, dtype=kind, **more), dtype
+        )
     except Exception as error:
         raise ModelError(f"{name}: {model_class.__name__} can't be made: {first_line(error)}") from error
     if getattr(module, "_can_set_experts_implementation", lambda: False)():
@@ -172,6 +172,7 @@ def _load(
     if missing and has_option and all("pooler." in key for key in missing):
         module = _make(name, model_class, config, attention, dtype, add_pooling_layer=False)
         weights = checkpoint_weights(folder, module)
+        untie(module, (other for _, other in weights.untied))
         missing = weights.missing(module)
         notes.append("the weights have no pooler, so the model is exported without pooler_output")
     if missing:

@@ -70,15 +70,19 @@ class Loaded:
             ModelError: A parameter has no weights.
         """
         own = _tensors(source.module)
-        names = {id(tensor): name for name, tensor in _tensors(self.module).items()}
+        given = self.weights.names() if self.weights is not None else ()
+        names: dict[int, str] = {}
+        for name, tensor in _tensors(self.module).items():
+            # Of several names of one parameter a checkpoint may have any.
+            if id(tensor) not in names or name in given:
+                names[id(tensor)] = name
         for value in model.graph.initializers.values():
             tensor = own.get(f"{INNER}{value.name}", own.get(value.name or ""))
             if tensor is None:
                 continue  # A constant of the trace.
             name = names.get(id(tensor), "")
-            if self.weights is not None and name in self.weights.names():
-                given = self.weights.tensor(name)
-                value.const_value = cast_tensor(given, ir_dtype(tensor.dtype))
+            if self.weights is not None and name in given:
+                value.const_value = cast_tensor(self.weights.tensor(name), ir_dtype(tensor.dtype))
             elif self.weights is not None and isinstance(tensor, _parameter()):
                 raise ModelError(f"{self.label} has no weights for {name or value.name}")
             else:

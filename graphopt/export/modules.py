@@ -9,20 +9,14 @@ from typing import Any
 from graphopt.export.dependencies import quiet, require
 
 
-def without_weights(make: Callable[[], Any], dtype: str = "float32") -> Any:
-    """The torch module that `make` makes, in eval mode, its parameters of this type and not filled.
+def without_weights(make: Callable[[Any], Any], dtype: str = "float32") -> Any:
+    """The torch module that `make` makes for this torch dtype, in eval mode, its parameters not filled.
 
     A parameter's memory is asked of the system but never touched, so it isn't given: a module of 70 billion parameters
     takes a few megabytes. Buffers, such as the frequencies of a rotary embedding, are computed as ever.
     """
-    torch = require("torch")
-    before = torch.get_default_dtype()
     with quiet(), _nothing_filled():
-        torch.set_default_dtype(getattr(torch, dtype))
-        try:
-            module = make()
-        finally:
-            torch.set_default_dtype(before)
+        module = make(getattr(require("torch"), dtype))
     return module.eval().requires_grad_(False)
 
 
