@@ -193,7 +193,8 @@ class _Parts:
             keys = next(tensor for name, tensor in past.items() if ".encoder." in name)
             # The keys and values are there already: of the states only the length is read.
             states = keys.new_zeros(keys.shape[0], keys.shape[-2], self.given.width)
-            made = self._forward(given, states, rebuild(self.config, past))
+            layers = 1 + max(int(name.split(".")[0]) for name in past)
+            made = self._forward(given, states, rebuild(self.config, past, layers))
             return [(name, tensor) for name, tensor in made if ".encoder." not in name]
 
         return call
