@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
 transformers = pytest.importorskip("transformers")
 
-from tiny_encoder_decoders import TOKENS, WORDS, built  # noqa: E402
+from tiny_encoder_decoders import IMAGE, TOKENS, WORDS, built  # noqa: E402
 
 from graphopt.export.encoder_decoder import (  # noqa: E402
     FILES,
@@ -41,7 +41,7 @@ CACHE = {part: ("batch", 4, dim, 8) for part, dim in (("decoder", "past"), ("enc
 def sources(name: str) -> dict[str, Source]:
     module = built(name)
     assert is_encoder_decoder(module)
-    return encoder_decoder_sources(module, module.config, label=name)
+    return encoder_decoder_sources(module, module.config, label=name, image=(32, 32))
 
 
 def dims(source: Source) -> dict[str, tuple[int | str, ...]]:
@@ -207,6 +207,23 @@ def test_the_parts_generate_as_the_whole(name: str, length: int) -> None:
     encoded = _encoded(built(name), length, np.random.default_rng(0))
     expected = by_transformers(name, encoded, PROMPT, 9)
     np.testing.assert_array_equal(generated(in_torch(name), encoded, PROMPT, 9), expected)
+
+
+def test_images_beside_text() -> None:
+    assert list(sources("florence")) == ["vision_encoder", "embed_tokens", *FILES]
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(size=(3, 3, 32, 32)).astype(np.float32)
+    ids = np.concatenate([np.full((3, 17), IMAGE), rng.integers(9, WORDS, (3, 4))], 1)
+    run = in_torch("florence")
+    embedded = run("embed_tokens", {"input_ids": ids})["inputs_embeds"]
+    features = run("vision_encoder", {"pixel_values": pixels})["image_features"]
+    embedded[ids == IMAGE] = features.reshape(-1, features.shape[-1])
+    ones = np.ones_like(ids)
+    expected = by_transformers(
+        "florence", {"input_ids": ids, "attention_mask": ones, "pixel_values": pixels}, PROMPT, 6
+    )
+    found = generated(run, {"inputs_embeds": embedded, "attention_mask": ones}, PROMPT, 6)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(("name", "lengths"), [("t5", (9, 5)), ("whisper", (40,)), ("vision", (32,))])
