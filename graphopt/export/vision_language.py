@@ -121,10 +121,10 @@ class _Decoder:
     @classmethod
     def source(cls, label: str, module: Any, config: Any, image: tuple[int, int] | None) -> Source:
         """The source of decoder_model_merged."""
-        dtype = module.dtype
+        part = without(module, *image_features(label, module, image).parts)
         slots = {
-            slot.name: Input(f"past_key_values.{slot.name}", slot.dims, floats(dtype))
-            for slot in cache_slots(label, module)
+            slot.name: Input(f"past_key_values.{slot.name}", slot.dims, floats(module.dtype))
+            for slot in cache_slots(label, module, part)
         }
         decoder = cls(label, module, slots)
         try:
@@ -138,7 +138,6 @@ class _Decoder:
                 f"{label}: {type(module).__name__} doesn't run on embeddings and a cache alone ({first_line(error)}); "
                 "write a function that returns its decoder and its example inputs, and export module:function"
             ) from error
-        part = without(module, *image_features(label, module, image).parts)
         return _source(f"{label}/decoder_model_merged", part, decoder.call(inputs), inputs, dims, SIZES)
 
     def call(self, inputs: Sequence[Input]) -> Callable[..., tuple[Any, ...]]:
