@@ -18,7 +18,7 @@ from graphopt.export.encoder_decoder import encoder_decoder_sources, is_encoder_
 from graphopt.export.feed_forward import feed_forward, image_size
 from graphopt.export.gguf import from_gguf
 from graphopt.export.loaded import Loaded
-from graphopt.export.modules import untie, without_weights
+from graphopt.export.modules import compute, untie, without_weights
 from graphopt.export.packaging import COMPANIONS, copy_companions
 from graphopt.export.source import Source
 from graphopt.export.vision_language import is_vision_language, vision_language_sources
@@ -65,7 +65,8 @@ def from_pretrained(
         module, weights = _make(name, model_class, config, implementations[0], dtype), made.weights
     else:
         module, weights, notes = _load(name, folder, model_class, config, implementations[0], dtype)
-    loaded = Loaded(name, {}, module, weights, implementations, write, notes)
+    computed = compute(module, weights)
+    loaded = Loaded(name, {}, module, weights, implementations, computed, write, notes)
     if adapters:
         loaded.weights = merged = AdaptedWeights(weights, list(adapters), turned=_turned(module))
         notes += merged.notes
@@ -175,6 +176,8 @@ def _load(
         untie(module, (other for _, other in weights.untied))
         missing = weights.missing(module)
         notes.append("the weights have no pooler, so the model is exported without pooler_output")
+    computed = compute(module, weights)
+    missing = [key for key in missing if key not in computed]
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise ModelError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from graphopt.export.dependencies import quiet, require
+from graphopt.export.weights import Weights
 
 
 def without_weights(make: Callable[[Any], Any], dtype: str = "float32") -> Any:
@@ -27,6 +28,23 @@ def untie(module: Any, names: Iterable[str]) -> None:
         holder, _, leaf = name.rpartition(".")
         part = module.get_submodule(holder)
         setattr(part, leaf, torch.nn.Parameter(torch.empty_like(getattr(part, leaf)), requires_grad=False))
+
+
+def compute(module: Any, weights: Weights) -> frozenset[str]:
+    """Fill the parameters that no checkpoint holds because the module's class computes them (sinusoids of positions).
+
+    These are the ones that transformers neither saves nor misses.
+
+    Returns:
+        Their names.
+    """
+    unsaved = getattr(module, "_keys_to_ignore_on_save", None) or ()
+    given = set(weights.names())
+    found = frozenset(name for name, _ in module.named_parameters() if name in set(unsaved) and name not in given)
+    with require("torch").no_grad():
+        for name in found:
+            module._init_weights(module.get_submodule(name.rpartition(".")[0]))
+    return found
 
 
 @contextlib.contextmanager
