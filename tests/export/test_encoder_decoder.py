@@ -100,6 +100,18 @@ class TestSources:
         later = sources("t5gemma")["decoder_with_past_model"]
         assert dims(later)["past_key_values.0.decoder.key"] == ("batch", 2, "past", 8)
 
+    @pytest.mark.parametrize("name", ["bart", "moonshine"])
+    def test_what_stands_at_padding_is_not_compared(self, name: str) -> None:
+        for reference in run_torch(sources(name)["encoder_model"]):
+            real = (reference.real or {})["last_hidden_state"]
+            mask = reference.feeds["attention_mask"] if name == "bart" else reference.outputs[1]
+            assert real is not None
+            assert not mask.all()
+            np.testing.assert_array_equal(real, np.broadcast_to(mask[..., None] == 1, (*mask.shape, 32)))
+        for reference in run_torch(sources(name)["decoder_with_past_model"]):
+            assert reference.real is not None
+            assert reference.real["logits"] is None
+
     def test_the_module_is_as_before(self) -> None:
         module = built("bart")
         before = {name: dict(vars(part)) for name, part in module.named_modules()}
