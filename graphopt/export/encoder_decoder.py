@@ -44,7 +44,8 @@ def encoder_decoder_sources(
 ) -> dict[str, Source]:
     """The sources of the three files of an encoder-decoder with a language model's head.
 
-    - encoder_model: input_ids, input_features, input_values or pixel_values, and attention_mask, to last_hidden_state;
+    - encoder_model: input_ids, input_features, input_values, pixel_values or flattened_patches, and attention_mask, to
+      last_hidden_state;
     - decoder_model: encoder_attention_mask, input_ids, encoder_hidden_states to logits,
       present.N.decoder.key/.value and present.N.encoder.key/.value;
     - decoder_with_past_model: encoder_attention_mask, input_ids, past_key_values.N.decoder.key/.value and

@@ -213,7 +213,15 @@ PROMPT = np.array([[1, 7], [1, 8], [1, 9]])
 
 @pytest.mark.parametrize(
     ("name", "length"),
-    [("bart", 6), ("speech2text", 57), ("moonshine", 900), ("t5gemma", 8), ("switch", 7), ("marian", 5)],
+    [
+        ("bart", 6),
+        ("speech2text", 57),
+        ("moonshine", 900),
+        ("t5gemma", 8),
+        ("switch", 7),
+        ("marian", 5),
+        ("pix2struct", 9),
+    ],
 )
 def test_the_parts_generate_as_the_whole(name: str, length: int) -> None:
     encoded = _encoded(built(name), length, np.random.default_rng(0))
@@ -265,6 +273,10 @@ def _encoded(module: Any, length: int, rng: np.random.Generator) -> dict[str, An
             }
         case "input_features":
             return {"input_features": rng.normal(size=(3, 16, length)).astype(np.float32)}
+        case "flattened_patches":
+            patches = rng.normal(size=(3, length, 50)).astype(np.float32)
+            patches[..., :2] = np.arange(1, length + 1)[:, None]
+            return {"flattened_patches": patches, "attention_mask": mask}
         case "input_values":
             mask[0] = 1
             return {"input_values": rng.normal(size=(3, length)).astype(np.float32), "attention_mask": mask}
