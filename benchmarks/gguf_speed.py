@@ -30,8 +30,8 @@ from export_smollm2 import build, export, load_module
 from graphopt.analysis.interleaved import NO_SPINNING
 from graphopt.calibration.text import tokenize
 from graphopt.errors import GraphoptError
-from graphopt.export.gguf import from_gguf
-from graphopt.export.gguf.keep import Inputs, keep_quantized
+from graphopt.export.gguf import from_gguf, keep_quantized
+from graphopt.export.gguf.operators import Inputs
 from graphopt.graph.load import load
 from graphopt.graph.save import save
 from graphopt.models.catalogue import fetch
@@ -256,7 +256,7 @@ def logits(system: Any, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
 def score(system: Any, ids: npt.NDArray[np.int64]) -> float:
     """The perplexity over windows that know nothing of each other."""
     if isinstance(system, Generator):
-        return float(perplexity(system, ids, WINDOW).perplexity)
+        return float(perplexity(system, ids, WINDOW).value)
     total, count = 0.0, 0
     for start in range(0, len(ids), WINDOW):
         window = ids[start : start + WINDOW]
