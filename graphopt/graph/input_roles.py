@@ -153,8 +153,8 @@ def _rows(table: ir.Value | None, rank: int) -> int:
             return size if isinstance(size, int) else 0
         node = table.producer() if table is not None else None
         if node is not None and node.op_type == "Reshape":  # of integers that a head has in blocks
-            sizes = constant_array(node.inputs[1])
-            return max(0, int(sizes[0])) if sizes is not None and 2 <= sizes.size <= rank else 0
+            target = constant_array(node.inputs[1])
+            return max(0, int(target[0])) if target is not None and 2 <= target.size <= rank else 0
         if node is None or node.op_type not in ("Transpose", "Cast", "Identity"):
             return 0
         axis ^= node.op_type == "Transpose"

@@ -79,8 +79,8 @@ def test_an_embedding_of_integers_that_a_head_has_in_blocks(reshaped: bool) -> N
     if reshaped:
         shape = onnx.numpy_helper.from_array(np.array([rows, size]), "shape")
         proto.graph.initializer.append(shape)
-        proto.graph.node.insert(0, onnx.helper.make_node("Reshape", [table.name, "shape"], ["rows"]))
-        gather.input[0] = "rows"
+        proto.graph.node.insert(0, onnx.helper.make_node("Reshape", [table.name, "shape"], ["table_rows"]))
+        gather.input[0] = "table_rows"
     found = read(proto)
     assert found.token_ids == "input_ids"
     assert found.vocabulary == rows
