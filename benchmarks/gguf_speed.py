@@ -3,12 +3,15 @@
     python benchmarks/gguf_speed.py                           exports, then measures all that is installed
     python benchmarks/gguf_speed.py --source model.onnx       with an export that is there (of export_smollm2.py)
     python benchmarks/gguf_speed.py --text wiki.txt --rounds 9 --threads 2
+    python benchmarks/gguf_speed.py --threads 1 --prompt-tokens 64 --new-tokens 32      on a busy machine: see CPU time
 
 Prints for each system the size on disk, how far its logits are from the dequantized export's (over 128 tokens), the
-perplexity over 20 windows of 512 tokens, and tokens per second of a prompt of 512 and of the 128 tokens after it, with
-the ratio of times to llama.cpp. In each round every system runs once, in another order each time, the first one twice,
-which shows the noise. Kept graphs are made from the export and go through `graphopt optimize` as the dequantized one
-does. `pip install 'graphopt[zoo]' llama-cpp-python` brings the peers; what isn't installed is left out and said.
+perplexity over 20 windows of 512 tokens, and tokens per second of a prompt and of the tokens after it, with the ratio
+of times to llama.cpp. (Its threads spin while they wait: with more than one its CPU time means little, and beside other
+work its wall-clock time neither.) In each round every system runs once, in another order each time, the first one
+twice, which shows the noise. Kept graphs are made from the export and go through `graphopt optimize` as the
+dequantized one does. `pip install 'graphopt[zoo]' llama-cpp-python` brings the peers; what isn't installed is left out
+and said.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from graphopt.runtime_ops.generation import Generator
 from graphopt.runtime_ops.scoring import perplexity
 from graphopt.verification.decoding_speed import benchmark_decoding
 
-PROMPT, NEW, WINDOW, WINDOWS, COMPARED = 512, 128, 512, 20, 128
+WINDOW, WINDOWS, COMPARED = 512, 20, 128
 FLOAT, LLAMA, GENAI = "graphopt, dequantized", "llama.cpp", "genai int4"
 
 
@@ -89,7 +92,7 @@ class GenAI:
 
     def start(self, batch: int, capacity: int) -> Any:
         parameters = self.genai.GeneratorParams(self.model)
-        length = PROMPT + NEW + 2  # an end of text would end the measurement
+        length = capacity + 1  # an end of text would end the measurement
         parameters.set_search_options(max_length=length, min_length=length, do_sample=False, batch_size=1)
         self.generator = self.genai.Generator(self.model, parameters)
         return self
@@ -111,6 +114,8 @@ def main() -> int:
     parser.add_argument("--source", type=Path, help="an export of SmolLM2 by export_smollm2.py")
     parser.add_argument("--text", type=Path, help="a text file; default: graphopt's evaluation text")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-perplexity", action="store_true")
     options = parser.parse_args()
@@ -157,9 +162,9 @@ def run(options: argparse.Namespace) -> None:
         del system
     systems = [make() for make in makers.values()]
     control = next(iter(makers.values()))()
-    prompt = np.asarray(ids[:PROMPT], np.int64)[None]
+    prompt = np.asarray(ids[: options.prompt_tokens], np.int64)[None]
     result = benchmark_decoding(
-        systems, control, prompt, NEW, options.rounds, threads=options.threads,
+        systems, control, prompt, options.new_tokens, options.rounds, threads=options.threads,
         progress=lambda _, n, total: print(f"round {n} of {total}", flush=True),
     )  # fmt: skip
     print(f"\nratios: time over that of {result.models[0].name}; control: the same once more\n")
