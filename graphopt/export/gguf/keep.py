@@ -77,7 +77,9 @@ def keep_quantized(
         model: The exported graph, opset 13 or later.
         weights: The parameters of the file that it was exported from.
         inputs: What the operators make of their inputs (see `Inputs`). "int8" is the fastest and rounds as llama.cpp
-            does; "int8x2" is equal to the float graph to about 1e-4; "float32" to 1e-6 where weights have 4 bits.
+            does: logits are off by some 1e-2. "int8x2" is equal to the float graph to about 1e-4 and takes 1.2 times as
+            long for one row of 2048 × 5632, twice as long for many; "float32" is equal to 1e-6 where weights have 4
+            bits, and takes 2.4 times as long for one row, 0.9 times for many.
         merge: Compute matrices that read the same input as one, and split the result.
 
     Returns:
