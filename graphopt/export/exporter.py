@@ -88,7 +88,9 @@ def export_report(
         with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent, ignore_cleanup_errors=True) as temporary:
             written = export.write(loaded, Path(temporary), path.name if folder is None else None)
             beside = export.companions(loaded, written, Path(temporary), name) if folder is not None else []
-            files = [_moved(file, path.parent) for file in [*beside, *(f for _, some in written for f in some[::-1])]]
+            # What a model refers to is there before it is.
+            own = [_moved(file, path.parent) for _, some in written for file in reversed(some)]
+            files = [*reversed(own), *(_moved(file, path.parent) for file in beside)]
             parts = [dataclasses.replace(part, path=path.parent / part.path.name) for part, _ in written]
     except OSError as error:
         raise ModelError(f"{path.parent} can't be written: {error.strerror or error}") from error

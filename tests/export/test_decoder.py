@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 
 from graphopt.api import canonical
 from graphopt.errors import ModelError, UsageError, VerificationError
+from graphopt.export import ExportReport, export_report, layers
 from graphopt.export import cache as caches
-from graphopt.export import export_report, layers
 from graphopt.export.attention import NAME, attention
 from graphopt.export.decoder import CALLS, cache_slots, causal_lm, padded
 from graphopt.export.loaded import Loaded
@@ -45,6 +46,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def exported(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    """It, exported."""
+    return export_report(llama, tmp_path_factory.mktemp("exported"), finish=canonical)
+
+
 def save(model: Any, folder: Path, **options: Any) -> Path:
     with contextlib.redirect_stderr(io.StringIO()):
         model.save_pretrained(folder, **options)
@@ -66,8 +73,8 @@ def run(path: Path, ids: np.ndarray, past: int) -> np.ndarray:
 
 
 class TestExport:
-    def test_layers_are_repeated_and_the_numbers_are_pytorchs(self, llama: Path, tmp_path: Path) -> None:
-        report = export_report(llama, tmp_path / "out", finish=canonical)
+    def test_layers_are_repeated_and_the_numbers_are_pytorchs(self, llama: Path, exported: ExportReport) -> None:
+        report = exported
         assert report.way.implementation == NAME
         assert report.notes == ()
         assert report.max_relative_error < 1e-5
@@ -85,18 +92,14 @@ class TestExport:
         np.testing.assert_allclose(run(report.path, ids, 0), expected, atol=1e-5)
         np.testing.assert_allclose(run(report.path, ids, 6), expected[:, 6:], atol=1e-5)
 
-    def test_every_layer_traced_gives_the_same_graph(self, llama: Path, tmp_path: Path) -> None:
-        repeated = export_report(llama, tmp_path / "a.onnx", verify="none")
-        whole = export_report(llama, tmp_path / "b.onnx", verify="none", repeat=False)
-        a, b = (onnx.load(r.path).graph for r in (repeated, whole))
-        ops = [sorted(n.op_type for n in g.node if n.op_type not in ("Constant", "Identity")) for g in (a, b)]
+    def test_every_layer_traced_gives_the_same_graph(self, llama: Path, exported: ExportReport, tmp_path: Path) -> None:
+        whole = export_report(llama, tmp_path / "b.onnx", verify="none", repeat=False, finish=canonical)
+        a, b = (onnx.load(r.path).graph for r in (exported, whole))
         assert [v.name for v in a.input] == [v.name for v in b.input]
         assert [v.name for v in a.output] == [v.name for v in b.output]
-        assert {(t.name, t.raw_data) for t in a.initializer} >= {(t.name, t.raw_data) for t in b.initializer}
-        # Equal subexpressions of the repeated one are one.
-        assert set(ops[0]) == set(ops[1])
+        assert Counter(n.op_type for n in a.node) == Counter(n.op_type for n in b.node)
         ids = np.random.default_rng(1).integers(0, 53, (1, 9))
-        np.testing.assert_allclose(run(repeated.path, ids, 4), run(whole.path, ids, 4), atol=1e-6)
+        np.testing.assert_allclose(run(exported.path, ids, 4), run(whole.path, ids, 4), atol=1e-6)
 
     def test_the_first_layers_are_compared_where_all_is_too_much(self, llama: Path, tmp_path: Path) -> None:
         report = export_report(llama, tmp_path / "m.onnx", verify="layers")
@@ -104,12 +107,11 @@ class TestExport:
         assert report.notes == ("compared with PyTorch on its first 4 layers of 8",)
         assert [f.name for f in tmp_path.iterdir()] == ["m.onnx"]
 
-    def test_logits_of_the_last_position(self, llama: Path, tmp_path: Path) -> None:
-        whole = export_report(llama, tmp_path / "a.onnx", finish=canonical, verify="none")
+    def test_logits_of_the_last_position(self, llama: Path, exported: ExportReport, tmp_path: Path) -> None:
         last = export_report(llama, tmp_path / "b.onnx", finish=canonical, last_logits=True)
         assert last.outputs["logits"] == ("batch", 1, 53)
         ids = np.random.default_rng(1).integers(0, 53, (1, 9))
-        np.testing.assert_allclose(run(last.path, ids, 4), run(whole.path, ids, 4)[:, -1:], atol=1e-6)
+        np.testing.assert_allclose(run(last.path, ids, 4), run(exported.path, ids, 4)[:, -1:], atol=1e-6)
 
     def test_tied_weights_are_one_initializer(self, tmp_path: Path) -> None:
         folder = save(build(tie_word_embeddings=True), tmp_path / "tied")
@@ -148,10 +150,9 @@ class TestExport:
             export_report(llama, tmp_path / "m.onnx", exporter="dynamo", attention="eager")
         assert not (tmp_path / "m.onnx").exists()
 
-    def test_same_bytes_twice(self, llama: Path, tmp_path: Path) -> None:
-        for name in "ab":
-            export_report(llama, tmp_path / name, verify="none", finish=canonical)
-        assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()
+    def test_same_bytes_twice(self, llama: Path, exported: ExportReport, tmp_path: Path) -> None:
+        again = export_report(llama, tmp_path, verify="none", finish=canonical)
+        assert again.path.read_bytes() == exported.path.read_bytes()
 
     def test_a_missing_weight(self, tmp_path: Path) -> None:
         from safetensors.torch import load_file, save_file
