@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import export_matrix_models
 import numpy as np
 from decoder_domain import CASES, Case, cut
 from export_matrix_files import Array, Part, Refused, Stepwise, opened
@@ -27,15 +28,13 @@ _DECODED = {"prefill": (0, 4), "decode": (4, 1), "chunk": (4, 3)}
 """An encoder-decoder's calls: tokens before, tokens of the call."""
 
 
-def prepare(_: str) -> None:
+def prepare(name: str) -> None:
     """Import what judging needs."""
+    export_matrix_models.prepare(name)
     import onnxruntime  # noqa: F401
-    import torch
-    import transformers  # noqa: F401
 
-    import graphopt.export.compare  # noqa: F401
-
-    torch.set_num_threads(1)
+    import graphopt.export.compare
+    import graphopt.graph.load  # noqa: F401
 
 
 @dataclasses.dataclass(frozen=True)

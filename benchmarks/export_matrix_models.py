@@ -29,9 +29,9 @@ def library_models() -> Iterator[Model]:
 
 
 def prepare(_: str) -> None:
-    """Import what saving needs."""
+    """Import what loading a model takes, in either version of transformers, which imports most of it late."""
     import torch
-    import transformers  # noqa: F401
+    from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel  # noqa: F401
 
     torch.set_num_threads(1)
 

@@ -56,7 +56,7 @@ def troubles(result: Result) -> dict[str, list[str]]:
 
 def _general(text: str) -> str:
     """A reason without the names of nodes and files, so that equal ones are counted together."""
-    text = re.sub(r"(?:/[\w.+-]+){2,}", "…", text)
+    text = re.sub(r"[\w.+-]*(?:/[\w.+-]+){2,}", "…", text)
     text = re.sub(r"Name:'[^']*' ?", "", text)
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     return re.sub(r"\b(val|node\w*|s|u)_?\d+\b", "?", text).strip()
@@ -78,7 +78,7 @@ def summary(results: Sequence[Result]) -> list[dict[str, str]]:
                 "calls alike, of the exported": f"{sum(map(alike, made))} of {asked}",
                 "median seconds": _median([r["cpu_seconds"] for r in made], "{:.1f}"),
                 "median MB": _median([memory(r) for r in made], "{:.0f}"),
-                "nodes": str(sum(r["nodes"] or 0 for r in made)),
+                "median nodes": _median([r["nodes"] for r in made if r["nodes"]], "{:.0f}"),
             }
         )
     return rows

@@ -10,27 +10,27 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import export_matrix_models
 import numpy as np
 from export_matrix_models import ANSWER, GENERATING, answer, load
 from matrix_models import MODELS, feeds
 
 TOOLS = ("graphopt", "torch", "transformers", "optimum")
+_TRACING = ("torch.export", "torch.onnx", "onnx", "onnxscript.function_libs.torch_lib.ops", "networkx")
 _LIBRARIES = {
-    "graphopt": ("torch", "onnxruntime", "graphopt.export"),
-    "torch": ("torch", "onnxscript", "matrix_exports"),
-    "transformers": ("torch", "onnxscript", "transformers.exporters.exporter_onnx", "matrix_exports"),
-    "optimum": ("torch", "onnxruntime", "optimum.exporters.onnx"),
-    "own": ("torch",),
+    "graphopt": (*_TRACING, "onnxruntime", "graphopt.export"),
+    "torch": (*_TRACING, "matrix_exports"),
+    "transformers": (*_TRACING, "matrix_exports", "transformers.exporters.exporter_onnx"),
+    "optimum": ("onnxruntime", "optimum.exporters.onnx"),
+    "own": (),
 }
 
 
 def prepare(name: str) -> None:
-    """Import the libraries of an exporter, with all of transformers that has a name."""
-    for module in ("transformers", "onnx", *_LIBRARIES[name]):
+    """Import the libraries of an exporter, those too that it would import late."""
+    export_matrix_models.prepare(name)
+    for module in _LIBRARIES[name]:
         importlib.import_module(module)
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def graphopt(key: str, folder: str, output: str) -> dict[str, Any]:
