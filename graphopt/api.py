@@ -187,6 +187,16 @@ def optimize(
     return Result(model, report)
 
 
+def canonical(model: ir.Model) -> ir.Model:
+    """Bring a graph to standard operators and clean it up, exactly and in place; weights stay as they are.
+
+    These are the passes of the default recipe that fold nothing into weights and look at no target.
+    """
+    passes = [p for p in load_recipe().passes() if getattr(p, "family", "") in ("clean", "raise")]
+    PassManager(passes, verify="none")(model)
+    return model
+
+
 def find_profile(given: Profile | str | os.PathLike[str] | None, target: str) -> Profile | None:
     """The profile that `optimize` means by `given`.
 

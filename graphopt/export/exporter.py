@@ -1,36 +1,59 @@
-"""Export of encoders and feed-forward models from PyTorch to ONNX, verified against PyTorch."""
+"""Export of models from PyTorch to ONNX, verified against PyTorch."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
-from graphopt.errors import ModelError, UsageError, first_line
-from graphopt.export.compare import Reference, compare, run_torch
-from graphopt.export.dependencies import quiet, require
+from graphopt.errors import GraphoptError, ModelError, UsageError, VerificationError
+from graphopt.export import layers
+from graphopt.export.compare import compare, dry_references, run_torch
+from graphopt.export.dependencies import require
 from graphopt.export.huggingface import from_pretrained
-from graphopt.export.source import Source, from_factory
-from graphopt.graph.edits import nodes, walk
-from graphopt.graph.load import load
+from graphopt.export.loaded import Loaded, available_bytes
+from graphopt.export.source import Reference, Source, from_factory
+from graphopt.export.trace import Exporter, trace
+from graphopt.graph.edits import nodes
 from graphopt.graph.save import save, weight_bytes
 
-Exporter = Literal["dynamo", "torchscript"]
-Attention = Literal["sdpa", "eager"]
+Verify = Literal["auto", "full", "layers", "none"]
+Finish = Callable[[ir.Model], ir.Model]
 
-OPSET = {"dynamo": 21, "torchscript": 17}
-"""The opset of each exporter where none is asked for: 17 is the first with LayerNormalization, 21 the first with
-blocked quantization."""
+OPSET = {"dynamo": 23, "torchscript": 17}
+"""The opset of each exporter where none is asked for: 17 is the first with LayerNormalization, 23 with Attention."""
 INLINE_BYTES = 100_000_000
 """Weights of more bytes than this go to a file beside the model."""
+VERIFIED_SHARE = 2.5
+"""A model is verified whole where memory for so many copies of it is free: PyTorch's, ONNX Runtime's, and the rest."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model that an export wrote.
+
+    Attributes:
+        path: The model.
+        inputs: The dimensions of each input: a size, or the name of a dynamic one.
+        outputs: The same for each output.
+        nodes: Number of nodes, Constant ones too.
+        errors: For each output the largest absolute difference from PyTorch, relative to the largest magnitude
+            of that output, over all calls. Empty: not compared.
+    """
+
+    path: Path
+    inputs: dict[str, tuple[int | str, ...]]
+    outputs: dict[str, tuple[int | str, ...]]
+    nodes: int
+    errors: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -38,75 +61,110 @@ class ExportReport:
     """What an export wrote.
 
     Attributes:
-        path: The model.
-        files: All files written, the model first.
-        inputs: The dimensions of each input: a size, or the name of a dynamic one.
-        outputs: The same for each output.
+        parts: The models, one of them for most.
+        files: All files written, the models first.
         opset: The version of the default operator domain.
-        nodes: Number of nodes, Constant ones too.
-        errors: For each output the largest absolute difference from PyTorch, relative to the largest magnitude
-            of that output, over all probes.
-        seconds: Seconds of wall time, loading and verification included.
+        attention: The attention implementation that was traced; empty: the module's own.
+        seconds: Seconds of wall time by step: load, reference, trace, write, verify.
         notes: What the user should know.
     """
 
-    path: Path
+    parts: tuple[Part, ...]
     files: tuple[Path, ...]
-    inputs: dict[str, tuple[int | str, ...]]
-    outputs: dict[str, tuple[int | str, ...]]
     opset: int
-    nodes: int
-    errors: dict[str, float]
-    seconds: float
+    attention: str
+    seconds: dict[str, float]
     notes: tuple[str, ...]
 
     @property
+    def path(self) -> Path:
+        """The first model."""
+        return self.parts[0].path
+
+    @property
+    def inputs(self) -> dict[str, tuple[int | str, ...]]:
+        """Of the first model."""
+        return self.parts[0].inputs
+
+    @property
+    def outputs(self) -> dict[str, tuple[int | str, ...]]:
+        """Of the first model."""
+        return self.parts[0].outputs
+
+    @property
+    def nodes(self) -> int:
+        """Of all models."""
+        return sum(part.nodes for part in self.parts)
+
+    @property
     def max_relative_error(self) -> float:
-        """The largest of `errors`."""
-        return max(self.errors.values(), default=0.0)
+        """The largest error of any output."""
+        return max((error for part in self.parts for error in part.errors.values()), default=0.0)
 
 
-def export_model(
-    source: str | Path,
-    output: str | Path,
-    *,
-    opset: int | None = None,
-    attention: Attention = "sdpa",
-    exporter: Exporter = "dynamo",
-    dtype: str = "float32",
-    progress: Callable[[str], None] | None = None,
-) -> Path:
+@dataclass(frozen=True)
+class Options:
+    """How to export.
+
+    Attributes:
+        opset: Version of the default operator domain; None: 23 for dynamo, 17 for torchscript.
+        attention: transformers' attention implementation, "sdpa" or "eager"; None: one that exports to ONNX's operator
+            where the model can use it.
+        exporter: "dynamo" (torch.export) or "torchscript" (tracing).
+        dtype: "float32" or "float16", of weights and floating-point inputs of Hugging Face models.
+        last_logits: A decoder gives the logits of the last position only.
+        repeat: Equal layers are traced a few times and repeated in the graph, where that can be.
+        verify: "full": compare with PyTorch; "layers": compare the first layers, as many as are traced; "none"; "auto":
+            full where the memory is free for it, else layers.
+        finish: Rewrites each graph before it is written, exactly.
+    """
+
+    opset: int | None = None
+    attention: str | None = None
+    exporter: Exporter = "dynamo"
+    dtype: str = "float32"
+    last_logits: bool = False
+    repeat: bool = True
+    verify: Verify = "auto"
+    finish: Finish | None = None
+
+    def check(self, name: str) -> None:
+        """Raise UsageError for what can't be."""
+        if self.exporter not in OPSET:
+            raise UsageError(f"there is no exporter {self.exporter!r}; use dynamo or torchscript")
+        if self.attention not in (None, "sdpa", "eager"):
+            raise UsageError(f"there is no attention implementation {self.attention!r}; use sdpa or eager")
+        if self.dtype not in ("float32", "float16"):
+            raise UsageError(f"models aren't exported in {self.dtype}; use float32 or float16")
+        if self.verify not in ("auto", "full", "layers", "none"):
+            raise UsageError(f"there is no verification {self.verify!r}; use auto, full, layers or none")
+        if _is_factory(name) and (self.dtype != "float32" or self.attention is not None or self.last_logits):
+            raise UsageError(
+                f"dtype, attention and last logits are for Hugging Face models; {name} makes its module as it wants it"
+            )
+
+
+def export_model(source: str | Path, output: str | Path, **options: Any) -> Path:
     """Export a model to ONNX and verify it against PyTorch; see `export_report`, whose `path` this returns."""
-    return export_report(
-        source, output, opset=opset, attention=attention, exporter=exporter, dtype=dtype, progress=progress
-    ).path
+    return export_report(source, output, **options).path
 
 
 def export_report(
-    source: str | Path,
-    output: str | Path,
-    *,
-    opset: int | None = None,
-    attention: Attention = "sdpa",
-    exporter: Exporter = "dynamo",
-    dtype: str = "float32",
-    progress: Callable[[str], None] | None = None,
+    source: str | Path, output: str | Path, *, progress: Callable[[str], None] | None = None, **options: Any
 ) -> ExportReport:
-    """Export a model to ONNX, verify it against PyTorch on two shapes, and say what was written.
+    """Export a model to ONNX, verify it against PyTorch, and say what was written.
 
-    Inputs and their dynamic dimensions ("batch", "sequence") follow from the model's forward and configuration.
-    The graph is left as the exporter wrote it; cleaning up is the pass manager's work.
+    Inputs and their dynamic dimensions ("batch", "sequence", ...) follow from the model's forward and configuration; a
+    decoder has its cache among inputs and outputs (`graphopt.export.decoder`). Weights are read from the checkpoint one
+    at a time while they are written.
 
     Args:
         source: A Hugging Face folder (config.json and .safetensors), a name on the hub, or "module:factory", a
             callable that returns (torch.nn.Module, example inputs[, input names[, output names[, dynamic axes]]]).
         output: A path that ends in .onnx, or a folder, in which model.onnx and the model's tokenizer and
             configuration files are written. Weights of more than 100 MB lie beside the model (`model.onnx.data`).
-        opset: Version of the default operator domain; None: 21 for dynamo, 17 for torchscript.
-        attention: transformers' attention implementation, "sdpa" or "eager".
-        exporter: "dynamo" (torch.export) or "torchscript" (tracing).
-        dtype: "float32" or "float16", of weights and floating-point inputs of Hugging Face models.
         progress: Called with a line of text at each step.
+        **options: See `Options`.
 
     Raises:
         UsageError: A wrong argument, a library that is missing, or a model that isn't supported.
@@ -114,37 +172,24 @@ def export_report(
         VerificationError: The exported model differs from PyTorch. Then, and after every other error, nothing
             is written.
     """
-    if exporter not in OPSET:
-        raise UsageError(f"there is no exporter {exporter!r}; use dynamo or torchscript")
-    if attention not in ("sdpa", "eager"):
-        raise UsageError(f"there is no attention implementation {attention!r}; use sdpa or eager")
-    if dtype not in ("float32", "float16"):
-        raise UsageError(f"models aren't exported in {dtype}; use float32 or float16")
-    start = time.perf_counter()
-    say = progress or (lambda _: None)
     name = str(source)
-    if _is_factory(name) and (dtype, attention) != ("float32", "sdpa"):
-        raise UsageError(f"dtype and attention are for Hugging Face models; {name} makes its module as it wants it")
+    chosen = Options(**options)
+    chosen.check(name)
     path, folder = _target(output)
     for module in ("torch", "onnxruntime"):
         require(module)
-    say(f"loading {name}")
-    loaded = from_factory(name) if _is_factory(name) else from_pretrained(name, attention=attention, dtype=dtype)
-    # Before the export, which may change the module's state.
-    references = run_torch(loaded)
-    outputs = _output_dims(loaded, references)
-    say(f"exporting with {exporter}")
+    export = _Export(chosen, progress or (lambda _: None))
+    loaded = export.load(name)
+    if folder is None and len(loaded.sources) > 1:
+        raise UsageError(f"{name} becomes {len(loaded.sources)} models ({', '.join(loaded.sources)}); give a folder")
     made_folders = _make_folders(path.parent)
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent, ignore_cleanup_errors=True) as temporary:
-            model, warned = _export(loaded, outputs, exporter, opset or OPSET[exporter], Path(temporary))
-            external = weight_bytes(model) > INLINE_BYTES
-            _check_dims(loaded, model, exporter)
-            say("verifying against PyTorch")
-            trial = Path(temporary) / "verified.onnx"
-            save(model, trial, external_data=external)
-            errors = compare(loaded.label, trial, references, list(outputs), warned)
-            files = save(model, path, external_data=external)
+            written = export.write(loaded, Path(temporary), path.name if folder is None else None)
+            parts, files = [], []
+            for part, names in written:
+                files += [_moved(file, path.parent) for file in reversed(names)][::-1]
+                parts.append(dataclasses.replace(part, path=path.parent / part.path.name))
             if folder is not None:
                 files += [_copy(companion, folder, Path(temporary)) for companion in loaded.companions]
     except OSError as error:
@@ -154,16 +199,137 @@ def export_report(
             if made.is_dir() and not any(made.iterdir()):
                 made.rmdir()
     return ExportReport(
-        path=path,
-        files=tuple(files),
-        inputs={item.name: item.dims for item in loaded.inputs},
-        outputs=outputs,
-        opset=model.graph.opset_imports[""],
-        nodes=sum(1 for _ in nodes(model)),
-        errors=errors,
-        seconds=time.perf_counter() - start,
-        notes=tuple(loaded.notes),
+        tuple(parts), tuple(files), export.opset, export.attention, export.seconds, tuple(export.notes + loaded.notes)
     )
+
+
+class _Export:
+    """One export, with the time that its steps take."""
+
+    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+        self.options, self._say = options, say
+        self.opset = options.opset or OPSET[options.exporter]
+        self.attention = ""
+        self.notes: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self._step, self._since = "", time.perf_counter()
+
+    def say(self, step: str, text: str) -> None:
+        """Begin a step."""
+        now = time.perf_counter()
+        if self._step:
+            self.seconds[self._step] = self.seconds.get(self._step, 0.0) + now - self._since
+        self._step, self._since = step, now
+        if text:
+            self._say(text)
+
+    def load(self, name: str) -> Loaded:
+        """The model that this name gives."""
+        self.say("load", f"loading {name}")
+        options = self.options
+        if _is_factory(name):
+            source = from_factory(name)
+            return Loaded(name, {"model": source}, source.module)
+        return from_pretrained(
+            name, attention=options.attention, exporter=options.exporter, dtype=options.dtype,
+            last_logits=options.last_logits,
+        )  # fmt: skip
+
+    def write(self, loaded: Loaded, folder: Path, name: str | None) -> list[tuple[Part, list[Path]]]:
+        """Write all models into a folder, and verify them there; each with its files."""
+        whole = self._whole(loaded)
+        if whole or self.options.exporter == "torchscript":  # Which writes the numbers that it finds in the module.
+            loaded.put_in()
+        first: GraphoptError | None = None
+        for implementation in loaded.implementations or ("",):
+            try:
+                written = [
+                    self._part(loaded, source, folder, name or f"{stem}.onnx", implementation, whole)
+                    for stem, source in loaded.sources.items()
+                ]
+            except (ModelError, VerificationError) as error:
+                # What one implementation of attention can't, a plainer one can.
+                first = first or error
+                continue
+            self.attention = implementation
+            self.say("", "")
+            return written
+        assert first is not None
+        raise first
+
+    def _whole(self, loaded: Loaded) -> bool:
+        """Whether the whole model is compared with PyTorch."""
+        if self.options.verify != "auto":
+            return self.options.verify == "full"
+        return loaded.weights is None or VERIFIED_SHARE * loaded.weight_bytes() < available_bytes()
+
+    def _part(
+        self, loaded: Loaded, source: Source, folder: Path, name: str, implementation: str, whole: bool
+    ) -> tuple[Part, list[Path]]:
+        references = None
+        if whole:
+            self.say("reference", f"running {source.label} in PyTorch")
+            # Before the export, which may change the module's state.
+            with loaded.attending("eager"):
+                references = run_torch(source)
+        outputs = output_dims(source, references)
+        with loaded.attending(implementation):
+            model = self._model(loaded, source, outputs, folder, self.options.repeat)
+        self.say("write", f"writing {name}")
+        nodes_written = sum(1 for _ in nodes(model))
+        inputs = {item.name: item.dims for item in source.inputs}
+        files = save(model, folder / name, external_data=weight_bytes(model) > INLINE_BYTES)
+        errors: dict[str, float] = {}
+        if references is not None:
+            self.say("verify", f"verifying {name} against PyTorch")
+            errors = compare(source.label, folder / name, references, list(outputs), self._warned)
+        elif self.options.verify != "none":
+            errors = self._first_layers(loaded, source, folder, implementation)
+        return Part(folder / name, inputs, outputs, nodes_written, errors), files
+
+    def _model(self, loaded: Loaded, source: Source, outputs: Any, folder: Path, repeat: bool) -> ir.Model:
+        self.say("trace", f"exporting {source.label} with {self.options.exporter}")
+        traced = trace(source, outputs, self.options.exporter, self.opset, folder, repeat)
+        self.notes += [note for note in traced.notes if note not in self.notes]
+        self._warned = traced.warned
+        written = traced.model.graph.opset_imports.get("", 0)
+        if written != self.opset:
+            raise ModelError(
+                f"PyTorch couldn't write {source.label} at opset {self.opset} with {self.options.exporter}; ask for "
+                + (f"{written} or a newer one" if self.opset < written else "an older one")
+            )
+        if self.options.exporter == "dynamo":
+            loaded.fill(traced.model, source)
+        return traced.model if self.options.finish is None else self.options.finish(traced.model)
+
+    def _first_layers(self, loaded: Loaded, source: Source, folder: Path, implementation: str) -> dict[str, float]:
+        """Verify the model cut to the layers that are traced; the others are made of these, with their own weights."""
+        plan = layers.plan(source.module) if source.again is not None else None
+        if plan is None:
+            self.notes.append(f"{source.label} wasn't compared with PyTorch: its memory isn't free (--verify full)")
+            return {}
+        self.say("verify", f"verifying the first {plan.kept} layers against PyTorch")
+        with layers.cut(source.module, plan):
+            loaded.put_in()
+            assert source.again is not None
+            fewer = source.again()
+            with loaded.attending("eager"):
+                references = run_torch(fewer)
+            outputs = output_dims(fewer, references)
+            with loaded.attending(implementation):
+                model = self._model(loaded, fewer, outputs, folder, False)
+            trial = folder / "first-layers.onnx"
+            self.say("verify", "")
+            files = save(model, trial, external_data=weight_bytes(model) > INLINE_BYTES)
+            errors = compare(fewer.label, trial, references, list(outputs), self._warned)
+        for file in files:
+            file.unlink()
+        self.notes.append(
+            f"compared with PyTorch on its first {plan.kept} layers: memory for all {plan.count} isn't free"
+            if self.options.verify == "auto"
+            else f"compared with PyTorch on its first {plan.kept} layers of {plan.count}"
+        )
+        return errors
 
 
 def _is_factory(name: str) -> bool:
@@ -200,8 +366,18 @@ def _copy(file: Path, folder: Path, temporary: Path) -> Path:
     return target
 
 
-def _output_dims(source: Source, references: list[Reference]) -> dict[str, tuple[int | str, ...]]:
-    """Each output's dimensions: fixed where all probes agree, named after the dynamic size that each equals."""
+def _moved(file: Path, folder: Path) -> Path:
+    target = folder / file.name
+    os.replace(file, target)
+    return target
+
+
+def output_dims(source: Source, references: Sequence[Reference] | None) -> dict[str, tuple[int | str, ...]]:
+    """Each output's dimensions: fixed where all runs agree, named after the dynamic size that each equals."""
+    if source.dims is not None:
+        return source.dims
+    if references is None:
+        references = dry_references(source)
     first = references[0]
     names = source.outputs
     if names is None:
@@ -218,88 +394,3 @@ def _output_dims(source: Source, references: list[Reference]) -> dict[str, tuple
             dims.append(sizes[0] if fixed else same[0] if len(same) == 1 else f"{name}_dim_{axis}")
         found[name] = tuple(dims)
     return found
-
-
-def _export(
-    source: Source, outputs: dict[str, tuple[int | str, ...]], exporter: str, opset: int, folder: Path
-) -> tuple[ir.Model, list[str]]:
-    """The exporter's model, and what the exporter warned of."""
-    torch = require("torch")
-    args = source.tensors(source.sample, 0)
-    options: dict[str, Any] = {
-        "opset_version": opset,
-        "input_names": [item.name for item in source.inputs],
-        "output_names": list(outputs),
-    }
-    named = {n: {i: d for i, d in enumerate(dims) if isinstance(d, str)} for n, dims in outputs.items()}
-    named |= {item.name: {i: d for i, d in enumerate(item.dims) if isinstance(d, str)} for item in source.inputs}
-    warned: list[str] = []
-    try:
-        with torch.no_grad(), _plain_attention(torch), quiet() as warned:
-            if exporter == "dynamo":
-                shapes = tuple(named[item.name] for item in source.inputs)
-                # Its own optimizer drops small summands such as the epsilon of a logarithm.
-                program = torch.onnx.export(
-                    source.module, args, dynamo=True, dynamic_shapes=(shapes,), optimize=False, **options
-                )
-                model: ir.Model = program.model
-            else:
-                raw = folder / "raw" / "model.onnx"
-                raw.parent.mkdir()
-                torch.onnx.export(source.module, args, str(raw), dynamo=False, dynamic_axes=named, **options)
-                model = load(raw)
-    except Exception as error:
-        other = "torchscript" if exporter == "dynamo" else "dynamo"
-        raise ModelError(
-            f"PyTorch couldn't export {source.label} with {exporter} at opset {opset} ({first_line(error)}); "
-            f"try the exporter {other}"
-        ) from error
-    written = model.graph.opset_imports.get("", 0)
-    if written != opset:
-        raise ModelError(
-            f"PyTorch couldn't write {source.label} at opset {opset} with {exporter}; ask for "
-            + (f"{written} or a newer one" if opset < written else "an older one")
-        )
-    _without_traces(model)
-    for value in model.graph.outputs:
-        declared = outputs.get(value.name or "", ())
-        if value.shape is not None and len(value.shape) == len(declared):
-            value.shape = ir.Shape(declared)
-    return model, warned
-
-
-@contextlib.contextmanager
-def _plain_attention(torch: Any) -> Iterator[None]:
-    """Keep torch.nn.TransformerEncoder off its fused path, an operator that the tracer has no ONNX form for."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _without_traces(model: ir.Model) -> None:
-    """Drop the exporter's own records, among them the stack traces with paths of this machine."""
-    for graph in walk(model):
-        holders: list[Any] = [graph, *graph.inputs, *graph, *(v for node in graph for v in node.outputs)]
-        for holder in [*holders, *graph.initializers.values()]:
-            for key in [k for k in holder.metadata_props if k.startswith("pkg.torch.")]:
-                del holder.metadata_props[key]
-    for key in [k for k in model.metadata_props if k.startswith("pkg.torch.")]:
-        del model.metadata_props[key]
-
-
-def _check_dims(source: Source, model: ir.Model, exporter: str) -> None:
-    """The inputs are there, and what should be dynamic is."""
-    found = {value.name: value for value in model.graph.inputs}
-    for item in source.inputs:
-        value = found.get(item.name)
-        if value is None:
-            raise ModelError(f"{source.label} doesn't use its input {item.name}: {exporter} left it out of the model")
-        for axis, dim in enumerate(item.dims):
-            if isinstance(dim, str) and value.shape is not None and isinstance(value.shape[axis], int):
-                raise ModelError(
-                    f"{exporter} fixed the dimension {dim!r} of the input {item.name} at {value.shape[axis]}, because "
-                    f"the code of {source.label} depends on it"
-                )

@@ -9,11 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from graphopt.errors import ModelError, UsageError, first_line
+from graphopt.export.attention import usable
+from graphopt.export.decoder import causal_lm
 from graphopt.export.dependencies import quiet, require
+from graphopt.export.dry_run import dry_run
+from graphopt.export.loaded import Loaded
+from graphopt.export.modules import without_weights
+from graphopt.export.sample_inputs import floats, integers, padding_mask
 from graphopt.export.source import Input, Source, wrap
+from graphopt.export.weights import CheckpointWeights, checkpoint_weights
 
 COMPANIONS = (
     "config.json",
@@ -28,16 +33,23 @@ COMPANIONS = (
 )
 """Files of a model's folder that a program needs beside the ONNX model, as glob patterns."""
 
-DECODER = "{} is a decoder with a KV cache; export of decoders isn't supported yet"
 
+def from_pretrained(
+    name: str, *, attention: str | None, exporter: str, dtype: str, last_logits: bool = False
+) -> Loaded:
+    """A Hugging Face model, from a folder or by its name on the hub.
 
-def from_pretrained(name: str, *, attention: str, dtype: str) -> Source:
-    """A Hugging Face encoder or feed-forward model, from a folder or by its name on the hub.
+    Which inputs it has is read off the signature of its forward, its configuration, and runs without numbers.
 
-    Which inputs it has is read from the signature of its forward and from its configuration.
+    Args:
+        name: A folder, or a name on the hub.
+        attention: The attention implementation; None: the best that the model takes.
+        exporter: What traces it: "torchscript" has no operator for attention.
+        dtype: Type of the weights, "float32" or "float16".
+        last_logits: A decoder gives the logits of the last position only.
 
     Raises:
-        UsageError: Not a model folder, not reachable, a decoder, or of a kind whose inputs aren't known.
+        UsageError: Not a model folder, not reachable, or of a kind whose inputs aren't known.
         ModelError: The weights are missing, incomplete or unreadable.
     """
     transformers = require("transformers")
@@ -48,30 +60,39 @@ def from_pretrained(name: str, *, attention: str, dtype: str) -> Source:
     except Exception as error:
         raise ModelError(f"{folder / 'config.json'} can't be used: {first_line(error)}") from error
     model_class = _model_class(name, config)
+    implementations = (attention,) if attention is not None else usable(model_class, exporter)
+    module, weights, notes = _load(name, folder, model_class, config, implementations[0], dtype)
     forward = inspect.signature(model_class.forward).parameters
     if "decoder_input_ids" in forward:
         raise UsageError(f"{name} is an encoder-decoder; export of encoder-decoders isn't supported yet")
-    if model_class.can_generate():
-        raise UsageError(DECODER.format(name))
-    model, notes = _load(name, folder, model_class, config, attention, dtype)
-    inputs, sample, probes = _inputs(name, config, folder, list(forward), model.dtype)
+    if "past_key_values" in forward and model_class.can_generate():
+        source = causal_lm(name, module, last_logits=last_logits)
+    else:
+        source = _feed_forward(name, module, folder, list(forward))
+    return Loaded(name, {"model": source}, module, weights, implementations, _companions(folder), notes)
+
+
+def _feed_forward(name: str, model: Any, folder: Path, forward: list[str]) -> Source:
+    """A model without a cache: text, images or sound in, whatever it returns out."""
+    inputs, sample, probes = _inputs(name, model.config, folder, forward, model.dtype)
     names = [item.name for item in inputs]
 
     def run(*tensors: Any) -> dict[str, Any]:
         torch = require("torch")
-        result = model(**dict(zip(names, tensors, strict=True)), return_dict=True)
+        more = {"use_cache": False} if "use_cache" in forward else {}
+        result = model(**dict(zip(names, tensors, strict=True)), **more, return_dict=True)
         return {key: value for key, value in result.items() if isinstance(value, torch.Tensor)}
 
-    source = Source(name, None, inputs, None, sample, [probes], _companions(folder), notes)
+    source = Source(name, None, inputs, None, sample, [probes])
     try:
-        with require("torch").no_grad(), quiet():
-            source.outputs = list(run(*source.tensors(sample, 0)))
+        source.outputs = list(dry_run(model, run, source.tensors(sample, 0)))
     except Exception as error:
         raise UsageError(
-            f"{name} ({model_class.__name__}) doesn't run on the inputs {', '.join(names)}: {first_line(error)}; "
+            f"{name} ({type(model).__name__}) doesn't run on the inputs {', '.join(names)}: {first_line(error)}; "
             "write a function that returns the model and its example inputs, and export module:function"
         ) from error
     source.module = wrap(lambda *tensors: tuple(run(*tensors).values()), model)
+    source.again = lambda: source
     return source
 
 
@@ -80,7 +101,7 @@ def _folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_file():
         if folder.suffix == ".gguf":
-            raise UsageError(DECODER.format(name))
+            raise UsageError(f"{name}: GGUF files can't be exported yet")
         raise UsageError(f"{name} is a file; give the folder with config.json, or module:factory")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -119,33 +140,30 @@ def _model_class(name: str, config: Any) -> Any:
         raise UsageError(f"{name}: config.json names no architecture that transformers has a model for") from error
 
 
-def _load(name: str, folder: Path, model_class: Any, config: Any, attention: str, dtype: str) -> tuple[Any, list[str]]:
-    torch = require("torch")
+def _load(
+    name: str, folder: Path, model_class: Any, config: Any, attention: str, dtype: str
+) -> tuple[Any, CheckpointWeights, list[str]]:
+    """The module without its weights, the weights, and what to say of them."""
     notes: list[str] = []
 
-    def load(**more: Any) -> tuple[Any, set[str]]:
+    def make(**more: Any) -> tuple[Any, CheckpointWeights, list[str]]:
         try:
-            with quiet():
-                model, info = model_class.from_pretrained(
-                    folder,
-                    config=config,
-                    attn_implementation=attention,
-                    dtype=getattr(torch, dtype),
-                    use_safetensors=True,
-                    output_loading_info=True,
-                    **more,
-                )
+            module = without_weights(
+                lambda: model_class._from_config(config, attn_implementation=attention, **more), dtype
+            )
         except Exception as error:
-            raise ModelError(f"the weights of {name} can't be loaded: {first_line(error)}") from error
-        return model, set(info["missing_keys"])
+            raise ModelError(f"{name}: {model_class.__name__} can't be made: {first_line(error)}") from error
+        if getattr(module, "_can_set_experts_implementation", lambda: False)():
+            # The usual one counts tokens by expert with an operator that no exporter has.
+            module.set_experts_implementation("batched_mm")
+        weights = checkpoint_weights(folder, module)
+        return module, weights, weights.missing(module)
 
-    if hasattr(config, "use_cache"):
-        config.use_cache = False
-    model, missing = load()
+    module, weights, missing = make()
     # A sentence encoder is often saved without BERT's pooler, which nothing but its second output needs.
     has_option = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     if missing and has_option and all("pooler." in key for key in missing):
-        model, missing = load(add_pooling_layer=False)
+        module, weights, missing = make(add_pooling_layer=False)
         notes.append("the weights have no pooler, so the model is exported without pooler_output")
     if missing:
         some = ", ".join(sorted(missing)[:3])
@@ -153,7 +171,7 @@ def _load(name: str, folder: Path, model_class: Any, config: Any, attention: str
             f"{name} has no weights for {len(missing)} parameters of {model_class.__name__} ({some}); "
             "they would be random numbers"
         )
-    return model.eval(), notes
+    return module, weights, notes
 
 
 def _companions(folder: Path) -> list[Path]:
@@ -191,13 +209,13 @@ def _inputs(
 
 def _text_inputs(config: Any, folder: Path, parameters: list[str]) -> list[Input]:
     dims = ("batch", "sequence")
-    found = [Input("input_ids", dims, _integers(config.vocab_size))]
+    found = [Input("input_ids", dims, integers(config.vocab_size))]
     if "attention_mask" in parameters:
-        found.append(Input("attention_mask", dims, _padding_mask))
+        found.append(Input("attention_mask", dims, padding_mask))
     types = getattr(config, "type_vocab_size", 0) or 0
     told = _json(folder / "tokenizer_config.json").get("model_input_names")
     if "token_type_ids" in parameters and types > 1 and (told is None or "token_type_ids" in told):
-        found.append(Input("token_type_ids", dims, _integers(types)))
+        found.append(Input("token_type_ids", dims, integers(types)))
     return found
 
 
@@ -209,7 +227,7 @@ def _image_input(name: str, config: Any, folder: Path, dtype: Any) -> Input:
         size = _height_width(candidate)
         if size is not None:
             channels = getattr(vision, "num_channels", None) or 3
-            return Input("pixel_values", ("batch", channels, *size), _floats(dtype))
+            return Input("pixel_values", ("batch", channels, *size), floats(dtype))
     raise UsageError(f"{name}: neither config.json nor preprocessor_config.json tells the size of its images")
 
 
@@ -234,41 +252,17 @@ def _audio_inputs(
     bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
     if main == "input_values" and bins is None:
         sizes["samples"] = (8000, 16000, 12000)
-        found = [Input(main, ("batch", "samples"), _floats(dtype))]
+        found = [Input(main, ("batch", "samples"), floats(dtype))]
         if "attention_mask" in parameters and _json(folder / "preprocessor_config.json").get("return_attention_mask"):
-            found.append(Input("attention_mask", ("batch", "samples"), _padding_mask))
+            found.append(Input("attention_mask", ("batch", "samples"), padding_mask))
         return found
     if bins and frames and main == "input_values":
-        return [Input(main, ("batch", frames, bins), _floats(dtype))]
+        return [Input(main, ("batch", frames, bins), floats(dtype))]
     positions = getattr(config, "max_source_positions", None)
     if bins and positions:
         # The encoders of this kind halve the number of frames before they add positions.
-        return [Input(main, ("batch", bins, 2 * positions), _floats(dtype))]
+        return [Input(main, ("batch", bins, 2 * positions), floats(dtype))]
     raise UsageError(f"{name}: config.json doesn't tell the number of mel bins and frames of {main}")
-
-
-def _integers(below: int) -> Any:
-    def make(shape: tuple[int, ...], generator: np.random.Generator) -> Any:
-        return require("torch").from_numpy(generator.integers(0, below, size=shape))
-
-    return make
-
-
-def _floats(dtype: Any) -> Any:
-    def make(shape: tuple[int, ...], generator: np.random.Generator) -> Any:
-        return require("torch").from_numpy(generator.normal(size=shape).astype(np.float32)).to(dtype)
-
-    return make
-
-
-def _padding_mask(shape: tuple[int, ...], generator: np.random.Generator) -> Any:
-    """Ones, with a third padded on the right in the first row, on the left in the third, none in the second."""
-    mask = np.ones(shape, dtype=np.int64)
-    padded = max(1, shape[1] // 3)
-    mask[0::3, -padded:] = 0
-    mask[2::3] = 1
-    mask[2::3, :padded] = 0
-    return require("torch").from_numpy(mask)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -6,18 +6,21 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from graphopt.errors import UsageError, first_line
 from graphopt.export.dependencies import require
 
 Sizes = Mapping[str, int]
 
+INNER = "inner."
+"""How a wrapped module's own names begin in the wrapper."""
 SAMPLE_BATCH = 2
 """torch.export takes a size of 0 or 1 for a constant, so the sample has at least 2 of everything dynamic."""
 
@@ -41,6 +44,24 @@ class Input:
         return self.make(tuple(d if isinstance(d, int) else sizes[d] for d in self.dims), generator)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """PyTorch's answer to one call.
+
+    Attributes:
+        sizes: The dynamic sizes.
+        feeds: Inputs by name.
+        outputs: Outputs in order.
+        real: By the name of an output, True where it counts; what stands at padding doesn't. Without a name, or None:
+            everywhere.
+    """
+
+    sizes: dict[str, int]
+    feeds: dict[str, npt.NDArray[Any]]
+    outputs: list[npt.NDArray[Any]]
+    real: dict[str, npt.NDArray[np.bool_] | None] | None = None
+
+
 @dataclass
 class Source:
     """A module to export, called with one tensor for each input and returning a tuple of tensors.
@@ -54,6 +75,10 @@ class Source:
         probes: Sizes to verify with: sets of which the first that the module takes is used.
         companions: Files that belong beside the model (tokenizer, configuration).
         notes: What a user should know about how the module was loaded.
+        dims: Each output's dimensions where they're known; None: found out from the probes.
+        references: Gives the runs to verify with, in place of `probes`, from a function that runs the module: for a
+            module whose inputs can't be chosen one by one.
+        again: Makes the source once more from its module, which has fewer layers now; None: it doesn't depend on them.
     """
 
     label: str
@@ -64,6 +89,9 @@ class Source:
     probes: list[list[dict[str, int]]]
     companions: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    dims: dict[str, tuple[int | str, ...]] | None = None
+    references: Callable[[Callable[[tuple[Any, ...]], Sequence[Any]]], Iterator[Reference]] | None = None
+    again: Callable[[], Source] | None = None
 
     def tensors(self, sizes: Sizes, seed: int) -> tuple[Any, ...]:
         """One tensor for each input, the same for the same seed."""

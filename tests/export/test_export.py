@@ -88,7 +88,7 @@ class TestFactories:
             export_model("export_factories:ignores_one", tmp_path / "m.onnx", exporter="torchscript")
 
     def test_dynamo_tells_why_it_fails(self, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match=r"couldn't export .* with dynamo at opset 21 \(.*\); try .* torchscript"):
+        with pytest.raises(ModelError, match=r"couldn't export .* with dynamo at opset 23 \(.*\); try .* torchscript"):
             export_model("export_factories:depends_on_batch", tmp_path / "m.onnx")
 
     @pytest.mark.parametrize(
@@ -192,20 +192,12 @@ class TestHuggingFace:
         ):
             export_model(folder, tmp_path / "m.onnx")
 
-    def test_decoders_are_refused(self, tmp_path: Path) -> None:
-        folder = save_tiny(tmp_path / "llama", "LlamaForCausalLM", **BERT)
-        with pytest.raises(UsageError, match="is a decoder with a KV cache; export of decoders isn't supported yet"):
-            export_model(folder, tmp_path / "m.onnx")
-        (tmp_path / "m.gguf").write_bytes(b"GGUF")
-        with pytest.raises(UsageError, match="is a decoder with a KV cache"):
-            export_model(tmp_path / "m.gguf", tmp_path / "m.onnx")
-
     def test_broken_folders(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"has no config\.json"):
             export_model(tmp_path, tmp_path / "m.onnx")
         folder = save_tiny(tmp_path / "bert", "BertModel", **BERT)
         (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-        with pytest.raises(ModelError, match=r"weights of .* can't be loaded"):
+        with pytest.raises(ModelError, match=r"model.safetensors is truncated"):
             export_model(folder, tmp_path / "m.onnx")
         (folder / "model.safetensors").unlink()
         with pytest.raises(ModelError, match=r"has no .safetensors file"):

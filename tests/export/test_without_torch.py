@@ -18,7 +18,7 @@ from graphopt.errors import UsageError, first_line
 from graphopt.export import export_model
 from graphopt.export.compare import relative_error
 from graphopt.export.dependencies import quiet, require
-from graphopt.export.exporter import _is_factory, _output_dims, _target
+from graphopt.export.exporter import _is_factory, _target, output_dims
 from graphopt.export.huggingface import _height_width
 from graphopt.export.source import _probes
 
@@ -107,13 +107,13 @@ def test_output_dimensions_follow_from_two_runs() -> None:
         output = np.zeros((batch, 4, length, length // 2))
         return SimpleNamespace(sizes={"batch": batch, "length": length}, outputs=[output])
 
-    source = SimpleNamespace(outputs=None, label="it")
-    assert _output_dims(source, [reference(1, 16), reference(3, 8)]) == {  # type: ignore[arg-type,list-item]
+    source = SimpleNamespace(outputs=None, label="it", dims=None)
+    assert output_dims(source, [reference(1, 16), reference(3, 8)]) == {  # type: ignore[arg-type,list-item]
         "output": ("batch", 4, "length", "output_dim_3")
     }
     source.outputs = ["a", "b"]
     with pytest.raises(UsageError, match="it has 1 outputs"):
-        _output_dims(source, [reference(1, 16), reference(3, 8)])  # type: ignore[arg-type,list-item]
+        output_dims(source, [reference(1, 16), reference(3, 8)])  # type: ignore[arg-type,list-item]
 
 
 def test_quiet_restores_what_it_silenced(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,107 @@
+"""A model that is ready to be exported: its module, its graphs-to-be, and its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.errors import ModelError
+from graphopt.export.source import INNER, Source
+from graphopt.export.streamed_tensor import cast_tensor
+from graphopt.export.torch_tensors import as_array, ir_dtype
+from graphopt.export.weights import Weights, load_into
+
+
+@dataclass
+class Loaded:
+    """What is exported together.
+
+    Attributes:
+        label: How messages call it.
+        sources: A source for each file to write, by the file's name without its ending.
+        module: The module that all sources run, or parts of it.
+        weights: Its weights; None: they're in the module.
+        implementations: The attention implementations to trace with, the best first; empty: the module's own.
+        companions: Files that belong beside the model (tokenizer, configuration).
+        notes: What a user should know about how it was loaded.
+    """
+
+    label: str
+    sources: dict[str, Source]
+    module: Any
+    weights: Weights | None = None
+    implementations: tuple[str, ...] = ()
+    companions: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def attending(self, implementation: str) -> Iterator[None]:
+        """The module with this attention implementation."""
+        if not self.implementations:
+            yield
+            return
+        before = self.module.config._attn_implementation
+        self.module.set_attn_implementation(implementation)
+        try:
+            yield
+        finally:
+            self.module.set_attn_implementation(before)
+
+    def put_in(self) -> None:
+        """Put the weights into the module, as it is now: layers that were cut off get none."""
+        if self.weights is not None:
+            load_into(self.module, self.weights)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the module's parameters, each counted once."""
+        return sum(p.numel() * p.element_size() for p in self.module.parameters())
+
+    def fill(self, model: ir.Model, source: Source) -> None:
+        """Give a traced graph its weights, each read when it is written.
+
+        Raises:
+            ModelError: A parameter has no weights.
+        """
+        own = _tensors(source.module)
+        names = {id(tensor): name for name, tensor in _tensors(self.module).items()}
+        for value in model.graph.initializers.values():
+            tensor = own.get(f"{INNER}{value.name}", own.get(value.name or ""))
+            if tensor is None:
+                continue  # A constant of the trace.
+            name = names.get(id(tensor), "")
+            if self.weights is not None and name in self.weights.names():
+                given = self.weights.tensor(name)
+                value.const_value = cast_tensor(given, ir_dtype(tensor.dtype))
+            elif self.weights is not None and isinstance(tensor, _parameter()):
+                raise ModelError(f"{self.label} has no weights for {name or value.name}")
+            else:
+                value.const_value = ir.Tensor(as_array(tensor), name=value.name)
+            value.dtype, value.shape = value.const_value.dtype, ir.Shape(tuple(tensor.shape))
+
+
+def _parameter() -> Any:
+    import torch
+
+    return torch.nn.Parameter
+
+
+def _tensors(module: Any) -> Mapping[str, Any]:
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+
+
+def available_bytes() -> int:
+    """Memory that can be had without pushing anything out."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,148 @@
+"""Tensors that are computed block by block while they are written, and the cast of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.errors import ModelError
+
+if TYPE_CHECKING:
+    from graphopt.export.weights import Weights
+
+Array = npt.NDArray[Any]
+
+BLOCK_ELEMENTS = 1 << 18
+"""Elements that are cast at once: few enough to stay in the processor's cache, enough that the calls cost nothing."""
+FLOATING = {
+    ir.DataType.DOUBLE,
+    ir.DataType.FLOAT,
+    ir.DataType.FLOAT16,
+    ir.DataType.BFLOAT16,
+    ir.DataType.FLOAT8E4M3FN,
+    ir.DataType.FLOAT8E4M3FNUZ,
+    ir.DataType.FLOAT8E5M2,
+    ir.DataType.FLOAT8E5M2FNUZ,
+}
+TARGETS = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "float64": ir.DataType.DOUBLE,
+}
+
+
+class StreamedTensor(ir.LazyTensor):
+    """A tensor of which a function gives the consecutive pieces, in C order, each time that it is read.
+
+    Written to a file (`tofile`) it needs the memory of one piece; `numpy` puts the pieces into one array.
+    """
+
+    __slots__ = ("blocks",)
+
+    def __init__(self, blocks: Callable[[], Iterator[Array]], dtype: ir.DataType, shape: ir.Shape, name: str) -> None:
+        """Make it.
+
+        Args:
+            blocks: Gives arrays of the type of `dtype` of any shape, which make up the tensor when laid end to end.
+            dtype: The type.
+            shape: The shape, all of it known.
+            name: What messages call it.
+        """
+        super().__init__(self._whole, dtype, shape, name=name)
+        self.blocks = blocks
+
+    def _whole(self) -> ir.TensorProtocol:
+        array: Array | None = None
+        filled = 0
+        for block in self.blocks():
+            if block.size == self.size:  # The only one.
+                array = block.reshape(self.shape.numpy())
+                break
+            if array is None:
+                array = np.empty(self.size, dtype=self.dtype.numpy())
+            array[filled : filled + block.size] = block.reshape(-1)
+            filled += block.size
+        if array is None:
+            array = np.empty(self.size, dtype=self.dtype.numpy())
+        return ir.Tensor(array.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
+
+    def tofile(self, file: Any) -> None:
+        """Write the bytes, little-endian, to an open file, piece by piece."""
+        for block in self.blocks():
+            ir.Tensor(np.ascontiguousarray(block), dtype=self.dtype).tofile(file)
+
+
+def blocks_of(tensor: ir.TensorProtocol) -> Iterator[Array]:
+    """The elements of any tensor in flat arrays of at most `BLOCK_ELEMENTS`, in C order."""
+    pieces = tensor.blocks() if isinstance(tensor, StreamedTensor) else iter((tensor.numpy(),))
+    for piece in pieces:
+        flat = piece.reshape(-1)
+        for start in range(0, flat.size, BLOCK_ELEMENTS):
+            yield flat[start : start + BLOCK_ELEMENTS]
+
+
+def cast(weights: Weights, dtype: str) -> Weights:
+    """The weights with their floating-point tensors in another type, each one cast when it is read.
+
+    Rounding is to the nearest, ties to even. Integers and booleans stay as they are.
+
+    Args:
+        weights: Any weights.
+        dtype: "float32", "float16", "bfloat16" or "float64".
+
+    Raises:
+        ModelError: When a tensor is read that has finite numbers too large for the type.
+    """
+    return _Cast(weights, TARGETS[dtype])
+
+
+def cast_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
+    """A floating-point tensor in another type, cast when it is read; the tensor itself where nothing changes."""
+    if tensor.dtype == dtype or tensor.dtype not in FLOATING:
+        return tensor
+    name = tensor.name or "a tensor"
+    shape = ir.Shape(tensor.shape.numpy())
+    return StreamedTensor(lambda: (_rounded(b, dtype, name) for b in blocks_of(tensor)), dtype, shape, name)
+
+
+class _Cast:
+    def __init__(self, weights: Weights, dtype: ir.DataType) -> None:
+        self._weights, self._dtype = weights, dtype
+        # One object for one tensor, so that what the checkpoint ties is written once.
+        self._made: dict[int, tuple[ir.TensorProtocol, ir.TensorProtocol]] = {}
+
+    def names(self) -> Collection[str]:
+        return self._weights.names()
+
+    def tensor(self, name: str) -> ir.TensorProtocol:
+        source = self._weights.tensor(name)
+        kept = self._made.get(id(source))
+        if kept is None:
+            kept = self._made[id(source)] = (source, cast_tensor(source, self._dtype))
+        return kept[1]
+
+
+def _rounded(block: Array, dtype: ir.DataType, name: str) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = block.astype(dtype.numpy())
+    exponent = _EXPONENT.get(dtype)
+    # All bits of the exponent are set in infinities and NaN only; asking for this is quicker than isfinite.
+    if exponent is not None and result.size and ((result.view(np.uint16) & exponent) == exponent).any():
+        beyond = np.isfinite(block) & ~np.isfinite(result)
+        if beyond.any():
+            largest = float(np.abs(block[beyond].astype(np.float64)).max())
+            limit = float(ml_dtypes.finfo(dtype.numpy()).max)
+            raise ModelError(
+                f"the weight {name} has the value {largest:.6g}, and {dtype.name.lower()} ends at {limit:.6g}; "
+                "export it in float32"
+            )
+    return result
+
+
+_EXPONENT = {ir.DataType.FLOAT16: np.uint16(0x7C00), ir.DataType.BFLOAT16: np.uint16(0x7F80)}
