@@ -178,15 +178,16 @@ def read(models: Sequence[str], tools: Sequence[str], folder: Path) -> Iterator[
                 "seconds": made["seconds"],
                 "base_mb": made["base_mb"],
                 "peak_mb": made["peak_mb"],
-                "own": own["value"] if own else None,
+                "own": own["error"] or own["value"] if own else None,
                 "calls": {},
                 "nodes": None,
                 "bytes": None,
+                "without": None,
             }
             if judged is not None:
                 answer = judged["value"] or {}
                 row["error"] = row["error"] or (f"the judge: {judged['error']}" if judged["error"] else "")
-                row |= {name: answer.get(name) for name in ("calls", "nodes", "bytes")}
+                row |= {name: answer.get(name) for name in ("calls", "nodes", "bytes", "without")}
             yield row
 
 

@@ -20,7 +20,7 @@ from decoder_domain import CASES, Case, cut
 from export_matrix_files import Array, Part, Refused, Stepwise, opened
 from export_matrix_models import GENERATING, load
 from export_matrix_worker import reason
-from matrix_models import MODELS, Model, feeds
+from matrix_models import MODELS, WORDS, Model, feeds
 
 TOKENS = (7, 12)
 """Lengths of what isn't generated."""
@@ -48,7 +48,7 @@ class Call:
 
 
 def judge(key: str, folder: str, output: str) -> dict[str, Any]:
-    """Errors by call (a sentence where the files refuse it), and the nodes and bytes of the files."""
+    """Errors by call (a sentence where the files refuse it), the nodes and bytes of the files, and inputs they lack."""
     from graphopt.graph.edits import nodes
     from graphopt.graph.load import load as read
 
@@ -61,7 +61,22 @@ def judge(key: str, folder: str, output: str) -> dict[str, Any]:
     except Exception as error:
         return {**answer, "calls": dict.fromkeys(labels(model), f"doesn't load: {reason(error)}")}
     answer["nodes"] = sum(1 for path in paths for _ in nodes(read(path)))
-    return {**answer, "calls": {call.label: _error(call) for call in calls(model, load(folder), parts)}}
+    module = load(folder)
+    answer["without"] = _without(model, module, parts)
+    return {**answer, "calls": {call.label: _error(call) for call in calls(model, module, parts)}}
+
+
+def _without(model: Model, module: Any, parts: list[Part]) -> list[str]:
+    """Inputs of the module's calls that no file has."""
+    asked = [*feeds(model, 1), *(["position_ids"] if model.kind == "decoder" else [])]
+    accepted = inspect.signature(module.forward).parameters
+    held = {name for part in parts for name in part.inputs}
+    return [
+        name
+        for name in asked
+        # The decoder's tokens are called plainly in a file of their own.
+        if name in accepted and name not in held and name.removeprefix("decoder_") not in held
+    ]
 
 
 def labels(model: Model) -> list[str]:
@@ -150,6 +165,10 @@ def _plain(model: Model, module: Any, parts: list[Part]) -> Iterator[Call]:
     for batch, tokens, padding in itertools.product((1, 3), lengths, ("none", "left", "right") if texts else ("none",)):
         inputs = _padded(feeds(model, batch, tokens), padding)
         mask = inputs.get("attention_mask")
+        if model.kind in ("dual", "queries"):
+            # The greatest id is the end of a text, whose state is the text's.
+            inputs["input_ids"][0, -3 if padding == "right" else -1] = WORDS - 1
+            inputs["input_ids"][1:, -1] = WORDS - 1
 
         def expected(inputs: Any = inputs) -> Mapping[str, Array]:
             import torch

@@ -72,8 +72,10 @@ def answer(module: Any, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def legacy(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with the rotary settings where transformers 4 looks for them."""
+    """A configuration as transformers 4 spells it, which has the rotary settings at the top."""
     found = {key: legacy(value) if isinstance(value, dict) else value for key, value in config.items()}
+    if "backbone_config" in found:
+        found = {"use_timm_backbone": False, "use_pretrained_backbone": False, **found}
     rotary = config.get("rope_parameters")
     if not isinstance(rotary, dict):
         return found
@@ -85,7 +87,10 @@ def legacy(config: dict[str, Any]) -> dict[str, Any]:
     if whole.get("partial_rotary_factor") is not None:
         found["partial_rotary_factor"] = found["rotary_pct"] = whole["partial_rotary_factor"]
     more = {k: v for k, v in whole.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    found["rope_scaling"] = more if more.get("rope_type", "default") != "default" else None
+    if more.get("rope_type") == "longrope":
+        # These three and no others.
+        more = {"type": more["rope_type"], **{k: more[k] for k in ("short_factor", "long_factor")}}
+    found["rope_scaling"] = more if more.get("rope_type", "") != "default" else None
     return found
 
 

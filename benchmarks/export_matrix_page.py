@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 Result = dict[str, Any]
+OTHER = "other numbers"
 _NAMES = {
     "graphopt": "graphopt",
     "torch": "torch.onnx.export",
@@ -50,7 +51,7 @@ def troubles(result: Result) -> dict[str, list[str]]:
         if isinstance(error, str):
             found.setdefault(_general(error), []).append(label)
         elif error > TOLERANCE:
-            found.setdefault("other numbers", []).append(label)
+            found.setdefault(OTHER, []).append(label)
     return found
 
 
@@ -58,6 +59,9 @@ def _general(text: str) -> str:
     """A reason without the names of nodes and files, so that equal ones are counted together."""
     text = re.sub(r"[\w.+-]*(?:/[\w.+-]+){2,}", "…", text)
     text = re.sub(r"Name:'[^']*' ?", "", text)
+    text = re.sub(
+        r"(?<=export a )\w+(?= model, that is).*", "… model, that is a custom or unsupported architecture", text
+    )
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     return re.sub(r"\b(val|node\w*|s|u)_?\d+\b", "?", text).strip()
 
@@ -145,14 +149,24 @@ def _gathered(results: Sequence[Result]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for result in results:
         for text, labels in troubles(result).items():
-            some = "; ".join(labels[:2]) + (f" and {len(labels) - 2} more" if len(labels) > 2 else "")
-            of = f" ({some})" if labels and len(labels) < len(result["calls"]) else " (all calls)" if labels else ""
-            worst = max((e for e in result["calls"].values() if isinstance(e, float)), default=0.0) if labels else 0.0
-            by = f" by {worst:.1g}" if text == "other numbers" else ""
-            own = result["own"]
-            theirs = ", as its transformers in PyTorch" if by and own is not None and own > TOLERANCE else ""
-            found.setdefault(text, []).append(f"{result['model']}{by}{of}{theirs}")
+            found.setdefault(text, []).append(result["model"] + _where(result, text, labels))
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def _where(result: Result, text: str, labels: Sequence[str]) -> str:
+    """How far off, in which calls, and what is known of why."""
+    own = result["own"]
+    if not labels:
+        return " (its transformers doesn't load it)" if isinstance(own, str) and own else ""
+    some = "; ".join(labels[:2]) + (f" and {len(labels) - 2} more" if len(labels) > 2 else "")
+    told = f" ({some if len(labels) < len(result['calls']) else 'all calls'})"
+    if text != OTHER:
+        return told
+    worst = max(error for label, error in result["calls"].items() if label in labels)
+    told = f" by {worst:.1g}{told}"
+    if isinstance(own, float) and own > TOLERANCE:
+        return f"{told}, as its transformers in PyTorch"
+    return told + (f", without {', '.join(result['without'])}" if result["without"] else "")
 
 
 def page(results: Sequence[Result], forms: Mapping[str, str], versions: Mapping[str, str]) -> str:

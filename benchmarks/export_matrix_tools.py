@@ -98,7 +98,10 @@ def optimum(key: str, folder: str, output: str) -> dict[str, Any]:
         "spectrogram": "automatic-speech-recognition-with-past",
     }
     # It needs a transformers of before 5, which doesn't find the rotary settings where 5 writes them.
-    main_export(f"{folder}-v4", output, task=tasks.get(MODELS[key].kind, "feature-extraction"))
+    kind = MODELS[key].kind
+    # It takes half a minute of sound where it isn't told how much the model takes.
+    sizes = {"nb_max_frames": feeds(MODELS[key], 1)["input_features"].shape[-1]} if kind == "spectrogram" else {}
+    main_export(f"{folder}-v4", output, task=tasks.get(kind, "feature-extraction"), **sizes)
     return {}
 
 

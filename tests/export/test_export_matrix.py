@@ -242,7 +242,15 @@ def test_an_older_configuration_has_its_rotary_settings_at_the_top() -> None:
 
 
 def result(tool: str, model: str, error: str = "", **calls: Any) -> dict[str, Any]:
-    sizes = {"cpu_seconds": 2.0, "seconds": 3.0, "base_mb": 100.0, "peak_mb": 150.0, "own": None, "bytes": 1}
+    sizes = {
+        "cpu_seconds": 2.0,
+        "seconds": 3.0,
+        "base_mb": 100.0,
+        "peak_mb": 150.0,
+        "own": None,
+        "bytes": 1,
+        "without": [],
+    }
     return {"tool": tool, "model": model, "error": error, "calls": calls, "nodes": 5, **sizes}
 
 
