@@ -13,7 +13,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 # Export a real model, optimize it, verify it, time it against the original, and report.
 demo: $(VENV)/ready
 	mkdir -p demo
-	$(BIN)/graphopt export "$$($(BIN)/graphopt models fetch minilm)" -o demo/minilm --force
+	$(BIN)/graphopt export "$$($(BIN)/graphopt models fetch minilm)" -o demo/minilm --raw --attention sdpa --force
 	$(BIN)/graphopt optimize demo/minilm/model.onnx -o demo/minilm.opt.onnx --report demo/report.html --bench --force
 	@echo "Open demo/report.html in a browser."
 

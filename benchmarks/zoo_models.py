@@ -60,6 +60,11 @@ class Entry:
                 exporter,
                 "--attention",
                 attention,
+                # What PyTorch writes by itself.
+                "--raw",
+                "--every-layer",
+                "--opset",
+                "21" if exporter == "dynamo" else "17",
             )
             subprocess.run([sys.executable, "-m", "graphopt", *command], check=True, stdout=subprocess.DEVNULL)
         return target

@@ -24,15 +24,10 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def usable(model_class: Any, exporter: str) -> tuple[str, ...]:
-    """The implementations to trace models of a class with, the best first: ours where the class calls a registered one.
-
-    Args:
-        model_class: A transformers class.
-        exporter: "dynamo" or "torchscript", which has no opset with the operator.
-    """
+def usable(model_class: Any) -> tuple[str, ...]:
+    """The implementations to trace models of a class with, the best first: ours where a registered one is called."""
     register()
-    ours = [NAME] if getattr(model_class, "_supports_attention_backend", False) and exporter == "dynamo" else []
+    ours = [NAME] if getattr(model_class, "_supports_attention_backend", False) else []
     return (*ours, *(["sdpa"] if getattr(model_class, "_supports_sdpa", False) else []), "eager")
 
 

@@ -52,13 +52,13 @@ def empty(config: Any, layers: int) -> Any:
     return made
 
 
-def rebuild(config: Any, tensors: Mapping[str, Any], layers: int) -> Any:
+def rebuild(config: Any, tensors: Mapping[str, Any], layers: int | None = None) -> Any:
     """A cache that holds these tensors, named as `flatten` names them.
 
     Args:
         config: The configuration of the model that reads the cache.
         tensors: Keys and values [batch, heads, past, head size], states of any shape.
-        layers: Number of layers.
+        layers: Number of layers; None: up to the last that a tensor belongs to.
     """
     if any(name.split(".")[1] in ("decoder", "encoder") for name in tensors):
         halves: list[dict[str, Any]] = [{}, {}]
@@ -66,7 +66,8 @@ def rebuild(config: Any, tensors: Mapping[str, Any], layers: int) -> Any:
             index, half, part = name.split(".", 2)
             halves[half == "encoder"][f"{index}.{part}"] = tensor
         return require("transformers").EncoderDecoderCache(*(rebuild(config, half, layers) for half in halves))
-    made = empty(config, layers)
+    last = max((int(name.split(".")[0]) for name in tensors), default=-1)
+    made = empty(config, last + 1 if layers is None else layers)
     for name, tensor in tensors.items():
         index, part, *number = name.split(".")
         layer = made.layers[int(index)]

@@ -87,9 +87,24 @@ def _call(source: Source, tensors: tuple[Any, ...]) -> Sequence[Any]:
 
 
 def compare(
-    label: str, path: Path, references: Sequence[Reference], names: Sequence[str], warned: Sequence[str]
+    label: str,
+    path: Path,
+    references: Sequence[Reference],
+    names: Sequence[str],
+    warned: Sequence[str] = (),
+    tolerance: float | None = None,
+    adapter: Path | None = None,
 ) -> dict[str, float]:
     """The largest relative error of each output over all references.
+
+    Args:
+        label: How messages call the model.
+        path: The exported model.
+        references: PyTorch's answers.
+        names: The outputs in order.
+        warned: What the exporter warned of.
+        tolerance: The largest error allowed; None: `TOLERANCE`.
+        adapter: An adapter of ONNX Runtime's format to switch on.
 
     Raises:
         VerificationError: The model doesn't run, gives other shapes or types, or is off by more than `TOLERANCE`.
@@ -104,11 +119,16 @@ def compare(
         raise VerificationError(
             f"ONNX Runtime can't load the export of {label}: {_reason(error, path)}; nothing was written{hint}"
         ) from error
+    run = runtime.RunOptions()
+    if adapter is not None:
+        active = runtime.LoraAdapter()
+        active.Load(str(adapter))
+        run.add_active_adapter(active)
     errors = dict.fromkeys(names, 0.0)
     for reference in references:
         at = ", ".join(f"{symbol} {size}" for symbol, size in reference.sizes.items()) or "its only shape"
         try:
-            got = session.run(list(names), reference.feeds)
+            got = session.run(list(names), reference.feeds, run)
         except Exception as error:
             raise VerificationError(
                 f"the export of {label} doesn't run at {at}: {first_line(error)}; nothing was written{hint}"
@@ -123,7 +143,7 @@ def compare(
             if real is not None:
                 expected, found = expected[real], found[real]
             error_found = relative_error(expected, found)
-            allowed = TOLERANCE.get(expected.dtype.name, TOLERANCE["float32"])
+            allowed = tolerance or TOLERANCE.get(expected.dtype.name, TOLERANCE["float32"])
             if not error_found <= allowed:
                 raise VerificationError(
                     f"at {at} the output {name} of the export of {label} is off by {error_found:.2g} of its largest "

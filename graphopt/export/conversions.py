@@ -30,7 +30,8 @@ class _Conversion:
 
     def run(self, tensors: Mapping[str, list[Any]]) -> dict[str, Any]:
         """The torch tensors that the converter makes of torch tensors, by the module's names."""
-        converter = copy.deepcopy(self.converter)
+        converter = copy.copy(self.converter)
+        converter.collected_tensors, converter.layer_targets = defaultdict(list), defaultdict(set)
         for pattern, members in tensors.items():
             for member in members:
                 converter.add_tensor(self.target, self.target, pattern, member)
@@ -54,16 +55,16 @@ class _Conversion:
             for pattern, values in blank.items()
             for value, source in zip(values, self.sources[pattern], strict=True)
         }
-        # The converter takes its lists apart; the storages must live on to be recognised.
         made = self.run(blank)
         found: dict[str, ir.TensorProtocol] = {}
         for name, value in made.items():
             shape, dtype = ir.Shape(value.shape), ir_dtype(value.dtype)
             source = places.get(value.untyped_storage()._cdata)
-            if source is not None and value.is_contiguous() and dtype == source.dtype:
-                # A part of the file as it stands there, such as one of the rows that were fused: no need to compute.
-                begin = (source.offset or 0) + value.storage_offset() * dtype.itemsize
-                length = value.numel() * dtype.itemsize
+            # A part of the file as it stands there (no operation has written to it), such as one of the weights that
+            # were fused along the rows, needs no computing.
+            if source is not None and value.is_contiguous() and dtype == source.dtype and value._version == 0:
+                size = value.element_size()
+                begin, length = (source.offset or 0) + value.storage_offset() * size, value.numel() * size
                 found[name] = MappedTensor(
                     source.location, begin, length, dtype, shape=shape, name=name, base_dir=source.base_dir
                 )
@@ -77,16 +78,18 @@ class _Conversion:
 
         That is so where the tensors are stacked first, and nothing later touches the dimension that this makes.
         """
-        first, *rest = self.converter.operations
-        counts = {len(members) for members in self.sources.values()}
-        if type(first).__name__ != "MergeModulelist" or first.dim != 0 or counts != {shape[0] if shape else 0}:
+        # An expert's scales come with its weights, so that dequantizing goes expert by expert too.
+        operations = [op for op in self.converter.operations if not type(op).__name__.endswith("Dequantize")]
+        if not operations or type(operations[0]).__name__ != "MergeModulelist" or operations[0].dim != 0:
+            return False
+        if {len(members) for members in self.sources.values()} != {shape[0]}:
             return False
         axes = {"Concatenate": ("dim",), "Interleave": ("dim",), "Transpose": ("dim0", "dim1")}
         return all(
             type(operation).__name__ in axes
             and all(getattr(operation, axis) >= 1 for axis in axes[type(operation).__name__])
             and not getattr(operation, "check_dims", False)
-            for operation in rest
+            for operation in operations[1:]
         )
 
 
@@ -119,7 +122,7 @@ class _Experts:
 
 
 def plan(
-    stored: Mapping[str, MappedTensor], module: Any, own: Mapping[str, Any]
+    stored: Mapping[str, MappedTensor], module: Any, own: Mapping[str, Any], quantizer: Any = None
 ) -> tuple[dict[str, ir.TensorProtocol], set[str]]:
     """The weights of a module that the tensors of a checkpoint give.
 
@@ -130,6 +133,7 @@ def plan(
         stored: The tensors of the checkpoint by their names in it.
         module: The module.
         own: Its state_dict.
+        quantizer: transformers' quantizer where the tensors are quantized.
 
     Returns:
         The weights by the module's names, and the names of tensors that it has no place for.
@@ -137,7 +141,7 @@ def plan(
     Raises:
         ModelError: The tensors don't fit what transformers would make of them.
     """
-    tables = _tables(module)
+    tables = _tables(module, quantizer)
     if tables is None:
         given = {name: tensor for name, tensor in stored.items() if name in own}
         return {**given}, set(stored) - set(own)
@@ -174,14 +178,14 @@ def plan(
     return weights, _of_use(unexpected, module)
 
 
-def _tables(module: Any) -> tuple[Any, list[Any], list[Any], str | None] | None:
+def _tables(module: Any, quantizer: Any) -> tuple[Any, list[Any], list[Any], str | None] | None:
     """transformers' functions, and its renamings, converters and prefix for a module; None for one of another kind."""
     transformers = require("transformers")
     if not isinstance(module, transformers.PreTrainedModel):
         return None
     loading, mapping = require("transformers.core_model_loading"), require("transformers.conversion_mapping")
     with quiet():
-        transforms = mapping.get_model_conversion_mapping(module) or []
+        transforms = mapping.get_model_conversion_mapping(module, hf_quantizer=quantizer) or []
     renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
     return loading, renamings, converters, module.base_model_prefix or None

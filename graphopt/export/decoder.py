@@ -6,7 +6,6 @@ grouped heads, latent attention, layers that share keys, and states in place of 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,7 +46,7 @@ class Slot:
         return tuple("total" if dim == "past" else dim for dim in self.dims)
 
 
-def causal_lm(label: str, model: Any, *, last_logits: bool = False) -> Source:
+def causal_lm(label: str, model: Any) -> Source:
     """A decoder with its cache.
 
     Inputs: input_ids [batch, sequence], attention_mask [batch, total] and position_ids [batch, sequence], int64, as far
@@ -57,7 +56,6 @@ def causal_lm(label: str, model: Any, *, last_logits: bool = False) -> Source:
     Args:
         label: How messages call the model.
         model: A transformers model with a language modelling head, in eval mode; its weights may be missing.
-        last_logits: Give the logits of the last position only, [batch, 1, vocabulary].
 
     Raises:
         UsageError: The model has no cache, or one whose sizes follow from nothing that is known.
@@ -71,15 +69,14 @@ def causal_lm(label: str, model: Any, *, last_logits: bool = False) -> Source:
         )
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     slots = cache_slots(label, model)
-    call = functools.partial(_run, model, named, slots, last_logits)
+    call = functools.partial(_run, model, named, slots)
     inputs = [_token_input(name, vocabulary) for name in named]
     inputs += [Input(f"past_key_values.{slot.name}", slot.dims, _cache(model.dtype)) for slot in slots]
-    length = 1 if last_logits else "sequence"
-    outputs: dict[str, tuple[int | str, ...]] = {"logits": ("batch", length, vocabulary)}
+    outputs: dict[str, tuple[int | str, ...]] = {"logits": ("batch", "sequence", vocabulary)}
     outputs |= {f"present.{slot.name}": slot.present for slot in slots}
     source = Source(label, wrap(call, model), inputs, list(outputs), dict(SAMPLE), [])
     source.dims = outputs
-    source.again = functools.partial(causal_lm, label, model, last_logits=last_logits)
+    source.again = functools.partial(causal_lm, label, model)
     source.references = functools.partial(_references, source, vocabulary)
     return source
 
@@ -142,14 +139,13 @@ def _shapes(model: Any, batch: int, past: int) -> list[tuple[str, tuple[int, ...
     return [] if held is None else [(name, tuple(tensor.shape)) for name, tensor in caches.flatten(held)]
 
 
-def _run(model: Any, named: Sequence[str], slots: Sequence[Slot], last: bool, *tensors: Any) -> tuple[Any, ...]:
+def _run(model: Any, named: Sequence[str], slots: Sequence[Slot], *tensors: Any) -> tuple[Any, ...]:
     past = dict(zip((slot.name for slot in slots), tensors[len(named) :], strict=True))
-    with _last_only(model) if last else contextlib.nullcontext():
-        result = model(
-            **dict(zip(named, tensors, strict=False)),
-            past_key_values=caches.rebuild(model.config, past, _depth(model)),
-            use_cache=True,
-        )
+    result = model(
+        **dict(zip(named, tensors, strict=False)),
+        past_key_values=caches.rebuild(model.config, past, _depth(model)),
+        use_cache=True,
+    )
     present = dict(caches.flatten(result.past_key_values))
     return (result.logits, *(present[slot.name] for slot in slots))
 
@@ -158,16 +154,6 @@ def _depth(model: Any) -> int:
     """Layers of the model's decoder, as its configuration tells."""
     depth: int = model.config.get_text_config(decoder=True).num_hidden_layers
     return depth
-
-
-@contextlib.contextmanager
-def _last_only(model: Any) -> Iterator[None]:
-    """While it lasts, the model's head is given the last position of its input only."""
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, -1:], *args[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _token_input(name: str, vocabulary: int) -> Input:

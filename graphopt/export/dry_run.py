@@ -86,18 +86,29 @@ def _reads_shape_only(function: Any) -> bool:
 def _mode(module: Any) -> Iterator[Any]:
     """torch's mode of tensors without numbers; what the module sets on itself meanwhile is taken back."""
     torch = require("torch")
-    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensorMode,
+    )
 
-    before = [(m, dict(vars(m)), dict(m._buffers)) for m in module.modules()]
+    before = [(m, dict(vars(m)), _tables(m)) for m in module.modules()]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with quiet(), torch.no_grad(), mode:
             yield mode
-    except DataDependentOutputException:
+    except (DataDependentOutputException, DynamicOutputShapeException):
         raise ValueError("its code decides by numbers in its inputs, which no trace can hold") from None
     finally:
-        for m, attributes, buffers in before:
-            m._buffers.clear()
-            m._buffers.update(buffers)
+        for m, attributes, tables in before:
             vars(m).clear()
             vars(m).update(attributes)
+            for table, held in tables:
+                table.clear()
+                table.update(held)
+
+
+def _tables(module: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The module's buffers and hooks (transformers hangs up its own when it first needs them), and copies of them."""
+    named = [value for name, value in vars(module).items() if name == "_buffers" or name.endswith("_hooks")]
+    return [(table, dict(table)) for table in named if isinstance(table, dict)]

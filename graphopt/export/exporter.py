@@ -3,145 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 
 from graphopt.errors import GraphoptError, ModelError, UsageError, VerificationError
-from graphopt.export import layers
+from graphopt.export import attention, layers
+from graphopt.export.adapters import AdaptedWeights
+from graphopt.export.adapters.separate import KeptAdapter, keep_adapters
 from graphopt.export.compare import compare, dry_references, run_torch
 from graphopt.export.dependencies import require
+from graphopt.export.genai import write_genai_config
+from graphopt.export.gguf import GGUFWeights
+from graphopt.export.gguf.keep import keep_quantized
 from graphopt.export.huggingface import from_pretrained
 from graphopt.export.loaded import Loaded, available_bytes
+from graphopt.export.options import OPSET, ExportReport, Options, Part, Way, is_factory
 from graphopt.export.source import Reference, Source, from_factory
-from graphopt.export.trace import Exporter, trace
+from graphopt.export.trace import Dims, Exporter, trace
+from graphopt.export.weights import load_into, shared_names
 from graphopt.graph.edits import nodes
+from graphopt.graph.last_logits import last_logits
+from graphopt.graph.load import load
 from graphopt.graph.save import save, weight_bytes
 
-Verify = Literal["auto", "full", "layers", "none"]
-Finish = Callable[[ir.Model], ir.Model]
-
-OPSET = {"dynamo": 23, "torchscript": 17}
-"""The opset of each exporter where none is asked for: 17 is the first with LayerNormalization, 23 with Attention."""
 INLINE_BYTES = 100_000_000
 """Weights of more bytes than this go to a file beside the model."""
+KEPT_TOLERANCE = {"float32": 1e-4, "int8x2": 1e-3, "int8": 0.1}
+"""Largest error allowed of a model with quantized weights kept, by what its operators make of their inputs."""
 VERIFIED_SHARE = 2.5
 """A model is verified whole where memory for so many copies of it is free: PyTorch's, ONNX Runtime's, and the rest."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """One model that an export wrote.
-
-    Attributes:
-        path: The model.
-        inputs: The dimensions of each input: a size, or the name of a dynamic one.
-        outputs: The same for each output.
-        nodes: Number of nodes, Constant ones too.
-        errors: For each output the largest absolute difference from PyTorch, relative to the largest magnitude
-            of that output, over all calls. Empty: not compared.
-    """
-
-    path: Path
-    inputs: dict[str, tuple[int | str, ...]]
-    outputs: dict[str, tuple[int | str, ...]]
-    nodes: int
-    errors: dict[str, float]
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export wrote.
-
-    Attributes:
-        parts: The models, one of them for most.
-        files: All files written, the models first.
-        opset: The version of the default operator domain.
-        attention: The attention implementation that was traced; empty: the module's own.
-        seconds: Seconds of wall time by step: load, reference, trace, write, verify.
-        notes: What the user should know.
-    """
-
-    parts: tuple[Part, ...]
-    files: tuple[Path, ...]
-    opset: int
-    attention: str
-    seconds: dict[str, float]
-    notes: tuple[str, ...]
-
-    @property
-    def path(self) -> Path:
-        """The first model."""
-        return self.parts[0].path
-
-    @property
-    def inputs(self) -> dict[str, tuple[int | str, ...]]:
-        """Of the first model."""
-        return self.parts[0].inputs
-
-    @property
-    def outputs(self) -> dict[str, tuple[int | str, ...]]:
-        """Of the first model."""
-        return self.parts[0].outputs
-
-    @property
-    def nodes(self) -> int:
-        """Of all models."""
-        return sum(part.nodes for part in self.parts)
-
-    @property
-    def max_relative_error(self) -> float:
-        """The largest error of any output."""
-        return max((error for part in self.parts for error in part.errors.values()), default=0.0)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to export.
-
-    Attributes:
-        opset: Version of the default operator domain; None: 23 for dynamo, 17 for torchscript.
-        attention: transformers' attention implementation, "sdpa" or "eager"; None: one that exports to ONNX's operator
-            where the model can use it.
-        exporter: "dynamo" (torch.export) or "torchscript" (tracing).
-        dtype: "float32" or "float16", of weights and floating-point inputs of Hugging Face models.
-        last_logits: A decoder gives the logits of the last position only.
-        repeat: Equal layers are traced a few times and repeated in the graph, where that can be.
-        verify: "full": compare with PyTorch; "layers": compare the first layers, as many as are traced; "none"; "auto":
-            full where the memory is free for it, else layers.
-        finish: Rewrites each graph before it is written, exactly.
-    """
-
-    opset: int | None = None
-    attention: str | None = None
-    exporter: Exporter = "dynamo"
-    dtype: str = "float32"
-    last_logits: bool = False
-    repeat: bool = True
-    verify: Verify = "auto"
-    finish: Finish | None = None
-
-    def check(self, name: str) -> None:
-        """Raise UsageError for what can't be."""
-        if self.exporter not in OPSET:
-            raise UsageError(f"there is no exporter {self.exporter!r}; use dynamo or torchscript")
-        if self.attention not in (None, "sdpa", "eager"):
-            raise UsageError(f"there is no attention implementation {self.attention!r}; use sdpa or eager")
-        if self.dtype not in ("float32", "float16"):
-            raise UsageError(f"models aren't exported in {self.dtype}; use float32 or float16")
-        if self.verify not in ("auto", "full", "layers", "none"):
-            raise UsageError(f"there is no verification {self.verify!r}; use auto, full, layers or none")
-        if _is_factory(name) and (self.dtype != "float32" or self.attention is not None or self.last_logits):
-            raise UsageError(
-                f"dtype, attention and last logits are for Hugging Face models; {name} makes its module as it wants it"
-            )
+Written = list[tuple[Part, list[Path]]]
+"""Models with their files, the model first."""
 
 
 def export_model(source: str | Path, output: str | Path, **options: Any) -> Path:
@@ -186,21 +87,16 @@ def export_report(
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent, ignore_cleanup_errors=True) as temporary:
             written = export.write(loaded, Path(temporary), path.name if folder is None else None)
-            parts, files = [], []
-            for part, names in written:
-                files += [_moved(file, path.parent) for file in reversed(names)][::-1]
-                parts.append(dataclasses.replace(part, path=path.parent / part.path.name))
-            if folder is not None:
-                files += [_copy(companion, folder, Path(temporary)) for companion in loaded.companions]
+            beside = export.companions(loaded, written, Path(temporary), name) if folder is not None else []
+            files = [_moved(file, path.parent) for file in [*beside, *(f for _, some in written for f in some[::-1])]]
+            parts = [dataclasses.replace(part, path=path.parent / part.path.name) for part, _ in written]
     except OSError as error:
         raise ModelError(f"{path.parent} can't be written: {error.strerror or error}") from error
     finally:
         for made in made_folders:
             if made.is_dir() and not any(made.iterdir()):
                 made.rmdir()
-    return ExportReport(
-        tuple(parts), tuple(files), export.opset, export.attention, export.seconds, tuple(export.notes + loaded.notes)
-    )
+    return ExportReport(tuple(parts), tuple(files), export.way, export.seconds, tuple(export.notes + loaded.notes))
 
 
 class _Export:
@@ -208,9 +104,9 @@ class _Export:
 
     def __init__(self, options: Options, say: Callable[[str], None]) -> None:
         self.options, self._say = options, say
-        self.opset = options.opset or OPSET[options.exporter]
-        self.attention = ""
+        self.way = Way("dynamo", "", 0)
         self.notes: list[str] = []
+        self.kept: list[KeptAdapter] = []
         self.seconds: dict[str, float] = {}
         self._step, self._since = "", time.perf_counter()
 
@@ -227,35 +123,72 @@ class _Export:
         """The model that this name gives."""
         self.say("load", f"loading {name}")
         options = self.options
-        if _is_factory(name):
+        if is_factory(name):
             source = from_factory(name)
             return Loaded(name, {"model": source}, source.module)
-        return from_pretrained(
-            name, attention=options.attention, exporter=options.exporter, dtype=options.dtype,
-            last_logits=options.last_logits,
-        )  # fmt: skip
+        merged = () if options.keep_adapters else options.adapters
+        loaded = from_pretrained(name, attention=options.attention, dtype=options.dtype, adapters=merged)
+        if options.last_logits and any(source.references is None for source in loaded.sources.values()):
+            raise UsageError(f"{name} isn't a decoder of tokens alone, which has logits of a last position")
+        return loaded
 
-    def write(self, loaded: Loaded, folder: Path, name: str | None) -> list[tuple[Part, list[Path]]]:
+    def write(self, loaded: Loaded, folder: Path, name: str | None) -> Written:
         """Write all models into a folder, and verify them there; each with its files."""
         whole = self._whole(loaded)
-        if whole or self.options.exporter == "torchscript":  # Which writes the numbers that it finds in the module.
+        if whole:
             loaded.put_in()
         first: GraphoptError | None = None
-        for implementation in loaded.implementations or ("",):
+        for way in self._ways(loaded, whole):
             try:
+                if way.exporter == "torchscript":  # Which writes the numbers that it finds in the module.
+                    loaded.put_in()
                 written = [
-                    self._part(loaded, source, folder, name or f"{stem}.onnx", implementation, whole)
+                    self._part(loaded, source, folder, name or f"{stem}.onnx", way, whole)
                     for stem, source in loaded.sources.items()
                 ]
             except (ModelError, VerificationError) as error:
-                # What one implementation of attention can't, a plainer one can.
+                # What one way can't, a plainer one can.
                 first = first or error
                 continue
-            self.attention = implementation
+            self.way = way
+            if first is not None:
+                self.notes.append(f"exported with {way}, because another way failed: {first}")
             self.say("", "")
             return written
         assert first is not None
         raise first
+
+    def _ways(self, loaded: Loaded, whole: bool) -> list[Way]:
+        """Exporter, attention and opset in the order to try them."""
+        options = self.options
+        exporters: list[Exporter] = [options.exporter] if options.exporter else ["dynamo", "torchscript"]
+        if options.exporter is None and (not loaded.implementations or not whole):
+            exporters = ["dynamo"]
+        ways = []
+        for exporter in exporters:
+            usable = [name for name in loaded.implementations if exporter == "dynamo" or name != attention.NAME]
+            for implementation in usable or [""]:
+                opset = options.opset or OPSET[exporter]
+                if implementation == attention.NAME and opset < attention.OPSET:
+                    continue
+                ways.append(Way(exporter, implementation, opset))
+                if exporter == "dynamo" and implementation == "sdpa" and options.opset is None:
+                    # The operator of opset 23 has no form for one head of keys that is broadcast.
+                    ways.append(Way(exporter, implementation, attention.OPSET - 2))
+        return ways
+
+    def companions(self, loaded: Loaded, written: Written, folder: Path, name: str) -> list[Path]:
+        """Write what belongs beside the models into a folder below the one they're in."""
+        beside = folder / "beside"
+        beside.mkdir()
+        if loaded.companions is not None:
+            _, notes = loaded.companions(beside)
+            self.notes += notes
+        if self.options.runtime == "genai":
+            part, _ = written[0]
+            config = loaded.module.config
+            write_genai_config(beside, load(part.path), part.path.name, config, _generation(beside))
+        return sorted(beside.iterdir())
 
     def _whole(self, loaded: Loaded) -> bool:
         """Whether the whole model is compared with PyTorch."""
@@ -264,45 +197,103 @@ class _Export:
         return loaded.weights is None or VERIFIED_SHARE * loaded.weight_bytes() < available_bytes()
 
     def _part(
-        self, loaded: Loaded, source: Source, folder: Path, name: str, implementation: str, whole: bool
+        self, loaded: Loaded, source: Source, folder: Path, name: str, way: Way, whole: bool
     ) -> tuple[Part, list[Path]]:
         references = None
         if whole:
             self.say("reference", f"running {source.label} in PyTorch")
             # Before the export, which may change the module's state.
             with loaded.attending("eager"):
-                references = run_torch(source)
+                references = self._references(source)
         outputs = output_dims(source, references)
-        with loaded.attending(implementation):
-            model = self._model(loaded, source, outputs, folder, self.options.repeat)
+        with loaded.attending(way.implementation):
+            model = self._model(loaded, source, outputs, folder, way, self.options.repeat)
         self.say("write", f"writing {name}")
         nodes_written = sum(1 for _ in nodes(model))
         inputs = {item.name: item.dims for item in source.inputs}
         files = save(model, folder / name, external_data=weight_bytes(model) > INLINE_BYTES)
+        files += [adapter.write(folder / f"{adapter.name}.onnx_adapter") for adapter in self.kept]
         errors: dict[str, float] = {}
         if references is not None:
             self.say("verify", f"verifying {name} against PyTorch")
-            errors = compare(source.label, folder / name, references, list(outputs), self._warned)
+            errors = compare(source.label, folder / name, references, list(outputs), self._warned, self._tolerance)
+            self._verify_adapters(loaded, source, folder / name, list(outputs))
         elif self.options.verify != "none":
-            errors = self._first_layers(loaded, source, folder, implementation)
-        return Part(folder / name, inputs, outputs, nodes_written, errors), files
+            errors = self._first_layers(loaded, source, folder, way)
+        if self.options.last_logits:
+            first = next(iter(outputs))
+            outputs = {**outputs, first: (outputs[first][0], 1, *outputs[first][2:])}
+        return Part(folder / name, inputs, outputs, model.graph.opset_imports[""], nodes_written, errors), files
 
-    def _model(self, loaded: Loaded, source: Source, outputs: Any, folder: Path, repeat: bool) -> ir.Model:
-        self.say("trace", f"exporting {source.label} with {self.options.exporter}")
-        traced = trace(source, outputs, self.options.exporter, self.opset, folder, repeat)
+    def _model(self, loaded: Loaded, source: Source, outputs: Dims, folder: Path, way: Way, repeat: bool) -> ir.Model:
+        self.say("trace", f"exporting {source.label} with {way}")
+        traced = trace(source, outputs, way.exporter, way.opset, folder, repeat)
         self.notes += [note for note in traced.notes if note not in self.notes]
         self._warned = traced.warned
         written = traced.model.graph.opset_imports.get("", 0)
-        if written != self.opset:
+        if written != way.opset:
             raise ModelError(
-                f"PyTorch couldn't write {source.label} at opset {self.opset} with {self.options.exporter}; ask for "
-                + (f"{written} or a newer one" if self.opset < written else "an older one")
+                f"PyTorch couldn't write {source.label} at opset {way.opset} with {way.exporter}; ask for "
+                + (f"{written} or a newer one" if way.opset < written else "an older one")
             )
-        if self.options.exporter == "dynamo":
+        if way.exporter == "dynamo":
             loaded.fill(traced.model, source)
-        return traced.model if self.options.finish is None else self.options.finish(traced.model)
+        self._keep(loaded, traced.model)
+        model = traced.model if self.options.finish is None else self.options.finish(traced.model)
+        if self.options.last_logits:
+            last_logits(model)
+        return model
 
-    def _first_layers(self, loaded: Loaded, source: Source, folder: Path, implementation: str) -> dict[str, float]:
+    def _references(self, source: Source) -> list[Reference]:
+        """PyTorch's answers; of the logits the last position, if that is all that is exported."""
+        found = run_torch(source)
+        if not self.options.last_logits:
+            return found
+        cut = []
+        for one in found:
+            real = dict(one.real or {})
+            logits = (source.outputs or ["logits"])[0]
+            where = real.get(logits)
+            real[logits] = None if where is None else where[:, -1:]
+            cut.append(dataclasses.replace(one, outputs=[one.outputs[0][:, -1:], *one.outputs[1:]], real=real))
+        return cut
+
+    @property
+    def _tolerance(self) -> float | None:
+        return KEPT_TOLERANCE[self.options.activations] if self.options.keep_quantized else None
+
+    def _verify_adapters(self, loaded: Loaded, source: Source, path: Path, outputs: list[str]) -> None:
+        """Compare the model with each kept adapter switched on with PyTorch, the adapter merged into its weights."""
+        for adapter in self.kept:
+            self.say("verify", f"verifying the adapter {adapter.name} against PyTorch")
+            given = next(item for item in self.options.adapters if Path(item).name == adapter.name)
+            assert loaded.weights is not None
+            load_into(loaded.module, AdaptedWeights(loaded.weights, given))
+            with loaded.attending("eager"):
+                references = self._references(source)
+            active = path.with_name(f"{adapter.name}.onnx_adapter")
+            errors = compare(source.label, path, references, outputs, self._warned, self._tolerance, active)
+            self.notes.append(f"the adapter {adapter.name} is equal to PyTorch to {max(errors.values()):.1e}")
+        if self.kept:
+            loaded.put_in()
+
+    def _keep(self, loaded: Loaded, model: ir.Model) -> None:
+        """Put integers in place of float weights, and adapters beside them, where that is asked for."""
+        if self.options.keep_quantized:
+            assert isinstance(loaded.weights, GGUFWeights)
+            report = keep_quantized(model, loaded.weights, inputs=self.options.activations)
+            left = sum(item.nbytes for item in report.left)
+            self.notes.append(
+                f"kept {', '.join(f'{len(names)} {kind}' for kind, names in report.kept.items())} weights quantized, "
+                f"{report.bytes_after / 1e6:.0f} MB in place of {report.bytes_before / 1e6:.0f}; {left / 1e6:.1f} MB "
+                "stay float" + (f" ({report.left[0].reason})" if report.left else "")
+            )
+        if self.options.keep_adapters:
+            named = {Path(path).name: path for path in self.options.adapters}
+            tied = {other: names[0] for names in shared_names(loaded.module) for other in names[1:]}
+            self.kept = keep_adapters(model, named, tied=tied).adapters
+
+    def _first_layers(self, loaded: Loaded, source: Source, folder: Path, way: Way) -> dict[str, float]:
         """Verify the model cut to the layers that are traced; the others are made of these, with their own weights."""
         plan = layers.plan(source.module) if source.again is not None else None
         if plan is None:
@@ -314,10 +305,10 @@ class _Export:
             assert source.again is not None
             fewer = source.again()
             with loaded.attending("eager"):
-                references = run_torch(fewer)
+                references = self._references(fewer)
             outputs = output_dims(fewer, references)
-            with loaded.attending(implementation):
-                model = self._model(loaded, fewer, outputs, folder, False)
+            with loaded.attending(way.implementation):
+                model = self._model(loaded, fewer, outputs, folder, way, False)
             trial = folder / "first-layers.onnx"
             self.say("verify", "")
             files = save(model, trial, external_data=weight_bytes(model) > INLINE_BYTES)
@@ -330,12 +321,6 @@ class _Export:
             else f"compared with PyTorch on its first {plan.kept} layers of {plan.count}"
         )
         return errors
-
-
-def _is_factory(name: str) -> bool:
-    module, colon, attribute = name.partition(":")
-    identifiers = [*module.split("."), *attribute.split(".")]
-    return bool(colon) and all(part.isidentifier() for part in identifiers)
 
 
 def _target(output: str | Path) -> tuple[Path, Path | None]:
@@ -358,12 +343,12 @@ def _make_folders(folder: Path) -> list[Path]:
     return missing
 
 
-def _copy(file: Path, folder: Path, temporary: Path) -> Path:
-    target = folder / file.name
-    if not (target.exists() and os.path.samefile(file, target)):
-        shutil.copyfile(file, temporary / file.name)
-        os.replace(temporary / file.name, target)
-    return target
+def _generation(folder: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _moved(file: Path, folder: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ class Loaded:
         module: The module that all sources run, or parts of it.
         weights: Its weights; None: they're in the module.
         implementations: The attention implementations to trace with, the best first; empty: the module's own.
-        companions: Files that belong beside the model (tokenizer, configuration).
+        companions: Writes what belongs beside the model (tokenizer, configuration) into a folder; gives the files, and
+            what a user should know of them.
         notes: What a user should know about how it was loaded.
     """
 
@@ -37,7 +38,7 @@ class Loaded:
     module: Any
     weights: Weights | None = None
     implementations: tuple[str, ...] = ()
-    companions: list[Path] = field(default_factory=list)
+    companions: Callable[[Path], tuple[list[Path], list[str]]] | None = None
     notes: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from graphopt.export.dependencies import quiet, require
@@ -24,6 +24,15 @@ def without_weights(make: Callable[[], Any], dtype: str = "float32") -> Any:
         finally:
             torch.set_default_dtype(before)
     return module.eval().requires_grad_(False)
+
+
+def untie(module: Any, names: Iterable[str]) -> None:
+    """Give each of these parameters numbers of its own, where the module has one object for several names."""
+    torch = require("torch")
+    for name in names:
+        holder, _, leaf = name.rpartition(".")
+        part = module.get_submodule(holder)
+        setattr(part, leaf, torch.nn.Parameter(torch.empty_like(getattr(part, leaf)), requires_grad=False))
 
 
 @contextlib.contextmanager

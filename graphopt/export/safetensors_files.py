@@ -72,7 +72,9 @@ def stored_tensors(folder: Path) -> dict[str, MappedTensor]:
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The files with the model's weights, and the file of each tensor where an index tells it."""
-    told = _object(folder / "config.json").get("transformers_weights") if (folder / "config.json").is_file() else None
+    told = (
+        json_object(folder / "config.json").get("transformers_weights") if (folder / "config.json").is_file() else None
+    )
     if isinstance(told, str):
         chosen = folder / told
         return _of_index(chosen) if told.endswith(".json") else ([chosen], {})
@@ -99,11 +101,13 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             f"{folder} has its weights only as {_several(pickled)}, which can't be read tensor by tensor; load it with "
             "transformers' from_pretrained and write it again with save_pretrained, which makes .safetensors files"
         )
+    if any(folder.glob("adapter_*.safetensors")):
+        raise UsageError(f"{folder} holds an adapter and no model; give the folder of its base model too")
     raise UsageError(f"{folder} has no weights; give a folder with {SINGLE}, or with {INDEX} and its shards")
 
 
 def _of_index(index: Path) -> tuple[list[Path], dict[str, str]]:
-    promised = _object(index).get("weight_map")
+    promised = json_object(index).get("weight_map")
     if not isinstance(promised, dict) or not promised or not all(isinstance(v, str) for v in promised.values()):
         raise ModelError(f"{index} has no weight_map that gives the file of each tensor; download it again")
     names = sorted(set(promised.values()))
@@ -179,7 +183,7 @@ def _entry(file: Path, real: Path, name: str, entry: Any, data: int) -> MappedTe
         raise ModelError(f"{file} isn't a safetensors file: its header's entry of {name} is {json.dumps(entry)[:80]}")
     if kind not in TYPES:
         raise ModelError(f"{file}: the tensor {name} is of the type {kind}, which isn't supported")
-    needed = math.prod(shape) * TYPES[kind].itemsize
+    needed = math.prod(shape) * int(TYPES[kind].itemsize)
     if end - begin != needed:
         raise ModelError(
             f"{file} is damaged: its tensor {name}, {kind} {list(shape)}, needs {needed} bytes, and its header "
@@ -190,7 +194,12 @@ def _entry(file: Path, real: Path, name: str, entry: Any, data: int) -> MappedTe
     )
 
 
-def _object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ModelError: It can't be read, or holds something else.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

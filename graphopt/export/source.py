@@ -7,8 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -73,8 +72,6 @@ class Source:
         outputs: Names of its outputs in order; None: named after the count, once it is known.
         sample: The sizes to export with.
         probes: Sizes to verify with: sets of which the first that the module takes is used.
-        companions: Files that belong beside the model (tokenizer, configuration).
-        notes: What a user should know about how the module was loaded.
         dims: Each output's dimensions where they're known; None: found out from the probes.
         references: Gives the runs to verify with, in place of `probes`, from a function that runs the module: for a
             module whose inputs can't be chosen one by one.
@@ -87,8 +84,6 @@ class Source:
     outputs: list[str] | None
     sample: dict[str, int]
     probes: list[list[dict[str, int]]]
-    companions: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     dims: dict[str, tuple[int | str, ...]] | None = None
     references: Callable[[Callable[[tuple[Any, ...]], Sequence[Any]]], Iterator[Reference]] | None = None
     again: Callable[[], Source] | None = None

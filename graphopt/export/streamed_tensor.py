@@ -99,7 +99,8 @@ def cast(weights: Weights, dtype: str) -> Weights:
     Raises:
         ModelError: When a tensor is read that has finite numbers too large for the type.
     """
-    return _Cast(weights, TARGETS[dtype])
+    target = TARGETS[dtype]
+    return CastWeights(weights, lambda _: target)
 
 
 def cast_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
@@ -111,20 +112,24 @@ def cast_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProto
     return StreamedTensor(lambda: (_rounded(b, dtype, name) for b in blocks_of(tensor)), dtype, shape, name)
 
 
-class _Cast:
-    def __init__(self, weights: Weights, dtype: ir.DataType) -> None:
+class CastWeights:
+    """Weights whose floating-point tensors have the types that a function gives for their names."""
+
+    def __init__(self, weights: Weights, dtype: Callable[[str], ir.DataType]) -> None:
         self._weights, self._dtype = weights, dtype
         # One object for one tensor, so that what the checkpoint ties is written once.
-        self._made: dict[int, tuple[ir.TensorProtocol, ir.TensorProtocol]] = {}
+        self._made: dict[tuple[int, ir.DataType], tuple[ir.TensorProtocol, ir.TensorProtocol]] = {}
 
     def names(self) -> Collection[str]:
+        """The names of the weights."""
         return self._weights.names()
 
     def tensor(self, name: str) -> ir.TensorProtocol:
-        source = self._weights.tensor(name)
-        kept = self._made.get(id(source))
+        """The weight of this name, cast when it is read."""
+        source, dtype = self._weights.tensor(name), self._dtype(name)
+        kept = self._made.get((id(source), dtype))
         if kept is None:
-            kept = self._made[id(source)] = (source, cast_tensor(source, self._dtype))
+            kept = self._made[id(source), dtype] = (source, cast_tensor(source, dtype))
         return kept[1]
 
 

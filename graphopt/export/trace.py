@@ -13,8 +13,10 @@ from onnx_ir.passes import common
 
 from graphopt.errors import ModelError, first_line
 from graphopt.export import layers
+from graphopt.export.bfloat16 import compute_in_float
 from graphopt.export.dependencies import quiet, require
 from graphopt.export.source import INNER, Source
+from graphopt.export.weights import shared_names
 from graphopt.graph.edits import walk
 from graphopt.graph.load import load
 
@@ -104,10 +106,11 @@ def _export(source: Source, outputs: Dims, exporter: Exporter, opset: int, folde
                 )
                 return program.model, warned
             raw = folder / "raw" / "model.onnx"
-            raw.parent.mkdir()
+            raw.parent.mkdir(exist_ok=True)
             # Folding constants would write a tied weight twice, once transposed.
+            fold = not shared_names(source.module)
             torch.onnx.export(
-                source.module, args, str(raw), dynamo=False, do_constant_folding=False, dynamic_axes=named, **options
+                source.module, args, str(raw), dynamo=False, do_constant_folding=fold, dynamic_axes=named, **options
             )
             return load(raw), warned
     except Exception as error:
@@ -132,6 +135,7 @@ def _plain_attention(torch: Any) -> Iterator[None]:
 def _tidy(source: Source, model: ir.Model, outputs: Dims, exporter: Exporter) -> None:
     """Weights called as the module calls them, outputs as declared, no traces; and what should be dynamic is."""
     _without_traces(model)
+    compute_in_float(model.graph)
     for value in list(model.graph.initializers.values()):
         if value.name and value.name.startswith(INNER):
             value.name = value.name.removeprefix(INNER)

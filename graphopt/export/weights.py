@@ -14,11 +14,21 @@ import onnx_ir as ir
 from graphopt.errors import ModelError
 from graphopt.export.conversions import plan
 from graphopt.export.dependencies import require
+from graphopt.export.dequantization import dequantizer, require_dequantized
 from graphopt.export.safetensors_files import stored_tensors
-from graphopt.export.streamed_tensor import FLOATING, blocks_of, cast
-from graphopt.export.torch_tensors import as_torch
+from graphopt.export.streamed_tensor import FLOATING, CastWeights, blocks_of, cast
+from graphopt.export.torch_tensors import as_torch, ir_dtype
 
-__all__ = ["CheckpointWeights", "Weights", "cast", "checkpoint_weights", "load_into", "not_finite", "shared_names"]
+__all__ = [
+    "CheckpointWeights",
+    "Weights",
+    "cast",
+    "cast_like",
+    "checkpoint_weights",
+    "load_into",
+    "not_finite",
+    "shared_names",
+]
 
 
 class Weights(Protocol):
@@ -92,12 +102,15 @@ def checkpoint_weights(folder: Path, module: Any) -> CheckpointWeights:
             matter, and they may be on the device meta.
 
     Raises:
-        UsageError: There are no safetensors files, or several of which none is the model's.
+        UsageError: There are no safetensors files, or several of which none is the model's, or quantized weights that
+            transformers can't dequantize (fp8 and mxfp4 it can: they are computed in the module's types).
         ModelError: A file is missing or broken, or a tensor hasn't the shape that the module has it in.
     """
-    stored = stored_tensors(folder)
+    quantizer = dequantizer(folder, module)
     own: dict[str, Any] = module.state_dict()
-    tensors, unexpected = plan(stored, module, own)
+    tensors, unexpected = plan(stored_tensors(folder), module, own, quantizer)
+    if quantizer is not None:
+        require_dequantized(folder, tensors.values(), quantizer.quantization_config)
     for name, tensor in tensors.items():
         held, wanted = tuple(tensor.shape.numpy()), tuple(own[name].shape)
         if held != wanted:
@@ -119,14 +132,31 @@ def checkpoint_weights(folder: Path, module: Any) -> CheckpointWeights:
     return CheckpointWeights(folder, ordered, tuple(sorted(unexpected)), tuple(untied))
 
 
+def cast_like(weights: Weights, module: Any) -> Weights:
+    """The weights with their floating-point tensors in the types that a module has them in, cast as `cast` does it.
+
+    So the parts of a float16 model that transformers keeps in float32 are in float32. Names that the module hasn't keep
+    their type.
+    """
+    types = {name: ir_dtype(value.dtype) for name, value in module.state_dict().items()}
+    wanted = {name: dtype for name, dtype in types.items() if dtype in FLOATING}
+    return CastWeights(weights, lambda name: wanted.get(name) or weights.tensor(name).dtype)
+
+
 def shared_names(module: Any) -> list[list[str]]:
-    """The names in the module's state_dict of each parameter or buffer that has several, in the module's order."""
-    places: dict[int, list[str]] = defaultdict(list)
+    """The names in the module's state_dict of each parameter or buffer that has several, in the module's order.
+
+    They are one object, or transformers would make them one (which older versions leave undone on the device meta).
+    """
     own = module.state_dict()
+    sources = getattr(module, "all_tied_weights_keys", None) or {}
+    objects: dict[str, Any] = {}
     for kind in (module.named_parameters, module.named_buffers):
-        for name, value in kind(remove_duplicate=False):
-            if name in own:
-                places[id(value)].append(name)
+        objects.update({name: value for name, value in kind(remove_duplicate=False) if name in own})
+    places: dict[int, list[str]] = defaultdict(list)
+    for name in own:
+        if name in objects:
+            places[id(objects.get(sources.get(name, name), objects[name]))].append(name)
     return [names for names in places.values() if len(names) > 1]
 
 
@@ -145,37 +175,36 @@ def same(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
 
 
 def load_into(module: Any, weights: Weights) -> None:
-    """Put the weights into a module, in place; a parameter stays the object it was, so that tied ones stay tied.
+    """Put the weights into a module, in place; what is one parameter under several names stays one.
 
     Where the types agree the parameter shares its memory with the mapped file (and what is written to it stays out of
-    the file). Else the numbers are cast. Parameters on the device meta are made real. Names that the module hasn't are
-    passed over.
+    the file). Else the numbers are cast. Parameters on the device meta are replaced by real ones. Names that the module
+    hasn't are passed over.
+
+    Raises:
+        ModelError: A weight hasn't the shape of the parameter.
     """
     torch = require("torch")
     given = set(weights.names())
     done: set[int] = set()
-    with torch.no_grad():
-        for kind in (module.named_parameters, module.named_buffers):
-            for name, value in list(kind(remove_duplicate=False)):
-                if name not in given or id(value) in done:
-                    continue
-                done.add(id(value))
-                tensor = as_torch(weights.tensor(name)).to(value.dtype)
-                if value.device.type == "meta":
-                    # A meta tensor can't take other data; the one object becomes another everywhere it is held.
-                    _replace(module, value, tensor)
-                else:
-                    value.data = tensor
-
-
-def _replace(module: Any, old: Any, new: Any) -> None:
-    torch = require("torch")
-    made = torch.nn.Parameter(new, requires_grad=False) if isinstance(old, torch.nn.Parameter) else new
-    for part in module.modules():
+    real: dict[int, Any] = {}
+    for kind in (module.named_parameters, module.named_buffers):
+        for name, value in list(kind(remove_duplicate=False)):
+            if name not in given or id(value) in done:
+                continue
+            done.add(id(value))
+            tensor = as_torch(weights.tensor(name))
+            if tensor.shape != value.shape:
+                raise ModelError(f"the weight {name} is {list(tensor.shape)}, and {list(value.shape)} in the module")
+            if value.device.type != "meta":
+                value.data = tensor.to(value.device, value.dtype)
+            elif isinstance(value, torch.nn.Parameter):
+                real[id(value)] = torch.nn.Parameter(tensor.to(value.dtype), requires_grad=False)
+            else:
+                real[id(value)] = tensor.to(value.dtype)
+    for part in module.modules() if real else ():
         for held in (part._parameters, part._buffers):
-            for key, value in held.items():
-                if value is old:
-                    held[key] = made
+            held.update({key: real[id(value)] for key, value in held.items() if id(value) in real})
 
 
 def not_finite(weights: Weights) -> list[str]:

@@ -127,28 +127,29 @@ def _whole(value: ir.Value) -> bool:
 
 
 def _table_rows(value: ir.Value) -> int:
-    """Rows of the largest constant table of rank 2 that `value` gathers from as it is; 0 where there is none."""
+    """Rows of the largest constant table that `value` gathers from as it is; 0 where there is none."""
     if not _whole(value):
         return 0
     pending, seen, rows = deque([value]), {value}, 0
     while pending and len(seen) <= _FURTHEST:
         for node, slot in pending.popleft().uses():
             if node.op_type in ("Gather", "GatherBlockQuantized") and slot == 1:
-                rows = max(rows, _rows(node.inputs[0]))
+                # A row of integers may be cut into its blocks.
+                rows = max(rows, _rows(node.inputs[0], 3 if node.op_type == "GatherBlockQuantized" else 2))
             elif node.op_type in _INDEX_MOVES and slot == 0 and node.outputs[0] not in seen:
                 seen.add(node.outputs[0])
                 pending.append(node.outputs[0])
     return rows
 
 
-def _rows(table: ir.Value | None) -> int:
-    """Rows of a constant of rank 2, which may be stored transposed (as the head that it is tied to); else 0."""
+def _rows(table: ir.Value | None, rank: int) -> int:
+    """Rows of a constant of 2 to `rank` dimensions, which may be stored transposed (as the head's weight); else 0."""
     axis = 0
     for _ in range(4):
         weight = stored_weight(table)
         if weight is not None:
             sizes = weight.shape
-            size = sizes[axis] if sizes is not None and len(sizes) == 2 else 0
+            size = sizes[axis] if sizes is not None and 2 <= len(sizes) <= rank else 0
             return size if isinstance(size, int) else 0
         node = table.producer() if table is not None else None
         if node is None or node.op_type not in ("Transpose", "Cast", "Identity"):

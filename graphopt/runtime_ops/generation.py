@@ -1,7 +1,7 @@
 """Text generation with a decoder on ONNX Runtime: greedy or sampled, in batches, with its KV cache kept in place.
 
-    generator = graphopt.Generator("model.onnx")
-    tokens = generator.generate([prompt_ids], max_new_tokens=64, stop=[2])
+    generator = graphopt.Generator("folder")
+    tokens = generator.generate([prompt_ids], max_new_tokens=64)
 
 The inputs and outputs are read off the graph (`graphopt.graph.kv_interface`), so any exporter's names will do.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from graphopt.errors import InputDataError, ModelError, UsageError
 from graphopt.graph.kv_interface import KVInterface, kv_interface
 from graphopt.graph.load import load
 from graphopt.runtime_ops.decoding import Cache, Decoding, empty_shape
+from graphopt.runtime_ops.folder import model_file, stop_tokens
 from graphopt.runtime_ops.sampling import Sampling
 from graphopt.runtime_ops.session import session as make_session
 
@@ -37,7 +39,7 @@ class Generator:
     """A decoder that generates text.
 
     Args:
-        model: The .onnx file, or a session on it (then with `interface`).
+        model: The .onnx file, the folder of an exported model, or a session (then with `interface`).
         cache: "growing": each run gives out a new, longer cache. "static": past and present share one buffer, which
             needs an attention that writes in place (GroupQueryAttention) in every layer. "auto": static where it can
             be.
@@ -50,6 +52,7 @@ class Generator:
         session: The session.
         interface: Inputs and outputs of the decoder.
         cache: "growing" or "static".
+        stop: The tokens that end a text, as generation_config.json beside the model says; empty where there is none.
 
     Raises:
         ModelError: Not a decoder with a KV cache, or not one that can be run like this; the message says why.
@@ -66,10 +69,11 @@ class Generator:
         interface: KVInterface | None = None,
         extra: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
-        path = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+        path = os.fspath(model_file(Path(model))) if isinstance(model, str | os.PathLike) else None
         if interface is None and path is None:
             raise UsageError("A session needs its interface: kv_interface(load(path)) of graphopt.graph.")
         self.name = path or "the model"
+        self.stop = () if path is None else stop_tokens(Path(path))
         found = interface if interface is not None or path is None else kv_interface(load(path))
         self.extra = dict(extra or {})
         self.interface = _require_decoder(self.name, found, self.extra)
@@ -94,7 +98,7 @@ class Generator:
         *,
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
-        stop: Collection[int] = (),
+        stop: Collection[int] | None = None,
         padding: Padding | None = None,
         chunk: int = CHUNK,
     ) -> list[list[int]]:
@@ -104,7 +108,7 @@ class Generator:
             prompts: Token ids, a row each.
             max_new_tokens: The most tokens that are made.
             sampling: How tokens are chosen; None: the most probable.
-            stop: Tokens that end a row.
+            stop: Tokens that end a row; None: those of the attribute `stop`.
             padding: The side on which shorter prompts are filled up; None: the one that the model knows.
             chunk: Prompt tokens of one run, at most.
 
@@ -128,7 +132,7 @@ class Generator:
         *,
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
-        stop: Collection[int] = (),
+        stop: Collection[int] | None = None,
         padding: Padding | None = None,
         chunk: int = CHUNK,
     ) -> Iterator[list[int | None]]:
@@ -143,7 +147,7 @@ class Generator:
         for count in range(1, max_new_tokens + 1):
             tokens = choose(logits)
             yield [int(token) if on else None for token, on in zip(tokens, running, strict=True)]
-            running &= ~np.isin(tokens, list(stop))
+            running &= ~np.isin(tokens, list(self.stop if stop is None else stop))
             if count == max_new_tokens or not running.any():
                 return
             logits = decoding.feed(tokens[:, None])[:, -1]
@@ -180,7 +184,8 @@ class Generator:
                 result = np.zeros((batch, logits.shape[-1]), dtype=logits.dtype)
             for row in np.flatnonzero((begin <= last) & (last < end)):
                 if logits.shape[1] != end - begin and last[row] != end - 1:
-                    raise InputDataError(f"{self.name} gives logits for the last token only; pad on the left.")
+                    advice = "give prompts of one length" if self._compact else "pad on the left"
+                    raise InputDataError(f"{self.name} gives logits for the last token only; {advice}.")
                 result[row] = logits[row, last[row] - begin if logits.shape[1] == end - begin else -1]
         assert result is not None
         return result

@@ -77,7 +77,7 @@ def perplexity(
     """The perplexity of a text to a decoder, over windows of their own: each starts with an empty cache.
 
     Args:
-        model: The .onnx file, or a generator.
+        model: The .onnx file, its folder, or a generator.
         token_ids: The text; a rest shorter than a window is left out.
         window: Tokens of one window.
         threads: Threads within an operator; 0: all cores.

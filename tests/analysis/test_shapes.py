@@ -277,6 +277,15 @@ def test_contributed_operators():
     assert says(text, "[x[0], x[1], 16]", "[x[0], x[1], 8]")
 
 
+def test_gathered_integers():
+    text = """g (int64[b, s] x, uint8[41, 18, 16] w, float[41, 18, 1] sc) => (float[?] y, float[?] z, float[?] t) {
+        y = com.microsoft.GatherBlockQuantized<bits=4, block_size=32, gather_axis=0, quantize_axis=2>(w, x, sc)
+        z = com.microsoft.GatherBlockQuantized<bits=8, block_size=16, gather_axis=0, quantize_axis=2>(w, x, sc)
+        t = com.microsoft.GatherBlockQuantized<bits=4, block_size=16, gather_axis=1, quantize_axis=2>(w, x, sc) }"""
+    rows = "[x[0], x[1], 18, {}]"
+    assert says(text, rows.format(32), rows.format(16), "[41, x[0], x[1], 32]")
+
+
 # ---- control flow, functions, disorder
 
 

@@ -18,8 +18,9 @@ from graphopt.errors import UsageError, first_line
 from graphopt.export import export_model
 from graphopt.export.compare import relative_error
 from graphopt.export.dependencies import quiet, require
-from graphopt.export.exporter import _is_factory, _target, output_dims
-from graphopt.export.huggingface import _height_width
+from graphopt.export.exporter import _target, output_dims
+from graphopt.export.feed_forward import _height_width
+from graphopt.export.options import is_factory
 from graphopt.export.source import _probes
 
 
@@ -52,10 +53,10 @@ def test_wrong_options(tmp_path: Path, options: dict[str, str], message: str) ->
 
 
 def test_factories_are_told_from_folders() -> None:
-    assert _is_factory("package.module:make")
-    assert _is_factory("module:Class.make")
+    assert is_factory("package.module:make")
+    assert is_factory("module:Class.make")
     for other in ("folder", "./folder:x", "org/name", "C:\\models\\bert", "module:"):
-        assert not _is_factory(other)
+        assert not is_factory(other)
 
 
 def test_target(tmp_path: Path) -> None:

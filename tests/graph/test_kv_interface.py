@@ -66,6 +66,20 @@ def test_names_of_the_other_inputs_dont_matter() -> None:
     assert roles(read(proto)) == ("a", "b", "c", "d")
 
 
+def test_an_embedding_of_integers_cut_into_blocks() -> None:
+    proto = decoder("concat")
+    (gather,) = (n for n in proto.graph.node if n.op_type == "Gather" and n.input[1] == "input_ids")
+    (table,) = (t for t in proto.graph.initializer if t.name == gather.input[0])
+    rows, size = table.dims
+    gather.op_type, gather.domain = "GatherBlockQuantized", "com.microsoft"
+    gather.input.append("scales")
+    table.CopyFrom(onnx.numpy_helper.from_array(np.zeros((rows, 1, size), np.uint8), table.name))
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((rows, 1, 1), np.float32), "scales"))
+    found = read(proto)
+    assert found.token_ids == "input_ids"
+    assert found.vocabulary == rows
+
+
 def test_inputs_in_another_order_keep_their_layers() -> None:
     proto = decoder("concat", names=ARBITRARY, layers=3)
     inputs = list(proto.graph.input)

@@ -192,6 +192,16 @@ def _gather(op: Op) -> Result:
     return (*shape[:axis], *op.shape(1), *shape[axis + 1 :])
 
 
+@rule("com.microsoft::GatherBlockQuantized", types=2)
+def _gather_quantized(op: Op) -> Result:
+    data, bits = op.shape(0), op.integer("bits", 4)
+    quantized = axis_of(op.integer("quantize_axis", 1), len(data))
+    if op.fact(0).dtype == ir.DataType.UINT8 and bits < 8:  # a byte holds several numbers
+        data = (*data[:quantized], data[quantized] * (8 // bits), *data[quantized + 1 :])
+    axis = axis_of(op.integer("gather_axis", 0), len(data))
+    return (*data[:axis], *op.shape(1), *data[axis + 1 :])
+
+
 def _array(result: Content | Dim) -> Content:
     return content_of(result) if isinstance(result, Dim) else result
 

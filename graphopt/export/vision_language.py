@@ -1,0 +1,237 @@
+"""A vision-language model as three sources: its vision part, its embedding of tokens, and its decoder of embeddings.
+
+Names and split are those of transformers.js and of the models that are published for it: vision_encoder, embed_tokens
+and decoder_model_merged, which takes a cache of any length, none at all to begin with. Who runs them puts the features
+of the images where the image tokens are among the embedded tokens. Nothing is known of architectures: the vision part
+is what `get_image_features` runs, the decoder is the model's own forward on embeddings.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from graphopt.errors import UsageError, first_line
+from graphopt.export import cache as caches
+from graphopt.export.decoder import cache_slots
+from graphopt.export.dry_run import dry_run, used
+from graphopt.export.image_features import ImageFeatures, image_features
+from graphopt.export.parts import only, without
+from graphopt.export.sample_inputs import floats, integers, padding_mask
+from graphopt.export.source import Input, Source, wrap
+
+FILES = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+"""The sources' names, which are the files' without ending."""
+TYPES = ("token_type_ids", "mm_token_type_ids")
+"""How models call the input that tells image tokens from others, where their mask depends on it."""
+
+SIZES = {"batch": (2, 1, 3), "sequence": (4, 7, 1), "past": (5, 0, 6), "total": (9, 7, 7)}
+"""Of the sample, then of the probes: a prompt, and a step."""
+
+
+def is_vision_language(module: Any) -> bool:
+    """Whether `vision_language_sources` is for this module or class: it embeds tokens beside images."""
+    parameters = inspect.signature(module.forward).parameters
+    wanted = {"pixel_values", "inputs_embeds", "past_key_values", "input_ids"}
+    return wanted <= set(parameters) and "decoder_input_ids" not in parameters
+
+
+def vision_language_sources(
+    module: Any, config: Any, *, label: str, image: tuple[int, int] | None = None
+) -> dict[str, Source]:
+    """The sources of the three files of a vision-language model.
+
+    - vision_encoder: pixel_values, with pixel_attention_mask or image_grid_thw where the model has them, to
+      image_features [..., width of the language model];
+    - embed_tokens: input_ids [batch, sequence] to inputs_embeds [batch, sequence, width];
+    - decoder_model_merged: inputs_embeds, attention_mask [batch, total], position_ids [batch, sequence] or
+      [3, batch, sequence], token_type_ids [batch, total] where the mask depends on them, past_key_values.N.key/.value
+      to logits [batch, sequence, vocabulary] and present.N.key/.value. total = past + sequence.
+
+    Args:
+        module: The transformers module, in eval mode. Its weights aren't read.
+        config: Its configuration.
+        label: What messages call the model.
+        image: Height and width of its images, where the configuration doesn't tell them.
+
+    Raises:
+        UsageError: The model hands its parts more than embeddings, or a part can't be derived; the message says what.
+    """
+    makers: tuple[Callable[[], Source], ...] = (
+        functools.partial(_vision_encoder, label, module, image),
+        functools.partial(_embed_tokens, label, module),
+        functools.partial(_Decoder.source, label, module, config, image),
+    )
+    made = {}
+    for name, maker in zip(FILES, makers, strict=True):
+        made[name] = maker()
+        made[name].again = maker
+    return made
+
+
+def _vision_encoder(label: str, module: Any, image: tuple[int, int] | None) -> Source:
+    found = image_features(label, module, image)
+    others = [part for part in (module.get_decoder(), module.get_output_embeddings()) if part is not None]
+    part = without(module, *(part for part in others if not _within(part, found)))
+    dims = _told(module, found.call, found.inputs, found.sizes, ["image_features"])
+    return _source(f"{label}/vision_encoder", part, found.call, found.inputs, dims, found.sizes)
+
+
+def _within(part: Any, found: ImageFeatures) -> bool:
+    """Whether a part of the vision part lies in this one, which then isn't the language model alone."""
+    return any(part is module or any(part is inner for inner in module.modules()) for module in found.parts) or any(
+        module is inner for module in found.parts for inner in part.modules()
+    )
+
+
+def _embed_tokens(label: str, module: Any) -> Source:
+    embedding = module.get_input_embeddings()
+
+    def call(ids: Any) -> tuple[Any]:
+        return (embedding(ids),)
+
+    inputs = [Input("input_ids", ("batch", "sequence"), integers(embedding.weight.shape[0]))]
+    sizes = {symbol: SIZES[symbol] for symbol in ("batch", "sequence")}
+    dims = _told(module, call, inputs, sizes, ["inputs_embeds"])
+    return _source(f"{label}/embed_tokens", only(module, embedding), call, inputs, dims, sizes)
+
+
+@dataclass
+class _Decoder:
+    """The module's own forward on embeddings.
+
+    Attributes:
+        label: What messages call the model.
+        module: The module.
+        slots: The names of its cache's tensors, and their inputs.
+        fresh: Whether the cache is to look as if nothing were in it: some read token types in the first run only.
+    """
+
+    label: str
+    module: Any
+    slots: dict[str, Input]
+    fresh: bool = False
+
+    @classmethod
+    def source(cls, label: str, module: Any, config: Any, image: tuple[int, int] | None) -> Source:
+        """The source of decoder_model_merged."""
+        dtype = module.dtype
+        slots = {
+            slot.name: Input(f"past_key_values.{slot.name}", slot.dims, floats(dtype))
+            for slot in cache_slots(label, module)
+        }
+        decoder = cls(label, module, slots)
+        try:
+            inputs = decoder._inputs()
+            names = ["logits", *(f"present.{name}" for name in slots)]
+            dims = _told(module, decoder.call(inputs), inputs, SIZES, names)
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"{label}: {type(module).__name__} doesn't run on embeddings and a cache alone ({first_line(error)}); "
+                "write a function that returns its decoder and its example inputs, and export module:function"
+            ) from error
+        part = without(module, *image_features(label, module, image).parts)
+        return _source(f"{label}/decoder_model_merged", part, decoder.call(inputs), inputs, dims, SIZES)
+
+    def call(self, inputs: Sequence[Input]) -> Callable[..., tuple[Any, ...]]:
+        """(logits, cache) from these inputs."""
+        names = [item.name for item in inputs]
+        prefix = "past_key_values."
+
+        def call(*tensors: Any) -> tuple[Any, ...]:
+            given = dict(zip(names, tensors, strict=True))
+            past = {name.removeprefix(prefix): given.pop(name) for name in names if name.startswith(prefix)}
+            depth = self.module.config.get_text_config(decoder=True).num_hidden_layers
+            cache = caches.rebuild(self.module.config, past, depth)
+            result = self.module(
+                **given, past_key_values=_as_fresh(cache) if self.fresh else cache, use_cache=True, return_dict=True
+            )
+            present = dict(caches.flatten(result.past_key_values))
+            return (result.logits, *(present[name] for name in self.slots))
+
+        return call
+
+    def _inputs(self) -> list[Input]:
+        """The inputs that count, in order."""
+        width = self.module.get_input_embeddings().weight.shape[-1]
+        parameters = inspect.signature(self.module.forward).parameters
+        inputs = [
+            Input("inputs_embeds", ("batch", "sequence", width), floats(self.module.dtype)),
+            Input("attention_mask", ("batch", "total"), padding_mask),
+        ]
+        if "position_ids" in parameters:
+            inputs.append(self._positions(inputs))
+        types = [Input(name, ("batch", "total"), integers(2)) for name in TYPES if name in parameters]
+        found = self._counting([*inputs, *types, *self.slots.values()])
+        if types and not any(item.name in TYPES for item in found):
+            self.fresh = True
+            again = self._counting([*inputs, *types, *self.slots.values()])
+            self.fresh = any(item.name in TYPES for item in again)
+            found = again if self.fresh else found
+        return found
+
+    def _positions(self, inputs: Sequence[Input]) -> Input:
+        """Positions along three axes (frames, rows, columns) for those that rotate by them, else along one."""
+        along_three = Input("position_ids", (3, "batch", "sequence"), integers(16))
+        trial = [*inputs, along_three, *self.slots.values()]
+        try:
+            logits = dry_run(self.module, self.call(trial), _tensors(trial, SIZES, 0))[0]
+        except Exception:
+            return Input("position_ids", ("batch", "sequence"), integers(16))
+        three = tuple(logits.shape[:-1]) == (SIZES["batch"][0], SIZES["sequence"][0])
+        return along_three if three else Input("position_ids", ("batch", "sequence"), integers(16))
+
+    def _counting(self, inputs: Sequence[Input]) -> list[Input]:
+        kept = used(self.module, self.call(inputs), _tensors(inputs, SIZES, 0))
+        return [item for item, counts in zip(inputs, kept, strict=True) if counts]
+
+
+def _as_fresh(cache: Any) -> Any:
+    """The cache, saying that nothing is in it."""
+    made = type(cache)
+    cache.__class__ = type(made.__name__, (made,), {"is_initialized": property(lambda _: False)})
+    return cache
+
+
+def _told(
+    module: Any,
+    call: Callable[..., Sequence[Any]],
+    inputs: Sequence[Input],
+    sizes: Mapping[str, tuple[int, ...]],
+    names: Sequence[str],
+) -> dict[str, tuple[int | str, ...]]:
+    """The outputs' dimensions, told apart by runs of two sizes."""
+    places = (0, 2)
+    runs = [dry_run(module, call, _tensors(inputs, sizes, place)) for place in places]
+    symbols = {tuple(column[place] for place in places): symbol for symbol, column in sizes.items()}
+    found: dict[str, tuple[int | str, ...]] = {}
+    for name, first, second in zip(names, *runs, strict=True):
+        dims: list[int | str] = []
+        for axis, pair in enumerate(zip(first.shape, second.shape, strict=True)):
+            dims.append(symbols.get(pair, f"{name}_dim_{axis}") if len(set(pair)) > 1 else int(pair[0]))
+        found[name] = tuple(dims)
+    return found
+
+
+def _tensors(inputs: Sequence[Input], sizes: Mapping[str, tuple[int, ...]], place: int) -> list[Any]:
+    generator = np.random.default_rng(place)
+    return [item.tensor({symbol: column[place] for symbol, column in sizes.items()}, generator) for item in inputs]
+
+
+def _source(
+    label: str,
+    part: Any,
+    call: Callable[..., tuple[Any, ...]],
+    inputs: Sequence[Input],
+    dims: dict[str, tuple[int | str, ...]],
+    sizes: Mapping[str, tuple[int, ...]],
+) -> Source:
+    sample, *probes = ({symbol: column[place] for symbol, column in sizes.items()} for place in range(3))
+    return Source(label, wrap(call, part), list(inputs), list(dims), sample, [probes], dims=dims)
