@@ -78,7 +78,7 @@ class TestExport:
         onnx.checker.check_model(model, full_check=True)
         assert sum(node.op_type == "Attention" for node in model.graph.node) == 8
         weights = {tensor.name for tensor in model.graph.initializer}
-        assert {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(8)} <= weights
+        assert {f"model.layers.{i}.self_attn.q_proj.weight/transposed" for i in range(8)} <= weights
         ids = np.random.default_rng(0).integers(0, 53, (1, 11))
         with torch.no_grad():
             expected = transformers.AutoModelForCausalLM.from_pretrained(llama)(torch.from_numpy(ids)).logits.numpy()

@@ -166,6 +166,11 @@ class FoldConstants(Pass):
         origin = ("node", version, *signature(frozen), *(None if t is None else identity(t) for t in tensors))
         tensor = computed(compute, dtype, dims, origin=origin)
         value = edit.constant(tensor, "folded")
+        weights = [v.name for v in node.inputs if v is not None and v.is_initializer() and v.name]
+        if len(weights) == 1 and value.is_initializer():
+            # What is made of one weight is still known by it.
+            done = "transposed" if node.op_type == "Transpose" else "folded"
+            value.name = edit.names.fresh(f"{weights[0]}/{done}")
         tensor.name = value.name
         self.applied(node, "computed when the model is saved")
         edit.replace(output, value)
