@@ -39,7 +39,8 @@ def prepare(_: str) -> None:
 def save(key: str, folder: str) -> None:
     """Write the model's folder, and beside it (`-v4`) the same with a config.json as transformers 4 wrote it.
 
-    Each holds a `probe.npz`: inputs, and the module's first output.
+    Each holds a `probe.npz`: inputs, and the module's first output. Where there are images, a preprocessor_config.json
+    tells their size, as published models have it.
     """
     import transformers
 
@@ -55,6 +56,10 @@ def save(key: str, folder: str) -> None:
         module = drawn(lambda: mapping[type(config)](config))
     module.save_pretrained(folder)
     inputs = feeds(MODELS[key], 1)
+    if "pixel_values" in inputs:
+        height, width = inputs["pixel_values"].shape[2:]
+        told = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(told))
     np.savez(Path(folder) / "probe.npz", **inputs, **{ANSWER: answer(module, inputs)})
     old = Path(f"{folder}-v4")
     shutil.copytree(folder, old, dirs_exist_ok=True)

@@ -155,7 +155,9 @@ def reason(error: BaseException) -> str:
         while error.__cause__ is not None:
             error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[0][:300] if lines else ""
+    # A line that announces the next one says nothing alone.
+    count = next((i for i, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
+    said = " ".join(lines[:count])[:300]
     return said if _own(error) else f"{type(error).__name__}: {said}"
 
 
