@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,27 +128,29 @@ def cut(module: Any, plan: Plan) -> Iterator[None]:
 # ---- the graph
 
 
-def repeat(graph: ir.Graph, plan: Plan, prefixes: Sequence[str] = ()) -> None:
+def repeat(graph: ir.Graph, plan: Plan, weights: Collection[str], prefixes: Sequence[str] = ()) -> None:
     """Make the graph of the first layers that of all.
 
     Args:
         graph: Inputs and outputs of layer i are named "<something>.i.<something>", its weights "`path`.i.<something>".
         plan: What was traced.
+        weights: The names of the weights of all layers. Other initializers are constants, whatever they're called.
         prefixes: How the names of inputs and outputs of layers begin ("past_key_values", "present").
 
     Raises:
         NotRepeatable: The graph isn't built like this. It is as it was.
     """
-    _Repetition(graph, plan, prefixes).run()
+    _Repetition(graph, plan, weights, prefixes).run()
 
 
 class _Repetition:
-    def __init__(self, graph: ir.Graph, plan: Plan, prefixes: Sequence[str]) -> None:
-        self.graph, self.plan = graph, plan
+    def __init__(self, graph: ir.Graph, plan: Plan, weights: Collection[str], prefixes: Sequence[str]) -> None:
+        self.graph, self.plan, self.weights = graph, plan, weights
         heads = "|".join(re.escape(prefix) for prefix in (plan.path, *prefixes))
         self.pattern = re.compile(rf"({heads})\.(\d+)(\..+)?")
         graph.sort()
         self.segment: dict[ir.Node, int] = {}
+        self.same: dict[tuple[ir.Value, ir.Value], bool] = {}
         for node in graph:
             self.segment[node] = self._segment(node)
         self.nodes = [[n for n in graph if self.segment[n] == i] for i in range(plan.kept)]
@@ -156,7 +158,9 @@ class _Repetition:
     def layer(self, value: ir.Value) -> int:
         """The layer that a weight, an input or an output belongs to by its name; -1: none."""
         match = self.pattern.fullmatch(value.name or "")
-        return int(match[2]) if match else -1
+        if match is None or (match[1] == self.plan.path and value.name not in self.weights):
+            return -1
+        return int(match[2])
 
     def renamed(self, value: ir.Value, layer: int) -> str:
         """Its name for another layer."""
@@ -262,7 +266,23 @@ class _Repetition:
             return same[x] is y
         if x.producer() is None and self.layer(x) >= 0:
             return self.renamed(x, layer) == y.name
-        return _same_constant(x, y)
+        return self._same(x, y)
+
+    def _same(self, x: ir.Value | None, y: ir.Value | None) -> bool:
+        """Whether two values that no layer computes are equal: by what they're computed with, or constants."""
+        if x is y or x is None or y is None:
+            return x is y
+        key = (x, y)
+        if key not in self.same:
+            self.same[key] = False  # There is no circle to ask again in.
+            one, other = x.producer(), y.producer()
+            if one is None or other is None or self.segment[one] >= 0 or self.segment[other] >= 0:
+                self.same[key] = _same_constant(x, y)
+            else:
+                alike = one.op_identifier() == other.op_identifier() and _same_attributes(one, other)
+                alike = alike and len(one.inputs) == len(other.inputs) and x.index() == y.index()
+                self.same[key] = alike and all(map(self._same, one.inputs, other.inputs))
+        return self.same[key]
 
     def _clone(self, template: int, layer: int, mapping: dict[ir.Value, ir.Value]) -> None:
         """Append the segment once more, for another layer; `mapping` gets what it made."""

@@ -76,7 +76,12 @@ def _repeated(source: Source, outputs: Dims, opset: int, plan: layers.Plan) -> t
     _tidy(fewer, model, dims, "dynamo")
     inlined = common.InlinePass()(model).model
     common.CommonSubexpressionEliminationPass()(inlined)
-    layers.repeat(inlined.graph, dataclasses.replace(plan, path=plan.path.removeprefix(INNER)), CACHES)
+    tensors = (
+        *source.module.named_parameters(remove_duplicate=False),
+        *source.module.named_buffers(remove_duplicate=False),
+    )
+    weights = {name.removeprefix(INNER) for name, _ in tensors}
+    layers.repeat(inlined.graph, dataclasses.replace(plan, path=plan.path.removeprefix(INNER)), weights, CACHES)
     order = {name: place for place, name in enumerate([*(item.name for item in source.inputs), *outputs])}
     for values in (inlined.graph.inputs, inlined.graph.outputs):
         ordered = sorted(values, key=lambda value: order[value.name or ""])
