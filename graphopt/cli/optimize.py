@@ -138,6 +138,11 @@ def command(
             in_place=in_place,
             progress=lambda done, count: bar("saving", done, count),
         )
+        beside = destination.parent / "config.json"
+        if (model.parent / "config.json").is_file() and not beside.exists():
+            from graphopt.export.packaging import carry
+
+            carry(model, destination)  # An exported folder stays one that other runtimes can load.
         if bench and not in_place:
             from graphopt.verification.workload import benchmark_models
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, first_line
 from graphopt.export.dependencies import quiet, require
-from graphopt.export.streamed_tensor import StreamedTensor
 from graphopt.export.torch_tensors import as_array, as_torch, ir_dtype, torch_dtype
 from graphopt.graph.load import MappedTensor
+from graphopt.graph.streamed import Array, StreamedTensor, transposed
 
 
 @dataclass
@@ -69,8 +68,9 @@ class _Conversion:
                     source.location, begin, length, dtype, shape=shape, name=name, base_dir=source.base_dir
                 )
             else:
-                blocks = _Experts(self, name) if len(made) == 1 and self._by_expert(value.shape) else _Whole(self, name)
-                found[name] = StreamedTensor(blocks, dtype, shape, name)
+                by_expert = len(made) == 1 and self._by_expert(value.shape)
+                make = self._of_experts if by_expert else self._of_all
+                found[name] = make(name, dtype, tuple(value.shape))
         return found
 
     def _by_expert(self, shape: tuple[int, ...]) -> bool:
@@ -92,33 +92,33 @@ class _Conversion:
             for operation in operations[1:]
         )
 
+    def _of_all(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> StreamedTensor:
+        """One of the results, computed with all others."""
 
-@dataclass(frozen=True)
-class _Whole:
-    """The blocks of a result: the whole of it."""
+        def blocks() -> Iterator[Array]:
+            mapped = {pattern: [as_torch(t) for t in members] for pattern, members in self.sources.items()}
+            yield as_array(self.run(mapped)[name])
 
-    conversion: _Conversion
-    name: str
+        return StreamedTensor(blocks, dtype, ir.Shape(shape), name)
 
-    def __call__(self) -> Iterator[npt.NDArray[Any]]:
-        conversion = self.conversion
-        mapped = {pattern: [as_torch(t) for t in members] for pattern, members in conversion.sources.items()}
-        made = conversion.run(mapped)
-        yield as_array(made[self.name])
+    def _of_experts(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], order: Sequence[int] | None = None
+    ) -> StreamedTensor:
+        """The result with its axes in an order that leaves the first in place, computed one expert at a time."""
+        axes = tuple(order or range(len(shape)))
 
+        def blocks() -> Iterator[Array]:
+            for index in range(shape[0]):
+                mapped = {pattern: [as_torch(members[index])] for pattern, members in self.sources.items()}
+                yield as_array(self.run(mapped)[name]).transpose(axes)
 
-@dataclass(frozen=True)
-class _Experts:
-    """The blocks of a result that is made expert by expert: one expert each, so that one is in memory at a time."""
+        def moved(more: Sequence[int]) -> ir.TensorProtocol:
+            if more[0] != 0:
+                return transposed(StreamedTensor(blocks, dtype, ir.Shape(sizes), name), more)
+            return self._of_experts(name, dtype, shape, [axes[axis] for axis in more])
 
-    conversion: _Conversion
-    name: str
-
-    def __call__(self) -> Iterator[npt.NDArray[Any]]:
-        conversion = self.conversion
-        for index in range(len(next(iter(conversion.sources.values())))):
-            mapped = {pattern: [as_torch(members[index])] for pattern, members in conversion.sources.items()}
-            yield as_array(conversion.run(mapped)[self.name])
+        sizes = [shape[axis] for axis in axes]
+        return StreamedTensor(blocks, dtype, ir.Shape(sizes), name, moved=moved)
 
 
 def plan(

@@ -81,16 +81,22 @@ def causal_lm(label: str, model: Any) -> Source:
     return source
 
 
-def cache_slots(label: str, model: Any) -> list[Slot]:
+def cache_slots(label: str, model: Any, part: Any = None) -> list[Slot]:
     """What the model's cache holds after a run, with the dimensions of each tensor.
+
+    Args:
+        label: How messages call the model.
+        model: A transformers model that runs on tokens.
+        part: The part of it that the cache's layers are in, where others have lists of layers too; None: all of it.
 
     Raises:
         UsageError: It has no cache, or a size of it follows from nothing that is known.
     """
-    plan = layers.plan(model)
+    part = model if part is None else part
+    plan = layers.plan(part)
     if plan is None:
         return _seen_slots(label, model)
-    with layers.cut(model, plan):
+    with layers.cut(part, plan):
         first = _seen_slots(label, model)
     by_layer: dict[int, list[Slot]] = {}
     for slot in first:

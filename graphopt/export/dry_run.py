@@ -95,7 +95,7 @@ def _mode(module: Any) -> Iterator[Any]:
     before = [(m, dict(vars(m)), _tables(m)) for m in module.modules()]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with quiet(), torch.no_grad(), mode:
+        with quiet(), torch.no_grad(), _nothing_remembered(), mode:
             yield mode
     except (DataDependentOutputException, DynamicOutputShapeException):
         raise ValueError("its code decides by numbers in its inputs, which no trace can hold") from None
@@ -108,7 +108,26 @@ def _mode(module: Any) -> Iterator[Any]:
                 table.update(held)
 
 
+@contextlib.contextmanager
+def _nothing_remembered() -> Iterator[None]:
+    """transformers remembers results that depend on sizes alone (tables of positions), unless it's being compiled."""
+    functions = require("transformers").pytorch_utils
+    before = getattr(functions, "is_torchdynamo_compiling", None)
+    if before is None:
+        yield
+        return
+    functions.is_torchdynamo_compiling = lambda: True
+    try:
+        yield
+    finally:
+        functions.is_torchdynamo_compiling = before
+
+
 def _tables(module: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The module's buffers and hooks (transformers hangs up its own when it first needs them), and copies of them."""
-    named = [value for name, value in vars(module).items() if name == "_buffers" or name.endswith("_hooks")]
+    """What the module may put things into, and copies of it.
+
+    Buffers, hooks (transformers hangs up its own when it first needs them), and dictionaries of its own, such as
+    LeViT's of biases by device.
+    """
+    named = [value for name, value in vars(module).items() if name not in ("_parameters", "_modules")]
     return [(table, dict(table)) for table in named if isinstance(table, dict)]

@@ -8,6 +8,7 @@ architectures: inputs come from the signature, the cache and all sizes from dry 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from graphopt.export.encoder_inputs import BATCHES, TOKENS, encode, encoder_inpu
 from graphopt.export.parts import only, without
 from graphopt.export.sample_inputs import floats, integers, padding_mask
 from graphopt.export.source import Input, Source, wrap
+from graphopt.export.vision_language import embed_tokens, vision_encoder
 
 FILES = ("encoder_model", "decoder_model", "decoder_with_past_model")
 """The sources' names, which are the files' without ending."""
@@ -51,6 +53,9 @@ def encoder_decoder_sources(
     - decoder_with_past_model: encoder_attention_mask, input_ids, past_key_values.N.decoder.key/.value and
       past_key_values.N.encoder.key/.value to logits and present.N.decoder.key/.value.
 
+    One whose text goes with images has a vision_encoder and embed_tokens too (`graphopt.export.vision_language`), and
+    its encoder_model takes inputs_embeds in place of input_ids.
+
     Dynamic: "batch", "encoder_sequence" (states of the encoder), "sequence" (new tokens), "past" (tokens in the cache),
     "total" (both); where the encoder gives less states than it takes frames or samples, these too. The mask is that of
     the encoder's inputs; a model that doesn't read it has no such input.
@@ -64,10 +69,15 @@ def encoder_decoder_sources(
     Raises:
         UsageError: Inputs or cache can't be derived, or there are no logits; the message says what is missing.
     """
-    parts = _Parts(label, module, config, image)
-    makers = (parts.encoder, parts.first, parts.with_past)
+    embedded = hasattr(module, "get_image_features") and module.main_input_name != "pixel_values"
+    parts = _Parts(label, module, config, image, embedded)
+    makers: dict[str, Callable[[], Source]] = {}
+    if embedded:
+        makers["vision_encoder"] = functools.partial(vision_encoder, label, module, image)
+        makers["embed_tokens"] = functools.partial(embed_tokens, label, module)
+    makers |= zip(FILES, (parts.encoder, parts.first, parts.with_past), strict=True)
     made = {}
-    for name, maker in zip(FILES, makers, strict=True):
+    for name, maker in makers.items():
         made[name] = maker()
         made[name].again = maker
     return made
@@ -87,10 +97,11 @@ class _Parts:
     module: Any
     config: Any
     image: tuple[int, int] | None
+    embedded: bool
 
     def __post_init__(self) -> None:
         self.encoder_module = self.module.get_encoder()
-        self.given = encoder_inputs(self.label, self.module, self.encoder_module, self.image)
+        self.given = encoder_inputs(self.label, self.module, self.encoder_module, self.image, self.embedded)
 
     def encoder(self) -> Source:
         """The encoder."""

@@ -46,7 +46,9 @@ class EncoderInputs:
     gives_mask: bool
 
 
-def encoder_inputs(label: str, module: Any, encoder: Any, image: tuple[int, int] | None = None) -> EncoderInputs:
+def encoder_inputs(
+    label: str, module: Any, encoder: Any, image: tuple[int, int] | None = None, embedded: bool = False
+) -> EncoderInputs:
     """The inputs of `encoder`, a part of `module`.
 
     Args:
@@ -54,13 +56,14 @@ def encoder_inputs(label: str, module: Any, encoder: Any, image: tuple[int, int]
         module: The encoder-decoder.
         encoder: What it gives as its encoder.
         image: Height and width of the images, where the configuration doesn't tell them.
+        embedded: It is fed with embeddings in place of tokens.
 
     Raises:
         UsageError: They can't be derived; the message says which.
     """
     parameters = inspect.signature(encoder.forward).parameters
     wanted = (getattr(encoder, "main_input_name", module.main_input_name), module.main_input_name)
-    main = next((name for name in wanted if name in parameters), None)
+    main = next((name for name in (("inputs_embeds",) if embedded else wanted) if name in parameters), None)
     if main is None:
         raise UsageError(
             f"{label}: its encoder {type(encoder).__name__} doesn't take its main input {wanted[0]}; "
@@ -70,7 +73,8 @@ def encoder_inputs(label: str, module: Any, encoder: Any, image: tuple[int, int]
     with_mask = "attention_mask" in parameters
     refused = ""
     config = getattr(encoder, "config", module.config)
-    for item, sizes in _candidates(label, main, encoder, config, dtype, image):
+    width = module.get_input_embeddings().weight.shape[-1] if embedded else 0
+    for item, sizes in _candidates(label, main, encoder, config, dtype, image, width):
         mask_dims = ("batch", next((d for d in item.dims if isinstance(d, str) and d != "batch"), ""))
         mask = Input("attention_mask", mask_dims, padding_mask)
         given = [item, mask] if with_mask and mask_dims[1] else [item]
@@ -132,13 +136,15 @@ def longest(config: Any, default: int = 512) -> int:
 
 
 def _candidates(
-    label: str, main: str, encoder: Any, config: Any, dtype: Any, image: tuple[int, int] | None
+    label: str, main: str, encoder: Any, config: Any, dtype: Any, image: tuple[int, int] | None, width: int
 ) -> list[tuple[Input, dict[str, tuple[int, ...]]]]:
     """Forms that the main input may have, with sizes of their dynamic dimensions."""
     batch: dict[str, tuple[int, ...]] = {"batch": BATCHES}
-    if main == "input_ids":
+    if main in ("input_ids", "inputs_embeds"):
         room = longest(config)
         sizes = {**batch, "encoder_sequence": tuple(min(n, room) for n in TOKENS)}
+        if main == "inputs_embeds":
+            return [(Input(main, ("batch", "encoder_sequence", width), floats(dtype)), sizes)]
         return [(Input(main, ("batch", "encoder_sequence"), integers(_words(encoder, config))), sizes)]
     if main == "pixel_values":
         height, width = image or _image_size(label, config)

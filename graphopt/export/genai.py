@@ -22,6 +22,7 @@ from graphopt.graph.assumptions import carried
 from graphopt.graph.kv_interface import CachePair, KVInterface, kv_interface
 
 FILE = "genai_config.json"
+LIMIT = "max_position_embeddings"
 
 SEARCH: dict[str, Any] = {
     "diversity_penalty": 0.0,
@@ -52,7 +53,12 @@ def write_genai_config(
     *,
     context_length: int | None = None,
 ) -> Path:
-    """Write genai_config.json into a folder, whole or not at all; arguments and errors as those of `genai_config`."""
+    """Write genai_config.json into a folder, whole or not at all; arguments and errors as those of `genai_config`.
+
+    Where the configuration doesn't tell the length of the context, tokenizer_config.json in the folder may.
+    """
+    if context_length is None and _number(_text(config), LIMIT) is None:
+        context_length = _tokenizer_limit(folder)
     return _write(folder, genai_config(model, file, config, generation, context_length=context_length))
 
 
@@ -99,12 +105,12 @@ def genai_config(
     """
     interface = _runnable(model)
     text = _text(config)
-    length = context_length or _number(text, "max_position_embeddings")
+    length = context_length or _number(text, LIMIT)
     limit = _limited(length, model)
     if limit is None:
         raise UsageError(
-            "the configuration doesn't tell how many tokens the model takes (max_position_embeddings); give the length "
-            "of the context for genai_config.json"
+            f"neither config.json ({LIMIT}) nor tokenizer_config.json (model_max_length) tells how many tokens the "
+            "model takes, which genai_config.json must say; write one of them into its file"
         )
     found = _graph(model, file, interface)
     decoder = found["decoder"]
@@ -223,6 +229,14 @@ def _limited(length: int | None, model: ir.Model) -> int | None:
     """A length of context, no longer than the model takes for granted."""
     known = [n for n in (length, carried(model).max_length) if n is not None]
     return min(known, default=None)
+
+
+def _tokenizer_limit(folder: Path) -> int | None:
+    try:
+        data = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return _number(data, "model_max_length") if isinstance(data, dict) else None
 
 
 def _text(config: Any) -> Any:

@@ -18,7 +18,7 @@ from graphopt.export.encoder_decoder import encoder_decoder_sources, is_encoder_
 from graphopt.export.feed_forward import feed_forward, image_size
 from graphopt.export.gguf import from_gguf
 from graphopt.export.loaded import Loaded
-from graphopt.export.modules import untie, without_weights
+from graphopt.export.modules import compute, untie, without_weights
 from graphopt.export.packaging import COMPANIONS, copy_companions
 from graphopt.export.source import Source
 from graphopt.export.vision_language import is_vision_language, vision_language_sources
@@ -65,7 +65,8 @@ def from_pretrained(
         module, weights = _make(name, model_class, config, implementations[0], dtype), made.weights
     else:
         module, weights, notes = _load(name, folder, model_class, config, implementations[0], dtype)
-    loaded = Loaded(name, {}, module, weights, implementations, write, notes)
+    computed = compute(module, weights)
+    loaded = Loaded(name, {}, module, weights, implementations, computed, write, notes)
     if adapters:
         loaded.weights = merged = AdaptedWeights(weights, list(adapters), turned=_turned(module))
         notes += merged.notes
@@ -124,8 +125,6 @@ def _folder(name: str) -> Path:
             ) from error
     else:
         raise UsageError(f"there is no folder {name}; give a model's folder, its name on the hub, or module:factory")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{name} has no .safetensors file; convert its weights with save_pretrained first")
     return folder
 
 
@@ -149,7 +148,9 @@ def _model_class(name: str, config: Any) -> Any:
 def _make(name: str, model_class: Any, config: Any, attention: str, dtype: str, **more: Any) -> Any:
     """The module without its weights."""
     try:
-        module = without_weights(lambda: model_class._from_config(config, attn_implementation=attention, **more), dtype)
+        module = without_weights(
+            lambda kind: model_class._from_config(config, attn_implementation=attention, dtype=kind, **more), dtype
+        )
     except Exception as error:
         raise ModelError(f"{name}: {model_class.__name__} can't be made: {first_line(error)}") from error
     if getattr(module, "_can_set_experts_implementation", lambda: False)():
@@ -172,8 +173,11 @@ def _load(
     if missing and has_option and all("pooler." in key for key in missing):
         module = _make(name, model_class, config, attention, dtype, add_pooling_layer=False)
         weights = checkpoint_weights(folder, module)
+        untie(module, (other for _, other in weights.untied))
         missing = weights.missing(module)
         notes.append("the weights have no pooler, so the model is exported without pooler_output")
+    computed = compute(module, weights)
+    missing = [key for key in missing if key not in computed]
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise ModelError(

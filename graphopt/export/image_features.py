@@ -84,7 +84,7 @@ class _Vision:
         for inputs, sizes in self._forms():
             tensors = _tensors(inputs, sizes, 0)
             try:
-                last, parts = self._last_module(inputs, tensors)
+                last, parts = self._last_module(inputs, sizes)
             except UsageError:
                 raise
             except Exception as error:
@@ -190,7 +190,7 @@ class _Vision:
 
         return call
 
-    def _last_module(self, inputs: Sequence[Input], tensors: Sequence[Any]) -> tuple[Any, list[Any]]:
+    def _last_module(self, inputs: Sequence[Input], sizes: Mapping[str, tuple[int, ...]]) -> tuple[Any, list[Any]]:
         """The module whose result is the features (None: the method gives them whole), and the modules that run."""
 
         def run(*tensors: Any) -> tuple[Any, list[tuple[Any, Any]], list[Any]]:
@@ -200,19 +200,20 @@ class _Vision:
             return result, made, ran
 
         selected: list[bool] = []
+        few = _tensors(inputs, sizes, 1)
         try:
-            result, made, ran = dry_run(self.module, run, tensors)
+            result, made, ran = dry_run(self.module, run, _tensors(inputs, sizes, 0))
         except ValueError as error:
             if "decides by numbers" not in str(error):
                 raise
             # It takes the features apart by numbers at the end: a run with numbers shows what it takes apart.
             with require("torch").no_grad(), quiet():
-                result, made, ran = run(*tensors)
+                result, made, ran = run(*few)
         self._require_plain(result)
         whole = _features(result)
         last = self._owner_of(whole, made) if isinstance(whole, list) else None
         if any(selected):
-            self._require_all_selected(inputs, tensors, last)
+            self._require_all_selected(inputs, few, last)
         return last, ran
 
     def _require_all_selected(self, inputs: Sequence[Input], tensors: Sequence[Any], last: Any) -> None:

@@ -28,6 +28,7 @@ class Loaded:
         module: The module that all sources run, or parts of it.
         weights: Its weights; None: they're in the module.
         implementations: The attention implementations to trace with, the best first; empty: the module's own.
+        computed: Names of parameters that no checkpoint holds, because the module's class computes them.
         companions: Writes what belongs beside the model (tokenizer, configuration) into a folder; gives the files, and
             what a user should know of them.
         notes: What a user should know about how it was loaded.
@@ -38,6 +39,7 @@ class Loaded:
     module: Any
     weights: Weights | None = None
     implementations: tuple[str, ...] = ()
+    computed: frozenset[str] = frozenset()
     companions: Callable[[Path], tuple[list[Path], list[str]]] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -70,16 +72,20 @@ class Loaded:
             ModelError: A parameter has no weights.
         """
         own = _tensors(source.module)
-        names = {id(tensor): name for name, tensor in _tensors(self.module).items()}
+        given = self.weights.names() if self.weights is not None else ()
+        names: dict[int, str] = {}
+        for name, tensor in _tensors(self.module).items():
+            # Of several names of one parameter a checkpoint may have any.
+            if id(tensor) not in names or name in given:
+                names[id(tensor)] = name
         for value in model.graph.initializers.values():
             tensor = own.get(f"{INNER}{value.name}", own.get(value.name or ""))
             if tensor is None:
                 continue  # A constant of the trace.
             name = names.get(id(tensor), "")
-            if self.weights is not None and name in self.weights.names():
-                given = self.weights.tensor(name)
-                value.const_value = cast_tensor(given, ir_dtype(tensor.dtype))
-            elif self.weights is not None and isinstance(tensor, _parameter()):
+            if self.weights is not None and name in given:
+                value.const_value = cast_tensor(self.weights.tensor(name), ir_dtype(tensor.dtype))
+            elif self.weights is not None and isinstance(tensor, _parameter()) and name not in self.computed:
                 raise ModelError(f"{self.label} has no weights for {name or value.name}")
             else:
                 value.const_value = ir.Tensor(as_array(tensor), name=value.name)

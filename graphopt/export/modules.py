@@ -7,22 +7,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from graphopt.export.dependencies import quiet, require
+from graphopt.export.weights import Weights
 
 
-def without_weights(make: Callable[[], Any], dtype: str = "float32") -> Any:
-    """The torch module that `make` makes, in eval mode, its parameters of this type and not filled.
+def without_weights(make: Callable[[Any], Any], dtype: str = "float32") -> Any:
+    """The torch module that `make` makes for this torch dtype, in eval mode, its parameters not filled.
 
     A parameter's memory is asked of the system but never touched, so it isn't given: a module of 70 billion parameters
     takes a few megabytes. Buffers, such as the frequencies of a rotary embedding, are computed as ever.
     """
-    torch = require("torch")
-    before = torch.get_default_dtype()
     with quiet(), _nothing_filled():
-        torch.set_default_dtype(getattr(torch, dtype))
-        try:
-            module = make()
-        finally:
-            torch.set_default_dtype(before)
+        module = make(getattr(require("torch"), dtype))
     return module.eval().requires_grad_(False)
 
 
@@ -33,6 +28,23 @@ def untie(module: Any, names: Iterable[str]) -> None:
         holder, _, leaf = name.rpartition(".")
         part = module.get_submodule(holder)
         setattr(part, leaf, torch.nn.Parameter(torch.empty_like(getattr(part, leaf)), requires_grad=False))
+
+
+def compute(module: Any, weights: Weights) -> frozenset[str]:
+    """Fill the parameters that no checkpoint holds because the module's class computes them (sinusoids of positions).
+
+    These are the ones that transformers neither saves nor misses.
+
+    Returns:
+        Their names.
+    """
+    unsaved = getattr(module, "_keys_to_ignore_on_save", None) or ()
+    given = set(weights.names())
+    found = frozenset(name for name, _ in module.named_parameters() if name in set(unsaved) and name not in given)
+    with require("torch").no_grad():
+        for name in found:
+            module._init_weights(module.get_submodule(name.rpartition(".")[0]))
+    return found
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import ModelError
+from graphopt.export.genai import FILE, update_genai_config
+from graphopt.graph.load import load
 
 COMPANIONS = (
     "config.json",
@@ -73,6 +75,28 @@ def copy_companions(folder: Path, target: Path, *, dtype: str | None = None) -> 
         copied.append(place)
     make_readable(target, dtype=dtype)
     return copied
+
+
+def carry(old: Path, new: Path) -> list[Path]:
+    """Bring what lies beside a model to another one that was made from it, so that its folder can be loaded as well.
+
+    genai_config.json is written anew for the other graph, where there is one.
+
+    Args:
+        old: The model's file, as `graphopt export` wrote it.
+        new: The other's file, in another folder, as `graphopt optimize` wrote it.
+
+    Returns:
+        The files beside the other one.
+
+    Raises:
+        ModelError: A file can't be read or written, or onnxruntime-genai can't run the other model.
+    """
+    files = copy_companions(old.parent, new.parent)
+    described = old.parent / FILE
+    if described.is_file():
+        files.append(update_genai_config(new.parent, load(new), new.name, described))
+    return files
 
 
 def make_readable(folder: Path, *, dtype: str | None = None) -> None:

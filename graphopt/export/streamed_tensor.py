@@ -1,21 +1,20 @@
-"""Tensors that are computed block by block while they are written, and the cast of weights."""
+"""The cast of weights, block by block while they are written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
+from graphopt.graph.computed import identity, note_origin
+from graphopt.graph.streamed import Array, StreamedTensor, transposed
 
 if TYPE_CHECKING:
     from graphopt.export.weights import Weights
-
-Array = npt.NDArray[Any]
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements that are cast at once: few enough to stay in the processor's cache, enough that the calls cost nothing."""
@@ -35,47 +34,6 @@ TARGETS = {
     "bfloat16": ir.DataType.BFLOAT16,
     "float64": ir.DataType.DOUBLE,
 }
-
-
-class StreamedTensor(ir.LazyTensor):
-    """A tensor of which a function gives the consecutive pieces, in C order, each time that it is read.
-
-    Written to a file (`tofile`) it needs the memory of one piece; `numpy` puts the pieces into one array.
-    """
-
-    __slots__ = ("blocks",)
-
-    def __init__(self, blocks: Callable[[], Iterator[Array]], dtype: ir.DataType, shape: ir.Shape, name: str) -> None:
-        """Make it.
-
-        Args:
-            blocks: Gives arrays of the type of `dtype` of any shape, which make up the tensor when laid end to end.
-            dtype: The type.
-            shape: The shape, all of it known.
-            name: What messages call it.
-        """
-        super().__init__(self._whole, dtype, shape, name=name)
-        self.blocks = blocks
-
-    def _whole(self) -> ir.TensorProtocol:
-        array: Array | None = None
-        filled = 0
-        for block in self.blocks():
-            if block.size == self.size:  # The only one.
-                array = block.reshape(self.shape.numpy())
-                break
-            if array is None:
-                array = np.empty(self.size, dtype=self.dtype.numpy())
-            array[filled : filled + block.size] = block.reshape(-1)
-            filled += block.size
-        if array is None:
-            array = np.empty(self.size, dtype=self.dtype.numpy())
-        return ir.Tensor(array.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
-
-    def tofile(self, file: Any) -> None:
-        """Write the bytes, little-endian, to an open file, piece by piece."""
-        for block in self.blocks():
-            ir.Tensor(np.ascontiguousarray(block), dtype=self.dtype).tofile(file)
 
 
 def blocks_of(tensor: ir.TensorProtocol) -> Iterator[Array]:
@@ -108,8 +66,15 @@ def cast_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProto
     if tensor.dtype == dtype or tensor.dtype not in FLOATING:
         return tensor
     name = tensor.name or "a tensor"
-    shape = ir.Shape(tensor.shape.numpy())
-    return StreamedTensor(lambda: (_rounded(b, dtype, name) for b in blocks_of(tensor)), dtype, shape, name)
+    result = StreamedTensor(
+        lambda: (_rounded(block, dtype, name) for block in blocks_of(tensor)),
+        dtype,
+        ir.Shape(tensor.shape.numpy()),
+        name,
+        moved=lambda order: cast_tensor(transposed(tensor, order), dtype),
+    )
+    note_origin(result, ("cast", dtype, identity(tensor)))
+    return result
 
 
 class CastWeights:

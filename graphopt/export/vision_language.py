@@ -20,7 +20,7 @@ from graphopt.errors import UsageError, first_line
 from graphopt.export import cache as caches
 from graphopt.export.decoder import cache_slots
 from graphopt.export.dry_run import dry_run, used
-from graphopt.export.image_features import ImageFeatures, image_features
+from graphopt.export.image_features import image_features
 from graphopt.export.parts import only, without
 from graphopt.export.sample_inputs import floats, integers, padding_mask
 from graphopt.export.source import Input, Source, wrap
@@ -63,8 +63,8 @@ def vision_language_sources(
         UsageError: The model hands its parts more than embeddings, or a part can't be derived; the message says what.
     """
     makers: tuple[Callable[[], Source], ...] = (
-        functools.partial(_vision_encoder, label, module, image),
-        functools.partial(_embed_tokens, label, module),
+        functools.partial(vision_encoder, label, module, image),
+        functools.partial(embed_tokens, label, module),
         functools.partial(_Decoder.source, label, module, config, image),
     )
     made = {}
@@ -74,22 +74,23 @@ def vision_language_sources(
     return made
 
 
-def _vision_encoder(label: str, module: Any, image: tuple[int, int] | None) -> Source:
+def vision_encoder(label: str, module: Any, image: tuple[int, int] | None) -> Source:
+    """The source of vision_encoder; arguments and errors as `vision_language_sources`."""
     found = image_features(label, module, image)
     others = [part for part in (module.get_decoder(), module.get_output_embeddings()) if part is not None]
-    part = without(module, *(part for part in others if not _within(part, found)))
+    part = without(module, *(part for part in others if not _share(part, found.parts)))
     dims = _told(module, found.call, found.inputs, found.sizes, ["image_features"])
     return _source(f"{label}/vision_encoder", part, found.call, found.inputs, dims, found.sizes)
 
 
-def _within(part: Any, found: ImageFeatures) -> bool:
-    """Whether a part of the vision part lies in this one, which then isn't the language model alone."""
-    return any(part is module or any(part is inner for inner in module.modules()) for module in found.parts) or any(
-        module is inner for module in found.parts for inner in part.modules()
-    )
+def _share(one: Any, others: Sequence[Any]) -> bool:
+    """Whether a module has a module in common with one of the others."""
+    inner = {id(module) for module in one.modules()}
+    return any(id(module) in inner for other in others for module in other.modules())
 
 
-def _embed_tokens(label: str, module: Any) -> Source:
+def embed_tokens(label: str, module: Any) -> Source:
+    """The source of embed_tokens."""
     embedding = module.get_input_embeddings()
 
     def call(ids: Any) -> tuple[Any]:
@@ -120,10 +121,10 @@ class _Decoder:
     @classmethod
     def source(cls, label: str, module: Any, config: Any, image: tuple[int, int] | None) -> Source:
         """The source of decoder_model_merged."""
-        dtype = module.dtype
+        part = without(module, *image_features(label, module, image).parts)
         slots = {
-            slot.name: Input(f"past_key_values.{slot.name}", slot.dims, floats(dtype))
-            for slot in cache_slots(label, module)
+            slot.name: Input(f"past_key_values.{slot.name}", slot.dims, floats(module.dtype))
+            for slot in cache_slots(label, module, part)
         }
         decoder = cls(label, module, slots)
         try:
@@ -137,7 +138,6 @@ class _Decoder:
                 f"{label}: {type(module).__name__} doesn't run on embeddings and a cache alone ({first_line(error)}); "
                 "write a function that returns its decoder and its example inputs, and export module:function"
             ) from error
-        part = without(module, *image_features(label, module, image).parts)
         return _source(f"{label}/decoder_model_merged", part, decoder.call(inputs), inputs, dims, SIZES)
 
     def call(self, inputs: Sequence[Input]) -> Callable[..., tuple[Any, ...]]:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.graph import streamed
+
 _ORIGIN = "graphopt.origin"
 LAZY_BYTES = 1 << 20
 """Weights of at least so many bytes are computed when they are saved (or read), so that one at a time is in memory."""
@@ -39,8 +41,13 @@ def computed(
     """
     tensor = ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(shape), cache=False, name=name)
     if origin is not None:
-        tensor.meta[_ORIGIN] = origin
+        note_origin(tensor, origin)
     return tensor
+
+
+def note_origin(tensor: ir.LazyTensor, origin: tuple[Hashable, ...]) -> None:
+    """Note all that decides the contents of a tensor, as for `computed`."""
+    tensor.meta[_ORIGIN] = origin
 
 
 def weight(
@@ -60,6 +67,8 @@ def transposed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """A matrix with its axes exchanged."""
 
     def compute() -> ir.TensorProtocol:
+        if tensor.nbytes >= LAZY_BYTES:
+            return streamed.transposed(tensor, (1, 0))
         return ir.tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype)
 
     return weight(compute, tensor.dtype, tensor.shape.numpy()[::-1], origin=("transposed", identity(tensor)))

@@ -63,6 +63,16 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
+def test_what_lies_beside_a_model_comes_along(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert run("optimize", model, "-o", tmp_path / "new" / "model.onnx")[0] == 0
+    assert json.loads((tmp_path / "new" / "config.json").read_text()) == {"model_type": "llama"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    assert run("optimize", model, "-o", tmp_path / "other" / "model.onnx")[0] == 0
+    assert (tmp_path / "other" / "config.json").read_text() == "{}"
+
+
 def test_optimize(run: Run, model: Path, tmp_path: Path) -> None:
     before = model.read_bytes()
     report = tmp_path / "out" / "report.html"

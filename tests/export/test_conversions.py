@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,8 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from graphopt.export.conversions import _Conversion  # noqa: E402
 from graphopt.export.safetensors_files import read_header  # noqa: E402
-from graphopt.export.streamed_tensor import StreamedTensor  # noqa: E402
 from graphopt.export.torch_tensors import as_torch  # noqa: E402
+from graphopt.graph.streamed import StreamedTensor, transposed  # noqa: E402
 
 EXPERTS = 3
 MODULE = SimpleNamespace(config=SimpleNamespace(num_attention_heads=2))
@@ -83,3 +84,8 @@ def test_as_in_memory(stored: dict[str, Any], case: str) -> None:
         else:
             assert isinstance(tensor, ir.ExternalTensor)
             assert pieces == 0
+        for order in itertools.permutations(range(value.ndim)):
+            other = transposed(tensor, order)
+            assert torch.equal(as_torch(other), value.permute(order))
+            if pieces == EXPERTS and isinstance(other, StreamedTensor) and order[0] == 0:
+                assert len(list(other.blocks())) == EXPERTS

@@ -15,9 +15,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from graphopt.export.streamed_tensor import StreamedTensor  # noqa: E402
 from graphopt.export.torch_tensors import as_torch  # noqa: E402
 from graphopt.export.weights import checkpoint_weights  # noqa: E402
+from graphopt.graph.streamed import StreamedTensor  # noqa: E402
 
 SMALL = {
     "hidden_size": 64,

@@ -200,7 +200,7 @@ class TestHuggingFace:
         with pytest.raises(ModelError, match=r"model.safetensors is truncated"):
             export_model(folder, tmp_path / "m.onnx")
         (folder / "model.safetensors").unlink()
-        with pytest.raises(ModelError, match=r"has no .safetensors file"):
+        with pytest.raises(UsageError, match="has no weights"):
             export_model(folder, tmp_path / "m.onnx")
         (folder / "config.json").write_text("{")
         (folder / "model.safetensors").write_bytes(b"")

@@ -156,11 +156,19 @@ def test_tokens_and_search_of_the_generation_configuration() -> None:
     assert plain["model"]["decoder"]["hidden_size"] == KV_HEADS * SIZE
 
 
-def test_the_length_of_the_context() -> None:
+def test_the_length_of_the_context(tmp_path: Path) -> None:
     model = made()
     unlimited = {**CONFIG, "max_position_embeddings": 10**30}
     with pytest.raises(UsageError, match="how many tokens the model takes"):
         genai_config(model, "model.onnx", unlimited)
+    for limit in (10**30, 128):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit}))
+        if limit == 128:
+            written = write_genai_config(tmp_path, model, "model.onnx", unlimited)
+            assert json.loads(written.read_text())["search"]["max_length"] == 128
+        else:
+            with pytest.raises(UsageError, match="how many tokens the model takes"):
+                write_genai_config(tmp_path, model, "model.onnx", unlimited)
     assert genai_config(model, "model.onnx", unlimited, context_length=100)["search"]["max_length"] == 100
     note(model, Reliance("max-length=32", {"mask": "attention_mask"}, "the table is that long", "a-pass"))
     assert genai_config(model, "model.onnx", CONFIG)["model"]["context_length"] == 32

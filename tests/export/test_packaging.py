@@ -6,16 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from tiny_decoders import decoder
 
 from graphopt.errors import ModelError
+from graphopt.export.genai import write_genai_config
 from graphopt.export.packaging import (
+    carry,
     companions,
     copy_companions,
     make_readable,
     readable_config,
     readable_tokenizer_config,
 )
+from graphopt.graph.load import load
 
 BESIDE = [
     "chat_template.jinja", "config.json", "generation_config.json", "merges.txt", "preprocessor_config.json",
@@ -50,6 +55,19 @@ def test_they_are_copied_and_made_readable(folder: Path, tmp_path: Path) -> None
     assert (target / "generation_config.json").read_text() == '{"eos_token_id":\t2}'
     assert (folder / "config.json").read_text() == '{"model_type": "llama", "dtype": "bfloat16"}'
     assert copy_companions(target, target) == files  # onto themselves
+
+
+def test_they_are_carried_to_what_is_made_of_the_model(folder: Path, tmp_path: Path) -> None:
+    for kind, place in (("attention", folder), ("group-query", tmp_path / "fast")):
+        place.mkdir(exist_ok=True)
+        onnx.save(decoder(kind), place / f"{kind}.onnx")
+    old, new = folder / "attention.onnx", tmp_path / "fast" / "group-query.onnx"
+    assert [path.name for path in carry(old, new)] == BESIDE
+    write_genai_config(folder, load(old), old.name, {"max_position_embeddings": 64})
+    assert carry(old, new)[-1] == new.parent / "genai_config.json"
+    written = json.loads((new.parent / "genai_config.json").read_text())
+    assert written["model"]["decoder"]["filename"] == "group-query.onnx"
+    assert written["search"]["past_present_share_buffer"]
 
 
 def test_a_file_that_needs_nothing_keeps_its_bytes(folder: Path) -> None:

@@ -1,8 +1,7 @@
-"""Tensors computed block by block, and the cast of weights."""
+"""The cast of weights."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection
 from pathlib import Path
 
@@ -17,8 +16,11 @@ from hypothesis.extra import numpy as arrays
 
 from graphopt.errors import ModelError
 from graphopt.export import streamed_tensor
-from graphopt.export.streamed_tensor import StreamedTensor, blocks_of, cast, cast_tensor
+from graphopt.export.streamed_tensor import blocks_of, cast, cast_tensor
+from graphopt.graph.computed import identity
+from graphopt.graph.load import MappedTensor
 from graphopt.graph.save import save
+from graphopt.graph.streamed import transposed
 
 FLOATS = {
     "float64": ir.DataType.DOUBLE,
@@ -40,38 +42,6 @@ class Given:
 
     def tensor(self, name: str) -> ir.TensorProtocol:
         return self.held[name]
-
-
-def test_pieces_make_up_the_tensor_each_time(tmp_path: Path) -> None:
-    whole = np.arange(24, dtype=np.float32).reshape(4, 6)
-    read = 0
-
-    def blocks():
-        nonlocal read
-        read += 1
-        yield whole[:1]
-        yield whole[1:].T.copy().T  # Not contiguous.
-
-    tensor = StreamedTensor(blocks, ir.DataType.FLOAT, ir.Shape((4, 6)), "x")
-    assert read == 0
-    assert np.array_equal(tensor.numpy(), whole)
-    assert tensor.tobytes() == whole.tobytes()
-    with (tmp_path / "out").open("wb") as out:
-        out.write(b"ab")
-        tensor.tofile(out)
-        out.write(b"yz")
-    assert (tmp_path / "out").read_bytes() == b"ab" + whole.tobytes() + b"yz"
-    buffer = io.BytesIO()
-    tensor.tofile(buffer)
-    assert buffer.getvalue() == whole.tobytes()
-    assert read == 4
-
-
-def test_a_tensor_without_elements() -> None:
-    for pieces in ([], [np.empty(0, np.float32)]):
-        tensor = StreamedTensor(lambda pieces=pieces: iter(pieces), ir.DataType.FLOAT, ir.Shape((0, 3)), "x")
-        assert tensor.numpy().shape == (0, 3)
-        assert tensor.tobytes() == b""
 
 
 @given(
@@ -148,3 +118,16 @@ def test_a_refusal_while_saving_leaves_nothing(tmp_path: Path, external: bool) -
     with pytest.raises(ModelError, match="the weight b has the value 100000, and float16 ends at 65504"):
         save(model, tmp_path / "new" / "m.onnx", external_data=external)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_cast_of_a_transposed_weight_takes_no_memory_for_it(tmp_path: Path) -> None:
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    (tmp_path / "f").write_bytes(array.tobytes())
+    stored = MappedTensor("f", 0, 48, ir.DataType.FLOAT, shape=ir.Shape((3, 4)), name="x", base_dir=tmp_path)
+    tensor = transposed(cast_tensor(stored, ir.DataType.FLOAT16), (1, 0))
+    assert tensor.dtype == ir.DataType.FLOAT16
+    assert np.array_equal(tensor.numpy(), array.T)
+    # The same cast of the same place is known to be the same.
+    again = cast_tensor(stored, ir.DataType.FLOAT16)
+    assert identity(again) == identity(cast_tensor(stored, ir.DataType.FLOAT16))
+    assert identity(again) != identity(cast_tensor(stored, ir.DataType.DOUBLE))

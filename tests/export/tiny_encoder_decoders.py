@@ -92,6 +92,29 @@ def t5gemma() -> Any:
     return transformers.T5GemmaForConditionalGeneration(config)
 
 
+def florence() -> Any:
+    """Images beside the text that the encoder reads."""
+    vision = {
+        "embed_dim": [8, 16],
+        "num_heads": [1, 2],
+        "num_groups": [1, 2],
+        "depths": [1, 1],
+        "patch_size": [7, 3],
+        "patch_stride": [4, 2],
+        "patch_padding": [3, 1],
+        "patch_prenorm": [False, True],
+        "window_size": 4,
+        "projection_dim": 32,
+    }
+    config = transformers.Florence2Config(
+        text_config={"model_type": "bart", **BART}, vision_config=vision, image_token_id=IMAGE
+    )
+    return transformers.Florence2ForConditionalGeneration(config)
+
+
+IMAGE = 5
+"""The token in whose place features of an image are put."""
+
 MODELS: dict[str, Callable[[], Any]] = {
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)),
     "bart": lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**BART)),
@@ -105,6 +128,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "moonshine": moonshine,
     "vision": vision,
     "t5gemma": t5gemma,
+    "florence": florence,
 }
 
 

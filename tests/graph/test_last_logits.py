@@ -280,25 +280,28 @@ def test_prompts_of_several_lengths(tmp_path: Path) -> None:
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "gpt2", "neox"])
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
-def test_what_torch_exports(name: str, exporter: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "exporter"),
+    [("llama", "dynamo"), *((name, "torchscript") for name in ("gemma2", "opt", "gpt2", "neox"))],
+)
+def test_what_torch_exports(name: str, exporter: str, tmp_path: Path) -> None:
     before = load(exported(name, exporter))
     before.graph.outputs[0].name = "logits"
     after = before.clone()
     last_logits(after)
     assert len(list(after.graph)) == len(list(before.graph)) + 1
-    expected, found = (
-        onnxruntime.InferenceSession(ir.to_proto(m).SerializeToString()).run(["logits"], feeds(name))[0]
-        for m in (before, after)
-    )
+    results = []
+    for stem, model_ in (("before", before), ("after", after)):
+        save(model_, tmp_path / f"{stem}.onnx")
+        results.append(onnxruntime.InferenceSession(tmp_path / f"{stem}.onnx").run(["logits"], feeds(name))[0])
+    expected, found = results
     assert found.shape == (2, 1, expected.shape[-1])
     np.testing.assert_allclose(found, expected[:, -1:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.export
 def test_a_decoder_with_a_cache_that_torch_exports(tmp_path: Path) -> None:
-    path = exported_cached("llama")
+    path = exported_cached("llama", "torchscript")
     cut_model = load(path)
     last_logits(cut_model)
     save(cut_model, tmp_path / "last.onnx")

@@ -17,6 +17,7 @@ from graphopt.analysis.shapes import Shape, ShapeFacts, infer
 from graphopt.graph.computed import LAZY_BYTES, computed, identity
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor, inner_graphs, opset, subgraphs_of, walk
+from graphopt.graph.streamed import transposed
 from graphopt.passes.base import Pass
 from graphopt.passes.clean.eliminate_common_subexpressions import is_random
 
@@ -278,6 +279,11 @@ def _evaluate_one(
     dtype: ir.DataType,
     dims: tuple[int, ...],
 ) -> ir.TensorProtocol:
+    if (
+        node.op_type == "Transpose" and tensors[0] is not None
+    ):  # As strips of it, which take less memory than all of it.
+        order = node.attributes.get("perm")
+        return transposed(tensors[0], order.as_ints() if order is not None else range(len(dims))[::-1])
     results = evaluate(node, [None if t is None else t.numpy() for t in tensors], version)
     if results is None or results[0].shape != dims:
         raise RuntimeError(f"{node.op_type} of a constant weight couldn't be computed")
