@@ -61,8 +61,7 @@ def main() -> int:
     judge(models, options.tools, options.folder, pythons, options.limit, options.rejudge)
     results = list(read(models, options.tools, options.folder))
     if options.json:
-        told = {"versions": versions(pythons), "results": results}
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        options.json.write_text(listed(versions(pythons), results))
     if options.page:
         options.page.write_text(page(results, {key: MODELS[key].form for key in models}, versions(pythons)))
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -189,6 +188,15 @@ def read(models: Sequence[str], tools: Sequence[str], folder: Path) -> Iterator[
                 row["error"] = row["error"] or (f"the judge: {judged['error']}" if judged["error"] else "")
                 row |= {name: answer.get(name) for name in ("calls", "nodes", "bytes", "without")}
             yield row
+
+
+def listed(versions: Mapping[str, str], results: Sequence[Result]) -> str:
+    """All results as JSON, a line each, errors with three digits."""
+    rows = []
+    for row in results:
+        calls = {k: v if isinstance(v, str) else float(f"{v:.2e}") for k, v in (row["calls"] or {}).items()}
+        rows.append(json.dumps({**row, "calls": calls}))
+    return f'{{"versions": {json.dumps(versions)}, "results": [\n' + ",\n".join(rows) + "\n]}\n"
 
 
 def versions(pythons: Mapping[str, str]) -> dict[str, str]:

@@ -103,7 +103,8 @@ def _error(call: Call) -> float | str:
         both = [name for name in expected if name in named]
         if not both:
             raise Refused(f"its outputs {', '.join(list(found)[:4])} aren't the module's")
-        return max(call.error(expected[name], found[named[name]]) for name in both)
+        worst = max(call.error(expected[name], found[named[name]]) for name in both)
+        return worst if np.isfinite(worst) else "numbers that aren't finite, or another shape"
     except Exception as error:
         return str(error) if isinstance(error, Refused) else reason(error)
 

@@ -270,3 +270,5 @@ def test_the_page_counts_and_lists() -> None:
     assert "- other numbers (1): llama by 0.5 (decode)" in text
     assert "- ValueError: custom architecture (1): llama" in text
     assert not pages.right(result("torch", "empty"))
+    rows = json.loads(export_matrix.listed({"torch": "2"}, results))["results"]
+    assert [row["calls"] for row in rows] == [row["calls"] for row in results]
