@@ -74,11 +74,13 @@ class Loaded:
         own = _tensors(source.module)
         given = self.weights.names() if self.weights is not None else ()
         names: dict[int, str] = {}
+        first: dict[int, str] = {}
         for name, tensor in _tensors(self.module).items():
+            first.setdefault(id(tensor), name)
             # Of several names of one parameter a checkpoint may have any.
             if id(tensor) not in names or name in given:
                 names[id(tensor)] = name
-        for value in model.graph.initializers.values():
+        for value in list(model.graph.initializers.values()):
             tensor = own.get(f"{INNER}{value.name}", own.get(value.name or ""))
             if tensor is None:
                 continue  # A constant of the trace.
@@ -90,6 +92,8 @@ class Loaded:
             else:
                 value.const_value = ir.Tensor(as_array(tensor), name=value.name)
             value.dtype, value.shape = value.const_value.dtype, ir.Shape(tuple(tensor.shape))
+            if (called := first.get(id(tensor))) is not None and called not in model.graph.initializers:
+                value.name = called  # Exporters take any of several names.
 
 
 def _parameter() -> Any:

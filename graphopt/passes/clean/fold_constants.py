@@ -149,7 +149,9 @@ class FoldConstants(Pass):
         self.applied(node, f"computed ({total} bytes)")
         for output, result in zip(named, results, strict=True):
             edit.at(node)
-            edit.replace(output, edit.constant(result, "folded"))
+            value = edit.constant(result, "folded")
+            _name_after_weight(value, node, edit)
+            edit.replace(output, value)
         return True
 
     def _fold_lazily(
@@ -167,11 +169,7 @@ class FoldConstants(Pass):
         origin = ("node", version, *signature(frozen), *(None if t is None else identity(t) for t in tensors))
         tensor = computed(compute, dtype, dims, origin=origin)
         value = edit.constant(tensor, "folded")
-        weights = [v.name for v in node.inputs if v is not None and v.is_initializer() and v.name]
-        if len(weights) == 1 and value.is_initializer():
-            # What is made of one weight is still known by it.
-            done = "transposed" if node.op_type == "Transpose" else "folded"
-            value.name = edit.names.fresh(f"{weights[0]}/{done}")
+        _name_after_weight(value, node, edit)
         tensor.name = value.name
         self.applied(node, "computed when the model is saved")
         edit.replace(output, value)
@@ -195,6 +193,13 @@ class FoldConstants(Pass):
                     inline_branch(node, node.attributes["then_branch" if taken else "else_branch"].as_graph(), edit)
                     changed = again = True
         return changed
+
+
+def _name_after_weight(value: ir.Value, node: ir.Node, edit: Editor) -> None:
+    """What is made of one weight is still known by it."""
+    weights = [v.name for v in node.inputs if v is not None and v.is_initializer() and v.name]
+    if len(weights) == 1 and value.is_initializer():
+        value.name = edit.names.fresh(f"{weights[0]}/{'transposed' if node.op_type == 'Transpose' else 'folded'}")
 
 
 def computable(node: ir.Node, version: int) -> bool:
