@@ -72,6 +72,8 @@ def transformers(key: str, folder: str, output: str) -> dict[str, Any]:
     exporter, config = OnnxExporter(), OnnxConfig(dynamic=True)
     given = {name: pytorch.from_numpy(array) for name, array in feeds(model, 2, 6).items()}
     if model.kind == "decoder":
+        # MPT's configuration says no, unless it's told otherwise.
+        module.config.use_cache = module.generation_config.use_cache = True
         given["attention_mask"][0, :2] = 0
         made = exporter.export_for_generation(module, given, config, multi_token_decode=True)
         made.save_pretrained(output)
