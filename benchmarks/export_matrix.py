@@ -32,7 +32,7 @@ from matrix_models import MODELS
 from rich.console import Console
 
 FOLDER = Path("build/export-matrix")
-LIMIT_SECONDS = 180.0
+LIMIT_SECONDS = 300.0
 
 
 def main() -> int:

@@ -82,7 +82,9 @@ def transformers(key: str, folder: str, output: str) -> dict[str, Any]:
         ours = {name: tensor for name, tensor in given.items() if not name.startswith("decoder_")}
         encoder = module.get_encoder()
         exporter.export(encoder, dict(ours), config).save_pretrained(Path(output) / "encoder")
-        stages = decompose_prefill_decode(module, ours, multi_token_decode=True)
+        # Several tokens: a prompt of one would be taken for the only length.
+        prompt = {**ours, "decoder_input_ids": given["decoder_input_ids"]}
+        stages = decompose_prefill_decode(module, prompt, multi_token_decode=True)
         for name, (part, inputs) in stages.items():
             exporter.export(part, inputs, config).save_pretrained(Path(output) / name)
     else:
