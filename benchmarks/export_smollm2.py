@@ -176,7 +176,7 @@ def export(module: Any, output: Path, exporter: str, opset: int, optimize: bool 
     return len(model.graph)
 
 
-def build(module: Any, output: Path) -> int:
+def build(module: Any, output: Path, precision: str = "fp32") -> int:
     """Let onnxruntime-genai's builder write the model into the folder of `output`; returns its number of nodes."""
     require("onnxruntime_genai")
     transformers = require("transformers")
@@ -192,7 +192,7 @@ def build(module: Any, output: Path) -> int:
             model.save_pretrained(weights)
             transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(weights)
         places = ("-i", str(weights), "-o", str(output.parent), "-c", str(Path(temporary) / "cache"))
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *places, "-p", "fp32", "-e", "cpu"]
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *places, "-p", precision, "-e", "cpu"]
         command += ["--extra_options", "hf_token=false", f"filename={output.name}"]
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
         result = subprocess.run(command, env=offline, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

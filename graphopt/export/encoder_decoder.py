@@ -14,26 +14,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from graphopt.errors import UsageError, first_line
 from graphopt.export.cache import flatten, rebuild
 from graphopt.export.dependencies import require
-from graphopt.export.dry_run import dry_run, used
-from graphopt.export.encoder_inputs import BATCHES, TOKENS, encode, encoder_inputs, longest
+from graphopt.export.dry_run import used
+from graphopt.export.encoder_inputs import TOKENS, encode, encoder_inputs, longest
 from graphopt.export.parts import only, without
 from graphopt.export.sample_inputs import floats, integers, padding_mask
-from graphopt.export.source import Input, Source, wrap
+from graphopt.export.sized_source import Columns, Named, sized_source, tensors, told
+from graphopt.export.source import Input, Source
 from graphopt.export.vision_language import embed_tokens, vision_encoder
 
 FILES = ("encoder_model", "decoder_model", "decoder_with_past_model")
 """The sources' names, which are the files' without ending."""
 
 _NEW = {"decoder_model": (4, 1, 5), "decoder_with_past_model": (3, 1, 4)}
-"""New tokens in the sample and the probes, for batches of `BATCHES`."""
+"""New tokens in the sample and the probes."""
 _PAST = (5, 6, 9)
-_TOLD = (0, 2)
-"""Which of these sizes tell the dimensions of outputs apart: no two symbols have the same pair."""
 
 
 def is_encoder_decoder(module: Any) -> bool:
@@ -47,7 +44,8 @@ def encoder_decoder_sources(
 ) -> dict[str, Source]:
     """The sources of the three files of an encoder-decoder with a language model's head.
 
-    - encoder_model: input_ids, input_features, input_values or pixel_values, and attention_mask, to last_hidden_state;
+    - encoder_model: input_ids, input_features, input_values, pixel_values or flattened_patches, and attention_mask, to
+      last_hidden_state;
     - decoder_model: encoder_attention_mask, input_ids, encoder_hidden_states to logits,
       present.N.decoder.key/.value and present.N.encoder.key/.value;
     - decoder_with_past_model: encoder_attention_mask, input_ids, past_key_values.N.decoder.key/.value and
@@ -83,12 +81,6 @@ def encoder_decoder_sources(
     return made
 
 
-Named = list[tuple[str, Any]]
-"""Names and tensors, in order."""
-Columns = dict[str, tuple[int, ...]]
-"""Of each dynamic dimension its sizes in the sample and in the probes."""
-
-
 @dataclass
 class _Parts:
     """The sources of a module, made again and again while its layers come and go."""
@@ -108,8 +100,8 @@ class _Parts:
         names = ["last_hidden_state", "encoder_attention_mask"] if self.given.gives_mask else ["last_hidden_state"]
         run = encode(self.encoder_module, self.given.inputs, self.given.gives_mask)
 
-        def call(*tensors: Any) -> Named:
-            return list(zip(names, run(*tensors), strict=True))
+        def call(*given: Any) -> Named:
+            return list(zip(names, run(*given), strict=True))
 
         part = only(self.module, self.encoder_module)
         return self._source("encoder_model", part, call, self.given.inputs, self.given.sizes)
@@ -141,7 +133,7 @@ class _Parts:
 
     # ---- inputs
 
-    def _sizes(self, name: str) -> Columns:
+    def _sizes(self, name: str) -> dict[str, tuple[int, ...]]:
         room = longest(self.config.get_text_config(decoder=True)) - max(_PAST)
         lengths = self.given.sizes["encoder_sequence"]
         if len(set(lengths)) == 1:  # Images and windows of sound of one size; the decoder doesn't depend on it.
@@ -167,17 +159,22 @@ class _Parts:
         """The cache's tensors, as the decoder without a cache gives them."""
         name = "decoder_model"
         inputs = [*self._mask(), self._tokens(), self._states()]
-        found = self._outputs(name, self._first_call(inputs), inputs, self._sizes(name))
-        held = {part.removeprefix("present."): (dims, dtype) for part, (dims, dtype) in found.items()}
+        with self._refusing(name):
+            found = told(self.module, self._first_call(inputs), inputs, self._sizes(name))
+        held = {part.removeprefix("present."): kept for part, kept in found.items() if part != "logits"}
         if not any(".encoder." in part for part in held):
             raise UsageError(
                 f"{self.label}: {type(self.module).__name__} keeps no cache of its encoder's states, so there is no "
                 "decoder to be exported with one"
             )
+        if odd := [part for part, (dims, _) in held.items() if any(f"{part}_dim_" in str(dim) for dim in dims)]:
+            raise UsageError(
+                f"{self.label}: the cache {odd[0]} of {type(self.module).__name__} has a dimension that is neither "
+                "the batch nor a number of tokens, so it can't be exported with a cache"
+            )
         return [
             Input(f"past_key_values.{part}", tuple("past" if d == "sequence" else d for d in dims), floats(dtype))
             for part, (dims, dtype) in held.items()
-            if part != "logits"
         ]
 
     # ---- calls
@@ -186,8 +183,8 @@ class _Parts:
         names = [item.name for item in inputs]
         transformers = require("transformers")
 
-        def call(*tensors: Any) -> Named:
-            given = dict(zip(names, tensors, strict=True))
+        def call(*args: Any) -> Named:
+            given = dict(zip(names, args, strict=True))
             # Given, so that layers with a window keep every key: the window is in the mask.
             empty = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
             return self._forward(given, given["encoder_hidden_states"], empty)
@@ -198,8 +195,8 @@ class _Parts:
         names = [item.name for item in inputs]
         prefix = "past_key_values."
 
-        def call(*tensors: Any) -> Named:
-            given = dict(zip(names, tensors, strict=True))
+        def call(*args: Any) -> Named:
+            given = dict(zip(names, args, strict=True))
             past = {name.removeprefix(prefix): given.pop(name) for name in names if name.startswith(prefix)}
             keys = next(tensor for name, tensor in past.items() if ".encoder." in name)
             # The keys and values are there already: of the states only the length is read.
@@ -234,33 +231,10 @@ class _Parts:
 
     def _keep_used(self, name: str, inputs: list[Input], sizes: Columns) -> list[Input]:
         """Without the inputs that change nothing: Whisper, for one, reads no mask."""
-        make = self._first_call if name == "decoder_model" else self._later_call
+        call = (self._first_call if name == "decoder_model" else self._later_call)(inputs)
         with self._refusing(name):
-            kept = used(self.module, _values(make(inputs)), _tensors(inputs, sizes, 0))
+            kept = used(self.module, lambda *given: [t for _, t in call(*given)], tensors(inputs, sizes))
         return [item for item, counts in zip(inputs, kept, strict=True) if counts]
-
-    def _outputs(
-        self, name: str, call: Callable[..., Named], inputs: Sequence[Input], sizes: Columns
-    ) -> dict[str, tuple[tuple[int | str, ...], Any]]:
-        """Dimensions and dtype of each output: the dimensions are told apart by runs of different sizes."""
-        with self._refusing(name):
-            runs = [dry_run(self.module, call, _tensors(inputs, sizes, place)) for place in _TOLD]
-        symbols = {tuple(column[place] for place in _TOLD): symbol for symbol, column in sizes.items()}
-        found = {}
-        for index, (output, tensor) in enumerate(runs[0]):
-            columns = list(zip(*(run[index][1].shape for run in runs), strict=True))
-            unknown = [column for column in columns if len(set(column)) > 1 and column not in symbols]
-            if unknown:
-                raise UsageError(
-                    f"{self.label}: {output} of {type(self.module).__name__} has a dimension that is neither the batch "
-                    f"nor a number of tokens (it is {unknown[0][0]} where there are {self._told(sizes)})"
-                )
-            dims = (symbols[column] if len(set(column)) > 1 else column[0] for column in columns)
-            found[output] = (tuple(dims), tensor.dtype)
-        return found
-
-    def _told(self, sizes: Columns) -> str:
-        return ", ".join(f"{column[0]} of {symbol}" for symbol, column in sizes.items())
 
     @contextlib.contextmanager
     def _refusing(self, name: str) -> Iterator[None]:
@@ -278,16 +252,5 @@ class _Parts:
     def _source(
         self, name: str, part: Any, call: Callable[..., Named], inputs: Sequence[Input], sizes: Columns
     ) -> Source:
-        dims = {output: dims for output, (dims, _) in self._outputs(name, call, inputs, sizes).items()}
-        columns = [{symbol: column[place] for symbol, column in sizes.items()} for place in range(len(BATCHES))]
-        label = f"{self.label}/{name}"
-        return Source(label, wrap(_values(call), part), list(inputs), list(dims), columns[0], [columns[1:]], dims=dims)
-
-
-def _tensors(inputs: Sequence[Input], sizes: Columns, place: int) -> list[Any]:
-    generator = np.random.default_rng(place)
-    return [item.tensor({symbol: column[place] for symbol, column in sizes.items()}, generator) for item in inputs]
-
-
-def _values(call: Callable[..., Named]) -> Callable[..., tuple[Any, ...]]:
-    return lambda *tensors: tuple(tensor for _, tensor in call(*tensors))
+        with self._refusing(name):
+            return sized_source(f"{self.label}/{name}", self.module, part, call, inputs, sizes)

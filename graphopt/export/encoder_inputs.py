@@ -150,6 +150,10 @@ def _candidates(
         height, width = image or _image_size(label, config)
         channels = getattr(config, "num_channels", None) or 3
         return [(Input(main, ("batch", channels, height, width), floats(dtype)), batch)]
+    if main == "flattened_patches":
+        sizes = {**batch, "encoder_sequence": TOKENS}
+        # Row and column of a patch, then its pixels.
+        return [(Input(main, ("batch", "encoder_sequence", 2 + _first_width(encoder)), _placed_patches(dtype)), sizes)]
     if main in ("input_features", "input_values", "inputs"):
         return _sound(main, encoder, config, dtype)
     return []
@@ -204,3 +208,15 @@ def _first_width(encoder: Any) -> int:
         if isinstance(layer, torch.nn.LayerNorm):
             return int(layer.normalized_shape[-1])
     return 1
+
+
+def _placed_patches(dtype: Any) -> Callable[[tuple[int, ...], np.random.Generator], Any]:
+    """Patches [batch, places, 2 + numbers], each with its row and column, from 1."""
+
+    def make(shape: tuple[int, ...], generator: np.random.Generator) -> Any:
+        made = generator.normal(size=shape).astype(np.float32)
+        places = np.arange(shape[1])
+        made[..., 0], made[..., 1] = 1 + places // 4, 1 + places % 4
+        return require("torch").from_numpy(made).to(dtype)
+
+    return make

@@ -19,6 +19,7 @@ from graphopt.export.dependencies import quiet, require
 from graphopt.export.dry_run import dry_run, used
 from graphopt.export.packed_images import attending, patch_facts
 from graphopt.export.sample_inputs import floats
+from graphopt.export.sized_source import Columns, tensors
 from graphopt.export.source import Input
 from graphopt.export.traceable import Reached, traceable
 
@@ -40,7 +41,7 @@ class ImageFeatures:
     """
 
     inputs: list[Input]
-    sizes: dict[str, tuple[int, ...]]
+    sizes: Columns
     call: Callable[..., tuple[Any]]
     parts: list[Any]
 
@@ -65,8 +66,8 @@ def image_features(label: str, module: Any, image: tuple[int, int] | None = None
     return _Vision(label, module, owner, image).features()
 
 
-Form = tuple[list[Input], dict[str, tuple[int, ...]]]
-"""Inputs, and of each dynamic dimension its sizes in the sample and in the probes."""
+Form = tuple[list[Input], Columns]
+"""Inputs and their sizes."""
 
 
 class _Vision:
@@ -82,7 +83,7 @@ class _Vision:
         """The first form of images that the model takes."""
         refused = ""
         for inputs, sizes in self._forms():
-            tensors = _tensors(inputs, sizes, 0)
+            given = tensors(inputs, sizes)
             try:
                 last, parts = self._last_module(inputs, sizes)
             except UsageError:
@@ -91,7 +92,7 @@ class _Vision:
                 refused = refused or first_line(error)
                 continue
             call = self._call(inputs, last)
-            kept = used(self.module, call, tensors)
+            kept = used(self.module, call, given)
             inputs = [item for item, counts in zip(inputs, kept, strict=True) if counts]
             return ImageFeatures(inputs, sizes, self._call(inputs, last), parts)
         raise UsageError(
@@ -162,9 +163,9 @@ class _Vision:
     # ---- running
 
     @contextlib.contextmanager
-    def _arguments(self, inputs: Sequence[Input], tensors: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    def _arguments(self, inputs: Sequence[Input], args: Sequence[Any]) -> Iterator[dict[str, Any]]:
         """The arguments of get_image_features."""
-        given = {item.name: tensor for item, tensor in zip(inputs, tensors, strict=True)}
+        given = {item.name: tensor for item, tensor in zip(inputs, args, strict=True)}
         if GRID not in given:
             yield given
             return
@@ -175,8 +176,8 @@ class _Vision:
     def _call(self, inputs: Sequence[Input], last: Any) -> Callable[..., tuple[Any]]:
         """Features by the modules up to `last`; None: by the whole method."""
 
-        def call(*tensors: Any) -> tuple[Any]:
-            with self._arguments(inputs, tensors) as given, traceable() as context:
+        def call(*args: Any) -> tuple[Any]:
+            with self._arguments(inputs, args) as given, traceable() as context:
                 if last is None:
                     return (_features(self.method(**given)),)
                 handle = last.register_forward_hook(lambda *called: setattr(context, "result", _features(called[-1])))
@@ -190,19 +191,19 @@ class _Vision:
 
         return call
 
-    def _last_module(self, inputs: Sequence[Input], sizes: Mapping[str, tuple[int, ...]]) -> tuple[Any, list[Any]]:
+    def _last_module(self, inputs: Sequence[Input], sizes: Columns) -> tuple[Any, list[Any]]:
         """The module whose result is the features (None: the method gives them whole), and the modules that run."""
 
-        def run(*tensors: Any) -> tuple[Any, list[tuple[Any, Any]], list[Any]]:
-            with self._arguments(inputs, tensors) as given, traceable() as context, self._watched() as (made, ran):
+        def run(*args: Any) -> tuple[Any, list[tuple[Any, Any]], list[Any]]:
+            with self._arguments(inputs, args) as given, traceable() as context, self._watched() as (made, ran):
                 result = self.method(**given)
             selected.append(context.selected)
             return result, made, ran
 
         selected: list[bool] = []
-        few = _tensors(inputs, sizes, 1)
+        few = tensors(inputs, sizes, 1)
         try:
-            result, made, ran = dry_run(self.module, run, _tensors(inputs, sizes, 0))
+            result, made, ran = dry_run(self.module, run, tensors(inputs, sizes))
         except ValueError as error:
             if "decides by numbers" not in str(error):
                 raise
@@ -216,12 +217,12 @@ class _Vision:
             self._require_all_selected(inputs, few, last)
         return last, ran
 
-    def _require_all_selected(self, inputs: Sequence[Input], tensors: Sequence[Any], last: Any) -> None:
+    def _require_all_selected(self, inputs: Sequence[Input], few: Sequence[Any], last: Any) -> None:
         """Masks that leave out padding leave out nothing of images without: see `traceable`."""
         with require("torch").no_grad(), quiet():
-            with self._arguments(inputs, tensors) as given:
+            with self._arguments(inputs, few) as given:
                 plain = _features(self.method(**given))
-            (ours,) = self._call(inputs, last)(*tensors)
+            (ours,) = self._call(inputs, last)(*few)
         pieces = plain if isinstance(plain, list) else [plain]
         if sum(piece.numel() for piece in pieces) != ours.numel():
             raise UsageError(
@@ -309,11 +310,6 @@ def _features(result: Any) -> Any:
 
 def _storage(tensor: Any) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def _tensors(inputs: Sequence[Input], sizes: Mapping[str, tuple[int, ...]], place: int) -> list[Any]:
-    generator = np.random.default_rng(place)
-    return [item.tensor({symbol: column[place] for symbol, column in sizes.items()}, generator) for item in inputs]
 
 
 def _image_mask(shape: tuple[int, ...], _: np.random.Generator) -> Any:

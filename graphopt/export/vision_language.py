@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from graphopt.errors import UsageError, first_line
 from graphopt.export import cache as caches
@@ -23,7 +21,8 @@ from graphopt.export.dry_run import dry_run, used
 from graphopt.export.image_features import image_features
 from graphopt.export.parts import only, without
 from graphopt.export.sample_inputs import floats, integers, padding_mask
-from graphopt.export.source import Input, Source, wrap
+from graphopt.export.sized_source import Named, sized_source, tensors
+from graphopt.export.source import Input, Source
 
 FILES = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 """The sources' names, which are the files' without ending."""
@@ -79,8 +78,11 @@ def vision_encoder(label: str, module: Any, image: tuple[int, int] | None) -> So
     found = image_features(label, module, image)
     others = [part for part in (module.get_decoder(), module.get_output_embeddings()) if part is not None]
     part = without(module, *(part for part in others if not _share(part, found.parts)))
-    dims = _told(module, found.call, found.inputs, found.sizes, ["image_features"])
-    return _source(f"{label}/vision_encoder", part, found.call, found.inputs, dims, found.sizes)
+
+    def call(*given: Any) -> Named:
+        return [("image_features", *found.call(*given))]
+
+    return sized_source(f"{label}/vision_encoder", module, part, call, found.inputs, found.sizes)
 
 
 def _share(one: Any, others: Sequence[Any]) -> bool:
@@ -93,13 +95,12 @@ def embed_tokens(label: str, module: Any) -> Source:
     """The source of embed_tokens."""
     embedding = module.get_input_embeddings()
 
-    def call(ids: Any) -> tuple[Any]:
-        return (embedding(ids),)
+    def call(ids: Any) -> Named:
+        return [("inputs_embeds", embedding(ids))]
 
     inputs = [Input("input_ids", ("batch", "sequence"), integers(embedding.weight.shape[0]))]
     sizes = {symbol: SIZES[symbol] for symbol in ("batch", "sequence")}
-    dims = _told(module, call, inputs, sizes, ["inputs_embeds"])
-    return _source(f"{label}/embed_tokens", only(module, embedding), call, inputs, dims, sizes)
+    return sized_source(f"{label}/embed_tokens", module, only(module, embedding), call, inputs, sizes)
 
 
 @dataclass
@@ -129,8 +130,7 @@ class _Decoder:
         decoder = cls(label, module, slots)
         try:
             inputs = decoder._inputs()
-            names = ["logits", *(f"present.{name}" for name in slots)]
-            dims = _told(module, decoder.call(inputs), inputs, SIZES, names)
+            return sized_source(f"{label}/decoder_model_merged", module, part, decoder.call(inputs), inputs, SIZES)
         except UsageError:
             raise
         except Exception as error:
@@ -138,15 +138,14 @@ class _Decoder:
                 f"{label}: {type(module).__name__} doesn't run on embeddings and a cache alone ({first_line(error)}); "
                 "write a function that returns its decoder and its example inputs, and export module:function"
             ) from error
-        return _source(f"{label}/decoder_model_merged", part, decoder.call(inputs), inputs, dims, SIZES)
 
-    def call(self, inputs: Sequence[Input]) -> Callable[..., tuple[Any, ...]]:
-        """(logits, cache) from these inputs."""
+    def call(self, inputs: Sequence[Input]) -> Callable[..., Named]:
+        """logits and present.N.key and the rest from these inputs."""
         names = [item.name for item in inputs]
         prefix = "past_key_values."
 
-        def call(*tensors: Any) -> tuple[Any, ...]:
-            given = dict(zip(names, tensors, strict=True))
+        def call(*args: Any) -> Named:
+            given = dict(zip(names, args, strict=True))
             past = {name.removeprefix(prefix): given.pop(name) for name in names if name.startswith(prefix)}
             depth = self.module.config.get_text_config(decoder=True).num_hidden_layers
             cache = caches.rebuild(self.module.config, past, depth)
@@ -154,7 +153,7 @@ class _Decoder:
                 **given, past_key_values=_as_fresh(cache) if self.fresh else cache, use_cache=True, return_dict=True
             )
             present = dict(caches.flatten(result.past_key_values))
-            return (result.logits, *(present[name] for name in self.slots))
+            return [("logits", result.logits), *((f"present.{name}", present[name]) for name in self.slots)]
 
         return call
 
@@ -182,14 +181,15 @@ class _Decoder:
         along_three = Input("position_ids", (3, "batch", "sequence"), integers(16))
         trial = [*inputs, along_three, *self.slots.values()]
         try:
-            logits = dry_run(self.module, self.call(trial), _tensors(trial, SIZES, 0))[0]
+            _, logits = dry_run(self.module, self.call(trial), tensors(trial, SIZES))[0]
         except Exception:
             return Input("position_ids", ("batch", "sequence"), integers(16))
         three = tuple(logits.shape[:-1]) == (SIZES["batch"][0], SIZES["sequence"][0])
         return along_three if three else Input("position_ids", ("batch", "sequence"), integers(16))
 
     def _counting(self, inputs: Sequence[Input]) -> list[Input]:
-        kept = used(self.module, self.call(inputs), _tensors(inputs, SIZES, 0))
+        call = self.call(inputs)
+        kept = used(self.module, lambda *given: [t for _, t in call(*given)], tensors(inputs, SIZES))
         return [item for item, counts in zip(inputs, kept, strict=True) if counts]
 
 
@@ -198,40 +198,3 @@ def _as_fresh(cache: Any) -> Any:
     made = type(cache)
     cache.__class__ = type(made.__name__, (made,), {"is_initialized": property(lambda _: False)})
     return cache
-
-
-def _told(
-    module: Any,
-    call: Callable[..., Sequence[Any]],
-    inputs: Sequence[Input],
-    sizes: Mapping[str, tuple[int, ...]],
-    names: Sequence[str],
-) -> dict[str, tuple[int | str, ...]]:
-    """The outputs' dimensions, told apart by runs of two sizes."""
-    places = (0, 2)
-    runs = [dry_run(module, call, _tensors(inputs, sizes, place)) for place in places]
-    symbols = {tuple(column[place] for place in places): symbol for symbol, column in sizes.items()}
-    found: dict[str, tuple[int | str, ...]] = {}
-    for name, first, second in zip(names, *runs, strict=True):
-        dims: list[int | str] = []
-        for axis, pair in enumerate(zip(first.shape, second.shape, strict=True)):
-            dims.append(symbols.get(pair, f"{name}_dim_{axis}") if len(set(pair)) > 1 else int(pair[0]))
-        found[name] = tuple(dims)
-    return found
-
-
-def _tensors(inputs: Sequence[Input], sizes: Mapping[str, tuple[int, ...]], place: int) -> list[Any]:
-    generator = np.random.default_rng(place)
-    return [item.tensor({symbol: column[place] for symbol, column in sizes.items()}, generator) for item in inputs]
-
-
-def _source(
-    label: str,
-    part: Any,
-    call: Callable[..., tuple[Any, ...]],
-    inputs: Sequence[Input],
-    dims: dict[str, tuple[int | str, ...]],
-    sizes: Mapping[str, tuple[int, ...]],
-) -> Source:
-    sample, *probes = ({symbol: column[place] for symbol, column in sizes.items()} for place in range(3))
-    return Source(label, wrap(call, part), list(inputs), list(dims), sample, [probes], dims=dims)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 import onnx_ir as ir
 
 from graphopt.graph.cache_flow import FUSED, qualified
-from graphopt.graph.constants import stored_weight
+from graphopt.graph.constants import constant_array, stored_weight
 
 _INDEX_MOVES = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Clip", "Expand"})
 _FURTHEST = 4000
@@ -152,6 +152,9 @@ def _rows(table: ir.Value | None, rank: int) -> int:
             size = sizes[axis] if sizes is not None and 2 <= len(sizes) <= rank else 0
             return size if isinstance(size, int) else 0
         node = table.producer() if table is not None else None
+        if node is not None and node.op_type == "Reshape":  # of integers that a head has in blocks
+            target = constant_array(node.inputs[1])
+            return max(0, int(target[0])) if target is not None and 2 <= target.size <= rank else 0
         if node is None or node.op_type not in ("Transpose", "Cast", "Identity"):
             return 0
         axis ^= node.op_type == "Transpose"

@@ -100,6 +100,18 @@ class TestSources:
         later = sources("t5gemma")["decoder_with_past_model"]
         assert dims(later)["past_key_values.0.decoder.key"] == ("batch", 2, "past", 8)
 
+    @pytest.mark.parametrize("name", ["bart", "moonshine"])
+    def test_what_stands_at_padding_is_not_compared(self, name: str) -> None:
+        for reference in run_torch(sources(name)["encoder_model"]):
+            real = (reference.real or {})["last_hidden_state"]
+            mask = reference.feeds["attention_mask"] if name == "bart" else reference.outputs[1]
+            assert real is not None
+            assert not mask.all()
+            np.testing.assert_array_equal(real, np.broadcast_to(mask[..., None] == 1, (*mask.shape, 32)))
+        for reference in run_torch(sources(name)["decoder_with_past_model"]):
+            assert reference.real is not None
+            assert reference.real["logits"] is None
+
     def test_the_module_is_as_before(self) -> None:
         module = built("bart")
         before = {name: dict(vars(part)) for name, part in module.named_modules()}
@@ -201,7 +213,15 @@ PROMPT = np.array([[1, 7], [1, 8], [1, 9]])
 
 @pytest.mark.parametrize(
     ("name", "length"),
-    [("bart", 6), ("speech2text", 57), ("moonshine", 900), ("t5gemma", 8), ("switch", 7), ("marian", 5)],
+    [
+        ("bart", 6),
+        ("speech2text", 57),
+        ("moonshine", 900),
+        ("t5gemma", 8),
+        ("switch", 7),
+        ("marian", 5),
+        ("pix2struct", 9),
+    ],
 )
 def test_the_parts_generate_as_the_whole(name: str, length: int) -> None:
     encoded = _encoded(built(name), length, np.random.default_rng(0))
@@ -253,6 +273,10 @@ def _encoded(module: Any, length: int, rng: np.random.Generator) -> dict[str, An
             }
         case "input_features":
             return {"input_features": rng.normal(size=(3, 16, length)).astype(np.float32)}
+        case "flattened_patches":
+            patches = rng.normal(size=(3, length, 50)).astype(np.float32)
+            patches[..., :2] = np.arange(1, length + 1)[:, None]
+            return {"flattened_patches": patches, "attention_mask": mask}
         case "input_values":
             mask[0] = 1
             return {"input_values": rng.normal(size=(3, length)).astype(np.float32), "attention_mask": mask}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from graphopt.errors import UsageError
+from graphopt.export import layers
 from graphopt.export.compare import compare, run_torch
 from graphopt.export.exporter import output_dims
 from graphopt.export.loaded import Loaded
@@ -23,7 +24,7 @@ torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
 transformers = pytest.importorskip("transformers")
 
-from tiny_vision_language import IMAGE, WORDS, built  # noqa: E402
+from tiny_vision_language import IMAGE, TEXT, VISION, WORDS, built  # noqa: E402
 
 from graphopt.export.vision_language import FILES, is_vision_language, vision_language_sources  # noqa: E402
 
@@ -102,6 +103,23 @@ class TestSources:
         module = built(name)
         with pytest.raises(UsageError, match=f"^{name}: {type(module).__name__} {message}"):
             vision_language_sources(module, module.config, label=name)
+
+    def test_layers_of_the_decoder_come_and_go_beside_those_of_the_vision_part(self) -> None:
+        module = transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(
+                vision_config=transformers.CLIPVisionConfig(**{**VISION, "num_hidden_layers": 8}),
+                text_config=transformers.LlamaConfig(**{**TEXT, "num_hidden_layers": 7}),
+                image_token_id=IMAGE,
+            )
+        ).eval()
+        found = vision_language_sources(module, module.config, label="llava")
+        decoder = found["decoder_model_merged"]
+        assert sum(name.startswith("past_key_values") for name in dims(decoder)) == 2 * 7
+        plan = layers.plan(decoder.module)
+        assert plan is not None
+        with layers.cut(decoder.module, plan):
+            fewer = decoder.again() if decoder.again else decoder
+        assert sum(name.startswith("past_key_values") for name in dims(fewer)) == 2 * plan.kept
 
     def test_no_image_size(self) -> None:
         module = built("llava")

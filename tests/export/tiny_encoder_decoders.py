@@ -92,6 +92,14 @@ def t5gemma() -> Any:
     return transformers.T5GemmaForConditionalGeneration(config)
 
 
+def pix2struct() -> Any:
+    """Patches that say where they are."""
+    text = {"vocab_size": WORDS, "hidden_size": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    vision = {**SMALL, "num_hidden_layers": 1, "d_ff": 48, "d_kv": 8, "patch_embed_hidden_size": 48, "seq_len": 64}
+    config = transformers.Pix2StructConfig(text_config=text, vision_config=vision)
+    return transformers.Pix2StructForConditionalGeneration(config)
+
+
 def florence() -> Any:
     """Images beside the text that the encoder reads."""
     vision = {
@@ -129,6 +137,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "vision": vision,
     "t5gemma": t5gemma,
     "florence": florence,
+    "pix2struct": pix2struct,
 }
 
 

@@ -66,7 +66,8 @@ def test_names_of_the_other_inputs_dont_matter() -> None:
     assert roles(read(proto)) == ("a", "b", "c", "d")
 
 
-def test_an_embedding_of_integers_cut_into_blocks() -> None:
+@pytest.mark.parametrize("reshaped", [False, True])
+def test_an_embedding_of_integers_that_a_head_has_in_blocks(reshaped: bool) -> None:
     proto = decoder("concat")
     (gather,) = (n for n in proto.graph.node if n.op_type == "Gather" and n.input[1] == "input_ids")
     (table,) = (t for t in proto.graph.initializer if t.name == gather.input[0])
@@ -75,6 +76,11 @@ def test_an_embedding_of_integers_cut_into_blocks() -> None:
     gather.input.append("scales")
     table.CopyFrom(onnx.numpy_helper.from_array(np.zeros((rows, 1, size), np.uint8), table.name))
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((rows, 1, 1), np.float32), "scales"))
+    if reshaped:
+        shape = onnx.numpy_helper.from_array(np.array([rows, size]), "shape")
+        proto.graph.initializer.append(shape)
+        proto.graph.node.insert(0, onnx.helper.make_node("Reshape", [table.name, "shape"], ["table_rows"]))
+        gather.input[0] = "table_rows"
     found = read(proto)
     assert found.token_ids == "input_ids"
     assert found.vocabulary == rows

@@ -198,6 +198,20 @@ def test_stored_rows_of_permuted_queries(tmp_path: Path) -> None:
     assert made.weights.stored("model.norm.weight") is None
 
 
+def test_a_file_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    made = from_gguf(write(tmp_path / "m.gguf", "qwen2", tiny("qwen2")))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "other.txt").write_text("kept")
+    files, notes = made.write_companions(folder)
+    assert [file.name for file in files] == ["config.json", "generation_config.json"]
+    assert notes == ["m.gguf holds no tokenizer, so none is beside the model"]
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert config.architectures == ["Qwen2ForCausalLM"]
+    generation = transformers.GenerationConfig.from_pretrained(folder)
+    assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
+
+
 class TestBadInput:
     def test_a_missing_tensor(self, tmp_path: Path) -> None:
         path = write(tmp_path / "m.gguf", "llama", tiny("llama"), without={"blk.1.ffn_up.weight"})

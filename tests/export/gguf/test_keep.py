@@ -19,6 +19,7 @@ from gguf import GGMLQuantizationType as Type  # noqa: E402
 from gguf_files import tiny, write  # noqa: E402
 
 from graphopt.errors import UsageError  # noqa: E402
+from graphopt.export.dependencies import quiet  # noqa: E402
 from graphopt.export.gguf import GGUFWeights, from_gguf  # noqa: E402
 from graphopt.export.gguf.keep import keep_quantized  # noqa: E402
 from graphopt.graph.load import load  # noqa: E402
@@ -230,3 +231,38 @@ def test_other_inputs(tmp_path: Path) -> None:
     build = Build(weights(tmp_path, Type.Q4_1))
     with pytest.raises(UsageError, match="inputs can't be 'int4'; use int8, int8x2, float32"):
         keep_quantized(build.model(), build.made, inputs="int4")
+
+
+@pytest.mark.parametrize(("family", "inputs"), [("llama", "int8x2"), ("gemma3", "float32")])
+def test_a_model_from_its_file_to_the_graph_and_back(tmp_path: Path, family: str, inputs: str) -> None:
+    import torch
+
+    settings = {"tie_word_embeddings": True, "num_hidden_layers": 2}
+    made = from_gguf(write(tmp_path / "m.gguf", family, tiny(family, **settings), Type.Q4_1))
+    with quiet():
+        module = made.model_class._from_config(made.config, attn_implementation="eager").eval().requires_grad_(False)
+    state = {name: torch.from_numpy(made.weights.tensor(name).numpy().copy()) for name in made.weights.names()}
+    module.load_state_dict(state, strict=False)
+    module.tie_weights()
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = module
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=input_ids, use_cache=False).logits
+
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad(), quiet():
+        expected = module(input_ids=ids, use_cache=False).logits.numpy()
+        program = torch.onnx.export(Logits().eval(), (ids,), dynamo=True, input_names=["input_ids"], opset_version=21)
+    report = keep_quantized(program.model, made.weights, inputs=inputs)
+    # The exporter has folded the head's transpose, so it is a weight of its own; its integers are the embedding's.
+    assert {kind: len(names) for kind, names in report.kept.items()} == {"Q4_1": 7 * 2 + 2}
+    assert report.left == []
+    (embedding,) = (node for node in program.model.graph if node.op_type == "GatherBlockQuantized")
+    assert len(embedding.inputs[0].uses()) == 2
+    save(program.model, tmp_path / "kept.onnx")
+    (found,) = ort.InferenceSession(str(tmp_path / "kept.onnx")).run(None, {"input_ids": ids.numpy()})
+    assert np.abs(found - expected).max() / np.abs(expected).max() < (1e-3 if inputs == "int8x2" else 2e-5)
