@@ -74,26 +74,33 @@ class Case:
                 mask[row, end - masked : end] = 0
         return mask
 
+    @property
+    def past(self) -> int:
+        """Tokens in the cache before the call."""
+        return _SIZES[self.step][1]
+
+    def tokens(self, vocabulary: int) -> dict[str, Array]:
+        """`input_ids`, `attention_mask` and `position_ids` [batch, past + sequence] of the cache and of the call."""
+        mask = self.mask()
+        ids = np.random.default_rng(0).integers(0, vocabulary, mask.shape)
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(np.cumsum(mask, 1) - 1, 0)}
+
     def feeds(self, sizes: Sizes, reference: Call) -> dict[str, Array]:
         """Inputs by name; `reference` fills the cache."""
-        sequence, past = _SIZES[self.step]
-        mask = self.mask()
-        positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
-        ids = np.random.default_rng(0).integers(0, sizes.vocabulary, (self.batch, past + sequence))
+        tokens = self.tokens(sizes.vocabulary)
         cache = {
             f"{layer}.{part}": np.zeros((self.batch, sizes.heads, 0, sizes.head_size), np.float32)
             for layer, part in itertools.product(range(sizes.layers), ("key", "value"))
         }
 
         def part(start: int, end: int) -> dict[str, Array]:
-            ours = {"input_ids": ids, "position_ids": positions}
-            sliced = {name: array[:, start:end] for name, array in ours.items()}
-            return {**sliced, "attention_mask": mask[:, :end], **{f"past_key_values.{k}": v for k, v in cache.items()}}
+            return {**cut(tokens, start, end), **{f"past_key_values.{k}": v for k, v in cache.items()}}
 
+        past = self.past
         if past:
             before = reference(part(0, past))
             cache = {name: before[f"present.{name}"] for name in cache}
-        return part(past, past + sequence)
+        return part(past, tokens["attention_mask"].shape[1])
 
     def error(self, expected: Array, found: Array) -> float:
         """Largest difference at tokens that aren't padding, relative to the largest logit; NaN counts as infinite."""
@@ -101,6 +108,11 @@ class Case:
         if found.shape != expected.shape or not np.isfinite(found[real]).all():
             return float("inf")
         return float(np.max(np.abs(expected - found)[real]) / np.max(np.abs(expected[real])))
+
+
+def cut(tokens: Mapping[str, Array], start: int, end: int) -> dict[str, Array]:
+    """The inputs of the call that reads the tokens from `start` to `end`: the mask reaches over those before too."""
+    return {name: array[:, 0 if name == "attention_mask" else start : end] for name, array in tokens.items()}
 
 
 CASES = [

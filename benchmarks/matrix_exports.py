@@ -129,8 +129,13 @@ def make_case(model: Model, variant: Variant) -> Case:
         held = getattr(module.config, "_attn_implementation", None)
         if held != variant.attention:
             raise NotImplementedError(f"transformers has no {variant.attention} implementation of it")
+    return case_of(model, module, variant.cached)
+
+
+def case_of(model: Model, module: Any, cached: bool) -> Case:
+    """A module that is fed as the model is, with the sizes of its cache where it has one."""
     names = list(feeds(model, 1))
-    if not variant.cached:
+    if not cached:
         return Case(model, Positional(module, names, False).eval(), names, [], SAMPLE, PROBES)
     if "position_ids" in inspect.signature(module.forward).parameters:
         names.append("position_ids")
@@ -168,7 +173,11 @@ def export(case: Case, variant: Variant, path: Path) -> list[str]:
     present = _pairs("present", len(case.past))
     outputs = ["logits", *present] if present else [f"output_{i}" for i in range(count)]
     axes = dynamic(case)
-    options: dict[str, Any] = {"opset_version": variant.opset, "input_names": case.inputs, "output_names": outputs}
+    options: dict[str, Any] = {
+        "opset_version": variant.opset or None,
+        "input_names": case.inputs,
+        "output_names": outputs,
+    }
     torch.backends.mha.set_fastpath_enabled(False)
     with torch.no_grad(), quiet():
         if variant.exporter == "export":

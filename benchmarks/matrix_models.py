@@ -788,10 +788,15 @@ _model(
 
 def built(key: str) -> Any:
     """The model, the same at every call, with random gains and biases."""
+    return drawn(MODELS[key].build)
+
+
+def drawn(build: Callable[[], Any]) -> Any:
+    """The module that `build` makes, in eval mode, every parameter drawn: the same at every call."""
     import torch
 
     torch.manual_seed(0)
-    module = MODELS[key].build()
+    module = build()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (0.5 if parameter.ndim == 1 else 0.0))

@@ -15,7 +15,7 @@ class Variant:
 
     Attributes:
         exporter: "export" (torch.export) or "script" (TorchScript), "text" (written by hand).
-        opset: The opset asked for.
+        opset: The opset asked for; 0: the exporter's own choice.
         attention: The attention implementation of transformers, "" for a module that has none of its own.
         cached: With past_key_values.* inputs and present.* outputs.
     """
