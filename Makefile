@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs zoo bench-attention attention-matrix clean
+.PHONY: demo test check docs zoo bench-attention attention-matrix export-matrix clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,6 +45,11 @@ bench-attention: $(VENV)/ready
 # the first time, since exports are kept. Options: make attention-matrix MATRIX='--models llama bert --variants all'
 attention-matrix: $(VENV)/ready
 	$(BIN)/python benchmarks/attention_matrix.py $(or $(MATRIX),--page docs/attention-matrix.md)
+
+# Tiny models by every exporter, beside PyTorch, into docs/export-matrix.md; about an hour the first time, since exports
+# are kept. Options: make export-matrix EXPORTS='--again graphopt --optimum venv/bin/python'
+export-matrix: $(VENV)/ready
+	$(BIN)/python benchmarks/export_matrix.py $(or $(EXPORTS),--page docs/export-matrix.md --json docs/export-matrix.json)
 
 clean:
 	rm -rf demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis
