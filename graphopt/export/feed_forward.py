@@ -11,7 +11,7 @@ from typing import Any
 from graphopt.errors import UsageError, first_line
 from graphopt.export.dependencies import require
 from graphopt.export.dry_run import dry_run
-from graphopt.export.sample_inputs import floats, integers, padding_mask
+from graphopt.export.sample_inputs import floats, integers, padded_tokens, padding_mask
 from graphopt.export.source import Input, Source, wrap
 
 
@@ -79,8 +79,11 @@ def _inputs(
 
 def _text_inputs(config: Any, folder: Path, parameters: list[str]) -> list[Input]:
     dims = ("batch", "sequence")
-    found = [Input("input_ids", dims, integers(config.vocab_size))]
-    if "attention_mask" in parameters:
+    padding = getattr(config, "pad_token_id", None)
+    if "attention_mask" not in parameters:
+        found = [Input("input_ids", dims, integers(config.vocab_size))]
+    else:
+        found = [Input("input_ids", dims, padded_tokens(config.vocab_size, padding if isinstance(padding, int) else 0))]
         found.append(Input("attention_mask", dims, padding_mask))
     types = getattr(config, "type_vocab_size", 0) or 0
     told = _json(folder / "tokenizer_config.json").get("model_input_names")

@@ -22,6 +22,19 @@ def integers(below: int) -> Maker:
     return make
 
 
+def padded_tokens(below: int, padding: int) -> Maker:
+    """int64 [batch, places]: ids of tokens, and that of padding where `padding_mask` has it, as tokenizers write it.
+
+    Models look at it: they count positions from it, or pool at the largest id.
+    """
+
+    def make(shape: tuple[int, ...], generator: np.random.Generator) -> Any:
+        ids = integers(below)(shape, generator)
+        return ids.masked_fill(padding_mask(shape, generator) == 0, padding)
+
+    return make
+
+
 def floats(dtype: Any) -> Maker:
     """Normally distributed numbers of this torch dtype: features, pixels, a cache."""
 
