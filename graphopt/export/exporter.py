@@ -87,7 +87,10 @@ def export_report(
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent, ignore_cleanup_errors=True) as temporary:
             written = export.write(loaded, Path(temporary), path.name if folder is None else None)
-            beside = export.companions(loaded, written, Path(temporary), name) if folder is not None else []
+            beside = export.companions(loaded, written, Path(temporary)) if folder is not None else []
+            if _holds(path.parent, name):
+                # What is there belongs to the source, which stays as it is.
+                beside = [file for file in beside if not (path.parent / file.name).exists()]
             # What a model refers to is there before it is.
             own = [_moved(file, path.parent) for _, some in written for file in reversed(some)]
             files = [*reversed(own), *(_moved(file, path.parent) for file in beside)]
@@ -179,7 +182,7 @@ class _Export:
                     ways.append(Way(exporter, implementation, attention.OPSET - 2))
         return ways
 
-    def companions(self, loaded: Loaded, written: Written, folder: Path, name: str) -> list[Path]:
+    def companions(self, loaded: Loaded, written: Written, folder: Path) -> list[Path]:
         """Write what belongs beside the models into a folder below the one they're in."""
         beside = folder / "beside"
         beside.mkdir()
@@ -343,6 +346,12 @@ def _make_folders(folder: Path) -> list[Path]:
     except OSError as error:
         raise UsageError(f"the folder {folder} can't be made: {error.strerror or error}") from error
     return missing
+
+
+def _holds(folder: Path, source: str) -> bool:
+    """Whether a folder is the one that the source is, or lies in."""
+    given = Path(source).expanduser()
+    return given.exists() and os.path.samefile(folder, given if given.is_dir() else given.parent)
 
 
 def _generation(folder: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -164,6 +165,14 @@ class TestHuggingFace:
         for batch, sequence in ((1, 1), (4, 33)):
             feeds = {name: np.ones((batch, sequence), np.int64) for name in report.inputs}
             assert session.run(None, feeds)[0].shape == (batch, 3)
+
+    def test_into_its_own_folder(self, tmp_path: Path) -> None:
+        folder = save_tiny(tmp_path / "bert", "BertModel", **BERT)
+        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()), indent=7))
+        before = (folder / "config.json").read_bytes()
+        report = export_report(folder, folder, exporter="torchscript")
+        assert (folder / "config.json").read_bytes() == before
+        assert [f.name for f in report.files] == ["model.onnx"]
 
     def test_a_tokenizer_without_token_types(self, tmp_path: Path) -> None:
         folder = save_tiny(tmp_path / "bert", "BertModel", **BERT)
