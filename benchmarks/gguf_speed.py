@@ -28,6 +28,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 from attention import ASSUMED
+from decoder_judge import session_options
 from export_smollm2 import build, export, load_module
 
 from graphopt.analysis.interleaved import NO_SPINNING
@@ -135,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
     ids = tokenize(text, options.work / "tokenizer")[: WINDOW * WINDOWS]
     sizes = {name: size(file) for name, file in files.items()}
     makers: dict[str, Callable[[], Any]] = {
-        name: lambda file=file, name=name: named(Generator(file, sess_options=session(options.threads)), name)
+        name: lambda file=file, name=name: named(Generator(file, sess_options=session_options(options.threads)), name)
         for name, file in files.items()
     }
     scored = dict(makers)
@@ -232,18 +233,6 @@ def optimized(source: Path, folder: Path) -> Path:
 def size(file: Path) -> int:
     """Bytes of a model and its external data."""
     return sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
-
-
-def session(threads: int) -> Any:
-    """Options of a session whose waiting threads sleep."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    for key, value in NO_SPINNING.items():
-        options.add_session_config_entry(key, value)
-    return options
 
 
 def named(generator: Generator, name: str) -> Generator:

@@ -21,6 +21,7 @@ from graphopt.export import layers
 from graphopt.export.dependencies import require
 from graphopt.export.dry_run import dry_run
 from graphopt.export.sample_inputs import integers
+from graphopt.export.sized_source import real_places
 from graphopt.export.source import Input, Reference, Source, wrap
 
 TOKENS = ("input_ids", "attention_mask", "position_ids")
@@ -221,7 +222,7 @@ def _references(
         outputs = [tensor.detach().numpy().copy() for tensor in run(args)]
         feeds = {name: tensor.numpy() for name, tensor in zip(named, args, strict=True)}
         real = {
-            name: _at(mask, dims, array)
+            name: real_places(dims, array, {("batch", "total"): mask})
             for (name, dims), array in zip((source.dims or {}).items(), outputs, strict=True)
         }
         yield Reference(sizes, feeds, outputs, real)
@@ -239,14 +240,3 @@ def padded(batch: int, total: int, side: str | None) -> npt.NDArray[np.int64]:
         mask[row, :masked] = side != "left"
         mask[row, total - masked :] = side == "left"
     return mask
-
-
-def _at(mask: npt.NDArray[Any], dims: Sequence[int | str], output: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
-    """Where an output is of a token and not of padding, broadcast to its shape; None: everywhere."""
-    for symbol in ("sequence", "total"):
-        if symbol in dims:
-            axis = dims.index(symbol)
-            shape = [1] * output.ndim
-            shape[0], shape[axis] = mask.shape[0], output.shape[axis]
-            return np.broadcast_to(mask[:, -output.shape[axis] :].reshape(shape) == 1, output.shape)
-    return None

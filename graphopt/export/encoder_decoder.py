@@ -21,7 +21,7 @@ from graphopt.export.dry_run import used
 from graphopt.export.encoder_inputs import TOKENS, encode, encoder_inputs, longest
 from graphopt.export.parts import only, without
 from graphopt.export.sample_inputs import floats, integers, padding_mask
-from graphopt.export.sized_source import Columns, Named, sized_source, tensors, told
+from graphopt.export.sized_source import Columns, Named, sized_source, sources_of, tensors, told
 from graphopt.export.source import Input, Source
 from graphopt.export.vision_language import embed_tokens, vision_encoder
 
@@ -74,11 +74,7 @@ def encoder_decoder_sources(
         makers["vision_encoder"] = functools.partial(vision_encoder, label, module, image)
         makers["embed_tokens"] = functools.partial(embed_tokens, label, module)
     makers |= zip(FILES, (parts.encoder, parts.first, parts.with_past), strict=True)
-    made = {}
-    for name, maker in makers.items():
-        made[name] = maker()
-        made[name].again = maker
-    return made
+    return sources_of(makers)
 
 
 @dataclass

@@ -63,9 +63,9 @@ def from_pretrained(
     notes: list[str] = []
     if path.suffix == ".gguf":
         module, weights = _make(name, model_class, config, implementations[0], dtype), made.weights
+        computed = compute(module, weights)
     else:
-        module, weights, notes = _load(name, folder, model_class, config, implementations[0], dtype)
-    computed = compute(module, weights)
+        module, weights, computed, notes = _load(name, folder, model_class, config, implementations[0], dtype)
     loaded = Loaded(name, {}, module, weights, implementations, computed, write, notes)
     if adapters:
         loaded.weights = merged = AdaptedWeights(weights, list(adapters), turned=_turned(module))
@@ -161,8 +161,8 @@ def _make(name: str, model_class: Any, config: Any, attention: str, dtype: str, 
 
 def _load(
     name: str, folder: Path, model_class: Any, config: Any, attention: str, dtype: str
-) -> tuple[Any, CheckpointWeights, list[str]]:
-    """The module without its weights, the weights, and what to say of them."""
+) -> tuple[Any, CheckpointWeights, frozenset[str], list[str]]:
+    """The module without its weights, the weights, the names of those that it computes, and what to say of them."""
     notes: list[str] = []
     module = _make(name, model_class, config, attention, dtype)
     weights = checkpoint_weights(folder, module)
@@ -184,4 +184,4 @@ def _load(
             f"{name} has no weights for {len(missing)} parameters of {model_class.__name__} ({some}); "
             "they would be random numbers"
         )
-    return module, weights, notes
+    return module, weights, computed, notes

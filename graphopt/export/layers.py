@@ -110,19 +110,16 @@ def cut(module: Any, plan: Plan) -> Iterator[None]:
     holder = module.get_submodule(parent)
     layers = getattr(holder, name)
     configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
-    changed = [
-        (config, key) for config in configs.values() for key in ("num_hidden_layers",)
-        if getattr(config, key, None) == plan.count
-    ]  # fmt: skip
+    changed = [config for config in configs.values() if getattr(config, "num_hidden_layers", None) == plan.count]
     setattr(holder, name, torch.nn.ModuleList(list(layers)[: plan.kept]))
-    for config, key in changed:
-        setattr(config, key, plan.kept)
+    for config in changed:
+        config.num_hidden_layers = plan.kept
     try:
         yield
     finally:
         setattr(holder, name, layers)
-        for config, key in changed:
-            setattr(config, key, plan.count)
+        for config in changed:
+            config.num_hidden_layers = plan.count
 
 
 # ---- the graph

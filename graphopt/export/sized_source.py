@@ -50,6 +50,15 @@ def told(
     return found
 
 
+def sources_of(makers: Mapping[str, Callable[[], Source]]) -> dict[str, Source]:
+    """The source of each maker, which is made again by the same."""
+    made = {}
+    for name, maker in makers.items():
+        made[name] = maker()
+        made[name].again = maker
+    return made
+
+
 def sized_source(
     label: str, module: Any, part: Any, call: Callable[..., Named], inputs: Sequence[Input], sizes: Columns
 ) -> Source:
@@ -77,15 +86,23 @@ def sized_source(
             feeds = {item.name: tensor.cpu().numpy() for item, tensor in zip(inputs, given, strict=True)}
             masks = {item.dims: feeds[item.name] for item in inputs if item.name.endswith("attention_mask")}
             masks |= {dims[n]: array for n, array in zip(dims, made, strict=True) if n.endswith("attention_mask")}
-            real = {n: _real(dims[n], array, masks) for n, array in zip(dims, made, strict=True)}
+            real = {n: real_places(dims[n], array, masks) for n, array in zip(dims, made, strict=True)}
             yield Reference(columns[place], feeds, made, real)
 
     source.references = references
     return source
 
 
-def _real(dims: Dims, output: npt.NDArray[Any], masks: Mapping[Dims, npt.NDArray[Any]]) -> npt.NDArray[np.bool_] | None:
-    """Where an output is of a token and not of padding, broadcast to its shape; None: everywhere."""
+def real_places(
+    dims: Dims, output: npt.NDArray[Any], masks: Mapping[Dims, npt.NDArray[Any]]
+) -> npt.NDArray[np.bool_] | None:
+    """Where an output is of a token and not of padding, broadcast to its shape; None: everywhere.
+
+    Args:
+        dims: The output's dimensions.
+        output: The output.
+        masks: Masks, 0 at padding, by their own dimensions; one of "total" is also of "sequence".
+    """
     for mask_dims, mask in masks.items():
         if len(mask_dims) != 2:
             continue

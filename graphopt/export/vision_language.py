@@ -21,7 +21,7 @@ from graphopt.export.dry_run import dry_run, used
 from graphopt.export.image_features import image_features
 from graphopt.export.parts import only, without
 from graphopt.export.sample_inputs import floats, integers, padding_mask
-from graphopt.export.sized_source import Named, sized_source, tensors
+from graphopt.export.sized_source import Named, sized_source, sources_of, tensors
 from graphopt.export.source import Input, Source
 
 FILES = ("vision_encoder", "embed_tokens", "decoder_model_merged")
@@ -66,11 +66,7 @@ def vision_language_sources(
         functools.partial(embed_tokens, label, module),
         functools.partial(_Decoder.source, label, module, config, image),
     )
-    made = {}
-    for name, maker in zip(FILES, makers, strict=True):
-        made[name] = maker()
-        made[name].again = maker
-    return made
+    return sources_of(dict(zip(FILES, makers, strict=True)))
 
 
 def vision_encoder(label: str, module: Any, image: tuple[int, int] | None) -> Source:

@@ -142,9 +142,14 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def built(name: str) -> Any:
+    """The model of this name, as `drawn` makes it."""
+    return drawn(MODELS[name])
+
+
+def drawn(make: Callable[[], Any]) -> Any:
     """The model, the same at every call, its gains and biases random too, its words far enough apart to differ."""
     torch.manual_seed(0)
-    module = MODELS[name]()
+    module = make()
     with torch.no_grad():
         for key, parameter in module.named_parameters():
             gain = parameter.ndim == 1 and not key.endswith("bias")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import transformers
+from tiny_encoder_decoders import drawn
 
 WORDS, IMAGE, PAD = 101, 5, 0
 LAYER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -132,11 +132,5 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def built(name: str) -> Any:
-    """The model, the same at every call, its gains and biases random too, its words far enough apart to differ."""
-    torch.manual_seed(0)
-    module = MODELS[name]()
-    with torch.no_grad():
-        for key, parameter in module.named_parameters():
-            gain = parameter.ndim == 1 and not key.endswith("bias")
-            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else 0.5) + float(gain))
-    return module.eval().requires_grad_(False)
+    """The model of this name, as `drawn` makes it."""
+    return drawn(MODELS[name])
