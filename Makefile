@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs zoo bench-attention attention-matrix export-matrix clean
+.PHONY: demo test check docs library zoo bench-attention attention-matrix export-matrix clean
 
-$(VENV)/ready: pyproject.toml constraints.txt
+NATIVE = $(wildcard graphopt/runtime_ops/native/* graphopt/runtime_ops/*/*.cc graphopt/runtime_ops/*/*.h graphopt/runtime_ops/*/*.cu)
+
+$(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,dev]'
 	touch $@
@@ -29,6 +31,13 @@ check: $(VENV)/ready
 
 docs: $(VENV)/ready
 	$(BIN)/python -m graphopt.report.pages docs/passes
+
+# The kernels' library, built beside the sources, where it comes before the installed one. Options: make library
+# NATIVE_FLAGS=-DGRAPHOPT_CUDA=OFF
+library:
+	cmake -S graphopt/runtime_ops/native -B build/native -DGRAPHOPT_WERROR=ON $(NATIVE_FLAGS)
+	cmake --build build/native --parallel
+	cp build/native/libgraphopt_ops.so graphopt/runtime_ops/
 
 # graphopt beside its peers on every model, into docs/zoo.md; about half an hour. Options: make zoo ZOO='--resume'
 zoo: $(VENV)/ready

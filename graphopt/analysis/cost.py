@@ -18,6 +18,7 @@ from graphopt.analysis.dims import Dim, Symbol
 from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import walk
+from graphopt.runtime_ops.operator import DOMAIN, operators
 
 DEFAULT_SIZE = 128
 IMAGE_SIZE = 224
@@ -238,6 +239,11 @@ def _bytes(node: ir.Node, shape: ShapeOf, facts: ShapeFacts) -> int | None:
 
 
 def _flops(node: ir.Node, shape: ShapeOf) -> int | None:
+    if node.domain == DOMAIN and (operator := operators().get(node.op_type)) is not None:
+        try:
+            return operator.cost([shape(v) for v in node.inputs], operator.read(node)).flops
+        except (TypeError, IndexError, KeyError, AssertionError):  # a size that isn't known
+            return None
     if node.op_type in MOVES:
         return 0
     rule = _RULES.get(node.op_type)

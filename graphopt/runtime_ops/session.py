@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
+
 from graphopt.errors import ModelError, UsageError, first_line
 from graphopt.graph.assumptions import Reliance
 from graphopt.graph.assumptions import read as read_assumptions
@@ -14,6 +16,8 @@ from graphopt.graph.load import load
 from graphopt.graph.session_settings import SessionSettings
 from graphopt.graph.session_settings import read as read_settings
 from graphopt.runtime_ops.checked import checked_session
+from graphopt.runtime_ops.library import CUDA_ENTRY, library_path, without_kernel
+from graphopt.runtime_ops.operator import uses
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -25,11 +29,10 @@ def requested_settings(path: str | os.PathLike[str]) -> SessionSettings:
     Raises:
         ModelError: Not a model, or metadata that isn't what graphopt writes.
     """
-    return _metadata(path)[0]
+    return _metadata(path, load(path))[0]
 
 
-def _metadata(path: str | os.PathLike[str]) -> tuple[SessionSettings, list[Reliance]]:
-    model = load(path)
+def _metadata(path: str | os.PathLike[str], model: ir.Model) -> tuple[SessionSettings, list[Reliance]]:
     try:
         return read_settings(model), read_assumptions(model)
     except ModelError as error:
@@ -42,8 +45,12 @@ def session(
     providers: Sequence[Any] | None = None,
     *,
     check: bool = True,
+    kernels: bool = True,
 ) -> onnxruntime.InferenceSession:
     """An `onnxruntime.InferenceSession` for a model, with the settings that the model's metadata asks for.
+
+    A model with operators of graphopt's runs on the library's kernels (`graphopt.runtime_ops.library_path`), and on the
+    operators' portable bodies where there is no library, or no kernel for one of its nodes.
 
     Where the model is right for some inputs only (`graphopt.graph.assumptions`), running it on others raises
     `graphopt.errors.AssumptionError`; see `graphopt.runtime_ops.checked` for what is seen of bound inputs.
@@ -53,6 +60,7 @@ def session(
         sess_options: Options of your own; entries that you set stay as you set them.
         providers: Execution providers; None: CUDA where it is installed, then the CPU.
         check: Whether inputs are checked.
+        kernels: Whether the library with graphopt's kernels is registered, for a model that has use for it.
 
     Raises:
         ModelError: ONNX Runtime can't load the model.
@@ -62,16 +70,16 @@ def session(
         import onnxruntime
     except ImportError as error:
         raise UsageError("ONNX Runtime is missing; install graphopt[cpu] or graphopt[gpu].") from error
-    settings, relied = _metadata(path)
-    options = sess_options if sess_options is not None else onnxruntime.SessionOptions()
-    for key, value in settings.config.items():
-        try:
-            options.get_session_config_entry(key)
-        except RuntimeError:  # not set by the caller
-            options.add_session_config_entry(key, value)
+    model = load(path)
+    settings, relied = _metadata(path, model)
     if providers is None:
         available = onnxruntime.get_available_providers()
         providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
+    options = sess_options if sess_options is not None else onnxruntime.SessionOptions()
+    for key, value in settings.config.items():
+        _set(options, key, value)
+    if kernels and uses(model):
+        register(options, model, [p if isinstance(p, str) else p[0] for p in providers])
     try:
         made = checked_session(relied) if check and relied else onnxruntime.InferenceSession
         return made(
@@ -82,3 +90,34 @@ def session(
         )
     except Exception as error:  # ONNX Runtime has a class of exception for each reason
         raise ModelError(f"ONNX Runtime can't load {path}: {first_line(error)}") from error
+
+
+def register(options: onnxruntime.SessionOptions, model: ir.Model, providers: Sequence[str]) -> str | None:
+    """Register the library with graphopt's kernels with the options of a session, if it serves all of `model`.
+
+    Returns:
+        None: It is registered. Else why not: the portable bodies serve.
+
+    Raises:
+        ModelError: The library can't be loaded.
+    """
+    library = library_path()
+    if library is None:
+        return "the library with graphopt's kernels wasn't built"
+    try:
+        if (node := without_kernel(model, library, providers)) is not None:
+            return f"the library has no kernel for {node.op_type} {node.name!r} with its types"
+        if "CUDAExecutionProvider" in providers:
+            _set(options, CUDA_ENTRY, "1")
+        options.register_custom_ops_library(os.fspath(library))
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"{library} can't be loaded: {first_line(error)}") from error
+    return None
+
+
+def _set(options: onnxruntime.SessionOptions, key: str, value: str) -> None:
+    """Set an entry that the caller hasn't set."""
+    try:
+        options.get_session_config_entry(key)
+    except RuntimeError:
+        options.add_session_config_entry(key, value)

@@ -21,8 +21,12 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, VerificationError
+from graphopt.graph.load import load
 from graphopt.graph.session_settings import SessionSettings
 from graphopt.graph.session_settings import read as read_settings
+from graphopt.runtime_ops.library import mentioned
+from graphopt.runtime_ops.operator import uses
+from graphopt.runtime_ops.session import register
 from graphopt.verification.skeleton import Weight, first_line, serialized, skeleton
 
 if TYPE_CHECKING:
@@ -131,6 +135,7 @@ def make_session(
     asked = requested.config if requested is not None else {}
     for key, value in {**asked, **(settings or {})}.items():
         options.add_session_config_entry(key, value)
+    register_kernels(options, model, providers)
     source: bytes | str
     own_store: WeightStore | None = None
     if isinstance(model, ir.Model):
@@ -155,6 +160,18 @@ def make_session(
     if own_store is not None:
         session._graphopt_store = own_store
     return session
+
+
+def register_kernels(
+    options: onnxruntime.SessionOptions, model: ir.Model | str | os.PathLike[str], providers: Sequence[str]
+) -> None:
+    """Let a session run graphopt's own operators, if the model has any, on their kernels."""
+    if not isinstance(model, ir.Model):
+        if not Path(model).is_file() or not mentioned(Path(model)):
+            return
+        model = load(model)
+    if uses(model):
+        register(options, model, providers)
 
 
 def run(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> list[Any]:

@@ -1,0 +1,79 @@
+"""The library with graphopt's kernels: where it is, and which nodes it has kernels for."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from graphopt.runtime_ops.operator import DOMAIN, uses
+
+CUDA_ENTRY = "graphopt.cuda"
+"""The session configuration entry that offers the CUDA kernels ("1")."""
+
+_NAME = {"win32": "graphopt_ops.dll", "darwin": "libgraphopt_ops.dylib"}.get(sys.platform, "libgraphopt_ops.so")
+
+
+def library_path() -> Path | None:
+    """Where the library with the kernels is; None: it wasn't built, and portable bodies serve.
+
+    The environment variable GRAPHOPT_LIBRARY names another one; empty: none.
+    """
+    if (given := os.environ.get("GRAPHOPT_LIBRARY")) is not None:
+        return Path(given) if given else None
+    # An editable installation has the sources in one place and what was built in another; the last build counts.
+    import graphopt.runtime_ops as package
+
+    found = [path for folder in package.__path__ if (path := Path(folder) / _NAME).is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+@functools.cache
+def kernels(path: Path) -> frozenset[tuple[str, str, tuple[int, ...]]]:
+    """The kernels of the library at `path`: operator, execution provider, ONNX types of the inputs.
+
+    Raises:
+        OSError: It can't be loaded.
+    """
+    library = ctypes.CDLL(os.fspath(path))
+    library.graphopt_kernels.restype = ctypes.c_char_p
+    found = set()
+    for line in library.graphopt_kernels().decode().splitlines():
+        name, provider, *types = line.split()
+        found.add((name, provider, tuple(int(t) for t in types[: types.index(">")])))
+    return frozenset(found)
+
+
+def mentioned(path: Path) -> bool:
+    """Whether a model file may use operators of graphopt's, found without loading it."""
+    if path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.rfind(DOMAIN.encode()) >= 0
+
+
+def without_kernel(model: ir.Model, path: Path, providers: Iterable[str]) -> ir.Node | None:
+    """The first node of a model that the library at `path` has no kernel for; None: it has one for each.
+
+    With the library registered, ONNX Runtime no longer takes the body of an operator that the library knows, so one
+    such node means that the bodies must serve everywhere. A type that the file doesn't tell counts as one that fits.
+    """
+    provided = set(providers) | {"CPUExecutionProvider"}
+    for node in uses(model):
+        types = [int(v.dtype) if v is not None and v.dtype is not None else None for v in node.inputs]
+        if not any(
+            name == node.op_type and provider in provided and _fits(types, wanted)
+            for name, provider, wanted in kernels(path)
+        ):
+            return node
+    return None
+
+
+def _fits(types: list[int | None], wanted: tuple[int, ...]) -> bool:
+    return len(types) <= len(wanted) and all(t in (None, w) for t, w in zip(types, wanted, strict=False))

@@ -1,0 +1,185 @@
+"""What an operator of graphopt's is: its schema, its portable body, and what it costs.
+
+Each folder beside this file that holds an `OPERATOR` is one:
+
+    hadamard_transform/
+        __init__.py     OPERATOR: schema, documentation, cost
+        body.py         the portable body, an onnxscript function of standard operators
+        cpu.cc          the CPU kernel (native/operator.h says how); kernels.h and simd.cc its inner loops
+        cuda.cu         CUDA kernels as plain launchers; cuda.cc makes a kernel of ONNX Runtime of them
+
+The body goes into a model as a local function of the operator's name, so any ONNX runtime executes it. Where the
+library (`graphopt.runtime_ops.library`) is registered with a session, its kernel is taken instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+DOMAIN = "ai.graphopt"
+VERSION = 1
+OLDEST_OPSET = 18
+"""The first version of the standard operators that every body is right for."""
+
+Shapes = Sequence[Any]
+"""Sizes of the inputs of a node, a sequence of numbers each; None: an input that is left out or of unknown sizes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one run of a node costs.
+
+    Attributes:
+        flops: Floating-point operations (a multiplication and an addition are two), or as many of integers.
+        bytes: Bytes read and written.
+    """
+
+    flops: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """An input or output.
+
+    Attributes:
+        name: Its name in the body.
+        type: "T" (the types of the operator), or an ONNX type such as "uint8".
+        shape: Its sizes, as the page shows them, for example "[N, K / block_size]".
+        meaning: A phrase.
+        optional: Whether it can be left out.
+    """
+
+    name: str
+    type: str
+    shape: str
+    meaning: str
+    optional: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribute:
+    """An attribute. A kernel never sees a default, so `Operator.attributes_of` writes every one on the node.
+
+    Attributes:
+        name: Its name.
+        type: What it holds.
+        meaning: A phrase.
+        default: None: it must be given.
+    """
+
+    name: str
+    type: Literal["int", "float", "ints"]
+    meaning: str
+    default: int | float | tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """An operator of the domain `ai.graphopt`.
+
+    Attributes:
+        name: Its name.
+        summary: What it does, in one sentence.
+        description: Its formula and terms, in Markdown.
+        inputs: Its inputs.
+        outputs: Its outputs.
+        attributes: Its attributes.
+        types: The types that "T" stands for; the body and the CPU kernel take each of them.
+        cost: What a node costs, of the sizes of its inputs and its attributes. A size that it needs and isn't given
+            makes it raise a TypeError.
+        source: Title of the publication, or an empty string.
+    """
+
+    name: str
+    summary: str
+    description: str
+    inputs: tuple[Parameter, ...]
+    outputs: tuple[Parameter, ...]
+    attributes: tuple[Attribute, ...]
+    cost: Callable[[Shapes, Mapping[str, Any]], Cost]
+    types: tuple[str, ...] = ("float", "float16")
+    source: str = ""
+
+    def attributes_of(self, **given: Any) -> dict[str, Any]:
+        """All attributes of a node, with the defaults of those that aren't given.
+
+        Raises:
+            ValueError: One is unknown or missing.
+        """
+        known = {attribute.name: attribute for attribute in self.attributes}
+        if unknown := sorted(given.keys() - known.keys()):
+            raise ValueError(f"{self.name} has no attribute {unknown[0]!r}")
+        values = {name: given.get(name, attribute.default) for name, attribute in known.items()}
+        if missing := sorted(name for name, value in values.items() if value is None):
+            raise ValueError(f"{self.name} needs its attribute {missing[0]!r}")
+        return values
+
+    def read(self, node: ir.Node) -> dict[str, Any]:
+        """The attributes of a node, by name.
+
+        Raises:
+            KeyError: One is missing.
+        """
+        return {attribute.name: node.attributes[attribute.name].value for attribute in self.attributes}
+
+    def body(self) -> ir.Function:
+        """A new copy of the portable body."""
+        module = importlib.import_module(f"{__package__}.{_folders()[self.name]}.body")
+        function = ir.from_proto(module.BODY.to_function_proto())
+        assert isinstance(function, ir.Function)
+        return function
+
+
+@functools.cache
+def _folders() -> dict[str, str]:
+    """The folder of each operator."""
+    import graphopt.runtime_ops as package
+
+    found: dict[str, str] = {}
+    for entry in pkgutil.iter_modules(package.__path__):
+        if entry.ispkg:
+            module = importlib.import_module(f"{package.__name__}.{entry.name}")
+            if isinstance(operator := getattr(module, "OPERATOR", None), Operator):
+                found[operator.name] = entry.name
+    return found
+
+
+@functools.cache
+def operators() -> Mapping[str, Operator]:
+    """The operators by name."""
+    found = {name: importlib.import_module(f"{__package__}.{folder}").OPERATOR for name, folder in _folders().items()}
+    return dict(sorted(found.items()))
+
+
+def add_body(model: ir.Model, name: str) -> ir.Function:
+    """Put the portable body of an operator into a model, unless it is there, and import the domain.
+
+    Raises:
+        KeyError: There is no such operator.
+        ValueError: The model's opset is older than the bodies are written for.
+    """
+    model.graph.opset_imports.setdefault(DOMAIN, VERSION)
+    found = model.functions.get((DOMAIN, name, ""))
+    if found is not None:
+        return found
+    opset = model.graph.opset_imports.get("", 0)
+    if opset < OLDEST_OPSET:
+        raise ValueError(f"the body of {name} needs opset {OLDEST_OPSET}, and the model has {opset}")
+    function = operators()[name].body()
+    # ONNX Runtime takes a function only where its opset is the model's; the operators of bodies mean the same in all.
+    function.opset_imports[""] = opset
+    model.functions[function.identifier()] = function
+    return function
+
+
+def uses(model: ir.Model) -> list[ir.Node]:
+    """The nodes of a model that are operators of graphopt's, subgraphs included."""
+    return [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN]
