@@ -73,6 +73,16 @@ def _matmul_bits(op: Op) -> Result:
     return (*op.shape(0)[:-1], Dim.of(op.integer("N")))
 
 
+@rule("ai.graphopt::QuantizedLinear")
+def _quantized_linear(op: Op) -> Result:
+    return (*op.shape(0)[:-1], op.shape(2)[0])
+
+
+@rule("ai.graphopt::QuantizedMlp", "ai.graphopt::HadamardTransform")
+def _as_the_first_input(op: Op) -> Result:
+    return op.shape(0)
+
+
 @rule("Einsum")
 def _einsum(op: Op) -> Result:
     equation = op.text("equation", "").replace(" ", "")

@@ -11,7 +11,12 @@ from graphopt.runtime_ops.operator import Attribute, Cost, Operator, Parameter, 
 WEIGHT = (
     ("", "uint8", "[N, K / block_size, block_size · bits / 8]", "the packed numbers of the weight, as in MatMulNBits"),
     ("scales", "S", "[N, K / block_size]", "the scale of each block (or as one list, as in MatMulNBits)"),
-    ("zero_points", "uint8", "[N, ⌈K / block_size · bits / 8⌉]", "packed zero points; empty: 2^(bits - 1)"),
+    (
+        "zero_points",
+        "uint8",
+        "[N, ⌈K / block_size · bits / 8⌉]",
+        "packed zero points; empty: 2^(bits - 1), or 0 where there are minimums",
+    ),
     ("minimums", "S", "[N, K / block_size]", "what is added to each block's numbers; empty: nothing"),
 )
 """Name, type, shape and meaning of the inputs that make up a weight; see `weight_inputs`."""

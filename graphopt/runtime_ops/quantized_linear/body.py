@@ -26,7 +26,8 @@ def Dequantized(packed, scales, zero_points, minimums, bits: int, block_size: in
     numbers = op.Cast(op.Reshape(parts, op.Concat(rows, blocks, block, axis=0)), to=1)
     by_block = op.Concat(rows, blocks, [1], axis=0)
     if op.Size(zero_points) == 0:
-        zeros = op.Div(levels, op.Constant(value_float=2.0))
+        symmetric = op.Cast(op.Size(minimums) == 0, to=1)
+        zeros = op.Mul(op.Div(levels, op.Constant(value_float=2.0)), symmetric)
     else:
         bytes_of_row = op.Concat(rows, [-1], axis=0)
         some = op.Unsqueeze(op.Reshape(zero_points, bytes_of_row), [2])

@@ -19,7 +19,7 @@ constexpr int kWords = 16;  // 32-bit words of a chunk; no block is shorter than
 struct Matrix {
   const uint8_t* packed = nullptr;       // [rows, length * bits / 8]
   const void* scales = nullptr;          // [rows, blocks]
-  const uint8_t* zero_points = nullptr;  // [rows, (blocks * bits + 7) / 8], packed like the numbers; null: 2^(bits - 1)
+  const uint8_t* zero_points = nullptr;  // [rows, (blocks * bits + 7) / 8], packed like the numbers; null: middle()
   const void* minimums = nullptr;        // [rows, blocks]; null: zero
   bool half = false;                     // scales and minimums are half-precision numbers
   int bits = 0;
@@ -27,6 +27,8 @@ struct Matrix {
   int64_t rows = 0;
   int64_t length = 0;  // numbers of a row, a multiple of `block`
 
+  // The zero point where none is given: the middle of the numbers, or zero where minimums say where they begin.
+  int32_t middle() const { return minimums != nullptr ? 0 : 1 << (bits - 1); }
   int64_t blocks() const { return length / block; }
   int64_t row_bytes() const { return length * bits / 8; }
   int64_t chunks() const { return (row_bytes() + kChunk - 1) / kChunk; }
@@ -34,16 +36,18 @@ struct Matrix {
 
 // How rows of activations of one length are kept for a matrix: `row` bytes each, chunk after chunk
 //   int8_t values[terms][8 / bits][64]   high bytes and, with two terms, low bytes
-//   int32_t offsets[terms][16]           the sums that make up for unsigned weights, in each block's first word
+//   int32_t offsets[terms][16]           minus the zero point times the sum of a block's values, in its first word
 //   float scales[16]                     of the activations, for each word
 // and behind the chunks, for each block, the sum of its dequantized activations.
 struct Layout {
   int bits, terms;
+  int32_t middle;
   int64_t block, length, chunks, chunk_bytes, row;
 
   Layout(const Matrix& matrix, int terms)
       : bits(matrix.bits),
         terms(terms),
+        middle(matrix.middle()),
         block(matrix.block),
         length(matrix.length),
         chunks(matrix.chunks()),

@@ -9,7 +9,7 @@ namespace {
 
 using namespace graphopt::GRAPHOPT_ISA;
 
-constexpr int64_t kAhead = 3072;  // bytes by which prefetching runs ahead of the weights
+constexpr int64_t kAhead = 4096;  // bytes by which prefetching runs ahead of the weights
 
 GRAPHOPT_INLINE float scalar(const void* numbers, bool half, int64_t index) {
   return half ? half_to_float(static_cast<const uint16_t*>(numbers)[index]) : static_cast<const float*>(numbers)[index];
@@ -62,7 +62,7 @@ GRAPHOPT_INLINE __m512 added(const Matrix& matrix, const float* sums, int64_t n,
       const __m512i shifts = _mm512_and_si512(places, _mm512_set1_epi32(7));
       __m512i zeros = _mm512_cvtepu8_epi32(_mm_shuffle_epi8(packed, from));
       zeros = _mm512_and_si512(_mm512_srlv_epi32(zeros, shifts), _mm512_set1_epi32((1 << bits) - 1));
-      const __m512 off = _mm512_cvtepi32_ps(_mm512_sub_epi32(zeros, _mm512_set1_epi32(1 << (bits - 1))));
+      const __m512 off = _mm512_cvtepi32_ps(_mm512_sub_epi32(zeros, _mm512_set1_epi32(matrix.middle())));
       const __m512 scale = scales_at<half>(matrix.scales, n * blocks + b, lanes, in_order);
       total = _mm512_fnmadd_ps(_mm512_mul_ps(scale, off), sum, total);
     }
@@ -89,6 +89,10 @@ GRAPHOPT_INLINE void tile(const Matrix& matrix, const Layout& layout, const Scal
   const __m512i low = _mm512_set1_epi8(char((1 << bits) - 1));
   const int64_t bytes = matrix.row_bytes(), blocks = matrix.blocks();
   const uint8_t* packed = matrix.packed + first * bytes;
+  const int64_t scale_bytes = half ? 2 : 4;
+  for (int64_t ahead = 0; ahead < kR * blocks * scale_bytes; ahead += kChunk) {
+    prefetch(static_cast<const uint8_t*>(matrix.scales) + first * blocks * scale_bytes + kAhead / 4 + ahead);
+  }
   __m512 total[kR][kM];
   for (int i = 0; i < kM; ++i) {
     const float* sums =
@@ -183,7 +187,7 @@ float added(const Matrix& matrix, const float* sums, int64_t n) {
     }
   }
   if (matrix.zero_points != nullptr) {
-    const int in_byte = 8 / matrix.bits, mask = (1 << matrix.bits) - 1, middle = 1 << (matrix.bits - 1);
+    const int in_byte = 8 / matrix.bits, mask = (1 << matrix.bits) - 1, middle = matrix.middle();
     const uint8_t* zeros = matrix.zero_points + n * ((blocks * matrix.bits + 7) / 8);
     for (int64_t b = 0; b < blocks; ++b) {
       const int zero = zeros[b / in_byte] >> (b % in_byte * matrix.bits) & mask;

@@ -94,7 +94,7 @@ int64_t rounded(const Layout& layout, const float* x, int64_t count, int64_t beg
 void quantize(const Layout& layout, const float* x, int64_t first, int64_t last, uint8_t* row) {
   const int parts = 8 / layout.bits, shift = parts == 4 ? 2 : parts == 2 ? 1 : 0;
   const int64_t in_chunk = int64_t(kChunk) * parts, in_word = 4 * parts;
-  const int32_t middle = 1 << (layout.bits - 1);
+  const int32_t middle = layout.middle;
   const float most = layout.terms == 2 ? 32512.0f : 127.0f;
   float* sums = reinterpret_cast<float*>(row + layout.chunks * layout.chunk_bytes);
   for (int64_t begin = first; begin < last; begin += layout.block) {

@@ -35,9 +35,7 @@ def QuantizedMlp(
     bits: int, block_size: int, activation_bits: int, activation: int, epsilon: float,
 ):  # fmt: skip
     stream = op.Cast(x, to=1)
-    normal = Rounded(
-        Normalised(stream, norm, epsilon=epsilon), block_size=block_size, activation_bits=activation_bits
-    )
+    normal = Rounded(Normalised(stream, norm, epsilon=epsilon), block_size=block_size, activation_bits=activation_bits)
     first = Dequantized(
         gate_up, gate_up_scales, gate_up_zero_points, gate_up_minimums, bits=bits, block_size=block_size
     )
