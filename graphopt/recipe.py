@@ -8,7 +8,8 @@
 
 `assume:` may be left out; see `graphopt.graph.assumptions`.
 
-`--recipe` takes such a file or the name of one that ships in `graphopt/models/recipes/`.
+`--recipe` takes such a file or the name of one that ships in `graphopt/models/recipes/`, and several joined by `+`,
+which run one behind the other: `exact+decode`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def shipped() -> dict[str, str]:
 
 
 def load(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe | None = None) -> Recipe:
-    """A recipe from a file, the name of one that ships, parsed YAML, or None for the default.
+    """A recipe from a file, the name of one that ships, several of these joined by "+", parsed YAML, or None for the
+    default.
 
     Raises:
         UsageError: No such recipe, no YAML, or not of the form above.
@@ -101,6 +103,10 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe | None = No
             f"A recipe must be a name, a file or a mapping such as {{'passes': [...]}}, not {type(source).__name__}."
         )
     name = os.fspath(source) if source is not None else DEFAULT
+    if "+" in name and not Path(name).is_file():
+        parts = [load(part.strip()) for part in name.split("+")]
+        assumed = Assumptions.parse([one for part in parts for one in part.assume.names])
+        return Recipe(name, tuple(step for part in parts for step in part.steps), parts[-1].description, assumed)
     if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
         try:
             text = Path(name).read_text(encoding="utf-8")

@@ -55,10 +55,10 @@ Examples:
 @click.option("--keep-quantized", is_flag=True, help="Keep the integers of a GGUF file's weights, without loss.")
 @click.option(
     "--activations",
-    type=click.Choice(["float32", "int8x2", "int8"]),
-    default="int8x2",
+    type=click.Choice(["int16", "float32", "int8x2", "int8"]),
+    default="int16",
     show_default=True,
-    help="What the operators of kept integers make of their inputs: int8 is the fastest and rounds them.",
+    help="What the operators of kept integers make of their inputs: int16 is graphopt's own operator; int8 rounds.",
 )
 @click.option("--for", "runtime", type=click.Choice(["genai"]), help="Write genai_config.json for onnxruntime-genai.")
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")

@@ -13,6 +13,7 @@ from graphopt.errors import UsageError, VerificationError, first_line
 from graphopt.export.dependencies import quiet, require
 from graphopt.export.dry_run import dry_run
 from graphopt.export.source import Reference, Source
+from graphopt.verification.session import register_kernels
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 """Largest error allowed by the output's type (others as float32), relative to the largest magnitude of the output.
@@ -113,6 +114,7 @@ def compare(
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     hint = _hint(warned)
+    register_kernels(options, path, ["CPUExecutionProvider"])
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:

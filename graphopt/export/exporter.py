@@ -35,7 +35,7 @@ from graphopt.graph.save import save, weight_bytes
 
 INLINE_BYTES = 100_000_000
 """Weights of more bytes than this go to a file beside the model."""
-KEPT_TOLERANCE = {"float32": 1e-3, "int8x2": 1e-3, "int8": 0.1}
+KEPT_TOLERANCE = {"int16": 1e-3, "float32": 1e-3, "int8x2": 1e-3, "int8": 0.1}
 """Largest error allowed of a model with quantized weights kept, by what its operators make of their inputs."""
 VERIFIED_SHARE = 2.5
 """A model is verified whole where memory for so many copies of it is free: PyTorch's, ONNX Runtime's, and the rest."""
@@ -317,7 +317,7 @@ class _Export:
             trial = folder / "first-layers.onnx"
             self.say("verify", "")
             files = save(model, trial, external_data=weight_bytes(model) > INLINE_BYTES)
-            errors = compare(fewer.label, trial, references, list(outputs), self._warned)
+            errors = compare(fewer.label, trial, references, list(outputs), self._warned, self._tolerance)
         for file in files:
             file.unlink()
         self.notes.append(

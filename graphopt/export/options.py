@@ -50,7 +50,7 @@ class Options:
         adapters: peft folders: merged into the weights, or (`keep_adapters`) kept beside them, to be switched when run.
         keep_adapters: See `adapters`; each is written to <folder's name>.onnx_adapter beside the model.
         keep_quantized: Of a GGUF file's weights keep the integers, where there are operators for them.
-        activations: What those operators make of their inputs: "int8", "int8x2" or "float32"; see
+        activations: What those operators make of their inputs: "int16", "int8", "int8x2" or "float32"; see
             `graphopt.export.gguf.keep`.
         runtime: "genai": write genai_config.json beside the model, for onnxruntime-genai.
         finish: Rewrites each graph before it is written, exactly.
@@ -66,7 +66,7 @@ class Options:
     adapters: Sequence[str | Path] = ()
     keep_adapters: bool = False
     keep_quantized: bool = False
-    activations: Inputs = "int8x2"
+    activations: Inputs = "int16"
     runtime: Literal["genai"] | None = None
     finish: Finish | None = None
 

@@ -75,7 +75,10 @@ class ShapeFacts:
         self._opsets: dict[object, int] = {}
         self._calls = 0
         self._active: set[ir.Node] = set()
-        self._functions = dict(model.functions)
+        # Of graphopt's own operators a rule says more than their bodies, which are written for any sizes.
+        self._functions = {
+            key: function for key, function in model.functions.items() if f"{key[0]}::{key[1]}" not in RULES
+        }
         for function in model.functions.values():
             version = function.opset_imports.get("", self._opset)
             for graph in (function.graph, *function.subgraphs()):

@@ -14,7 +14,8 @@ from graphopt.export.gguf.operators import Inputs, Writer
 from graphopt.export.gguf.origin import Origins
 from graphopt.export.gguf.quantized import Rows
 from graphopt.export.gguf.weights import GGUFWeights
-from graphopt.graph.edits import Editor
+from graphopt.graph.edits import Editor, opset
+from graphopt.runtime_ops.operator import OLDEST_OPSET
 
 SMALL = 1 << 10
 """Constants of fewer numbers than this (scales, tables of positions) aren't reported."""
@@ -63,33 +64,37 @@ class _Use:
 
 
 def keep_quantized(
-    model: ir.Model, weights: GGUFWeights, *, inputs: Inputs = "int8x2", merge: bool = True
+    model: ir.Model, weights: GGUFWeights, *, inputs: Inputs = "int16", merge: bool = True
 ) -> KeptReport:
     """Replace the float weights that came from a GGUF file by the file's own blocks, in place and without loss.
 
-    MatMul, Gemm (also behind a Transpose of the weight) and Gather become com.microsoft `MatMulNBits` and
-    `GatherBlockQuantized`. Types with an offset add, for each block of the input, its sum times the offset; the sums
-    are made once for all matrices that read the input. An embedding that is also the head is one initializer. Nothing
-    is read but the names and, where a weight isn't known by its parameter's name, its content; the new initializers
-    are lazy. Subgraphs and functions are left alone.
+    MatMul and Gemm (also behind a Transpose of the weight) become graphopt's `QuantizedLinear`, or com.microsoft
+    `MatMulNBits`, where types with an offset add, for each block of the input, its sum times the offset (the sums are
+    made once for all matrices that read the input); Gather becomes `GatherBlockQuantized`. An embedding that is also
+    the head is one initializer. Nothing is read but the names and, where a weight isn't known by its parameter's name,
+    its content; the new initializers are lazy. Subgraphs and functions are left alone.
 
     Args:
         model: The exported graph, opset 13 or later.
         weights: The parameters of the file that it was exported from.
-        inputs: What the operators make of their inputs (see `Inputs`). "int8" is the fastest and rounds as llama.cpp
-            does: logits are off by some 1e-2. "int8x2" is equal to the float graph to about 1e-4 and takes 1.2 times as
-            long for one row of 2048 × 5632, twice as long for many; "float32" is equal to 1e-6 where weights have 4
-            bits, and takes 2.4 times as long for one row, 0.9 times for many.
+        inputs: What the operators make of their inputs (see `Inputs`). "int16" is graphopt's own operator: equal to the
+            float graph to about 1e-4, and the fastest where its library is registered; elsewhere it is computed in
+            float32. The others are ONNX Runtime's own. "int8" rounds as llama.cpp does: logits are off by some 1e-2.
+            "int8x2" is equal to about 1e-4 and takes 1.2 times as long as that for one row of 2048 × 5632, twice as
+            long for many; "float32" is equal to 1e-6 where weights have 4 bits, and takes 2.4 times as long for one
+            row, 0.9 times for many.
         merge: Compute matrices that read the same input as one, and split the result.
 
     Returns:
         What was kept and what was not, with reasons.
 
     Raises:
-        UsageError: `inputs` is something else.
+        UsageError: `inputs` is something else, or "int16" in a model of an older opset than its operator needs.
     """
     if inputs not in get_args(Inputs):
         raise UsageError(f"inputs can't be {inputs!r}; use {', '.join(get_args(Inputs))}")
+    if inputs == "int16" and opset(model) < OLDEST_OPSET:
+        raise UsageError(f"inputs 'int16' need opset {OLDEST_OPSET} or newer, not {opset(model)}; use int8x2.")
     report = KeptReport()
     origins = Origins(weights)
     found: dict[tuple[ir.Value, bool], Rows | str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,10 +11,12 @@ import onnx_ir as ir
 
 from graphopt.export.gguf.quantized import Grid, Rows
 from graphopt.graph.edits import Editor
+from graphopt.runtime_ops.operator import DOMAIN, add_body, operators
 
-Inputs = Literal["int8", "int8x2", "float32"]
-"""What an integer operator makes of its input: for each block of it signed 8-bit numbers and a scale (`accuracy_level`
-4); the same twice, the second time of what the first time left over; or nothing (level 0)."""
+Inputs = Literal["int16", "int8", "int8x2", "float32"]
+"""What an integer operator makes of its input: for each block of it 16-bit numbers and a scale (graphopt's own
+`QuantizedLinear`); signed 8-bit numbers and a scale (`accuracy_level` 4 of `MatMulNBits`); the same twice, the second
+time of what the first time left over; or nothing (level 0)."""
 
 _MICROSOFT = "com.microsoft"
 
@@ -36,6 +39,7 @@ class Writer:
         self._sums: dict[tuple[ir.Value, int], ir.Value] = {}
         self._twice: dict[tuple[ir.Value, int, int], ir.Value] = {}
         self._units: dict[tuple[int, int], tuple[ir.Value, ir.Value]] = {}
+        self._empty: dict[ir.DataType, ir.Value] = {}
 
     def size(self, rows: Rows) -> int:
         """Bytes of the initializers of these rows."""
@@ -74,10 +78,10 @@ class Writer:
         columns = rows.length // grid.block
         shape = self.edit.constant(np.array([rows.count, columns, 1], np.int64), "by_block")
         attributes = {"bits": grid.bits, "block_size": grid.block, "gather_axis": 0, "quantize_axis": 2}
-        scales = self.edit.op("Reshape", [made.scales, shape])
+        scales = self.edit.op("Reshape", [self._scales(made), shape])
         result = self.edit.op("GatherBlockQuantized", [made.integers, indices, scales], attributes, domain=_MICROSOFT)
-        if made.offsets is not None:
-            by_row = self.edit.op("Reshape", [self.edit.op("Transpose", [made.offsets], {"perm": [1, 0]}), shape])
+        if (offsets := self._offsets(made, grid)) is not None:
+            by_row = self.edit.op("Reshape", [self.edit.op("Transpose", [offsets], {"perm": [1, 0]}), shape])
             result = self.edit.op("Add", [result, self.edit.op("Gather", [by_row, indices], {"axis": 0})])
         # The two last dimensions become one, whatever the ids' rank is.
         ids = self.edit.op("Shape", [indices])
@@ -87,18 +91,20 @@ class Writer:
 
     def _multiply(self, source: ir.Value, rows: Rows, name: str) -> ir.Value:
         made, grid = self._set(rows, name), rows.grid
+        if self.inputs == "int16":
+            return self._own_product(source, made, grid)
         # Computed in float32, 8 bits take 60 to 1000 times as long in ONNX Runtime 1.31.
         twice = self.inputs == "int8x2" or (self.inputs == "float32" and grid.bits == 8)
         if twice:
-            result = self._product(self._both(source, rows.length, grid), made.integers, made.scales, grid)
+            result = self._product(self._both(source, rows.length, grid), made.integers, self._scales(made), grid)
             count = {"num_outputs": 2} if self.edit.opset >= 18 else {}
             halves = self.edit.op("Split", [result], {"axis": 0, **count}, outputs=2).producer()
             assert halves is not None
             terms = list(halves.outputs)
         else:
-            terms = [self._product(source, made.integers, made.scales, grid)]
-        if made.offsets is not None:
-            terms.append(self.edit.op("MatMul", [self._block_sums(source, rows.length, grid.block), made.offsets]))
+            terms = [self._product(source, made.integers, self._scales(made), grid)]
+        if (offsets := self._offsets(made, grid)) is not None:
+            terms.append(self.edit.op("MatMul", [self._block_sums(source, rows.length, grid.block), offsets]))
         if len(terms) == 1:
             return terms[0]
         # One Sum of three takes 5 % less of a token's time than two Adds.
@@ -114,6 +120,33 @@ class Writer:
             "accuracy_level": 0 if self.inputs == "float32" and grid.bits == 4 else 4,
         }
         return self.edit.op("MatMulNBits", [source, integers, scales], attributes, domain=_MICROSOFT)
+
+    def _own_product(self, source: ir.Value, made: _Set, grid: Grid) -> ir.Value:
+        """By graphopt's operator, which takes the file's half-precision scales and minimums as they are."""
+        add_body(self.edit.model, "QuantizedLinear")
+        zeros = self._nothing(ir.DataType.UINT8)
+        moved = 2 ** (grid.bits - 1) - grid.middle
+        if made.minimums is not None and moved:
+            # The numbers were moved for an operator whose zero is the middle; beside minimums it is 0.
+            rows, columns, _ = _shape(made.integers)
+            zeros = self._initializer(
+                ir.tensor(np.full((rows, columns), moved, np.uint8), name=self.edit.names.fresh("moved"))
+            )
+        kind = made.stored_scales.dtype or ir.DataType.FLOAT
+        number, half = self._nothing(ir.DataType.FLOAT), self._nothing(kind)
+        minimums = half if made.minimums is None else made.minimums
+        inputs = [source, number, made.integers, made.stored_scales, zeros, minimums, number, number]
+        attributes = operators()["QuantizedLinear"].attributes_of(
+            bits=grid.bits, block_size=grid.block, activation_bits=16
+        )
+        return self.edit.op("QuantizedLinear", inputs, attributes, domain=DOMAIN)
+
+    def _nothing(self, dtype: ir.DataType) -> ir.Value:
+        """The empty tensor that says that an input isn't there."""
+        if dtype not in self._empty:
+            empty = ir.tensor(np.zeros(0, dtype.numpy()), name=self.edit.names.fresh("nothing"))
+            self._empty[dtype] = self._initializer(empty)
+        return self._empty[dtype]
 
     def _by_block(self, source: ir.Value, length: int, block: int) -> ir.Value:
         """A value as blocks along its last dimension, made once: [..., blocks, block]."""
@@ -165,21 +198,29 @@ class Writer:
         """The values of a matrix."""
         key = tuple(part for stored, at in rows.parts for part in (stored.offset, at.tobytes()))
         if key not in self._sets:
-            grid = rows.grid
             integers = self._initializer(rows.integers(self.edit.names.fresh(f"{name}.integers")))
             scales = self._initializer(rows.scales(self.edit.names.fresh(f"{name}.scales")))
             minimums = rows.minimums(self.edit.names.fresh(f"{name}.minimums"))
-            offsets = None if minimums is None else self._initializer(minimums)
-            if grid.half:  # As in the file; a session makes float32 constants of it when it is loaded.
-                scales = self.edit.op("Cast", [scales], {"to": ir.DataType.FLOAT})
-            if offsets is not None:
-                if grid.half:
-                    offsets = self.edit.op("Cast", [offsets], {"to": ir.DataType.FLOAT})
-                middle = self.edit.constant(np.array(grid.middle, np.float32), "middle")
-                offsets = self.edit.op("Add", [self.edit.op("Mul", [scales, middle]), offsets])
-                offsets = self.edit.op("Transpose", [offsets], {"perm": [1, 0]})
-            self._sets[key] = _Set(integers, scales, offsets)
+            self._sets[key] = _Set(integers, scales, None if minimums is None else self._initializer(minimums))
         return self._sets[key]
+
+    def _scales(self, made: _Set) -> ir.Value:
+        """The scales as float32. A session makes constants of what is computed from constants when it is loaded."""
+        if made.scales is None:
+            half = made.stored_scales.dtype == ir.DataType.FLOAT16
+            made.scales = self.edit.op("Cast", [made.stored_scales], {"to": ir.DataType.FLOAT}) if half else None
+        return made.scales or made.stored_scales
+
+    def _offsets(self, made: _Set, grid: Grid) -> ir.Value | None:
+        """What is added to s·(q - z), as float32 [blocks, rows]."""
+        if made.offsets is None and made.minimums is not None:
+            minimums = made.minimums
+            if minimums.dtype == ir.DataType.FLOAT16:
+                minimums = self.edit.op("Cast", [minimums], {"to": ir.DataType.FLOAT})
+            middle = self.edit.constant(np.array(grid.middle, np.float32), "middle")
+            offsets = self.edit.op("Add", [self.edit.op("Mul", [self._scales(made), middle]), minimums])
+            made.offsets = self.edit.op("Transpose", [offsets], {"perm": [1, 0]})
+        return made.offsets
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
@@ -197,8 +238,20 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
     return tuple(value.const_value.shape.numpy())
 
 
+@dataclasses.dataclass
 class _Set:
-    """The values of a stored matrix: integers [rows, blocks, bytes], scales [rows, blocks], offsets [blocks, rows]."""
+    """The values of a stored matrix.
 
-    def __init__(self, integers: ir.Value, scales: ir.Value, offsets: ir.Value | None) -> None:
-        self.integers, self.scales, self.offsets = integers, scales, offsets
+    Attributes:
+        integers: Its numbers [rows, blocks, bytes].
+        stored_scales: The scales as the file has them [rows, blocks].
+        minimums: What is added to s·q, as the file has it [rows, blocks]; None: nothing.
+        scales: The scales as float32; None: not made yet, or stored so.
+        offsets: What is added to s·(q - z), as float32 [blocks, rows]; None: not made yet, or nothing.
+    """
+
+    integers: ir.Value
+    stored_scales: ir.Value
+    minimums: ir.Value | None
+    scales: ir.Value | None = None
+    offsets: ir.Value | None = None

@@ -34,7 +34,8 @@ class QuantizedLinear(ShapeRulePass):
     1. `MatMulNBits` becomes `QuantizedLinear`, on the same initializers. At `accuracy_level` 4 activations are rounded
        to 8 bits in the weight's blocks, as there; at other levels to 16 bits, which is off by some 1e-5. Zero points
        that are floats, which `MatMulNBits` computes slowly, become minimums: s·(q − z) = s·q + (−s·z).
-    2. An `RMSNormalization` that only such products read is computed by each of them.
+    2. An `RMSNormalization` that only such products read is computed by each of them; a
+       `SkipSimplifiedLayerNormalization` becomes an addition and that.
     3. A residual addition behind a product becomes its residual.
     4. down(act(gate(x)) ⊙ up(x)) + r, where r is what the norm before gate and up reads, becomes one `QuantizedMlp`;
        gate and up become one weight. The activation is SiLU, GELU (by erf or tanh) or ReLU.
@@ -180,9 +181,14 @@ class QuantizedLinear(ShapeRulePass):
         """Rule 2."""
         normed, gains = node.inputs[_X], node.inputs[_NORM]
         norm = normed.producer() if normed is not None else None
-        if normed is None or norm is None or norm.op_type not in _NORMS or not _is_nothing(gains):
+        if normed is None or norm is None or not _is_nothing(gains):
             return False
-        scale, source = norm.inputs[1], norm.inputs[0]
+        skips = norm.op_type == "SkipSimplifiedLayerNormalization"
+        if not skips and norm.op_type not in _NORMS:
+            return False
+        if skips and (len([v for v in norm.inputs if v is not None]) != 3 or normed is not norm.outputs[0]):
+            return False
+        scale, source = norm.inputs[2 if skips else 1], norm.inputs[0]
         if scale is None or source is None or constant_tensor(scale) is None or self.rank(scale) != 1:
             return False
         axis = attribute_int(norm, "axis", -1)
@@ -193,6 +199,12 @@ class QuantizedLinear(ShapeRulePass):
         readers = [use.node for use in normed.uses()]
         if normed.is_graph_output() or not all(_is(n, LINEAR) and n.inputs[_X] is normed for n in readers):
             return self.left(node, "the norm before it isn't read by such products alone")
+        if skips:
+            edit.at(norm)
+            summed = edit.op("Add", norm.inputs[:2], like=source)
+            if len(norm.outputs) > 3:
+                norm.outputs[3].replace_all_uses_with(summed, replace_graph_outputs=True)
+            source = summed
         epsilon = norm.attributes.get("epsilon")
         gains = self._as_float(scale, edit)
         for reader in readers:
