@@ -7,10 +7,10 @@
 
 Prints for each system the size on disk, how far its logits are from the dequantized export's (over 128 tokens), the
 perplexity over 20 windows of 512 tokens, and tokens per second of a prompt and of the tokens after it, with the ratio
-of times to llama.cpp. (Its threads spin while they wait: with more than one its CPU time means little, and beside other
-work its wall-clock time neither.) In each round every system runs once, in another order each time, the first one
+of times to llama.cpp. (Where threads spin, CPU time means little, and beside other work wall-clock time neither.) In each round every system runs once, in another order each time, the first one
 twice, which shows the noise. Kept graphs are made from the export and go through `graphopt optimize` as the
-dequantized one does. `pip install 'graphopt[zoo]' llama-cpp-python` brings the peers; what isn't installed is left out
+dequantized one does; that of graphopt's own operators by the recipe exact+decode. ONNX Runtime's threads spin while they
+wait, as is its default and llama.cpp's way; `--sleeping`: they don't. `pip install 'graphopt[zoo]' llama-cpp-python` brings the peers; what isn't installed is left out
 and said.
 """
 
@@ -81,12 +81,12 @@ class GenAI:
 
     name, cache = GENAI, "static"
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, sleeping: bool) -> None:
         import json
 
         import onnxruntime_genai as genai
 
-        options = {"intra_op_num_threads": threads, **NO_SPINNING}
+        options = {"intra_op_num_threads": threads, **(NO_SPINNING if sleeping else {})}
         config = genai.Config(str(path.parent))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self.genai, self.model = genai, genai.Model(config)
@@ -119,6 +119,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-perplexity", action="store_true")
+    parser.add_argument("--sleeping", action="store_true", help="ONNX Runtime's threads sleep while they wait")
     options = parser.parse_args()
     try:
         run(options)
@@ -136,12 +137,11 @@ def run(options: argparse.Namespace) -> None:
     ids = tokenize(text, options.work / "tokenizer")[: WINDOW * WINDOWS]
     sizes = {name: size(file) for name, file in files.items()}
     makers: dict[str, Callable[[], Any]] = {
-        name: lambda file=file, name=name: named(Generator(file, sess_options=session_options(options.threads)), name)
-        for name, file in files.items()
+        name: lambda file=file, name=name: named(generator(file, options), name) for name, file in files.items()
     }
     scored = dict(makers)
     if GENAI in files:
-        makers[GENAI] = lambda: GenAI(files[GENAI], options.threads)
+        makers[GENAI] = lambda: GenAI(files[GENAI], options.threads, options.sleeping)
     try:
         import llama_cpp
 
@@ -205,7 +205,7 @@ def graphs(path: Path, work: Path, source: Path | None) -> dict[str, Path]:
             report = keep_quantized(model, made.weights, inputs=inputs)
             print(f"{inputs}: kept { ({k: len(v) for k, v in report.kept.items()}) }, float: {report.left}")
             save(model, target / "kept" / "model.onnx", external_data=True)
-            optimized(target / "kept" / "model.onnx", target)
+            optimized(target / "kept" / "model.onnx", target, "exact+decode" if inputs == "int16" else "exact")
             shutil.rmtree(target / "kept")
         files[f"graphopt, {inputs}"] = target / "model.onnx"
     genai = work / "genai" / "model.onnx"
@@ -218,11 +218,12 @@ def graphs(path: Path, work: Path, source: Path | None) -> dict[str, Path]:
     return {**files, GENAI: genai}
 
 
-def optimized(source: Path, folder: Path) -> Path:
+def optimized(source: Path, folder: Path, recipe: str = "exact") -> Path:
     """The graph after `graphopt optimize` with what a generator may assume."""
     target = folder / "model.onnx"
     if not target.exists():
         command = [sys.executable, "-m", "graphopt", "optimize", str(source), "-o", str(target), "--verify", "none"]
+        command += ["--recipe", recipe]
         command += [part for name in ASSUMED for part in ("--assume", name)]
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if result.returncode:
@@ -235,10 +236,17 @@ def size(file: Path) -> int:
     return sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
 
 
-def named(generator: Generator, name: str) -> Generator:
+def generator(file: Path, options: argparse.Namespace) -> Generator:
+    """A generator whose threads wait as the options say."""
+    if options.sleeping:
+        return Generator(file, sess_options=session_options(options.threads))
+    return Generator(file, threads=options.threads)
+
+
+def named(system: Generator, name: str) -> Generator:
     """The generator under another name."""
-    generator.name = name
-    return generator
+    system.name = name
+    return system
 
 
 def logits(system: Any, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

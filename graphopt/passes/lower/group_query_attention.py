@@ -212,7 +212,7 @@ class GroupQueryAttention(RulePass):
         if plan.packed:
             inputs = [self._pack(plan.packed, edit), None, None]
         else:
-            inputs = [self._tokens(o, site, plan, edit) for o in (site.q, site.k, site.v)]
+            inputs = _unsplit([self._tokens(o, site, plan, edit) for o in (site.q, site.k, site.v)])
         inputs += [site.past_key, site.past_value, lengths.last, lengths.total]
         rotation = site.rotation if plan.table is not None else None
         if plan.table is not None:
@@ -282,3 +282,14 @@ class GroupQueryAttention(RulePass):
         if plan.window:
             parts.append(f"window {plan.window}")
         return f"wrote GroupQueryAttention: {', '.join(parts)}"
+
+
+def _unsplit(parts: list[ir.Value]) -> list[ir.Value | None]:
+    """Queries, keys and values as the one product that they were split from, where they were."""
+    split = parts[0].producer()
+    if split is None or split.op_type != "Split" or list(split.outputs) != parts:
+        return list(parts)
+    source, last = split.inputs[0], -1 if parts[0].shape is None else len(parts[0].shape) - 1
+    if source is None or attribute_int(split, "axis", 0) not in (-1, last):
+        return list(parts)
+    return [source, None, None]
