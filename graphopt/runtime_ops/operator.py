@@ -7,6 +7,7 @@ Each folder beside this file that holds an `OPERATOR` is one:
         body.py         the portable body, an onnxscript function of standard operators
         cpu.cc          the CPU kernel (native/operator.h says how); kernels.h and simd.cc its inner loops
         cuda.cu         CUDA kernels as plain launchers; cuda.cc makes a kernel of ONNX Runtime of them
+        fuzz.cc         what a valid node is, for the fuzzer (`make sanitize`), which breaks it in every way
 
 The body goes into a model as a local function of the operator's name, so any ONNX runtime executes it. Where the
 library (`graphopt.runtime_ops.library`) is registered with a session, its kernel is taken instead.
@@ -150,6 +151,15 @@ def _folders() -> dict[str, str]:
             if isinstance(operator := getattr(module, "OPERATOR", None), Operator):
                 found[operator.name] = entry.name
     return found
+
+
+def folder_of(name: str) -> str:
+    """The folder of an operator, beside this file.
+
+    Raises:
+        KeyError: There is no such operator.
+    """
+    return _folders()[name]
 
 
 @functools.cache
