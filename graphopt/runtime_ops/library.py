@@ -1,4 +1,4 @@
-"""The library with graphopt's kernels: where it is, and which nodes it has kernels for."""
+"""The library with graphopt's kernels: where it is, and which nodes it runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from graphopt.runtime_ops.operator import DOMAIN, uses
 
 CUDA_ENTRY = "graphopt.cuda"
 """The session configuration entry that offers the CUDA kernels ("1")."""
+REGISTERED_ENTRY = "graphopt.registered"
+"""The entry by which the library says that session options hold it ("1")."""
 
 _NAME = {"win32": "graphopt_ops.dll", "darwin": "libgraphopt_ops.dylib"}.get(sys.platform, "libgraphopt_ops.so")
 
@@ -59,18 +61,20 @@ def mentioned(path: Path) -> bool:
 
 
 def without_kernel(model: ir.Model, path: Path, providers: Iterable[str]) -> ir.Node | None:
-    """The first node of a model that the library at `path` has no kernel for; None: it has one for each.
+    """The first node of a model that can't run where the library at `path` is registered; None: all can.
 
-    With the library registered, ONNX Runtime no longer takes the body of an operator that the library knows, so one
-    such node means that the bodies must serve everywhere. A type that the file doesn't tell counts as one that fits.
+    With the library registered, ONNX Runtime no longer takes the body of an operator that the library has kernels for,
+    so one node of other types than those of the kernels means that bodies must serve everywhere. An operator that the
+    library doesn't know keeps its body. A type that the file doesn't tell counts as one that fits.
     """
     provided = set(providers) | {"CPUExecutionProvider"}
+    known: dict[str, list[tuple[int, ...]]] = {}
+    for name, provider, wanted in kernels(path):
+        if provider in provided:
+            known.setdefault(name, []).append(wanted)
     for node in uses(model):
         types = [int(v.dtype) if v is not None and v.dtype is not None else None for v in node.inputs]
-        if not any(
-            name == node.op_type and provider in provided and _fits(types, wanted)
-            for name, provider, wanted in kernels(path)
-        ):
+        if node.op_type in known and not any(_fits(types, wanted) for wanted in known[node.op_type]):
             return node
     return None
 

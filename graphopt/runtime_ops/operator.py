@@ -191,5 +191,6 @@ def add_body(model: ir.Model, name: str) -> ir.Function:
 
 
 def uses(model: ir.Model) -> list[ir.Node]:
-    """The nodes of a model that are operators of graphopt's, subgraphs included."""
-    return [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN]
+    """The nodes of a model that are operators of graphopt's, those of subgraphs and of other functions included."""
+    graphs = [model.graph, *(f.graph for f in model.functions.values() if f.domain != DOMAIN)]
+    return [n for graph in graphs for n in ir.traversal.RecursiveGraphIterator(graph) if n.domain == DOMAIN]

@@ -82,7 +82,9 @@ const V* attribute(const OrtKernelInfo* info, const char* name, V (*invented)(Ra
   return std::get_if<V>(&found->second);
 }
 
-int64_t some_integer(Random& random) { return random.chance(50) ? int64_t(1) << random.below(8) : random.between(-1, 9); }
+int64_t some_integer(Random& random) {
+  return random.chance(50) ? int64_t(1) << random.below(8) : random.between(-1, 9);
+}
 
 template <typename V>
 OrtStatus* copied(const std::vector<V>* from, V* to, size_t* size) {
@@ -156,6 +158,7 @@ abi::Api table() {
     *has = 0;
     return nullptr;
   };
+  api.AddSessionConfigEntry = [](OrtSessionOptions*, const char*, const char*) -> OrtStatus* { return nullptr; };
 
   api.GetTensorMutableData = [](OrtValue* value, void** data) -> OrtStatus* {
     *data = value->data;
@@ -194,7 +197,8 @@ abi::Api table() {
     info->names.assign(names, names + rank);
     return nullptr;
   };
-  api.GetSymbolicDimensions = [](const OrtTensorTypeAndShapeInfo* info, const char* names[], size_t rank) -> OrtStatus* {
+  api.GetSymbolicDimensions = [](const OrtTensorTypeAndShapeInfo* info, const char* names[],
+                                 size_t rank) -> OrtStatus* {
     for (size_t i = 0; i < std::min(rank, info->names.size()); ++i) names[i] = info->names[i].c_str();
     return nullptr;
   };
@@ -244,7 +248,8 @@ abi::Api table() {
     *count = context->outputs.size();
     return nullptr;
   };
-  api.KernelContext_GetInput = [](const OrtKernelContext* context, size_t index, const OrtValue** value) -> OrtStatus* {
+  api.KernelContext_GetInput = [](const OrtKernelContext* context, size_t index,
+                                  const OrtValue** value) -> OrtStatus* {
     const bool given = index < context->values.size() && context->made->inputs[index];
     *value = given ? &context->values[index] : nullptr;
     return nullptr;
