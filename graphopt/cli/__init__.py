@@ -60,12 +60,28 @@ class LazyGroup(click.Group):
             raise
 
 
+def _version(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:
+    """Print the version, and whether there are kernels: pip doesn't show that it couldn't build them."""
+    if asked:
+        from graphopt.runtime_ops.library import described
+
+        click.echo(f"graphopt, version {graphopt.__version__}\n{described()}")
+        context.exit()
+
+
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Example: graphopt optimize model.onnx -o model.opt.onnx --report report.html",
 )
-@click.version_option(graphopt.__version__, prog_name="graphopt")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_version,
+    help="Show the version, and kernels.",
+)
 def cli() -> None:
     """Optimize ONNX models for ONNX Runtime, and prove each rewrite on numbers."""
 

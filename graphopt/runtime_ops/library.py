@@ -52,6 +52,34 @@ def kernels(path: Path) -> frozenset[tuple[str, str, tuple[int, ...]]]:
     return frozenset(found)
 
 
+def offered() -> dict[str, list[str]]:
+    """The operators that the library has kernels for, by execution provider; empty where there is no library.
+
+    Raises:
+        OSError: It can't be loaded.
+    """
+    path = library_path()
+    found: dict[str, set[str]] = {}
+    for name, provider, _ in kernels(path) if path is not None else ():
+        found.setdefault(provider, set()).add(name)
+    return {provider: sorted(names) for provider, names in sorted(found.items())}
+
+
+def described() -> str:
+    """In one line, what the library has, or why there is none, for whoever wonders how fast a model runs."""
+    path = library_path()
+    if path is None:
+        return (
+            "own operators: portable bodies, which are slower than kernels, because the library with those wasn't "
+            "built; it needs a C++ compiler when graphopt is installed (`pip install -v` shows what was missing)"
+        )
+    try:
+        names = [f"{len(names)} on {p.removesuffix('ExecutionProvider')}" for p, names in offered().items()]
+    except OSError as error:
+        return f"own operators: portable bodies, because the library can't be loaded: {error}"
+    return f"own operators: kernels for {', '.join(names)}, in {path}"
+
+
 def mentioned(path: Path) -> bool:
     """Whether a model file may use operators of graphopt's, found without loading it."""
     if path.stat().st_size == 0:

@@ -73,6 +73,12 @@ def test_what_lies_beside_a_model_comes_along(run: Run, model: Path, tmp_path: P
     assert (tmp_path / "other" / "config.json").read_text() == "{}"
 
 
+def test_the_version_tells_of_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("--version")[1].startswith(f"graphopt, version {graphopt.__version__}\nown operators: ")
+    monkeypatch.setenv("GRAPHOPT_LIBRARY", "")
+    assert "portable bodies" in run("--version")[1]
+
+
 def test_optimize(run: Run, model: Path, tmp_path: Path) -> None:
     before = model.read_bytes()
     report = tmp_path / "out" / "report.html"

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.runtime_ops import library_path, operators
-from graphopt.runtime_ops.library import kernels, mentioned, without_kernel
+from graphopt.runtime_ops.library import described, kernels, mentioned, offered, without_kernel
 from graphopt.runtime_ops.operator import DOMAIN, add_body, folder_of, uses
 
 FOLDER = Path(__file__).parents[2] / "graphopt" / "runtime_ops"
@@ -80,6 +80,18 @@ def test_of_two_builds_the_last_one_counts(monkeypatch: pytest.MonkeyPatch, tmp_
         (tmp_path / folder / name).touch()
         os.utime(tmp_path / folder / name, (age, age))
     assert library_path() == tmp_path / "other" / name
+
+
+def test_a_user_is_told_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = library()
+    assert set(offered()[CPU]) <= set(operators())
+    assert described().startswith(f"own operators: kernels for {len(offered()[CPU])} on CPU")
+    assert str(path) in described()
+    monkeypatch.setenv("GRAPHOPT_LIBRARY", str(tmp_path / "none.so"))
+    assert "can't be loaded" in described()
+    monkeypatch.setenv("GRAPHOPT_LIBRARY", "")
+    assert offered() == {}
+    assert "needs a C++ compiler" in described()
 
 
 def test_which_nodes_it_runs() -> None:
