@@ -21,6 +21,7 @@ COMMANDS = {
     "passes": "List the passes, or show the page of one.",
     "target": "Say what the installed ONNX Runtime executes.",
     "export": "Export a PyTorch or Hugging Face model to ONNX.",
+    "package": "Put a model and all that runs it into one folder.",
     "models": "List or fetch real models to try graphopt on.",
 }
 

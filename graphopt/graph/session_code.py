@@ -15,25 +15,27 @@ Settings = Sequence[Mapping[str, Any]]
 """Entries with "setting" and "value", as a report lists them (`SessionSettings.listed`)."""
 
 
-def python_lines(settings: Settings, model: str, library: str | None = None) -> str:
+def python_lines(settings: Settings, model: str, library: str | None = None, providers: Sequence[str] = ()) -> str:
     """Python that opens `model` with these settings.
 
     Args:
         settings: What the model asks for.
         model: Its file.
-        library: The file of the library with graphopt's kernels, where it is to be registered.
+        library: The file of the library with graphopt's kernels, where it is to be registered; after the settings,
+            since it looks at them.
+        providers: Execution providers; none: the default.
     """
     lines = ["import onnxruntime", "", "options = onnxruntime.SessionOptions()"]
-    if library is not None:
-        lines.append(f"options.register_custom_ops_library({_quoted(library)})")
-    extra = ""
+    extra = f", providers={list(providers)!r}" if providers else ""
     for name, value in _pairs(settings):
         if name == DISABLED_OPTIMIZERS:
-            extra = f", disabled_optimizers={_names(value)!r}"
+            extra += f", disabled_optimizers={_names(value)!r}"
         elif "." in name:
             lines.append(f"options.add_session_config_entry({_quoted(name)}, {_quoted(value)})")
         else:
             lines.append(f"options.{name} = {_python_value(name, value)}")
+    if library is not None:
+        lines.append(f"options.register_custom_ops_library({_quoted(library)})")
     lines.append(f"session = onnxruntime.InferenceSession({_quoted(model)}, options{extra})")
     return "\n".join(lines)
 
@@ -41,8 +43,6 @@ def python_lines(settings: Settings, model: str, library: str | None = None) -> 
 def cpp_lines(settings: Settings, model: str, library: str | None = None) -> str:
     """C++ that opens `model` with these settings; arguments as those of `python_lines`."""
     lines = ["Ort::Env env;", "Ort::SessionOptions options;"]
-    if library is not None:
-        lines.append(f"options.RegisterCustomOpsLibrary(ORT_TSTR({_quoted(library)}));")
     for name, value in _pairs(settings):
         if name == DISABLED_OPTIMIZERS:
             lines.append(f'options.AddConfigEntry("{_DISABLED}", {_quoted(";".join(_names(value)))});')
@@ -50,6 +50,8 @@ def cpp_lines(settings: Settings, model: str, library: str | None = None) -> str
             lines.append(f"options.AddConfigEntry({_quoted(name)}, {_quoted(value)});")
         else:
             lines.append(f"options.Set{_capitals(name)}({value});")
+    if library is not None:
+        lines.append(f"options.RegisterCustomOpsLibrary(ORT_TSTR({_quoted(library)}));")
     lines.append(f"Ort::Session session(env, ORT_TSTR({_quoted(model)}), options);")
     return "\n".join(lines)
 
@@ -57,8 +59,6 @@ def cpp_lines(settings: Settings, model: str, library: str | None = None) -> str
 def csharp_lines(settings: Settings, model: str, library: str | None = None) -> str:
     """C# that opens `model` with these settings; arguments as those of `python_lines`."""
     lines = ["using Microsoft.ML.OnnxRuntime;", "", "using var options = new SessionOptions();"]
-    if library is not None:
-        lines.append(f"options.RegisterCustomOpLibrary({_quoted(library)});")
     for name, value in _pairs(settings):
         if name == DISABLED_OPTIMIZERS:
             lines.append(f'options.AddSessionConfigEntry("{_DISABLED}", {_quoted(";".join(_names(value)))});')
@@ -67,6 +67,8 @@ def csharp_lines(settings: Settings, model: str, library: str | None = None) -> 
         else:
             level = "GraphOptimizationLevel." if name == "graph_optimization_level" else ""
             lines.append(f"options.{_capitals(name)} = {level}{value};")
+    if library is not None:
+        lines.append(f"options.RegisterCustomOpLibrary({_quoted(library)});")
     lines.append(f"using var session = new InferenceSession({_quoted(model)}, options);")
     return "\n".join(lines)
 
