@@ -27,10 +27,10 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
-	$(BIN)/python -m graphopt.report.pages docs/passes --check
+	$(BIN)/python -m graphopt.report.pages docs --check
 
 docs: $(VENV)/ready
-	$(BIN)/python -m graphopt.report.pages docs/passes
+	$(BIN)/python -m graphopt.report.pages docs
 
 # The kernels' library, built beside the sources, where it comes before the installed one. Options: make library
 # NATIVE_FLAGS=-DGRAPHOPT_CUDA=OFF

@@ -6,8 +6,9 @@ import importlib
 import io
 import signal
 import sys
+import warnings
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -93,6 +94,7 @@ def main() -> None:
     from graphopt.errors import GraphoptError
 
     prepare()
+    warnings.showwarning = _show_warning
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -120,6 +122,23 @@ def main() -> None:
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1)
     except MemoryError:
         fail("out of memory; try --verify none, which needs no session of the model.", 1)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of ours as one sentence, where it comes from left out."""
+    from graphopt.errors import GraphoptWarning
+
+    if issubclass(category, GraphoptWarning):
+        click.echo(f"graphopt: {message}", err=True)
+    else:
+        click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
 
 
 def fail(message: str, code: int) -> None:

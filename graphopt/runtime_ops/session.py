@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from graphopt.errors import GraphoptError, ModelError, UsageError, first_line
+from graphopt.errors import GraphoptError, GraphoptWarning, ModelError, UsageError, first_line
 from graphopt.graph.assumptions import Reliance
 from graphopt.graph.assumptions import read as read_assumptions
 from graphopt.graph.load import load
@@ -51,8 +51,8 @@ def session(
     """An `onnxruntime.InferenceSession` for a model, with the settings that the model's metadata asks for.
 
     A model with operators of graphopt's runs on the library's kernels (`graphopt.runtime_ops.library_path`), and on the
-    operators' portable bodies, with a warning, where there is no library or it can't run one of the nodes. The
-    options of a session may be those of another one; the library is registered with them once.
+    operators' portable bodies, with a `GraphoptWarning`, where there is no library or it can't run one of the nodes.
+    The options of a session may be those of another one; the library is registered with them once.
 
     Where the model is right for some inputs only (`graphopt.graph.assumptions`), running it on others raises
     `graphopt.errors.AssumptionError`; see `graphopt.runtime_ops.checked` for what is seen of bound inputs.
@@ -103,7 +103,8 @@ def session(
     except Exception as error:  # ONNX Runtime has a class of exception for each reason
         raise ModelError(f"ONNX Runtime can't load {path}: {first_line(error)}") from error
     if why is not None:
-        warnings.warn(f"{path} runs on the portable bodies of its operators, more slowly: {why}.", stacklevel=2)
+        message = f"{path} runs on the portable bodies of its operators, more slowly: {why}."
+        warnings.warn(message, GraphoptWarning, stacklevel=2)
     return made
 
 

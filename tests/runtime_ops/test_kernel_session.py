@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import graphopt
-from graphopt.errors import ModelError, UsageError
+from graphopt.errors import GraphoptWarning, ModelError, UsageError
 from graphopt.graph.session_settings import request
 from graphopt.runtime_ops import library_path, operators
 from graphopt.runtime_ops.operator import DOMAIN
@@ -99,7 +99,7 @@ def test_with_and_without_kernels(tmp_path: Path, library: Path, kind: int) -> N
 def test_where_there_is_no_library_the_body_serves_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "m.onnx")
     monkeypatch.setenv("GRAPHOPT_LIBRARY", "")
-    with pytest.warns(UserWarning, match=r"m.onnx runs on the portable bodies .* kernels wasn't built\.") as caught:
+    with pytest.warns(GraphoptWarning, match=r"m.onnx runs on the portable bodies .* kernels wasn't built\.") as caught:
         session = graphopt.session(path)
     assert caught[0].filename == __file__
     np.testing.assert_allclose(session.run(None, {"x": X})[0], expected(X), atol=1e-5)
@@ -158,7 +158,7 @@ def test_own_settings_stay(tmp_path: Path, library: Path) -> None:
 def test_types_without_a_kernel_run_on_bodies(tmp_path: Path, library: Path) -> None:
     """A body takes more types than the kernel here: that of a double computes in float32."""
     path = saved(tmp_path / "m.onnx", kind=TensorProto.DOUBLE)
-    with pytest.warns(UserWarning, match="no kernel for HadamardTransform 'the_transform' with its types"):
+    with pytest.warns(GraphoptWarning, match="no kernel for HadamardTransform 'the_transform' with its types"):
         session = graphopt.session(path)
     np.testing.assert_allclose(session.run(None, {"x": X.astype(np.float64)})[0], expected(X), atol=1e-5)
 
@@ -196,7 +196,7 @@ def test_types_that_the_file_does_not_tell(tmp_path: Path, library: Path) -> Non
     """Inside a function no value has a type, so that ONNX Runtime is the first to see that there is no kernel."""
     nodes = [helper.make_node("Block", ["x"], ["y"], domain="mine")]
     path = saved(tmp_path / "m.onnx", nodes, "y", TensorProto.DOUBLE, [block()])
-    with pytest.warns(UserWarning, match="the library can't run all of it"):
+    with pytest.warns(GraphoptWarning, match="the library can't run all of it"):
         session = graphopt.session(path)
     np.testing.assert_allclose(session.run(None, {"x": X.astype(np.float64)})[0], expected(X), atol=1e-5)
 
