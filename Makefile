@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs library zoo bench-attention attention-matrix export-matrix clean
+.PHONY: demo test check docs library fuzzer sanitize zoo bench-attention attention-matrix export-matrix clean
 
 NATIVE = $(wildcard graphopt/runtime_ops/native/* graphopt/runtime_ops/*/*.cc graphopt/runtime_ops/*/*.h graphopt/runtime_ops/*/*.cu)
 
@@ -27,10 +27,10 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
-	$(BIN)/python -m graphopt.report.pages docs/passes --check
+	$(BIN)/python -m graphopt.report.pages docs --check
 
 docs: $(VENV)/ready
-	$(BIN)/python -m graphopt.report.pages docs/passes
+	$(BIN)/python -m graphopt.report.pages docs
 
 # The kernels' library, built beside the sources, where it comes before the installed one. Options: make library
 # NATIVE_FLAGS=-DGRAPHOPT_CUDA=OFF
@@ -38,6 +38,15 @@ library:
 	cmake -S graphopt/runtime_ops/native -B build/native -DGRAPHOPT_WERROR=ON $(NATIVE_FLAGS)
 	cmake --build build/native --parallel
 	cp build/native/libgraphopt_ops.so graphopt/runtime_ops/
+
+# Nodes at random, mostly broken ones, through every kernel under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Options: make sanitize FUZZ='--operator HadamardTransform --cases 100000 --seed 1'
+fuzzer:
+	cmake -S graphopt/runtime_ops/native -B build/sanitize -DGRAPHOPT_SANITIZE=ON -DGRAPHOPT_WERROR=ON $(NATIVE_FLAGS)
+	cmake --build build/sanitize --parallel
+
+sanitize: fuzzer
+	build/sanitize/graphopt_fuzz $(FUZZ)
 
 # graphopt beside its peers on every model, into docs/zoo.md; about half an hour. Options: make zoo ZOO='--resume'
 zoo: $(VENV)/ready

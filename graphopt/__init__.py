@@ -31,6 +31,7 @@ _PLACES = {
     "Sampling": "graphopt.runtime_ops.sampling",
     "perplexity": "graphopt.runtime_ops.scoring",
     "export_model": "graphopt.export",
+    "package": "graphopt.export.serving_package",
     "GraphoptError": "graphopt.errors",
 }
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from graphopt.api import verify as verify
     from graphopt.errors import GraphoptError as GraphoptError
     from graphopt.export import export_model as export_model
+    from graphopt.export.serving_package import package as package
     from graphopt.graph import load as load
     from graphopt.graph import save as save
     from graphopt.pass_manager import PassManager as PassManager

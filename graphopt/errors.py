@@ -41,6 +41,10 @@ class VerificationError(GraphoptError):
     exit_code = 5
 
 
+class GraphoptWarning(UserWarning):
+    """Something works, but not as well as it could; the CLI prints it as one sentence."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message that says something, at most 300 characters.
 

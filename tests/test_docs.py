@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("passes/*.md")])
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("passes/*.md"), *DOCS.glob("operators/*.md")])
 EXAMPLE = "graphopt.passes.clean.merge_transposes"
 
 
@@ -66,17 +69,57 @@ def test_the_example_runs_in_the_pass_manager(example: tuple[types.ModuleType, t
     assert run.after.nodes == 1  # an Identity: a graph output can't be renamed to an input
 
 
+def test_the_example_operator_holds_its_tests(tmp_path: Path) -> None:
+    """The files of docs/write-an-operator.md, built and tested."""
+    for tool in ("cmake", "c++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"the example operator can't be built: there is no {tool}")
+    text = (DOCS / "write-an-operator.md").read_text()
+    files = re.findall(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(files) == 7
+    for name, content in files:
+        place = tmp_path / ("tests" if name.startswith("tests/") else "operators/soft_clip") / Path(name).name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(content)
+    native, build = ROOT / "graphopt" / "runtime_ops" / "native", tmp_path / "build"
+    options = [f"-DGRAPHOPT_OPERATORS={tmp_path / 'operators'}", "-DGRAPHOPT_WERROR=ON", "-DGRAPHOPT_CUDA=OFF"]
+    for command in (["cmake", "-S", native, "-B", build, *options], ["cmake", "--build", build, "--parallel"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "tests" / "conftest.py").write_text(
+        f"import graphopt.runtime_ops as package\npackage.__path__.append({str(tmp_path / 'operators')!r})\n"
+    )
+    (library,) = build.glob("*graphopt_ops.*")
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "GRAPHOPT_LIBRARY": str(library)}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        tmp_path,
+        tmp_path / "tests",
+    ]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(DOCS)))
 def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if not target.startswith(("http:", "https:")):
             assert (path.parent / target).exists(), f"{path.name} links to {target}, which doesn't exist"
 
 
-def test_pages_of_passes_are_up_to_date() -> None:
-    from graphopt.report.pages import check_pages
+def test_generated_pages_are_up_to_date() -> None:
+    from graphopt.report.markdown import check_pages
+    from graphopt.report.pages import FOLDERS
 
-    assert check_pages(DOCS / "passes") == [], "run `make docs`"
+    for name, pages in FOLDERS.items():
+        assert check_pages(DOCS / name, pages()) == [], "run `make docs`"
 
 
 def commands() -> list[tuple[str, str]]:

@@ -6,8 +6,9 @@ import importlib
 import io
 import signal
 import sys
+import warnings
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "passes": "List the passes, or show the page of one.",
     "target": "Say what the installed ONNX Runtime executes.",
     "export": "Export a PyTorch or Hugging Face model to ONNX.",
+    "package": "Put a model and all that runs it into one folder.",
     "models": "List or fetch real models to try graphopt on.",
 }
 
@@ -60,12 +62,28 @@ class LazyGroup(click.Group):
             raise
 
 
+def _version(context: click.Context, _parameter: click.Parameter, asked: bool) -> None:
+    """Print the version, and whether there are kernels: pip doesn't show that it couldn't build them."""
+    if asked:
+        from graphopt.runtime_ops.library import described
+
+        click.echo(f"graphopt, version {graphopt.__version__}\n{described()}")
+        context.exit()
+
+
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Example: graphopt optimize model.onnx -o model.opt.onnx --report report.html",
 )
-@click.version_option(graphopt.__version__, prog_name="graphopt")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_version,
+    help="Show the version, and kernels.",
+)
 def cli() -> None:
     """Optimize ONNX models for ONNX Runtime, and prove each rewrite on numbers."""
 
@@ -76,6 +94,7 @@ def main() -> None:
     from graphopt.errors import GraphoptError
 
     prepare()
+    warnings.showwarning = _show_warning
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -103,6 +122,23 @@ def main() -> None:
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", 1)
     except MemoryError:
         fail("out of memory; try --verify none, which needs no session of the model.", 1)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of ours as one sentence, where it comes from left out."""
+    from graphopt.errors import GraphoptWarning
+
+    if issubclass(category, GraphoptWarning):
+        click.echo(f"graphopt: {message}", err=True)
+    else:
+        click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
 
 
 def fail(message: str, code: int) -> None:

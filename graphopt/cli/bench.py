@@ -76,6 +76,7 @@ def command(
     if given:
         raise UsageError(f"{GENERATION[next(iter(given))]} goes with --generate only.")
     from graphopt.report.terminal import print_timing
+    from graphopt.runtime_ops.library import described, mentioned
     from graphopt.verification.workload import benchmark_models
 
     with progress(as_json) as bar:
@@ -92,6 +93,8 @@ def command(
         print_json(result.to_dict())
     else:
         print_timing(result.to_dict(), out())
+        if any(mentioned(path) for path in paths):
+            out().print(described(), markup=False, soft_wrap=True)
 
 
 def _generation(paths: list[Path], given: dict[str, Any], as_json: bool) -> None:

@@ -39,6 +39,7 @@ def command(name: str, measure: bool, quick: bool, output: Path | None, profile:
     from graphopt.analysis import profile_cache
     from graphopt.analysis.profile import load
     from graphopt.analysis.target import facts
+    from graphopt.runtime_ops.library import described, library_path, offered
 
     if name != "cpu" and (measure or profile is not None):
         raise UsageError("Profiles are measured for the target cpu.")
@@ -67,10 +68,13 @@ def command(name: str, measure: bool, quick: bool, output: Path | None, profile:
     elif name == "cpu":
         shown = profile_cache.cached()
     if as_json:
-        print_json({**found.to_dict(), "profile": None if shown is None else {"id": shown.id, **shown.to_dict()}})
+        library = {"path": library_path(), "operators": offered()}
+        profile_data = None if shown is None else {"id": shown.id, **shown.to_dict()}
+        print_json({**found.to_dict(), "library": library, "profile": profile_data})
         return
     console = out()
     print_facts(found, console)
+    console.print(described(), markup=False, soft_wrap=True)
     if name != "cpu":
         return
     console.print()

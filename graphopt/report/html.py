@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from graphopt.report import measured, settings_code, summary, units
+from graphopt.graph import session_code
+from graphopt.report import measured, summary, units
 from graphopt.report.markup import Cell, bars, code_block, definitions, details, label, name, number, table, text
 from graphopt.report.summary import Effect
 
@@ -352,8 +354,13 @@ def _session(report: Data) -> str:
         top += table("Settings of the ONNX Runtime session", ["setting", "value", "why"], rows)
     else:
         top = "<p>The model needs no particular session settings.</p>"
-    python = code_block("Python", settings_code.python_lines(settings, model))
-    cpp = code_block("C++", settings_code.cpp_lines(settings, model))
+    lines = (
+        f"import graphopt\n\nsession = graphopt.session({json.dumps(model, ensure_ascii=False)})  # sets all of this"
+    )
+    if settings:
+        lines += f"\n\n# the same without graphopt\n{session_code.python_lines(settings, model)}"
+    python = code_block("Python", lines)
+    cpp = code_block("C++", session_code.cpp_lines(settings, model))
     return f'{top}<div class="columns"><div>{python}</div><div>{cpp}</div></div>'
 
 

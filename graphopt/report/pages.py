@@ -1,7 +1,7 @@
 """One Markdown page for each pass, made from its source: what `docs/passes/` holds and `graphopt passes show` prints.
 
-python -m graphopt.report.pages docs/passes            write the pages
-python -m graphopt.report.pages docs/passes --check    say which are out of date (exit code 1)
+python -m graphopt.report.pages docs            write the pages of passes, and of operators (docs/operators/)
+python -m graphopt.report.pages docs --check    say which are out of date (exit code 1)
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import inspect
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from graphopt.passes import registry
 from graphopt.passes.base import Guarantee, Pass
+from graphopt.report import operator_pages
+from graphopt.report.markdown import MARK, capital, cell, check_pages, write_pages
 
 FAMILIES = {
     "clean": "Clean up: constants, duplicates, dead code, shape arithmetic",
@@ -30,7 +32,6 @@ FAMILIES = {
 }
 """Families in the order of a pipeline, with their headings; others follow by name."""
 
-_MARK = "<!-- Generated from {source} by `make docs`: change the docstring there, not this page. -->"
 _OPTIONS = re.compile(r"^(?:\*\*Options:\*\*|Options:\n)\s*")
 _DEFAULT = re.compile(r",?\s*default\s+[^,;)]+")
 
@@ -41,7 +42,7 @@ def page(cls: type[Pass]) -> str:
     Made of the module's docstring (the one-line summary), the class docstring (the body; its paragraph `**Options:**`
     becomes a table) and the signature of `__init__` (names, types and defaults of the options).
     """
-    parts = [_MARK.format(source=_source(cls)), f"# {cls.name}", _facts(cls), _body(cls), _options(cls), _recipe(cls)]
+    parts = [MARK.format(source=_source(cls)), f"# {cls.name}", _facts(cls), _body(cls), _options(cls), _recipe(cls)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -77,7 +78,7 @@ def index(classes: Sequence[type[Pass]]) -> str:
     families: dict[str, list[type[Pass]]] = defaultdict(list)
     for cls in classes:
         families[cls.family].append(cls)
-    lines = [_MARK.format(source="graphopt/passes/"), "", "# Passes", ""]
+    lines = [MARK.format(source="graphopt/passes/"), "", "# Passes", ""]
     lines += ["`graphopt passes` prints this list, `graphopt passes show NAME` one page.", ""]
     order = list(FAMILIES)
     for family in sorted(families, key=lambda f: (order.index(f) if f in FAMILIES else len(order), f)):
@@ -88,7 +89,7 @@ def index(classes: Sequence[type[Pass]]) -> str:
             "|---|---|---|",
         ]
         for cls in sorted(families[family], key=lambda c: c.name):
-            lines.append(f"| [{cls.name}]({cls.name}.md) | {_cell(_capital(summary(cls)))} | {_guarantee(cls)} |")
+            lines.append(f"| [{cls.name}]({cls.name}.md) | {cell(capital(summary(cls)))} | {_guarantee(cls)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -99,50 +100,27 @@ def pages(classes: Sequence[type[Pass]] | None = None) -> dict[str, str]:
     return {"README.md": index(chosen), **{f"{cls.name}.md": page(cls) for cls in chosen}}
 
 
-def write_pages(folder: str | Path) -> list[Path]:
-    """Write every page into `folder` and remove generated ones whose pass is gone; returns the files that changed."""
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    wanted, changed = pages(), []
-    for name, text in wanted.items():
-        path = root / name
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
-            changed.append(path)
-    for path in _orphans(root, wanted):
-        path.unlink()
-        changed.append(path)
-    return changed
-
-
-def check_pages(folder: str | Path) -> list[str]:
-    """One line for each page of `folder` that is missing, out of date, or left of a pass that is gone."""
-    root, wanted = Path(folder), pages()
-    problems = []
-    for name, text in wanted.items():
-        path = root / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.read_text(encoding="utf-8") != text:
-            problems.append(f"{path} is out of date")
-    problems += [f"{path} belongs to no pass" for path in _orphans(root, wanted)]
-    return problems
+FOLDERS: dict[str, Callable[[], dict[str, str]]] = {"passes": pages, "operators": operator_pages.pages}
+"""What makes the pages of each folder of `docs/`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m graphopt.report.pages`."""
     parser = argparse.ArgumentParser(prog="python -m graphopt.report.pages", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", help="where the pages are, for example docs/passes")
+    parser.add_argument("folder", help="the folder with the folders of pages, for example docs")
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a page is out of date")
     given = parser.parse_args(arguments)
-    if given.check:
-        problems = check_pages(given.folder)
-        for problem in problems:
-            print(f"{problem}; run `make docs`.", file=sys.stderr)
-        return 1 if problems else 0
-    for path in write_pages(given.folder):
-        print(path)
-    return 0
+    problems: list[str] = []
+    for name, made in FOLDERS.items():
+        place = Path(given.folder) / name
+        if given.check:
+            problems += check_pages(place, made())
+        else:
+            for path in write_pages(place, made()):
+                print(path)
+    for problem in problems:
+        print(f"{problem}; run `make docs`.", file=sys.stderr)
+    return 1 if problems else 0
 
 
 # ---- the parts of a page
@@ -150,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _facts(cls: type[Pass]) -> str:
     head = "| family | guarantee | source |"
-    facts = f"| {cls.family} | {_guarantee(cls)} | {_cell(cls.paper) or '–'} |"
+    facts = f"| {cls.family} | {_guarantee(cls)} | {cell(cls.paper) or '–'} |"
     bold = _sentence(summary(cls))
     # A docstring may open with the summary itself.
     lines = [] if _body(cls).replace("\n", " ").startswith(bold) else [f"**{bold}**", ""]
@@ -179,7 +157,7 @@ def _options(cls: type[Pass]) -> str:
     for name, parameter in options.items():
         kind = "" if parameter.annotation is inspect.Parameter.empty else _type_name(parameter.annotation)
         default = "required" if parameter.default is inspect.Parameter.empty else f"`{_yaml(parameter.default)}`"
-        lines.append(f"| `{name}` | {_cell(kind)} | {_cell(default)} | {_cell(texts.get(name, ''))} |")
+        lines.append(f"| `{name}` | {cell(kind)} | {cell(default)} | {cell(texts.get(name, ''))} |")
     return "\n".join(lines)
 
 
@@ -243,25 +221,7 @@ def _source(cls: type[Pass]) -> str:
 
 
 def _sentence(text: str) -> str:
-    return f"{_capital(text)}." if text else ""
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _cell(text: str) -> str:
-    """Text for one cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _orphans(root: Path, wanted: dict[str, str]) -> list[Path]:
-    prefix = _MARK.partition("{")[0]
-    return [
-        path
-        for path in sorted(root.glob("*.md"))
-        if path.name not in wanted and path.read_text(encoding="utf-8").startswith(prefix)
-    ]
+    return f"{capital(text)}." if text else ""
 
 
 if __name__ == "__main__":

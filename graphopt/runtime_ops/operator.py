@@ -7,6 +7,7 @@ Each folder beside this file that holds an `OPERATOR` is one:
         body.py         BODY: the portable body, an onnxscript function of standard operators; PARTS: functions it calls
         cpu.cc          the CPU kernel (native/operator.h says how); kernels.h and simd.cc its inner loops
         cuda.cu         CUDA kernels as plain launchers; cuda.cc makes a kernel of ONNX Runtime of them
+        fuzz.cc         what a valid node is, for the fuzzer (`make sanitize`), which breaks it in every way
 
 The body goes into a model as a local function of the operator's name, so any ONNX runtime executes it. Where the
 library (`graphopt.runtime_ops.library`) is registered with a session, its kernel is taken instead.
@@ -151,6 +152,15 @@ def _folders() -> dict[str, str]:
     return found
 
 
+def folder_of(name: str) -> str:
+    """The folder of an operator, beside this file.
+
+    Raises:
+        KeyError: There is no such operator.
+    """
+    return _folders()[name]
+
+
 @functools.cache
 def operators() -> Mapping[str, Operator]:
     """The operators by name."""
@@ -180,5 +190,6 @@ def add_body(model: ir.Model, name: str) -> ir.Function:
 
 
 def uses(model: ir.Model) -> list[ir.Node]:
-    """The nodes of a model that are operators of graphopt's, subgraphs included."""
-    return [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN]
+    """The nodes of a model that are operators of graphopt's, those of subgraphs and of other functions included."""
+    graphs = [model.graph, *(f.graph for f in model.functions.values() if f.domain != DOMAIN)]
+    return [n for graph in graphs for n in ir.traversal.RecursiveGraphIterator(graph) if n.domain == DOMAIN]

@@ -73,6 +73,25 @@ def test_what_lies_beside_a_model_comes_along(run: Run, model: Path, tmp_path: P
     assert (tmp_path / "other" / "config.json").read_text() == "{}"
 
 
+def test_the_version_tells_of_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("--version")[1].startswith(f"graphopt, version {graphopt.__version__}\nown operators: ")
+    monkeypatch.setenv("GRAPHOPT_LIBRARY", "")
+    assert "portable bodies" in run("--version")[1]
+
+
+def test_package(run: Run, model: Path, tmp_path: Path) -> None:
+    code, out, _ = run("package", model, "-o", tmp_path / "served")
+    assert code == 0
+    assert f"{tmp_path / 'served' / 'README.md'} says how to run it" in out
+    assert "the model has no operators of graphopt's" in out
+    assert run("package", model, "-o", tmp_path / "served")[0] == 2
+    code, out, _ = run("package", model, "-o", tmp_path / "served", "--force", "--json")
+    assert (code, json.loads(out)["files"]) == (0, ["README.md", "graphopt.json", "model.onnx"])
+    assert "--force" in run("package", "--help")[1]
+    code, _, err = run("package", tmp_path / "none.onnx", "-o", tmp_path / "other")
+    assert (code, err.count("\n")) == (3, 1)
+
+
 def test_optimize(run: Run, model: Path, tmp_path: Path) -> None:
     before = model.read_bytes()
     report = tmp_path / "out" / "report.html"

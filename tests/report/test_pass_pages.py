@@ -11,6 +11,7 @@ import pytest
 from graphopt.passes import registry
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.report import pages
+from graphopt.report.markdown import check_pages, write_pages
 
 
 class Prune(Pass):
@@ -89,18 +90,22 @@ def test_every_pass_is_documented(cls: type[Pass]) -> None:
 
 
 def test_write_check_and_clear(tmp_path: Path) -> None:
-    assert pages.check_pages(tmp_path)
-    written = pages.write_pages(tmp_path)
-    assert {p.name for p in written} == {"README.md", *(f"{n}.md" for n in registry.builtin())}
-    assert pages.write_pages(tmp_path) == []
-    assert pages.check_pages(tmp_path) == []
-    page = tmp_path / "fold-constants.md"
-    (tmp_path / "gone.md").write_text(page.read_text())
-    (tmp_path / "by-hand.md").write_text("# mine")
+    assert pages.main([str(tmp_path), "--check"]) == 1
+    assert pages.main([str(tmp_path)]) == 0
+    folder, wanted = tmp_path / "passes", pages.pages()
+    assert {p.name for p in folder.iterdir()} == {"README.md", *(f"{n}.md" for n in registry.builtin())}
+    assert write_pages(folder, wanted) == []
+    assert check_pages(folder, wanted) == []
+    page = folder / "fold-constants.md"
+    (folder / "gone.md").write_text(page.read_text())
+    (folder / "by-hand.md").write_text("# mine")
     page.write_text("changed")
-    assert [p.split()[-3:] for p in pages.check_pages(tmp_path)] == [["out", "of", "date"], ["to", "no", "pass"]]
+    assert [p.split()[-3:] for p in check_pages(folder, wanted)] == [
+        ["out", "of", "date"],
+        ["belongs", "to", "nothing"],
+    ]
     assert pages.main([str(tmp_path), "--check"]) == 1
     assert pages.main([str(tmp_path)]) == 0
     assert pages.main([str(tmp_path), "--check"]) == 0
-    assert (tmp_path / "by-hand.md").exists()
-    assert not (tmp_path / "gone.md").exists()
+    assert (folder / "by-hand.md").exists()
+    assert not (folder / "gone.md").exists()

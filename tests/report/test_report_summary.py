@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sample
 
-from graphopt.report import measured, settings_code, summary
+from graphopt.report import measured, summary
 
 
 def left(details: list[str]) -> list[dict[str, str]]:
@@ -58,24 +58,6 @@ def test_checks() -> None:
     assert summary.checks(data) == good
     data["passes"][1]["guarantee"] = "lossy"
     assert ("warn", "Lossy passes ran: the numbers were meant to change") in summary.checks(data)
-
-
-def test_settings_as_code() -> None:
-    settings = [
-        {"setting": "session.x", "value": 'a"b'},
-        {"setting": "disabled_optimizers", "value": "A, B"},
-        {"setting": "intra_op_num_threads", "value": "4"},
-        {"setting": "graph_optimization_level", "value": "ORT_ENABLE_BASIC"},
-    ]
-    python = settings_code.python_lines(settings, 'm"\n.onnx')
-    compile(python, "settings", "exec")
-    assert "options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC" in python
-    assert "disabled_optimizers=['A', 'B']" in python
-    cpp = settings_code.cpp_lines(settings, "m.onnx")
-    assert 'options.AddConfigEntry("session.x", "a\\"b");' in cpp
-    assert 'options.AddConfigEntry("optimization.disable_specified_optimizers", "A;B");' in cpp
-    assert "options.SetIntraOpNumThreads(4);" in cpp
-    assert "options.SetGraphOptimizationLevel(ORT_ENABLE_BASIC);" in cpp
 
 
 def test_what_a_result_is_valid_only_for() -> None:
