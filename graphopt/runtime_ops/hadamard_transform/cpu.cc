@@ -16,7 +16,7 @@ class HadamardTransform final : public Kernel {
     std::vector<float> memory;
     const Plan plan = rotation_.plan(x, factor, &memory);
     void* y = call.output(0, x.shape);
-    const Kernels& inner = kernels();
+    const Kernels& inner = rotation_.inner();
     const int64_t group = rotation_.group(), groups = x.size() / group, together = rotation_.groups_of_a_task(plan);
     call.parallel(size_t((groups + together - 1) / together), [&](size_t task) {
       thread_local std::vector<float> scratch;

@@ -11,8 +11,7 @@ namespace graphopt::hadamard_transform {
 struct Plan {
   int64_t halves;       // rows of H, a power of two
   int64_t m;            // rows of F
-  const float* factor;  // for m > 1: Fᵀ, m rows of `factor_width` numbers, a multiple of any vector's
-  int64_t factor_width;
+  const float* factor;  // for m > 1: Fᵀ in panels
   float one;            // for m = 1: the number F
   float scale;
 };
@@ -20,6 +19,8 @@ struct Plan {
 constexpr int64_t kChunkRows = 48;  // rows that the factor is applied to at a time
 
 struct Kernels {
+  // The transpose of F [m, m] in panels; `panels` has room for m rows of a multiple of 16 numbers.
+  void (*into_panels)(const float* factor, int64_t m, float* panels);
   // `scratch` holds (halves + kChunkRows) · m numbers and lies apart from x and y, which may be the same memory.
   void (*floats)(const Plan& plan, const float* x, float* y, float* scratch);
   void (*halves)(const Plan& plan, const uint16_t* x, uint16_t* y, float* scratch);

@@ -10,13 +10,14 @@ namespace graphopt::hadamard_transform {
 
 class Rotation {
  public:
-  explicit Rotation(const Node& node) : group_(node.integer("group_size")), scale_(node.number("scale")) {
+  // Of inputs x and factor.
+  explicit Rotation(const Node& node)
+      : inner_(kernels()), group_(node.integer("group_size")), scale_(node.number("scale")) {
     GRAPHOPT_REQUIRE(group_ > 0, "group_size is %lld, and must be positive", (long long)group_);
     Tensor factor;
     if (node.constant(1, &factor)) {
       check(factor);
-      kept_ = packed(factor);
-      is_constant_ = true;
+      into_panels(factor, &kept_);
     }
   }
 
@@ -28,10 +29,11 @@ class Rotation {
                      "the last dimension of %s isn't a multiple of group_size %lld", text(x.shape).c_str(),
                      (long long)group_);
     const int64_t m = factor.dim(0);
-    if (!is_constant_) *memory = packed(factor);
-    return {group_ / m, m, (is_constant_ ? kept_ : *memory).data(), padded(m), factor.as<float>()[0], scale_};
+    if (kept_.empty()) into_panels(factor, memory);
+    return {group_ / m, m, kept_.empty() ? memory->data() : kept_.data(), factor.as<float>()[0], scale_};
   }
 
+  const Kernels& inner() const { return inner_; }
   int64_t group() const { return group_; }
   size_t scratch(const Plan& plan) const { return size_t(group_ + kChunkRows * plan.m); }
 
@@ -44,9 +46,6 @@ class Rotation {
  private:
   static constexpr int64_t kTaskWork = 32768;
 
-  // A multiple of the lanes of any vector.
-  static int64_t padded(int64_t m) { return (m + 15) / 16 * 16; }
-
   void check(const Tensor& factor) const {
     GRAPHOPT_REQUIRE(factor.shape.size() == 2 && factor.dim(0) == factor.dim(1) && factor.dim(0) > 0,
                      "the factor must be a square matrix, not %s", text(factor.shape).c_str());
@@ -55,20 +54,16 @@ class Rotation {
                      "group_size %lld isn't a power of two times the factor's %lld rows", (long long)group_, (long long)m);
   }
 
-  static std::vector<float> packed(const Tensor& factor) {
-    const int64_t m = factor.dim(0), width = padded(m);
-    if (m == 1) return {};
-    std::vector<float> made(size_t(m * width));
-    for (int64_t row = 0; row < m; ++row) {
-      for (int64_t i = 0; i < m; ++i) made[i * width + row] = factor.as<float>()[row * m + i];
-    }
-    return made;
+  void into_panels(const Tensor& factor, std::vector<float>* memory) const {
+    const int64_t m = factor.dim(0);
+    memory->resize(size_t(m * ((m + 15) / 16 * 16)));
+    inner_.into_panels(factor.as<float>(), m, memory->data());
   }
 
+  const Kernels& inner_;  // as it was when the factor was laid out
   int64_t group_;
   float scale_;
   std::vector<float> kept_;
-  bool is_constant_ = false;
 };
 
 }  // namespace graphopt::hadamard_transform

@@ -163,7 +163,7 @@ void transform(const Plan& plan, const From* x, To* y, float* scratch) {
         widen(x + row * m, scratch + size, rows * m);
         left = scratch + size;
       }
-      multiply<false>(left, m, plan.factor, plan.factor_width, rows, m, m, scratch + row * m, m);
+      multiply<false, false>(left, m, plan.factor, rows, m, m, scratch + row * m, m);
     }
     return finish(levels, scratch, y, size, m, plan.scale);
   }
@@ -194,12 +194,15 @@ void transform(const Plan& plan, const From* x, To* y, float* scratch) {
   finish(levels - kLaneLevels - first, scratch, y, size, int64_t(kLanes) << first, plan.scale);
 }
 
+void panels_of(const float* factor, int64_t m, float* panels) { into_panels<true>(factor, m, m, panels); }
+
 float quantize(const float* values, int64_t size, float clip, float largest, uint8_t* bytes) {
   return quantize_symmetric(values, size, clip, largest, bytes);
 }
 
 }  // namespace
 
-const Kernels variant = {transform<float, float>, transform<uint16_t, uint16_t>, transform<uint16_t, float>, quantize};
+const Kernels variant = {panels_of, transform<float, float>, transform<uint16_t, uint16_t>, transform<uint16_t, float>,
+                         quantize};
 
 }  // namespace graphopt::hadamard_transform::GRAPHOPT_ISA

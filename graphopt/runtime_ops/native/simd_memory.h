@@ -1,4 +1,4 @@
-// Vectors of floats from and to memory that simd.h has no words for: half-precision numbers, and the first few lanes alone.
+// Vectors of floats from and to memory: half-precision numbers, and the first few lanes of a vector alone.
 //
 // Half-precision numbers are their 16 bits, `uint16_t`; they round to nearest even.
 #pragma once
