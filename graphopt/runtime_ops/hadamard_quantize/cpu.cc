@@ -15,13 +15,12 @@ class HadamardQuantize final : public Kernel {
   void compute(Call& call) override {
     const Tensor x = call.input(0), factor = call.input(1);
     std::vector<float> memory;
-    const Plan plan = rotation_.plan(x, factor, &memory);
-    const int64_t features = x.dim(-1), group = rotation_.group();
-    GRAPHOPT_REQUIRE(features > 0, "tokens with no features, %s, have no scale", text(x.shape).c_str());
+    const Sizes sizes(rotation_.group(), factor);
+    const Plan plan = rotation_.plan(sizes, factor, &memory);
+    const int64_t group = sizes.group, features = sizes.some_groups_of(x) * group, tokens = x.size() / features;
     uint8_t* y = call.output<uint8_t>(0, x.shape);
     float* scales = call.output<float>(1, PerToken::scales(x.shape));
     const Kernels& inner = rotation_.inner();
-    const int64_t tokens = x.size() / features;
     const int64_t together = std::max<int64_t>(1, rotation_.groups_of_a_task(plan) * group / features);
     call.parallel(size_t((tokens + together - 1) / together), [&](size_t task) {
       thread_local std::vector<float> own;

@@ -14,10 +14,12 @@ class HadamardTransform final : public Kernel {
   void compute(Call& call) override {
     const Tensor x = call.input(0), factor = call.input(1);
     std::vector<float> memory;
-    const Plan plan = rotation_.plan(x, factor, &memory);
+    const Sizes sizes(rotation_.group(), factor);
+    const Plan plan = rotation_.plan(sizes, factor, &memory);
+    const int64_t group = sizes.group, together = rotation_.groups_of_a_task(plan);
+    const int64_t groups = sizes.groups_of(x) == 0 ? 0 : x.size() / group;
     void* y = call.output(0, x.shape);
     const Kernels& inner = rotation_.inner();
-    const int64_t group = rotation_.group(), groups = x.size() / group, together = rotation_.groups_of_a_task(plan);
     call.parallel(size_t((groups + together - 1) / together), [&](size_t task) {
       thread_local std::vector<float> scratch;
       scratch.resize(std::max(scratch.size(), rotation_.scratch(plan)));

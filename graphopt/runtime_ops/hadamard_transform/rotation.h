@@ -1,10 +1,11 @@
-// What HadamardTransform and HadamardQuantize have in common on the CPU: the groups of a row, rotated.
+// What HadamardTransform and HadamardQuantize have in common on the CPU: the factor, laid out, and memory.
 #pragma once
 
 #include <vector>
 
 #include "kernels.h"
 #include "operator.h"
+#include "sizes.h"
 
 namespace graphopt::hadamard_transform {
 
@@ -15,26 +16,19 @@ class Rotation {
       : inner_(kernels()), group_(node.integer("group_size")), scale_(node.number("scale")) {
     GRAPHOPT_REQUIRE(group_ > 0, "group_size is %lld, and must be positive", (long long)group_);
     Tensor factor;
-    if (node.constant(1, &factor)) {
-      check(factor);
-      into_panels(factor, &kept_);
-    }
-  }
-
-  // The plan for a call: of the factor that was a constant of the model, or of the one that it is given, which is then
-  // laid out in `memory`.
-  Plan plan(const Tensor& x, const Tensor& factor, std::vector<float>* memory) const {
-    check(factor);
-    GRAPHOPT_REQUIRE(!x.shape.empty() && x.dim(-1) % group_ == 0,
-                     "the last dimension of %s isn't a multiple of group_size %lld", text(x.shape).c_str(),
-                     (long long)group_);
-    const int64_t m = factor.dim(0);
-    if (kept_.empty()) into_panels(factor, memory);
-    return {group_ / m, m, kept_.empty() ? memory->data() : kept_.data(), factor.as<float>()[0], scale_};
+    if (node.constant(1, &factor)) into_panels(factor, Sizes(group_, factor).m, &kept_);
   }
 
   const Kernels& inner() const { return inner_; }
   int64_t group() const { return group_; }
+
+  // The plan for a call. A factor that is no constant of the model is laid out in `memory`.
+  Plan plan(const Sizes& sizes, const Tensor& factor, std::vector<float>* memory) const {
+    if (kept_.empty()) into_panels(factor, sizes.m, memory);
+    return {sizes.halves, sizes.m, kept_.empty() ? memory->data() : kept_.data(), factor.as<float>()[0], scale_};
+  }
+
+  // Numbers of scratch that a group needs.
   size_t scratch(const Plan& plan) const { return size_t(group_ + kChunkRows * plan.m); }
 
   // Groups that are worth the call of a thread: of some 30,000 numbers with a factor of 1, of fewer with a larger one.
@@ -46,16 +40,7 @@ class Rotation {
  private:
   static constexpr int64_t kTaskWork = 32768;
 
-  void check(const Tensor& factor) const {
-    GRAPHOPT_REQUIRE(factor.shape.size() == 2 && factor.dim(0) == factor.dim(1) && factor.dim(0) > 0,
-                     "the factor must be a square matrix, not %s", text(factor.shape).c_str());
-    const int64_t m = factor.dim(0), halves = group_ / m;
-    GRAPHOPT_REQUIRE(halves > 0 && halves * m == group_ && (halves & (halves - 1)) == 0,
-                     "group_size %lld isn't a power of two times the factor's %lld rows", (long long)group_, (long long)m);
-  }
-
-  void into_panels(const Tensor& factor, std::vector<float>* memory) const {
-    const int64_t m = factor.dim(0);
+  void into_panels(const Tensor& factor, int64_t m, std::vector<float>* memory) const {
     memory->resize(size_t(m * ((m + 15) / 16 * 16)));
     inner_.into_panels(factor.as<float>(), m, memory->data());
   }

@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "operator.h"
+#include "sizes.h"
 
 namespace graphopt::kronecker_transform {
 
@@ -15,7 +16,7 @@ class Product {
   explicit Product(const Node& node) : inner_(kernels()) {
     Tensor right;
     if (node.constant(2, &right)) {
-      check(right, "right");
+      require_square(right, "right");
       into_panels(right, &kept_);
     }
   }
@@ -23,15 +24,9 @@ class Product {
   const Kernels& inner() const { return inner_; }
 
   // The plan for a call. A matrix B that is no constant of the model is laid out in `memory`.
-  Plan plan(const Tensor& x, const Tensor& left, const Tensor& right, std::vector<float>* memory) const {
-    check(left, "left");
-    check(right, "right");
-    const int64_t a = left.dim(0), b = right.dim(0);
-    GRAPHOPT_REQUIRE(!x.shape.empty() && x.dim(-1) % b == 0 && x.dim(-1) / b == a,
-                     "the last dimension of %s isn't the %lld times %lld rows of the two matrices", text(x.shape).c_str(),
-                     (long long)a, (long long)b);
+  Plan plan(const Sizes& sizes, const Tensor& left, const Tensor& right, std::vector<float>* memory) const {
     if (kept_.empty()) into_panels(right, memory);
-    return {a, b, left.as<float>(), kept_.empty() ? memory->data() : kept_.data()};
+    return {sizes.a, sizes.b, left.as<float>(), kept_.empty() ? memory->data() : kept_.data()};
   }
 
   // Transforms the tokens of x, and calls finish(token, y) where a token's y is there, of as many numbers as its x has.
@@ -81,11 +76,6 @@ class Product {
   static constexpr int64_t kTaskWork = 1 << 19;  // multiplications that are worth the call of a thread
   static constexpr int64_t kSplit = 2;           // from so many tokens on a thread takes a whole one
   static constexpr int64_t kParts = 4;
-
-  static void check(const Tensor& matrix, const char* name) {
-    GRAPHOPT_REQUIRE(matrix.shape.size() == 2 && matrix.dim(0) == matrix.dim(1) && matrix.dim(0) > 0,
-                     "%s must be a square matrix, not %s", name, text(matrix.shape).c_str());
-  }
 
   void into_panels(const Tensor& right, std::vector<float>* memory) const {
     const int64_t b = right.dim(0);
