@@ -10,7 +10,7 @@ perplexity over 20 windows of 512 tokens, and tokens per second of a prompt and 
 of times to llama.cpp. (Where threads spin, CPU time means little, and beside other work wall-clock time neither.) In
 each round every system runs once, in another order each time, the first one twice, which shows the noise. Kept graphs
 are made from the export and go through `graphopt optimize` as the dequantized one does; that of graphopt's own
-operators by the recipe exact+decode. ONNX Runtime's threads spin while they wait, as is its default and llama.cpp's way;
+operators by the recipe exact+decode. ONNX Runtime's threads spin while they wait, as is its default, and llama.cpp's;
 `--sleeping`: they don't. `pip install 'graphopt[zoo]' llama-cpp-python` brings the peers; what isn't installed is left
 out and said.
 """
