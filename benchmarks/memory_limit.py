@@ -1,6 +1,8 @@
 """How fast this machine reads memory, for benchmarks to hold kernels against.
 
     python benchmarks/memory_limit.py
+
+Without arguments it prints the speeds of buffers that fit different caches.
 """
 
 from __future__ import annotations

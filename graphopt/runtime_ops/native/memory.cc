@@ -20,6 +20,8 @@ namespace {
 
 constexpr size_t kLine = 64;
 
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
 // Every byte of [from, from + bytes), whole lines, with lines fetched `ahead` bytes before they are read. Several places
 // are read in turn: one alone waits at the end of each page, where the hardware stops fetching ahead.
 template <int kPlaces>
@@ -63,7 +65,6 @@ GRAPHOPT_EXPORT double graphopt_read_bandwidth(int threads, size_t bytes, int ro
         // All of them start together.
         arrived.fetch_add(1);
         while (arrived.load() < (round + 1) * count) std::this_thread::yield();
-        auto now = [] { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); };
         begun[round * count + thread] = now();
         sink.fetch_add(reader(first + thread * part, part, ahead), std::memory_order_relaxed);
         ended[round * count + thread] = now();
@@ -76,7 +77,8 @@ GRAPHOPT_EXPORT double graphopt_read_bandwidth(int threads, size_t bytes, int ro
     for (size_t round = 0; round < begun.size() / count; ++round) {
       const double* b = begun.data() + round * count;
       const double* e = ended.data() + round * count;
-      best = std::max(best, double(part / (4 * kLine) * (4 * kLine) * count) / (*std::max_element(e, e + count) - *std::min_element(b, b + count)));
+      const double seconds = *std::max_element(e, e + count) - *std::min_element(b, b + count);
+      best = std::max(best, double(part / (4 * kLine) * (4 * kLine) * count) / seconds);
     }
   }
   return best;
