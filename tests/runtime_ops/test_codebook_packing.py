@@ -19,7 +19,7 @@ def test_what_was_packed_comes_back(bits: int, rows: int, count: int, seed: int)
 
 
 def test_three_bits_take_three_bytes_for_eight() -> None:
-    assert pack_indices([1, 2, 3, 4, 5, 6, 7, 0], 3).tolist() == [0b11_010_001, 0b1_101_100_0, 0b000_111_11]
+    assert pack_indices([1, 2, 3, 4, 5, 6, 7, 0], 3).tolist() == [0b11_010_001, 0b0_101_100_0, 0b000_111_11]
     assert pack_indices([15, 1], 4).tolist() == [0x1F]
 
 

@@ -35,8 +35,8 @@ C_{b}\big[\, i_{\lfloor n / r \rfloor, \lfloor k / c \rfloor} \,\big]_{n \bmod r
 - **Scales** $s$, one for each row and each $g$ columns (`group_size`, a multiple of $c$; $g \ge K$: one for each row).
 - **Outliers** $S$, a sparse matrix in compressed rows, added to the weights as they are; several at one place add up.
 - With `activation_block` $a > 0$, each $a$ columns of $x$ are first rounded to 8 bits, $q = \mathrm{round}(x / t)$
-  (half to even), $t = \max |x| / 127$, and $q t$ takes the place of $x$; a block with a number that isn't finite becomes NaN.
-  With one row of $x$ and $a = 32$ that buys speed at the price of 0.4 to 0.7 % of the output's size, the same as
+  (half to even), $t = \max |x| / 127$, and $q t$ takes the place of $x$; a block with a number that isn't finite becomes
+  NaN. With one row of $x$ and $a = 32$ that buys speed at the price of 0.4 to 0.7 % of the output's size, the same as
   `MatMulNBits` does at accuracy level 4.
 
 What has no use is an empty tensor. How the methods are written down:
@@ -51,8 +51,8 @@ What has no use is an empty tensor. How the methods are written down:
 - **VPTQ**: tiles of v × 1 (v outputs of one column) or 1 × v, indices of 8 to 16 bits, scales of 1 with
   `group_size` of K; codebooks of their own for groups of columns by `selectors`. Residual codebooks, like the additive
   ones of PV-Tuning, are a second node and an addition.
-- **EasyQuant**: the integers -8 to 7 as codebook, a scale for each row; the 1 % of the weights that keep their precision
-  are outliers, less what the indices stand for at their places.
+- **EasyQuant**: the integers -8 to 7 as codebook, a scale for each row; the 1 % of the weights that keep their
+  precision are outliers, less what the indices stand for at their places.
 """,
     inputs=(
         Parameter("x", "T", "[..., K]", "the activation"),
