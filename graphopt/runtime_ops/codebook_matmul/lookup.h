@@ -2,11 +2,24 @@
 // Part of simd.cc: compiled for each set of instructions.
 #pragma once
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace graphopt::codebook_matmul::GRAPHOPT_ISA {
 
 using namespace graphopt::GRAPHOPT_ISA;
+
+// Bytes that weights are fetched into the second cache before they are read. Rows lie behind one another, so that what
+// is beyond the end of a row is wanted soon too.
+constexpr int64_t kAhead = 16384, kScalesAhead = 4096;
+
+GRAPHOPT_INLINE void fetch(const void* at) { __builtin_prefetch(at, 0, 2); }
+
+// The codebook of a group.
+GRAPHOPT_INLINE int64_t book(const Narrow& weights, int64_t row, int64_t group) {
+  if (weights.selectors != nullptr) return weights.selectors[row * weights.groups + group];
+  return weights.table_of_row ? row : 0;
+}
 
 // The indices of 8 columns in each lane, the first in the lowest bits. Reads kLanes · bits bytes, no more.
 template <int bits>

@@ -1,3 +1,4 @@
+#include "byte_dot.h"
 #include "kernels.h"
 #include "lookup.h"
 #include "simd.h"
@@ -6,7 +7,56 @@ namespace graphopt::codebook_matmul::GRAPHOPT_ISA {
 namespace {
 
 constexpr int64_t kBlock = 8 * kLanes;
-constexpr int64_t kAhead = 1024;  // bytes that indices are fetched before they are read
+
+void round_blocks(float* x, int64_t columns, int64_t size, float* steps, int8_t* q) {
+  for (int64_t base = 0; base < columns; base += size, x += size, ++steps) {
+    const int64_t here = columns - base < size ? columns - base : size;
+    F most = {}, zeros = {};
+    int64_t i = 0;
+    for (; i + kLanes <= here; i += kLanes) {
+      const F value = load(x + i);
+      most = larger(larger(value, -value), most);
+      zeros = fma(value, F{}, zeros);  // NaN where one isn't finite
+    }
+    float found = largest(most), none = sum(zeros);
+    for (; i < here; ++i) {
+      const float size_of = x[i] < 0 ? -x[i] : x[i];
+      found = size_of > found ? size_of : found;
+      none += x[i] * 0.0f;
+    }
+    const float step = found / 127.0f + none, by = step == 0 ? 1.0f : step;
+    *steps = step;
+    for (i = 0; i < here; ++i) {
+      constexpr float kUnits = 12582912.0f;  // beside it, the last place of a float is 1: half to even
+      const float whole = (x[i] / by + kUnits) - kUnits;
+      x[i] = whole * step;
+      if (q != nullptr) q[base + i] = step == step ? int8_t(int32_t(whole)) : int8_t(0);
+    }
+  }
+}
+
+void arrange(const int8_t* q, const float* block_steps, int64_t columns, int64_t size, int64_t blocks, int8_t* numbers,
+             float* steps, float* sums) {
+  int8_t whole[kBlock];
+  for (int64_t block = 0; block < blocks; ++block, numbers += kBlock) {
+    const int8_t* from = q + block * kBlock;
+    if (const int64_t left = columns - block * kBlock; left < kBlock) {
+      for (int64_t i = 0; i < kBlock; ++i) whole[i] = i < left ? from[i] : int8_t(0);
+      from = whole;
+    }
+    for (int64_t i = 0; i < kBlock / 2; ++i) {
+      numbers[i] = from[2 * i];
+      numbers[kBlock / 2 + i] = from[2 * i + 1];
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      int32_t total = 0;
+      for (int64_t i = 0; i < 8; ++i) total += from[8 * lane + i];
+      const int64_t column = block * kBlock + 8 * lane;
+      sums[block * kLanes + lane] = float(total);
+      steps[block * kLanes + lane] = column < columns ? block_steps[column / size] : 0.0f;
+    }
+  }
+}
 
 void interleave(const float* from, int64_t columns, float* to) {
   for (; columns >= kBlock; columns -= kBlock, from += kBlock, to += kBlock) {
@@ -25,12 +75,7 @@ void interleave(const float* from, int64_t columns, float* to) {
   }
 }
 
-GRAPHOPT_INLINE const float* table_of(const Narrow& weights, int64_t row, int64_t group) {
-  if (weights.selectors != nullptr) return weights.tables + kTable * weights.selectors[row * weights.groups + group];
-  return weights.tables + (weights.table_of_row ? kTable * row : 0);
-}
-
-template <int bits, int rows, typename S, bool selected>
+template <int bits, int rows, typename S, bool several>
 GRAPHOPT_INLINE void dot_rows(const Narrow& weights, int64_t first, const float* x, float* y) {
   const uint8_t* from[rows];
   const S* scales_of[rows];
@@ -39,16 +84,17 @@ GRAPHOPT_INLINE void dot_rows(const Narrow& weights, int64_t first, const float*
   for (int r = 0; r < rows; ++r) {
     from[r] = weights.indices + (first + r) * weights.row_bytes;
     scales_of[r] = static_cast<const S*>(weights.scales) + (first + r) * weights.groups;
-    if (!selected) tables[r] = table(table_of(weights, first + r, 0));
+    tables[r] = table(weights.tables + kTable * (several ? 0 : book(weights, first + r, 0)));
   }
   for (int64_t block = 0; block < weights.blocks; ++block) {
     const float* at = x + block * kBlock;
     const int64_t group = weights.first_group[block];
     for (int r = 0; r < rows; ++r) {
-      prefetch(from[r] + kAhead);
+      fetch(from[r] + kAhead);
+      fetch(scales_of[r] + group + kScalesAhead / int64_t(sizeof(S)));
       I index = indices<bits>(from[r]);
       from[r] += kLanes * bits;
-      if (selected) tables[r] = table(table_of(weights, first + r, group));
+      if (several) tables[r] = table(weights.tables + kTable * book(weights, first + r, group));
       F even = numbers<bits>(tables[r], index) * load(at);
       F odd = numbers<bits>(tables[r], index >> bits) * load(at + kLanes);
 #pragma GCC unroll 3
@@ -62,23 +108,23 @@ GRAPHOPT_INLINE void dot_rows(const Narrow& weights, int64_t first, const float*
   for (int r = 0; r < rows; ++r) y[r] = sum(totals[r]);
 }
 
-template <int bits, typename S, bool selected>
+template <int bits, typename S, bool several>
 void dot(const Narrow& weights, int64_t first, int64_t count, const float* x, float* y) {
   constexpr int together = kLanes == 16 ? 4 : 2;
   int64_t row = 0;
   for (; row + together <= count; row += together) {
-    dot_rows<bits, together, S, selected>(weights, first + row, x, y + row);
+    dot_rows<bits, together, S, several>(weights, first + row, x, y + row);
   }
-  for (; row < count; ++row) dot_rows<bits, 1, S, selected>(weights, first + row, x, y + row);
+  for (; row < count; ++row) dot_rows<bits, 1, S, several>(weights, first + row, x, y + row);
 }
 
 template <int bits, typename S>
 void write(const Narrow& weights, int64_t row, int64_t first_block, int64_t end_block, float* to) {
   const uint8_t* from = weights.indices + row * weights.row_bytes + first_block * kLanes * bits;
   for (int64_t block = first_block; block < end_block; ++block, from += kLanes * bits, to += kBlock) {
-    prefetch(from + kAhead);
+    fetch(from + kAhead);
     const int64_t group = weights.first_group[block];
-    const Table numbers_of = table(table_of(weights, row, group));
+    const Table numbers_of = table(weights.tables + kTable * book(weights, row, group));
     const F scale = scales(static_cast<const S*>(weights.scales) + row * weights.groups + group,
                            weights.lane_group + block * kLanes);
     const I index = indices<bits>(from);
@@ -91,13 +137,13 @@ void write(const Narrow& weights, int64_t row, int64_t first_block, int64_t end_
 
 template <typename S>
 void narrow_dot_of(const Narrow& weights, int bits, int64_t first, int64_t count, const float* x, float* y) {
-  const bool selected = weights.selectors != nullptr;
+  const bool several = weights.selectors != nullptr;
   if (bits == 4) {
-    (selected ? dot<4, S, true> : dot<4, S, false>)(weights, first, count, x, y);
+    (several ? dot<4, S, true> : dot<4, S, false>)(weights, first, count, x, y);
   } else if (bits == 3) {
-    (selected ? dot<3, S, true> : dot<3, S, false>)(weights, first, count, x, y);
+    (several ? dot<3, S, true> : dot<3, S, false>)(weights, first, count, x, y);
   } else {
-    (selected ? dot<2, S, true> : dot<2, S, false>)(weights, first, count, x, y);
+    (several ? dot<2, S, true> : dot<2, S, false>)(weights, first, count, x, y);
   }
 }
 
@@ -185,6 +231,7 @@ void multiply(const float* x, int64_t x_stride, int64_t m, const float* w, int64
 
 }  // namespace
 
-const Kernels variant = {kLanes, kBlock, interleave, narrow_dot, narrow_write, multiply};
+const Kernels variant = {kLanes,     kBlock,   round_blocks, arrange,  interleave,
+                         narrow_dot, byte_dot, narrow_write, multiply};
 
 }  // namespace graphopt::codebook_matmul::GRAPHOPT_ISA

@@ -62,7 +62,10 @@ void Weights::check_sizes(const std::vector<Tensor>& inputs) {
     require_shape("the outlier rows", inputs[kOutlierRows], {rows_ + 1});
     outlier_rows_ = inputs[kOutlierRows].as<int32_t>();
   }
-  if (inputs[kBias].size() > 0) require_shape("the bias", inputs[kBias], {rows_});
+  if (inputs[kBias].size() > 0) {
+    require_shape("the bias", inputs[kBias], {rows_});
+    bias_ = inputs[kBias].data;
+  }
 
   indices_ = inputs[kIndices].as<uint8_t>();
   codebooks_ = codebooks.as<float>();
@@ -110,8 +113,11 @@ void Weights::prepare_narrow() {
     if (lane % lanes == 0) first_group_[lane / lanes] = int32_t(group);
     lane_group_[lane] = int32_t(group) - first_group_[lane / lanes];
   }
-  in_place_ = {indices_, row_bytes_, scales_, half_scales_, groups_, tables_.data(), selectors_, books_ > 1, blocks,
-               first_group_.data(), lane_group_.data()};
+  if (kernels().byte_dot != nullptr && attributes_.activation_block > 0 && attributes_.activation_block % 8 == 0) {
+    prepare_bytes();
+  }
+  in_place_ = {indices_,  row_bytes_, scales_, half_scales_,       groups_,           tables_.data(), byte_tables_.data(),
+               one_byte_, selectors_, books_ > 1, blocks, first_group_.data(), lane_group_.data()};
   // Whole vectors are read: rows from which that would go beyond the end are copied.
   const int64_t row_read = blocks * lanes * attributes_.bits;
   const int64_t scales_read = (blocks > 0 ? first_group_.back() : 0) + lanes;
@@ -131,7 +137,51 @@ void Weights::prepare_narrow() {
   copied_.indices = last_indices_.data();
   copied_.scales = last_scales_.data();
   if (selectors_ != nullptr) copied_.selectors = selectors_ + rows_in_place_ * groups_;
-  if (books_ > 1 && selectors_ == nullptr) copied_.tables += rows_in_place_ * kTable;
+  if (books_ > 1 && selectors_ == nullptr) {
+    copied_.tables += rows_in_place_ * kTable;
+    if (takes_bytes()) copied_.byte_tables += rows_in_place_;
+  }
+}
+
+void Weights::prepare_bytes() {
+  std::vector<double> steps(static_cast<size_t>(books_)), bases(steps.size());
+  for (int64_t book = 0; book < books_; ++book) {
+    const float* from = codebooks_ + book * entries_;
+    const double least = *std::min_element(from, from + entries_), most = *std::max_element(from, from + entries_);
+    const double size = std::max(-least, most);
+    // Far from where products of floats have their precision, they are left to those.
+    if (size > 1e30 || (size < 1e-30 && size != 0)) return;
+    // A codebook like those of FP4, multiples of one step, needs a byte only.
+    double exact = 0;
+    for (int units = 1; units <= 127 && exact == 0; ++units) {
+      const double step = size / units;
+      const bool fits = std::all_of(from, from + entries_, [&](float number) {
+        return std::fabs(number - std::nearbyint(number / step) * step) <= 1e-7 * size;
+      });
+      if (fits) exact = step;
+    }
+    one_byte_ = one_byte_ && (exact != 0 || size == 0);
+    steps[book] = exact, bases[book] = -128 * exact;
+  }
+  byte_tables_.resize(size_t(books_));
+  for (int64_t book = 0; book < books_; ++book) {
+    const float* from = codebooks_ + book * entries_;
+    if (!one_byte_) {
+      bases[book] = *std::min_element(from, from + entries_);
+      steps[book] = (*std::max_element(from, from + entries_) - bases[book]) / 65535;
+    }
+    ByteTable& table = byte_tables_[book];
+    table.step = float(steps[book]), table.base = float(bases[book]);
+    for (int64_t i = 0; i < kTable; ++i) {
+      for (int odd = 0; odd < 2; ++odd) {
+        const int64_t index = attributes_.bits == 2 ? (odd ? i / 4 : i % 4) : i % entries_;
+        const double number = from[index];
+        const int units = steps[book] == 0 ? 0 : int(std::nearbyint((number - bases[book]) / steps[book]));
+        table.high[odd][i] = uint8_t(one_byte_ ? units : units >> 8);
+        table.low[odd][i] = uint8_t(one_byte_ ? 0 : units & 255);
+      }
+    }
+  }
 }
 
 const Narrow& Weights::part(int64_t row, int64_t* within, int64_t* left) const {
@@ -147,6 +197,16 @@ void Weights::dot(int64_t first, int64_t count, const float* x, float* y) const 
     const Narrow& narrow = part(first, &within, &left);
     const int64_t here = std::min(count, left);
     kernels().narrow_dot(narrow, int(attributes_.bits), within, here, x, y);
+    first += here, y += here, count -= here;
+  }
+}
+
+void Weights::dot(int64_t first, int64_t count, const ByteRow& x, float* y) const {
+  while (count > 0) {
+    int64_t within, left;
+    const Narrow& narrow = part(first, &within, &left);
+    const int64_t here = std::min(count, left);
+    kernels().byte_dot(narrow, int(attributes_.bits), within, here, x, y);
     first += here, y += here, count -= here;
   }
 }

@@ -24,7 +24,10 @@ class Weights {
   // Throws an Error for what is wrong.
   Weights(const Attributes& attributes, const std::vector<Tensor>& inputs);
 
+  int64_t rows() const { return rows_; }
   int64_t columns() const { return columns_; }
+  // In the type of x, or nullptr.
+  const void* bias() const { return bias_; }
   // Rows that belong to a strip of tiles; strips that begin at a multiple of it can be written on their own.
   int64_t tile_rows() const { return tile_rows_; }
   // Whether the weights are narrow (see kernels.h): then x is wanted interleaved.
@@ -35,6 +38,9 @@ class Weights {
 
   // Of narrow weights: y[i] = the product of row first + i with interleaved x, without outliers.
   void dot(int64_t first, int64_t count, const float* x, float* y) const;
+  // Whether x may come as a ByteRow, and the product with one.
+  bool takes_bytes() const { return !byte_tables_.empty(); }
+  void dot(int64_t first, int64_t count, const ByteRow& x, float* y) const;
   // Rows first to first + count, columns begin to end of them (multiples of step), in x's order; columns beyond the last
   // are anything finite where x is 0.
   void write(int64_t first, int64_t count, int64_t begin, int64_t end, float* to) const;
@@ -45,6 +51,7 @@ class Weights {
   void check_sizes(const std::vector<Tensor>& inputs);
   void check_contents() const;
   void prepare_narrow();
+  void prepare_bytes();
   void write_tiles(int64_t first, int64_t count, int64_t begin, int64_t end, float* to) const;
   void add_outliers(int64_t row, int64_t begin, int64_t end, float* to) const;
   float scale(int64_t row, int64_t group) const;
@@ -65,8 +72,11 @@ class Weights {
   const int32_t* outlier_rows_ = nullptr;
   const int32_t* outlier_columns_ = nullptr;
   const float* outlier_values_ = nullptr;
+  const void* bias_ = nullptr;
 
   std::vector<float> tables_;
+  std::vector<ByteTable> byte_tables_;
+  bool one_byte_ = true;
   std::vector<int32_t> first_group_, lane_group_;
   // The last rows, copied to where there is memory behind them.
   std::vector<uint8_t> last_indices_, last_scales_;
