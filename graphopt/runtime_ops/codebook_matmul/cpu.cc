@@ -1,0 +1,233 @@
+// The CPU kernel of CodebookMatMul.
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "float16.h"
+#include "kernels.h"
+#include "operator.h"
+#include "weights.h"
+
+namespace graphopt::codebook_matmul {
+namespace {
+
+constexpr int64_t kDirectRows = 2;         // rows of x up to which indices are looked up anew for each row
+constexpr int64_t kTaskWeights = 1 << 17;  // weights that are worth a thread
+constexpr int64_t kStrip = 16;             // rows of weights that are written out together,
+constexpr int64_t kStripColumns = 640;     // and columns: what the first cache holds
+constexpr int64_t kTogether = 96;          // rows of x that are multiplied with a strip
+
+// One product; V is the type of x and y.
+template <typename V>
+class Product {
+ public:
+  Product(Call& call, const Weights& weights, const Attributes& attributes, const Tensor& x, V* y)
+      : call_(call),
+        weights_(weights),
+        x_(x.as<V>()),
+        y_(y),
+        bias_(static_cast<const V*>(weights.bias())),
+        n_(weights.rows()),
+        columns_(weights.columns()),
+        padded_(weights.padded()),
+        block_(attributes.activation_block) {
+    m_ = 1;
+    for (size_t i = 0; i + 1 < x.shape.size(); ++i) m_ *= x.shape[i];
+  }
+
+  void run() {
+    if (m_ == 0 || n_ == 0) return;
+    if (weights_.narrow() && m_ <= kDirectRows) {
+      weights_.takes_bytes() ? by_bytes() : by_numbers();
+    } else {
+      by_strips();
+    }
+  }
+
+ private:
+  // Row `row` of x as floats, rounded as the node wants it, in padded_ places. What is rounded together has one step each.
+  void take(int64_t row, float* to, float* steps, int8_t* bytes) const {
+    for (int64_t i = 0; i < columns_; ++i) to[i] = to_float(x_[row * columns_ + i]);
+    std::fill(to + columns_, to + padded_, 0.0f);
+    if (block_ > 0) kernels().round_blocks(to, columns_, block_, steps, bytes);
+  }
+  size_t steps() const { return block_ > 0 ? size_t(columns_ / block_ + 1) : 0; }
+
+  V finished(float total, int64_t column) const {
+    return from_float<V>(bias_ != nullptr ? total + to_float(bias_[column]) : total);
+  }
+
+  // The products of each row of x: dot(row, first, count, found) without outliers.
+  template <typename Dot>
+  void each_row(const float* natural, const Dot& dot) {
+    const int64_t rows = std::max<int64_t>(4, kTaskWeights / std::max<int64_t>(padded_, 1) / 4 * 4);
+    call_.parallel(size_t((n_ + rows - 1) / rows), [&](size_t task) {
+      thread_local std::vector<float> found;
+      found.resize(size_t(rows));
+      const int64_t first = int64_t(task) * rows, count = std::min(rows, n_ - first);
+      for (int64_t row = 0; row < m_; ++row) {
+        dot(row, first, count, found.data());
+        for (int64_t i = 0; i < count; ++i) {
+          const float total = found[i] + weights_.outlier_dot(first + i, natural + row * padded_);
+          y_[row * n_ + first + i] = finished(total, first + i);
+        }
+      }
+    });
+  }
+
+  void by_numbers() {
+    thread_local std::vector<float> natural, ordered, steps_of;
+    natural.resize(size_t(m_ * padded_));
+    ordered.resize(size_t(m_ * padded_));
+    steps_of.resize(steps());
+    for (int64_t row = 0; row < m_; ++row) {
+      take(row, natural.data() + row * padded_, steps_of.data(), nullptr);
+      kernels().interleave(natural.data() + row * padded_, columns_, ordered.data() + row * padded_);
+    }
+    const float* operand = ordered.data();
+    each_row(natural.data(), [&](int64_t row, int64_t first, int64_t count, float* found) {
+      weights_.dot(first, count, operand + row * padded_, found);
+    });
+  }
+
+  void by_bytes() {
+    const int64_t lanes = padded_ / 8;
+    thread_local std::vector<float> natural, steps_of, lane_steps, lane_sums;
+    thread_local std::vector<int8_t> whole, numbers;
+    natural.resize(size_t(m_ * padded_));
+    steps_of.resize(steps());
+    whole.resize(size_t(columns_));
+    numbers.resize(size_t(m_ * padded_));
+    lane_steps.resize(size_t(m_ * lanes));
+    lane_sums.resize(size_t(m_ * lanes));
+    for (int64_t row = 0; row < m_; ++row) {
+      take(row, natural.data() + row * padded_, steps_of.data(), whole.data());
+      kernels().arrange(whole.data(), steps_of.data(), columns_, block_, padded_ / kernels().block,
+                        numbers.data() + row * padded_, lane_steps.data() + row * lanes, lane_sums.data() + row * lanes);
+    }
+    const ByteRow operand{numbers.data(), lane_steps.data(), lane_sums.data()};
+    each_row(natural.data(), [&](int64_t row, int64_t first, int64_t count, float* found) {
+      weights_.dot(first, count,
+                   {operand.numbers + row * padded_, operand.steps + row * lanes, operand.sums + row * lanes}, found);
+    });
+  }
+
+  // Rows of weights are written out as numbers, a piece that fits the cache at a time, and multiplied with rows of x.
+  void by_strips() {
+    thread_local std::vector<float> ordered;
+    ordered.resize(size_t(m_ * padded_));
+    float* const operand = ordered.data();
+    const int64_t tile_rows = weights_.tile_rows(), step = weights_.step();
+    const int64_t strip = (kStrip + tile_rows - 1) / tile_rows * tile_rows;
+    const int64_t wide = std::max(kStripColumns / step, int64_t(1)) * step;
+    call_.phases({size_t(m_), size_t((n_ + strip - 1) / strip)}, [&](size_t phase, size_t task) {
+      if (phase == 0) {
+        thread_local std::vector<float> natural, steps_of;
+        natural.resize(size_t(padded_));
+        steps_of.resize(steps());
+        float* to = operand + int64_t(task) * padded_;
+        take(int64_t(task), weights_.narrow() ? natural.data() : to, steps_of.data(), nullptr);
+        if (weights_.narrow()) kernels().interleave(natural.data(), columns_, to);
+        return;
+      }
+      thread_local std::vector<float> tile, sums;
+      tile.resize(size_t(strip * wide));
+      const int64_t first = int64_t(task) * strip, count = std::min(strip, n_ - first);
+      for (int64_t top = 0; top < m_; top += kTogether) {
+        const int64_t here = std::min(kTogether, m_ - top);
+        sums.assign(size_t(here * strip), 0.0f);
+        for (int64_t begin = 0; begin < padded_; begin += wide) {
+          const int64_t end = std::min(begin + wide, padded_);
+          weights_.write(first, count, begin, end, tile.data());
+          kernels().multiply(operand + top * padded_ + begin, padded_, here, tile.data(), end - begin, count, end - begin,
+                             sums.data(), strip);
+        }
+        for (int64_t row = 0; row < here; ++row) {
+          for (int64_t i = 0; i < count; ++i) {
+            y_[(top + row) * n_ + first + i] = finished(sums[row * strip + i], first + i);
+          }
+        }
+      }
+    });
+  }
+
+  Call& call_;
+  const Weights& weights_;
+  const V* x_;
+  V* y_;
+  const V* bias_;
+  int64_t m_, n_, columns_, padded_, block_;
+};
+
+class CodebookMatMul final : public Kernel {
+ public:
+  explicit CodebookMatMul(const Node& node)
+      : attributes_{node.integer("bits"), node.integer("group_size"), node.integer("activation_block")} {
+    using Long = long long;
+    GRAPHOPT_REQUIRE(attributes_.bits >= 1 && attributes_.bits <= 16, "bits is %lld, and must be 1 to 16",
+                     Long(attributes_.bits));
+    GRAPHOPT_REQUIRE(attributes_.group_size > 0, "group_size is %lld, and must be positive",
+                     Long(attributes_.group_size));
+    GRAPHOPT_REQUIRE(attributes_.activation_block >= 0, "activation_block is %lld, and must not be negative",
+                     Long(attributes_.activation_block));
+    Tensor tensor;
+    constant_ = true;
+    for (size_t i = kIndices; i < kInputs; ++i) constant_ = constant_ && node.constant(i, &tensor);
+  }
+
+  void compute(Call& call) override {
+    const Tensor x = call.input(kX);
+    const std::shared_ptr<const Weights> weights = checked(call, x);
+    Shape shape = x.shape;
+    shape.back() = weights->rows();
+    void* y = call.output(0, shape);
+    if (x.type == ElementType::float16) {
+      Product<Half>(call, *weights, attributes_, x, static_cast<Half*>(y)).run();
+    } else {
+      Product<float>(call, *weights, attributes_, x, static_cast<float*>(y)).run();
+    }
+  }
+
+ private:
+  // The weights, checked once where they are constants.
+  std::shared_ptr<const Weights> checked(Call& call, const Tensor& x) {
+    std::shared_ptr<const Weights> found = std::atomic_load(&known_);
+    if (found && !x.shape.empty() && found->columns() == x.dim(-1)) return found;
+    std::vector<Tensor> inputs;
+    for (size_t i = 0; i < kInputs; ++i) inputs.push_back(call.input(i));
+    found = std::make_shared<const Weights>(attributes_, inputs);
+    if (constant_) std::atomic_store(&known_, found);
+    return found;
+  }
+
+  Attributes attributes_;
+  bool constant_;
+  std::shared_ptr<const Weights> known_;
+};
+
+void infer(Inference& inference) {
+  Inference::Dims dims = inference.input(kX);
+  if (dims.empty()) return;
+  dims.back() = inference.input(kScales).front();
+  inference.output(0, inference.type(kX), dims);
+}
+
+using T = ElementType;
+const std::vector<T> kTypes = {T::float32, T::float16, T::float32, T::float16};
+const std::vector<T> kScaleTypes = {T::float32, T::float32, T::float16, T::float16};
+const Registration registration{{"CodebookMatMul",
+                                 {{kTypes},
+                                  {{T::uint8}},
+                                  {{T::float32}},
+                                  {kScaleTypes},
+                                  {{T::uint8}},
+                                  {{T::int32}},
+                                  {{T::int32}},
+                                  {{T::float32}},
+                                  {kTypes}},
+                                 {{kTypes}},
+                                 make<CodebookMatMul>,
+                                 infer}};
+
+}  // namespace
+}  // namespace graphopt::codebook_matmul
