@@ -5,6 +5,7 @@ BIN = $(VENV)/bin
 
 .PHONY: demo test check docs library fuzzer sanitize zoo bench-attention attention-matrix export-matrix clean
 
+JOBS = $(shell nproc 2>/dev/null || echo 2)
 NATIVE = $(wildcard graphopt/runtime_ops/native/* graphopt/runtime_ops/*/*.cc graphopt/runtime_ops/*/*.h graphopt/runtime_ops/*/*.cu)
 
 $(VENV)/ready: pyproject.toml constraints.txt $(NATIVE)
@@ -36,14 +37,14 @@ docs: $(VENV)/ready
 # NATIVE_FLAGS=-DGRAPHOPT_CUDA=OFF
 library:
 	cmake -S graphopt/runtime_ops/native -B build/native -DGRAPHOPT_WERROR=ON $(NATIVE_FLAGS)
-	cmake --build build/native --parallel
+	cmake --build build/native --parallel $(JOBS)
 	cp build/native/libgraphopt_ops.so graphopt/runtime_ops/
 
 # Nodes at random, mostly broken ones, through every kernel under AddressSanitizer and UndefinedBehaviorSanitizer.
 # Options: make sanitize FUZZ='--operator HadamardTransform --cases 100000 --seed 1'
 fuzzer:
 	cmake -S graphopt/runtime_ops/native -B build/sanitize -DGRAPHOPT_SANITIZE=ON -DGRAPHOPT_WERROR=ON $(NATIVE_FLAGS)
-	cmake --build build/sanitize --parallel
+	cmake --build build/sanitize --parallel $(JOBS)
 
 sanitize: fuzzer
 	build/sanitize/graphopt_fuzz $(FUZZ)

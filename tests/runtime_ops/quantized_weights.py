@@ -78,6 +78,6 @@ def rounded(x: np.ndarray, block_size: int, activation_bits: int) -> tuple[np.nd
     most = np.float32(127 if activation_bits == 8 else 32512)
     blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, block_size)
     peaks = np.abs(blocks).max(-1, keepdims=True)
-    inverse = np.divide(most, peaks, out=np.zeros_like(peaks), where=peaks > 0)
+    inverse = np.divide(most, peaks, out=np.zeros_like(peaks), where=peaks > 1e-30)
     made = np.rint(blocks * inverse) * (peaks / most).astype(np.float64)
     return made.reshape(x.shape), float((peaks / most).max(initial=0))

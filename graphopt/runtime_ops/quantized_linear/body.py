@@ -56,7 +56,8 @@ def Rounded(x, block_size: int, activation_bits: int):
     )
     blocks = op.Reshape(x, by_block, allowzero=1)
     peaks = op.ReduceMax(op.Abs(blocks), [-1], keepdims=1)
-    inverse = op.Where(peaks > 0.0, op.Div(most, peaks), op.Constant(value_float=0.0))
+    # Blocks of next to nothing become zeros: the inverse of their largest number wouldn't be finite.
+    inverse = op.Where(peaks > 1e-30, op.Div(most, peaks), op.Constant(value_float=0.0))
     return op.Reshape(op.Mul(op.Round(op.Mul(blocks, inverse)), op.Div(peaks, most)), shape, allowzero=1)
 
 

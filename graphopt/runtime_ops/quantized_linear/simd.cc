@@ -101,7 +101,8 @@ void quantize(const Layout& layout, const float* x, int64_t first, int64_t last,
     float poison;
     const float peak = magnitude(x + begin, layout.block, &poison);
     // In a block that isn't finite the scale is no number, and whatever stands in it counts for nothing.
-    const float inverse = peak > 0 && poison == 0 ? most / peak : 0.0f, scale = peak / most + poison;
+    // One of next to nothing becomes zeros: the inverse of its largest number wouldn't be finite.
+    const float inverse = peak > 1e-30f && poison == 0 ? most / peak : 0.0f, scale = peak / most + poison;
     int64_t total = 0;
     for (int64_t at = begin; at < begin + layout.block;) {
       // A block may be longer than a chunk.
@@ -125,9 +126,9 @@ void quantize(const Layout& layout, const float* x, int64_t first, int64_t last,
         if (layout.terms == 2) {
           const int32_t upper = (q + 128) >> 8;
           high[place] = int8_t(upper);
-          low[place] = int8_t(q - (upper << 8));
+          low[place] = int8_t(q - upper * 256);
           high_sum += upper;
-          low_sum += q - (upper << 8);
+          low_sum += q - upper * 256;
         } else {
           high[place] = int8_t(q);
           high_sum += q;
