@@ -43,7 +43,7 @@ library:
 # Nodes at random, mostly broken ones, through every kernel under AddressSanitizer and UndefinedBehaviorSanitizer.
 # Options: make sanitize FUZZ='--operator HadamardTransform --cases 100000 --seed 1'
 fuzzer:
-	cmake -S graphopt/runtime_ops/native -B build/sanitize -DGRAPHOPT_SANITIZE=ON -DGRAPHOPT_WERROR=ON $(NATIVE_FLAGS)
+	cmake -S graphopt/runtime_ops/native -B build/sanitize -DGRAPHOPT_SANITIZE=ON -DGRAPHOPT_WERROR=OFF $(NATIVE_FLAGS)
 	cmake --build build/sanitize --parallel $(JOBS)
 
 sanitize: fuzzer
