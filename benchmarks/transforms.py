@@ -6,10 +6,10 @@
 
 Every system is a model of eight nodes with tokens of their own, so that the session's own cost is shared. In each round
 all systems run one after the other, once untimed and once timed. Besides each kernel and its body: for the Kronecker
-product the two MatMuls that it could be without Transposes, and as ONNX Runtime's nearest kernel a MatMul with the whole
-matrix of K × K numbers, alone or with DynamicQuantizeLinear (one scale for all tokens) behind it. The memory limit is the
-time in which as many threads read as many bytes as a node reads and writes, from a buffer as large as all that the eight
-nodes touch.
+product the two MatMuls that it could be without Transposes, and as ONNX Runtime's nearest kernel a MatMul with the
+whole matrix of K × K numbers, alone or with DynamicQuantizeLinear (one scale for all tokens) behind it. The memory
+limit is the time in which as many threads read as many bytes as a node reads and writes, from a buffer as large as all
+that the eight nodes touch.
 """
 
 from __future__ import annotations
@@ -70,9 +70,10 @@ def cases(features: int, wanted: list[str], half: bool) -> list[Case]:
     b = features // a
     square = [(rng.standard_normal((n, n)) / n**0.5).astype(np.float32) for n in (a, b)]
     rotation = {"group_size": features, "scale": features**-0.5}
+    note = f"2^{(features // len(factor)).bit_length() - 1}·{len(factor)}"
     found = [
-        Case("HadamardTransform", (factor,), rotation, half, f"2^{(features // len(factor)).bit_length() - 1}·{len(factor)}"),
-        Case("HadamardQuantize", (factor,), rotation, half, f"2^{(features // len(factor)).bit_length() - 1}·{len(factor)}"),
+        Case("HadamardTransform", (factor,), rotation, half, note),
+        Case("HadamardQuantize", (factor,), rotation, half, note),
         Case("KroneckerTransform", tuple(square), {}, half, f"{a}·{b}"),
         Case("KroneckerQuantize", tuple(square), {}, half, f"{a}·{b}"),
     ]  # fmt: skip
@@ -143,9 +144,8 @@ def session(system: str, case: Case, features: int, threads: int) -> onnxruntime
             output.name = f"y{index}_{number}"
             output.type = ir.TensorType(dtype if kind == "T" else ir.DataType[kind.upper()])
             outputs.append(output)
-    graph = ir.Graph(
-        tokens, outputs, nodes=[node for part in parts for node in part], initializers=given, opset_imports={"": 21}, name="g"
-    )  # fmt: skip
+    nodes = [node for part in parts for node in part]
+    graph = ir.Graph(tokens, outputs, nodes=nodes, initializers=given, opset_imports={"": 21}, name="g")
     model = ir.Model(graph, ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -215,7 +215,8 @@ def table(rows: list[tuple[Case, int, int, int, dict[str, Result]]]) -> str:
             chosen = [row for row in rows if row[0].operator == operator and row[3] == threads]
             names = list(dict.fromkeys(name for *_, found in chosen for name in found if name != KERNEL))
             lines += [f"### {operator}, {threads} thread{'s' * (threads > 1)}", ""]
-            lines.append("| K | type | M | kernel µs | of the memory limit | " + " | ".join(f"{name} µs (ratio)" for name in names) + " |")  # fmt: skip
+            others = " | ".join(f"{name} µs (ratio)" for name in names)
+            lines.append(f"| K | type | M | kernel µs | of the memory limit | {others} |")
             lines.append("|---" * (5 + len(names)) + "|")
             for case, features, m, _, found in chosen:
                 kernel = found[KERNEL]
@@ -253,9 +254,9 @@ def main() -> None:
     print(text)
     if options.page:
         head = (
-            "# Hadamard and Kronecker transforms\n\nMicroseconds of a node (median), and the time of others as a ratio to "
-            "the kernel's, round by round. Made by `python benchmarks/transforms.py --page docs/transforms.md` on "
-            f"{platform.machine()} with ONNX Runtime {onnxruntime.__version__}.\n\n"
+            "# Hadamard and Kronecker transforms\n\nMicroseconds of a node (median), and the time of others as a ratio "
+            "to the kernel's, round by round: above 1 the kernel is faster. Made by `python benchmarks/transforms.py "
+            f"--page docs/transforms.md` on {platform.machine()} with ONNX Runtime {onnxruntime.__version__}.\n\n"
         )
         options.page.write_text(head + text.rstrip() + "\n")
 
