@@ -25,7 +25,7 @@ def matrix(factor: np.ndarray, group: int) -> np.ndarray:
     return np.kron(made, factor)
 
 
-SIZES = [(1, 1 << k) for k in range(14)] + [
+SIZES = [(1, 1 << k) for k in (*range(9), 10, 12)] + [
     (3, 8),
     (12, 128),
     (5, 1),

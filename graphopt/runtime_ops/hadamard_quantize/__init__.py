@@ -23,7 +23,7 @@ OPERATOR = Operator(
 The features $x$ of a token are transformed as `HadamardTransform` does it, in float32, to $r$, and quantized
 symmetrically around 128:
 
-$$s = \frac{c \cdot \max_i |r_i|}{q},\qquad y_i = 128 + \operatorname{clamp}(\operatorname{round}(r_i \cdot s^{-1}), -q, q),$$
+$$s = \frac{c \cdot \max_i |r_i|}{q}, \quad y_i = 128 + \mathrm{round}(\mathrm{clamp}(r_i s^{-1}, -q, q)),$$
 
 with halves rounded to even, $q$ = `largest` (127 for 8 bits, 7 for 4 bits in a byte each) and $c$ = `clip`. A rotated
 token has no outliers and no sign that prevails, so that one scale and a fixed zero point do.

@@ -15,8 +15,8 @@ def hadamard_factor(features: int, seed: int = 0) -> npt.NDArray[np.float32]:
     """A factor for groups of so many features.
 
     The smallest Hadamard matrix of m rows (entries 1 and -1, rows orthogonal) with features = 2^k · m that
-    `hadamard_matrix` makes, of at most `LARGEST` rows; else a random rotation, scaled as one, whose m is the odd part of
-    `features`.
+    `hadamard_matrix` makes, of at most `LARGEST` rows; else a random rotation, scaled as one, whose m is the odd part
+    of `features`.
 
     Args:
         features: At least 1.

@@ -24,6 +24,13 @@ static_assert(kLanes == 1 << kLaneLevels);
 
 // What is read ahead of the rows at hand, in bytes.
 constexpr int64_t kAhead = 2048;
+constexpr int64_t kLine = 64;
+
+// Memory that will be written soon.
+template <typename To>
+GRAPHOPT_INLINE void announce(To* to, int64_t size) {
+  for (int64_t at = 0; at < size; at += kLine / int64_t(sizeof(To))) __builtin_prefetch(to + at, 1);
+}
 
 // The levels within a vector. A product with 1 or -1 is exact, so that these are the sums and differences themselves.
 #define GRAPHOPT_LEVEL(swapped, ...) value = fma(value, F{__VA_ARGS__}, (F)(swapped))
@@ -87,7 +94,7 @@ void pass(const From* from, To* to, int64_t size, int64_t width, float scale) {
   const int64_t block = width << kLevels;
   for (int64_t base = 0; base < size; base += block) {
     if constexpr (kWithin) {
-      for (int64_t at = 0; at < block; at += 64 / int64_t(sizeof(From))) prefetch((const char*)(from + base + at) + kAhead);
+      for (int64_t at = 0; at < block; at += kLine / int64_t(sizeof(From))) prefetch((const char*)(from + base + at) + kAhead);
       butterfly<kLevels, true, kScaled, false>(from + base, to + base, kLanes, scale, kLanes);
     } else {
       int64_t column = 0;
@@ -151,6 +158,7 @@ template <typename From, typename To>
 void transform(const Plan& plan, const From* x, To* y, float* scratch) {
   const int levels = __builtin_ctzll(uint64_t(plan.halves));
   const int64_t m = plan.m, size = plan.halves * m;
+  announce(y, size);
   if (m > 1) {
     constexpr int64_t kRows = kChunkRows;
     for (int64_t row = 0; row < plan.halves; row += kRows) {
