@@ -31,7 +31,7 @@ using Eight = float __attribute__((vector_size(32)));
 
 // Entries as wide as a vector V.
 template <typename V>
-GRAPHOPT_INLINE int64_t spread_entries(const uint16_t* index, int64_t count, const float* book, int64_t entry, float scale,
+GRAPHOPT_INLINE int64_t spread_vectors(const uint16_t* index, int64_t count, const float* book, int64_t entry, float scale,
                                        float* to) {
   for (int64_t i = 0; i < count; ++i, to += sizeof(V) / sizeof(float)) {
     V numbers;
@@ -42,28 +42,30 @@ GRAPHOPT_INLINE int64_t spread_entries(const uint16_t* index, int64_t count, con
   return count;
 }
 
-// to[i · width + j] = scale · book[index[i] · entry + j].
-GRAPHOPT_INLINE void spread_group(const uint16_t* index, int64_t count, const float* book, int64_t entry, int64_t width,
-                                  float scale, float* to) {
+#if defined(__AVX2__)
+// Single numbers and pairs of them, as many as fill vectors; returns how many indices that took.
+template <int width>
+GRAPHOPT_INLINE int64_t gather(const uint16_t* index, int64_t count, const float* book, int64_t entry, float scale,
+                               float* to) {
   int64_t i = 0;
 #if defined(__AVX512F__)
   const __m512 factor = _mm512_set1_ps(scale);
-  if (width == 1) {
+  if constexpr (width == 1) {
     const __m512i step = _mm512_set1_epi32(int32_t(entry));
     for (; i + 16 <= count; i += 16) {
       const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(index + i)));
       const __m512i at = entry == 1 ? wide : _mm512_mullo_epi32(wide, step);
       _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_i32gather_ps(at, book, 4), factor));
     }
-  } else if (width == 2 && entry == 2) {
+  } else if (entry == width) {
     for (; i + 8 <= count; i += 8) {
       const __m256i at = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(index + i)));
       const __m512 pairs = _mm512_castpd_ps(_mm512_i32gather_pd(at, book, 8));
       _mm512_storeu_ps(to + 2 * i, _mm512_mul_ps(pairs, factor));
     }
   }
-#elif defined(__AVX2__)
-  if (width == 1) {
+#else
+  if constexpr (width == 1) {
     const __m256i step = _mm256_set1_epi32(int32_t(entry));
     for (; i + 8 <= count; i += 8) {
       const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(index + i)));
@@ -72,22 +74,43 @@ GRAPHOPT_INLINE void spread_group(const uint16_t* index, int64_t count, const fl
     }
   }
 #endif
-  if (width == 4) i = spread_entries<Four>(index, count, book, entry, scale, to);
-  if (width == 8) i = spread_entries<Eight>(index, count, book, entry, scale, to);
-  for (; i < count; ++i) {
-    for (int64_t j = 0; j < width; ++j) to[i * width + j] = book[index[i] * entry + j] * scale;
+  return i;
+}
+#endif
+
+// `width` as it is known when this is compiled; 0: any.
+template <int width>
+GRAPHOPT_INLINE void spread_groups(const Tiles& tiles, const uint16_t* index, int64_t first, int64_t count, float* to) {
+  int64_t group = first / tiles.group, left = (group + 1) * tiles.group - first;
+  for (int64_t at = 0; at < count; ++group) {
+    const int64_t here = left < count - at ? left : count - at;
+    const float* book = tiles.numbers + (tiles.books != nullptr ? tiles.books[group] * tiles.book_size : 0);
+    const float scale = tiles.half_scales ? half_to_float(static_cast<const uint16_t*>(tiles.scales)[group])
+                                          : static_cast<const float*>(tiles.scales)[group];
+    const uint16_t* const from = index + at;
+    float* const into = to + at * tiles.width;
+    int64_t i = 0;
+#if defined(__AVX2__)
+    if constexpr (width == 1 || width == 2) i = gather<width>(from, here, book, tiles.entry_size, scale, into);
+#endif
+    if constexpr (width == 4) i = spread_vectors<Four>(from, here, book, tiles.entry_size, scale, into);
+    if constexpr (width == 8) i = spread_vectors<Eight>(from, here, book, tiles.entry_size, scale, into);
+    for (; i < here; ++i) {
+      const float* numbers = book + from[i] * tiles.entry_size;
+      for (int64_t j = 0; j < tiles.width; ++j) into[i * tiles.width + j] = numbers[j] * scale;
+    }
+    at += here;
+    left = tiles.group;
   }
 }
 
 void spread(const Tiles& tiles, const uint16_t* index, int64_t first, int64_t count, float* to) {
-  for (int64_t at = 0; at < count;) {
-    const int64_t group = (first + at) / tiles.group, left = (group + 1) * tiles.group - first - at;
-    const int64_t here = left < count - at ? left : count - at;
-    const float* numbers = tiles.numbers + (tiles.books != nullptr ? tiles.books[group] * tiles.book_size : 0);
-    const float scale = tiles.half_scales ? half_to_float(static_cast<const uint16_t*>(tiles.scales)[group])
-                                          : static_cast<const float*>(tiles.scales)[group];
-    spread_group(index + at, here, numbers, tiles.entry_size, tiles.width, scale, to + at * tiles.width);
-    at += here;
+  switch (tiles.width) {
+    case 1: return spread_groups<1>(tiles, index, first, count, to);
+    case 2: return spread_groups<2>(tiles, index, first, count, to);
+    case 4: return spread_groups<4>(tiles, index, first, count, to);
+    case 8: return spread_groups<8>(tiles, index, first, count, to);
+    default: return spread_groups<0>(tiles, index, first, count, to);
   }
 }
 
