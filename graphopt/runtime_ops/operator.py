@@ -4,9 +4,10 @@ Each folder beside this file that holds an `OPERATOR` is one:
 
     hadamard_transform/
         __init__.py     OPERATOR: schema, documentation, cost
-        body.py         the portable body, an onnxscript function of standard operators
+        body.py         BODY: the portable body, an onnxscript function of standard operators; PARTS: functions it calls
         cpu.cc          the CPU kernel (native/operator.h says how); kernels.h and simd.cc its inner loops
         cuda.cu         CUDA kernels as plain launchers; cuda.cc makes a kernel of ONNX Runtime of them
+        fuzz.cc         what a valid node is, for the fuzzer (`make sanitize`), which breaks it in every way
 
 The body goes into a model as a local function of the operator's name, so any ONNX runtime executes it. Where the
 library (`graphopt.runtime_ops.library`) is registered with a session, its kernel is taken instead.
@@ -51,7 +52,7 @@ class Parameter:
 
     Attributes:
         name: Its name in the body.
-        type: "T" (the types of the operator), or an ONNX type such as "uint8".
+        type: "T" or "S" (each stands for one of the operator's types), or an ONNX type such as "uint8".
         shape: Its sizes, as the page shows them, for example "[N, K / block_size]".
         meaning: A phrase.
         optional: Whether it can be left out.
@@ -92,7 +93,7 @@ class Operator:
         inputs: Its inputs.
         outputs: Its outputs.
         attributes: Its attributes.
-        types: The types that "T" stands for; the body and the CPU kernel take each of them.
+        types: The types that "T" and "S" stand for; the body and the CPU kernel take each of them.
         cost: What a node costs, of the sizes of its inputs and its attributes. A size that it needs and isn't given
             makes it raise a TypeError.
         source: Title of the publication, or an empty string.
@@ -130,12 +131,11 @@ class Operator:
         """
         return {attribute.name: node.attributes[attribute.name].value for attribute in self.attributes}
 
-    def body(self) -> ir.Function:
-        """A new copy of the portable body."""
+    def bodies(self) -> list[ir.Function]:
+        """New copies of the portable body and of the functions that it is made of, the body first."""
         module = importlib.import_module(f"{__package__}.{_folders()[self.name]}.body")
-        function = ir.from_proto(module.BODY.to_function_proto())
-        assert isinstance(function, ir.Function)
-        return function
+        found = [ir.from_proto(f.to_function_proto()) for f in (module.BODY, *getattr(module, "PARTS", ()))]
+        return [function for function in found if isinstance(function, ir.Function)]
 
 
 @functools.cache
@@ -150,6 +150,15 @@ def _folders() -> dict[str, str]:
             if isinstance(operator := getattr(module, "OPERATOR", None), Operator):
                 found[operator.name] = entry.name
     return found
+
+
+def folder_of(name: str) -> str:
+    """The folder of an operator, beside this file.
+
+    Raises:
+        KeyError: There is no such operator.
+    """
+    return _folders()[name]
 
 
 @functools.cache
@@ -173,13 +182,14 @@ def add_body(model: ir.Model, name: str) -> ir.Function:
     opset = model.graph.opset_imports.get("", 0)
     if opset < OLDEST_OPSET:
         raise ValueError(f"the body of {name} needs opset {OLDEST_OPSET}, and the model has {opset}")
-    function = operators()[name].body()
-    # ONNX Runtime takes a function only where its opset is the model's; the operators of bodies mean the same in all.
-    function.opset_imports[""] = opset
-    model.functions[function.identifier()] = function
-    return function
+    for function in operators()[name].bodies():
+        # ONNX Runtime takes a function only where its opset is the model's; what bodies use means the same in all.
+        function.opset_imports[""] = opset
+        model.functions.setdefault(function.identifier(), function)
+    return model.functions[DOMAIN, name, ""]
 
 
 def uses(model: ir.Model) -> list[ir.Node]:
-    """The nodes of a model that are operators of graphopt's, subgraphs included."""
-    return [node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN]
+    """The nodes of a model that are operators of graphopt's, those of subgraphs and of other functions included."""
+    graphs = [model.graph, *(f.graph for f in model.functions.values() if f.domain != DOMAIN)]
+    return [n for graph in graphs for n in ir.traversal.RecursiveGraphIterator(graph) if n.domain == DOMAIN]

@@ -26,7 +26,7 @@ def HadamardTransform(x, factor, group_size: int, scale: float):
         values = op.Concat(op.Add(first, second), op.Sub(first, second), axis=1)
         width = op.Add(width, width)
     scaled = op.Mul(values, op.Constant(value_float=scale))
-    return op.CastLike(op.Reshape(scaled, op.Shape(x)), x)
+    return op.CastLike(op.Reshape(scaled, op.Shape(x), allowzero=1), x)
 
 
 BODY = HadamardTransform

@@ -1,0 +1,54 @@
+// What HadamardTransform and HadamardQuantize have in common on the CPU: the factor, laid out, and memory.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+#include "operator.h"
+#include "sizes.h"
+
+namespace graphopt::hadamard_transform {
+
+class Rotation {
+ public:
+  // Of inputs x and factor.
+  explicit Rotation(const Node& node)
+      : inner_(kernels()), group_(node.integer("group_size")), scale_(node.number("scale")) {
+    GRAPHOPT_REQUIRE(group_ > 0, "group_size is %lld, and must be positive", (long long)group_);
+    Tensor factor;
+    if (node.constant(1, &factor)) into_panels(factor, Sizes(group_, factor).m, &kept_);
+  }
+
+  const Kernels& inner() const { return inner_; }
+  int64_t group() const { return group_; }
+
+  // The plan for a call. A factor that is no constant of the model is laid out in `memory`.
+  Plan plan(const Sizes& sizes, const Tensor& factor, std::vector<float>* memory) const {
+    if (kept_.empty()) into_panels(factor, sizes.m, memory);
+    return {sizes.halves, sizes.m, kept_.empty() ? memory->data() : kept_.data(), factor.as<float>()[0], scale_};
+  }
+
+  // Numbers of scratch that a group needs.
+  size_t scratch(const Plan& plan) const { return size_t(group_ + kChunkRows * plan.m); }
+
+  // Groups that are worth the call of a thread: of some 30,000 numbers with a factor of 1, of fewer with a larger one.
+  int64_t groups_of_a_task(const Plan& plan) const {
+    const int64_t work = group_ * (plan.m == 1 ? 1 : 1 + plan.m / 4);
+    return work >= kTaskWork ? 1 : kTaskWork / work;
+  }
+
+ private:
+  static constexpr int64_t kTaskWork = 32768;
+
+  void into_panels(const Tensor& factor, int64_t m, std::vector<float>* memory) const {
+    memory->resize(size_t(m * ((m + 15) / 16 * 16)));
+    inner_.into_panels(factor.as<float>(), m, memory->data());
+  }
+
+  const Kernels& inner_;  // as it was when the factor was laid out
+  int64_t group_;
+  float scale_;
+  std::vector<float> kept_;
+};
+
+}  // namespace graphopt::hadamard_transform

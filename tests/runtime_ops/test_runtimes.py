@@ -1,0 +1,77 @@
+"""One and the same library in the oldest supported onnxruntime, the oldest that graphopt itself runs on, and today's."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from graphopt.runtime_ops import library_path, operators
+from graphopt.runtime_ops.library import kernels
+from graphopt.runtime_ops.operator import folder_of
+from tests.runtime_ops.operator_cases import node_model, run_node
+from tests.runtime_ops.runtimes import fetched, installed, run_in
+
+HERE = Path(__file__).parent
+OPSET = 20
+"""The newest that the oldest onnxruntime takes."""
+NODES = [(name, dtype) for name in operators() for dtype in (np.float32, np.float16)]
+
+
+def example(name: str, dtype: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Inputs and attributes of a valid node, as the operator's own tests give them."""
+    tests = importlib.import_module(f"tests.runtime_ops.test_{folder_of(name)}")
+    inputs, attributes = tests.example(dtype)
+    return inputs, attributes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and its inputs for each operator and type."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, dtype in NODES:
+        inputs, attributes = example(name, dtype)
+        place = folder / f"{name}-{np.dtype(dtype)}.onnx"
+        place.write_bytes(node_model(name, inputs, attributes, OPSET))
+        feeds = {f"input{i}": np.asarray(array) for i, array in enumerate(inputs) if array is not None}
+        np.savez(place.with_suffix(".npz"), **feeds)
+    return folder
+
+
+@pytest.mark.parametrize("version", ["1.17.3", "1.22.1", "installed"])
+def test_the_library_and_the_bodies_in(version: str, folder: Path, tmp_path: Path) -> None:
+    library = library_path()
+    if library is None:
+        pytest.skip("the library with the kernels isn't built")
+    if version == "installed":
+        environment = installed(tmp_path / "site")
+    else:
+        environment = fetched(version, "<2" if version < "1.19" else ">=2")
+    told, *ran = run_in(environment, HERE / "run_models.py", folder, library).splitlines()
+    assert told == (onnxruntime.__version__ if version == "installed" else version)
+    operators_of = {line.split()[0]: line.split()[1:] for line in ran}
+    known = {name for name, _, _ in kernels(library)}
+    for name, dtype in NODES:
+        if name in known:
+            assert operators_of[f"{name}-{np.dtype(dtype)}"] == [name]
+        inputs, attributes = example(name, dtype)
+        expected = run_node(name, inputs, kernel=False, opset=OPSET, **attributes)
+        for way in ("kernel", "body"):
+            file = np.load(folder / f"{name}-{np.dtype(dtype)}.{way}.npz")
+            for want, have in zip(expected, file.values(), strict=True):
+                same(have, want, f"{name}, {np.dtype(dtype)}, {way}")
+
+
+def same(have: Any, want: Any, where: str) -> None:
+    assert (have.dtype, have.shape) == (want.dtype, want.shape), where
+    if want.dtype.kind == "f":
+        scale = max(1.0, float(np.abs(want.astype(np.float64)).max(initial=0)))
+        tolerance = (2e-5 if want.dtype == np.float32 else 4e-3) * scale
+        np.testing.assert_allclose(have.astype(np.float64), want.astype(np.float64), atol=tolerance, err_msg=where)
+    else:
+        # A number that lies between two may be rounded to either where it was summed in another order.
+        assert np.mean(have != want) <= 0.01, where
