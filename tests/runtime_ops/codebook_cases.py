@@ -93,9 +93,9 @@ class Case:
 def quantized(x: np.ndarray[Any, Any], block: int) -> np.ndarray[Any, Any]:
     """x with each `block` columns rounded to 8 bits."""
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)])
-    blocks = padded.reshape(*x.shape[:-1], -1, block)
+    blocks = padded.reshape(*x.shape[:-1], padded.shape[-1] // block, block)
     step = np.abs(blocks).max(-1, keepdims=True, initial=0) / np.float32(127)
     step[~np.isfinite(blocks).all(-1, keepdims=True)] = np.nan
     rounded = np.round(blocks / np.where(step == 0, np.float32(1), step)) * step
-    made: np.ndarray[Any, Any] = rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    made: np.ndarray[Any, Any] = rounded.reshape(padded.shape)[..., : x.shape[-1]]
     return made

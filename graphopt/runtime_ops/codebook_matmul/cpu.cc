@@ -14,8 +14,20 @@ namespace {
 constexpr int64_t kDirectRows = 2;         // rows of x up to which indices are looked up anew for each row
 constexpr int64_t kTaskWeights = 1 << 17;  // weights that are worth a thread
 constexpr int64_t kStrip = 16;             // rows of weights that are written out together,
-constexpr int64_t kStripColumns = 640;     // and columns: what the first cache holds
+constexpr int64_t kStripColumns = 512;     // and columns: what the first cache holds
 constexpr int64_t kTogether = 96;          // rows of x that are multiplied with a strip
+
+// Memory that begins with a line of the cache, kept by a thread from call to call.
+class Scratch {
+ public:
+  float* floats(int64_t count) {
+    memory_.resize(size_t(count) + 16);
+    return memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64 / sizeof(float);
+  }
+
+ private:
+  std::vector<float> memory_;
+};
 
 // One product; V is the type of x and y.
 template <typename V>
@@ -112,39 +124,42 @@ class Product {
     });
   }
 
-  // Rows of weights are written out as numbers, a piece that fits the cache at a time, and multiplied with rows of x.
+  // Rows of weights are written out as numbers, a piece that fits the cache at a time, and multiplied with rows of x. Of
+  // these, what meets one piece lies together: rows as far apart as x has columns might be in each other's way.
   void by_strips() {
-    thread_local std::vector<float> ordered;
-    ordered.resize(size_t(m_ * padded_));
-    float* const operand = ordered.data();
+    thread_local Scratch ordered;
+    float* const operand = ordered.floats(m_ * padded_);
     const int64_t tile_rows = weights_.tile_rows(), step = weights_.step();
     const int64_t strip = (kStrip + tile_rows - 1) / tile_rows * tile_rows;
     const int64_t wide = std::max(kStripColumns / step, int64_t(1)) * step;
     call_.phases({size_t(m_), size_t((n_ + strip - 1) / strip)}, [&](size_t phase, size_t task) {
       if (phase == 0) {
-        thread_local std::vector<float> natural, steps_of;
-        natural.resize(size_t(padded_));
+        thread_local Scratch natural;
+        thread_local std::vector<float> steps_of;
         steps_of.resize(steps());
-        float* to = operand + int64_t(task) * padded_;
-        take(int64_t(task), weights_.narrow() ? natural.data() : to, steps_of.data(), nullptr);
-        if (weights_.narrow()) kernels().interleave(natural.data(), columns_, to);
+        float* from = natural.floats(padded_);
+        take(int64_t(task), from, steps_of.data(), nullptr);
+        for (int64_t begin = 0; begin < padded_; begin += wide) {
+          const int64_t size = std::min(wide, padded_ - begin);
+          float* to = operand + begin * m_ + int64_t(task) * size;
+          weights_.narrow() ? kernels().interleave(from + begin, size, to) : void(std::copy_n(from + begin, size, to));
+        }
         return;
       }
-      thread_local std::vector<float> tile, sums;
-      tile.resize(size_t(strip * wide));
+      thread_local Scratch tile, sums;
       const int64_t first = int64_t(task) * strip, count = std::min(strip, n_ - first);
       for (int64_t top = 0; top < m_; top += kTogether) {
         const int64_t here = std::min(kTogether, m_ - top);
-        sums.assign(size_t(here * strip), 0.0f);
+        float *const weights = tile.floats(strip * wide), *const totals = sums.floats(here * strip);
+        std::fill(totals, totals + here * strip, 0.0f);
         for (int64_t begin = 0; begin < padded_; begin += wide) {
-          const int64_t end = std::min(begin + wide, padded_);
-          weights_.write(first, count, begin, end, tile.data());
-          kernels().multiply(operand + top * padded_ + begin, padded_, here, tile.data(), end - begin, count, end - begin,
-                             sums.data(), strip);
+          const int64_t size = std::min(wide, padded_ - begin);
+          weights_.write(first, count, begin, begin + size, weights);
+          kernels().multiply(operand + begin * m_ + top * size, size, here, weights, size, count, size, totals, strip);
         }
         for (int64_t row = 0; row < here; ++row) {
           for (int64_t i = 0; i < count; ++i) {
-            y_[(top + row) * n_ + first + i] = finished(sums[row * strip + i], first + i);
+            y_[(top + row) * n_ + first + i] = finished(totals[row * strip + i], first + i);
           }
         }
       }

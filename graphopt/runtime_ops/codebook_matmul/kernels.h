@@ -50,6 +50,18 @@ struct Narrow {
   const int32_t* lane_group;   // [blocks, lanes], that of each lane's columns, less the block's first
 };
 
+// One row of weights in tiles of any width.
+struct Tiles {
+  const float* numbers;  // of the first entry's row
+  int64_t book_size;     // numbers from one codebook to the next,
+  int64_t entry_size;    // and from one entry to the next
+  int64_t width;         // numbers of an entry's row
+  int64_t group;         // tiles of a group
+  const uint8_t* books;  // the codebook of each group, or nullptr: the first
+  const void* scales;    // of each group
+  bool half_scales;
+};
+
 struct Kernels {
   int64_t lanes;
   int64_t block;  // columns
@@ -68,6 +80,10 @@ struct Kernels {
   void (*byte_dot)(const Narrow& weights, int bits, int64_t first, int64_t count, const ByteRow& x, float* y);
   // Blocks first_block to end_block of the weights of row `row`, in the interleaved order.
   void (*narrow_write)(const Narrow& weights, int bits, int64_t row, int64_t first_block, int64_t end_block, float* to);
+  // Indices first to first + count of a row.
+  void (*unpack)(const uint8_t* row, int64_t row_bytes, int bits, int64_t first, int64_t count, uint16_t* to);
+  // The numbers of a row's tiles first to first + count, of which index has the indices.
+  void (*spread)(const Tiles& tiles, const uint16_t* index, int64_t first, int64_t count, float* to);
   // y[m, n] += the sum of x[m, k] · w[n, k] over k < columns, a multiple of lanes.
   void (*multiply)(const float* x, int64_t x_stride, int64_t m, const float* w, int64_t w_stride, int64_t n,
                    int64_t columns, float* y, int64_t y_stride);

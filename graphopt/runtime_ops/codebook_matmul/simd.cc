@@ -2,6 +2,7 @@
 #include "kernels.h"
 #include "lookup.h"
 #include "simd.h"
+#include "spread.h"
 
 namespace graphopt::codebook_matmul::GRAPHOPT_ISA {
 namespace {
@@ -231,7 +232,7 @@ void multiply(const float* x, int64_t x_stride, int64_t m, const float* w, int64
 
 }  // namespace
 
-const Kernels variant = {kLanes,     kBlock,   round_blocks, arrange,  interleave,
-                         narrow_dot, byte_dot, narrow_write, multiply};
+const Kernels variant = {kLanes,   kBlock,       round_blocks, arrange, interleave, narrow_dot,
+                         byte_dot, narrow_write, unpack,       spread,  multiply};
 
 }  // namespace graphopt::codebook_matmul::GRAPHOPT_ISA

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "float16.h"
 
 namespace graphopt::codebook_matmul {
 namespace {
@@ -117,7 +116,7 @@ void Weights::prepare_narrow() {
     prepare_bytes();
   }
   in_place_ = {indices_,  row_bytes_, scales_, half_scales_,       groups_,           tables_.data(), byte_tables_.data(),
-               one_byte_, selectors_, books_ > 1, blocks, first_group_.data(), lane_group_.data()};
+               one_byte_, selectors_, table_of_row(), blocks, first_group_.data(), lane_group_.data()};
   // Whole vectors are read: rows from which that would go beyond the end are copied.
   const int64_t row_read = blocks * lanes * attributes_.bits;
   const int64_t scales_read = (blocks > 0 ? first_group_.back() : 0) + lanes;
@@ -137,7 +136,7 @@ void Weights::prepare_narrow() {
   copied_.indices = last_indices_.data();
   copied_.scales = last_scales_.data();
   if (selectors_ != nullptr) copied_.selectors = selectors_ + rows_in_place_ * groups_;
-  if (books_ > 1 && selectors_ == nullptr) {
+  if (table_of_row()) {
     copied_.tables += rows_in_place_ * kTable;
     if (takes_bytes()) copied_.byte_tables += rows_in_place_;
   }
@@ -227,37 +226,25 @@ void Weights::write(int64_t first, int64_t count, int64_t begin, int64_t end, fl
   }
 }
 
-float Weights::scale(int64_t row, int64_t group) const {
-  const int64_t at = row * groups_ + group;
-  return half_scales_ ? to_float(static_cast<const Half*>(scales_)[at]) : static_cast<const float*>(scales_)[at];
-}
-
 void Weights::write_tiles(int64_t first, int64_t count, int64_t begin, int64_t end, float* to) const {
-  const int64_t bits = attributes_.bits, width = end - begin, mask = entries_ - 1;
-  const int64_t last = std::min(end, columns_);
-  for (int64_t row = 0; row < count; row += tile_rows_) {
-    const int64_t index_row = (first + row) / tile_rows_;
-    const uint8_t* packed = indices_ + index_row * row_bytes_;
-    const int64_t height = std::min(tile_rows_, count - row);
-    for (int64_t column = begin; column < last; column += tile_columns_) {
-      const int64_t bit = column / tile_columns_ * bits, byte = bit / 8;
-      int64_t word = 0;
-      for (int64_t i = 0; i < 3 && byte + i < row_bytes_; ++i) word |= int64_t(packed[byte + i]) << 8 * i;
-      const int64_t group = column / attributes_.group_size;
-      const int64_t book = selectors_ != nullptr ? selectors_[index_row * groups_ + group] : books_ > 1 ? index_row : 0;
-      const float* entry = codebooks_ + (book * entries_ + (word >> bit % 8 & mask)) * tile_rows_ * tile_columns_;
-      const int64_t wide = std::min(tile_columns_, end - column);
-      for (int64_t r = 0; r < height; ++r) {
-        const float factor = scale(first + row + r, group);
-        float* here = to + (row + r) * width + column - begin;
-        for (int64_t c = 0; c < wide; ++c) here[c] = entry[r * tile_columns_ + c] * factor;
-      }
+  const int64_t width = end - begin, entry = tile_rows_ * tile_columns_, book = entries_ * entry;
+  const int64_t first_tile = begin / tile_columns_, end_tile = std::min(end / tile_columns_, per_row_);
+  const int64_t tiles = std::max<int64_t>(0, end_tile - first_tile);
+  thread_local std::vector<uint16_t> indices;
+  indices.resize(size_t(tiles));
+  uint16_t* const index = indices.data();
+  for (int64_t row = first; row < first + count; ++row) {
+    const int64_t index_row = row / tile_rows_, within = row % tile_rows_;
+    if (within == 0) {
+      kernels().unpack(indices_ + index_row * row_bytes_, row_bytes_, int(attributes_.bits), first_tile, tiles, index);
     }
-    for (int64_t r = 0; r < height && last < end; ++r) {
-      float* here = to + (row + r) * width;
-      const int64_t written = up(last, tile_columns_) * tile_columns_ - begin;
-      std::fill(here + std::max<int64_t>(written, 0), here + width, 0.0f);
-    }
+    const float* numbers = codebooks_ + within * tile_columns_ + (table_of_row() ? index_row * book : 0);
+    const Tiles row_of{numbers, book, entry, tile_columns_, attributes_.group_size / tile_columns_,
+                       selectors_ != nullptr ? selectors_ + index_row * groups_ : nullptr,
+                       static_cast<const uint8_t*>(scales_) + row * groups_ * (half_scales_ ? 2 : 4), half_scales_};
+    float* const here = to + (row - first) * width;
+    kernels().spread(row_of, index, first_tile, tiles, here);
+    std::fill(here + tiles * tile_columns_, here + width, 0.0f);
   }
 }
 

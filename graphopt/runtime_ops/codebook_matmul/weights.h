@@ -54,7 +54,7 @@ class Weights {
   void prepare_bytes();
   void write_tiles(int64_t first, int64_t count, int64_t begin, int64_t end, float* to) const;
   void add_outliers(int64_t row, int64_t begin, int64_t end, float* to) const;
-  float scale(int64_t row, int64_t group) const;
+  bool table_of_row() const { return books_ > 1 && selectors_ == nullptr; }
   // The narrow weights that hold `row`, and the rows from it on that lie in them too.
   const Narrow& part(int64_t row, int64_t* within, int64_t* left) const;
 

@@ -1,0 +1,117 @@
+// Indices of any width out of their bytes, and the entries of a codebook that they stand for.
+// Part of simd.cc: compiled for each set of instructions.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace graphopt::codebook_matmul::GRAPHOPT_ISA {
+
+void unpack(const uint8_t* row, int64_t row_bytes, int bits, int64_t first, int64_t count, uint16_t* to) {
+  if (bits == 8) {
+    for (int64_t i = 0; i < count; ++i) to[i] = row[first + i];
+    return;
+  }
+  const uint32_t mask = (1u << bits) - 1;
+  int64_t bit = first * bits;
+  for (int64_t i = 0; i < count; ++i, bit += bits) {
+    const int64_t byte = bit >> 3;
+    uint32_t word = 0;
+    if (byte + 4 <= row_bytes) {
+      std::memcpy(&word, row + byte, 4);  // little-endian, as all machines that this is compiled for are
+    } else {
+      for (int64_t j = 0; byte + j < row_bytes; ++j) word |= uint32_t(row[byte + j]) << 8 * j;
+    }
+    to[i] = uint16_t(word >> (bit & 7) & mask);
+  }
+}
+
+using Four = float __attribute__((vector_size(16)));
+using Eight = float __attribute__((vector_size(32)));
+
+// Entries as wide as a vector V.
+template <typename V>
+GRAPHOPT_INLINE int64_t spread_vectors(const uint16_t* index, int64_t count, const float* book, int64_t entry, float scale,
+                                       float* to) {
+  for (int64_t i = 0; i < count; ++i, to += sizeof(V) / sizeof(float)) {
+    V numbers;
+    std::memcpy(&numbers, book + index[i] * entry, sizeof numbers);
+    numbers *= scale;
+    std::memcpy(to, &numbers, sizeof numbers);
+  }
+  return count;
+}
+
+#if defined(__AVX2__)
+// Single numbers and pairs of them, as many as fill vectors; returns how many indices that took.
+template <int width>
+GRAPHOPT_INLINE int64_t gather(const uint16_t* index, int64_t count, const float* book, int64_t entry, float scale,
+                               float* to) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  const __m512 factor = _mm512_set1_ps(scale);
+  if constexpr (width == 1) {
+    const __m512i step = _mm512_set1_epi32(int32_t(entry));
+    for (; i + 16 <= count; i += 16) {
+      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(index + i)));
+      const __m512i at = entry == 1 ? wide : _mm512_mullo_epi32(wide, step);
+      _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_i32gather_ps(at, book, 4), factor));
+    }
+  } else if (entry == width) {
+    for (; i + 8 <= count; i += 8) {
+      const __m256i at = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(index + i)));
+      const __m512 pairs = _mm512_castpd_ps(_mm512_i32gather_pd(at, book, 8));
+      _mm512_storeu_ps(to + 2 * i, _mm512_mul_ps(pairs, factor));
+    }
+  }
+#else
+  if constexpr (width == 1) {
+    const __m256i step = _mm256_set1_epi32(int32_t(entry));
+    for (; i + 8 <= count; i += 8) {
+      const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(index + i)));
+      const __m256 found = _mm256_i32gather_ps(book, _mm256_mullo_epi32(wide, step), 4);
+      _mm256_storeu_ps(to + i, _mm256_mul_ps(found, _mm256_set1_ps(scale)));
+    }
+  }
+#endif
+  return i;
+}
+#endif
+
+// `width` as it is known when this is compiled; 0: any.
+template <int width>
+GRAPHOPT_INLINE void spread_groups(const Tiles& tiles, const uint16_t* index, int64_t first, int64_t count, float* to) {
+  int64_t group = first / tiles.group, left = (group + 1) * tiles.group - first;
+  for (int64_t at = 0; at < count; ++group) {
+    const int64_t here = left < count - at ? left : count - at;
+    const float* book = tiles.numbers + (tiles.books != nullptr ? tiles.books[group] * tiles.book_size : 0);
+    const float scale = tiles.half_scales ? half_to_float(static_cast<const uint16_t*>(tiles.scales)[group])
+                                          : static_cast<const float*>(tiles.scales)[group];
+    const uint16_t* const from = index + at;
+    float* const into = to + at * tiles.width;
+    int64_t i = 0;
+#if defined(__AVX2__)
+    if constexpr (width == 1 || width == 2) i = gather<width>(from, here, book, tiles.entry_size, scale, into);
+#endif
+    if constexpr (width == 4) i = spread_vectors<Four>(from, here, book, tiles.entry_size, scale, into);
+    if constexpr (width == 8) i = spread_vectors<Eight>(from, here, book, tiles.entry_size, scale, into);
+    for (; i < here; ++i) {
+      const float* numbers = book + from[i] * tiles.entry_size;
+      for (int64_t j = 0; j < tiles.width; ++j) into[i * tiles.width + j] = numbers[j] * scale;
+    }
+    at += here;
+    left = tiles.group;
+  }
+}
+
+void spread(const Tiles& tiles, const uint16_t* index, int64_t first, int64_t count, float* to) {
+  switch (tiles.width) {
+    case 1: return spread_groups<1>(tiles, index, first, count, to);
+    case 2: return spread_groups<2>(tiles, index, first, count, to);
+    case 4: return spread_groups<4>(tiles, index, first, count, to);
+    case 8: return spread_groups<8>(tiles, index, first, count, to);
+    default: return spread_groups<0>(tiles, index, first, count, to);
+  }
+}
+
+}  // namespace graphopt::codebook_matmul::GRAPHOPT_ISA
