@@ -36,8 +36,8 @@ stands there is overwritten by the next tokens. Rows with different lengths may 
 `present_key` and `present_value` have $L = \max(C, \text{total\_sequence\_length})$ rows: the past's, the new ones
 in their places, and zeros beyond. Bound to the memory of the past, they are written in place and nothing is copied.
 
-The rotation $R$ turns the first $R = 2 \cdot \text{columns}$ features of queries and keys by the row of the tables that
-is the token's place: feature $i$ with $i + R / 2$, or with interleaved pairs $2i$ with $2i + 1$. Keys are stored rotated.
+The rotation $R$ turns the first $r = 2 \cdot \text{columns}$ features of queries and keys by the row of the tables that
+is the token's place: feature $i$ with $i + r / 2$, or as interleaved pairs $2i$ with $2i + 1$. Keys are stored rotated.
 
 The kernel reads each row of the cache once for all query heads that share it, and divides long caches over the threads
 however few the heads are. There is no CUDA kernel: flash attention stands behind `GroupQueryAttention` there.
@@ -50,8 +50,8 @@ however few the heads are. There is no CUDA kernel: flash attention stands behin
         Parameter("past_value", "T", "[B, KV, C, D]", "values up to now"),
         Parameter("seqlens_k", "int32", "[B]", "tokens of each row with the new ones, less one"),
         Parameter("total_sequence_length", "int32", "[]", "the most tokens of a row"),
-        Parameter("cos_cache", "T", "[P, R / 2]", "cosine of each place and pair of features; [0, 0]: no rotation"),
-        Parameter("sin_cache", "T", "[P, R / 2]", "sines"),
+        Parameter("cos_cache", "T", "[P, r / 2]", "cosine of each place and pair of features; [0, 0]: no rotation"),
+        Parameter("sin_cache", "T", "[P, r / 2]", "sines"),
     ),
     outputs=(
         Parameter("output", "T", "[B, S, H · D]", "the result"),
@@ -61,7 +61,7 @@ however few the heads are. There is no CUDA kernel: flash attention stands behin
     attributes=(
         Attribute("num_heads", "int", "query heads H"),
         Attribute("kv_num_heads", "int", "heads of keys and values KV, a divisor of H"),
-        Attribute("scale", "float", "the scale s; 0: one by the root of D", 0.0),
+        Attribute("scale", "float", "the scale s; 0: one divided by the root of D", 0.0),
         Attribute("softcap", "float", "the cap of scores; 0: none", 0.0),
         Attribute("local_window_size", "int", "keys that a query sees, its own included; not positive: all", -1),
         Attribute("rotary_interleaved", "int", "1: pairs of neighbouring features are turned", 0),
