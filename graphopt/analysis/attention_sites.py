@@ -24,6 +24,7 @@ FUSED = {
     "com.microsoft::MultiHeadAttention": (0, 1, 2),
     "com.microsoft::GroupQueryAttention": (0, 1, 2),
     "com.microsoft::DecoderMaskedMultiHeadAttention": (0, 1, 2),
+    "ai.graphopt::CachedAttention": (0, 1, 2),
 }
 """Operators that compute attention, with the places of q, k and v among their inputs."""
 
@@ -121,6 +122,8 @@ def _fused(node: ir.Node, places: tuple[int, ...] | None, facts: ShapeFacts) -> 
     assert q is not None
     assert k is not None
     assert v is not None
+    if _holds_nothing(k):  # queries, keys and values side by side
+        return None
     shape = facts.shape(q)
     heads = attribute_int(node, "q_num_heads", 0) or attribute_int(node, "num_heads", 0) or None
     size = None
@@ -128,20 +131,28 @@ def _fused(node: ir.Node, places: tuple[int, ...] | None, facts: ShapeFacts) -> 
         heads, size = shape[1].value, shape[3].value
     elif shape is not None and heads and shape[-1].value is not None:
         size = shape[-1].value // heads
-    masked = node.op_type == "GroupQueryAttention" or (len(node.inputs) > 3 and node.inputs[3] is not None)
+    counts = node.op_type in ("GroupQueryAttention", "CachedAttention")
+    masked = counts or (len(node.inputs) > 3 and node.inputs[3] is not None)
     kv_heads = attribute_int(node, "kv_num_heads", 0) or None
     keys = facts.shape(k)
     if kv_heads is None and keys is not None and len(keys) == 4:
         kv_heads = keys[1].value
-    past = 3 if node.op_type == "GroupQueryAttention" else 4 if node.op_type == "Attention" else None
+    past = 3 if counts else 4 if node.op_type == "Attention" else None
     cached = past is not None and len(node.inputs) > past and node.inputs[past] is not None
     rotary = any(producer(v, "RotaryEmbedding") is not None for v in (q, k)) or bool(
         attribute_int(node, "do_rotary", 0)
     )
+    if node.op_type == "CachedAttention":
+        rotary = not _holds_nothing(node.inputs[7])
     mask = node.inputs[3] if masked and node.op_type == "Attention" else None
     return AttentionSite(
         node, q, k, v, node.outputs[0], masked, heads, size, node.op_type, kv_heads, rotary, cached, mask
     )
+
+
+def _holds_nothing(value: ir.Value | None) -> bool:
+    """Whether a value is the empty constant by which an operator of graphopt's is told that an input isn't there."""
+    return value is not None and is_constant(value) and value.shape is not None and 0 in value.shape
 
 
 def _spelled_out(node: ir.Node, facts: ShapeFacts) -> AttentionSite | None:

@@ -18,13 +18,14 @@ FUSED: dict[str, dict[int, tuple[int, Part]]] = {
     "Attention": {4: (1, "key"), 5: (2, "value")},
     "com.microsoft::GroupQueryAttention": {3: (1, "key"), 4: (2, "value")},
     "com.microsoft::SparseAttention": {3: (1, "key"), 4: (2, "value")},
+    "ai.graphopt::CachedAttention": {3: (1, "key"), 4: (2, "value")},
     "com.microsoft::MultiHeadAttention": {6: (1, "key"), 7: (2, "value")},
     "com.microsoft::DecoderMaskedMultiHeadAttention": {5: (1, "key"), 6: (2, "value")},
     "com.microsoft::Attention": {4: (1, "both")},
     "com.microsoft::DecoderMaskedSelfAttention": {4: (1, "both")},
 }
 """Operators that take a past and give a present: the place of the past to that of the present, and what it holds."""
-IN_PLACE = ("com.microsoft::GroupQueryAttention", "com.microsoft::SparseAttention")
+IN_PLACE = ("com.microsoft::GroupQueryAttention", "com.microsoft::SparseAttention", "ai.graphopt::CachedAttention")
 """Operators that write the new rows into the past where past and present are one buffer, longer than what is in it."""
 
 MOVES = frozenset({"Cast", "CastLike", "DequantizeLinear", "Dropout", "Identity", "QuantizeLinear", "Reshape", "Slice",

@@ -20,6 +20,7 @@ _MASK_SLOTS = {
     "com.microsoft::Attention": (3, 5),
     "com.microsoft::GroupQueryAttention": (5, 6, 10),
     "com.microsoft::SparseAttention": (5, 6, 7, 8),
+    "ai.graphopt::CachedAttention": (5, 6),
     "com.microsoft::MultiHeadAttention": (4, 5),
     "com.microsoft::DecoderMaskedMultiHeadAttention": (3, 4),
     "com.microsoft::DecoderMaskedSelfAttention": (3, 5),
@@ -30,6 +31,7 @@ _POSITION_SLOTS = {
     "RotaryEmbedding": (1, 2, 3),
     "com.microsoft::RotaryEmbedding": (1, 2, 3),
     "com.microsoft::GroupQueryAttention": (7, 8, 9),
+    "ai.graphopt::CachedAttention": (7, 8),
 }
 
 

@@ -229,7 +229,9 @@ def _size(shape: tuple[int | str | None, ...], join: Join, layout: str, letter: 
     heads, kv_heads = (_int(join.node, name) for name in ("num_heads", "kv_num_heads"))
     if letter == "H":
         return kv_heads
-    packed = len(join.node.inputs) < 2 or join.node.inputs[1] is None
+    keys = join.node.inputs[1] if len(join.node.inputs) > 1 else None
+    # Keys that stand beside the queries are left out, or an empty constant takes their place.
+    packed = keys is None or (is_constant(keys) and keys.shape is not None and 0 in keys.shape)
     width = _width(join.node.inputs[0])
     return None if not heads or not kv_heads or not width else width // (heads + 2 * kv_heads * packed)
 

@@ -268,6 +268,9 @@ def _role(value: ir.Value, use: IntegerUse) -> Role:
     return "integer"
 
 
+_ATTENDS = ("Attention", "GroupQueryAttention", "MultiHeadAttention", "CachedAttention")
+
+
 def _is_past(value: ir.Value) -> bool:
     """A cache is named so, or a Concat puts it before what is new and returns the whole."""
     if value.shape is None or len(value.shape) < 3 or value.dtype is None or not value.dtype.is_floating_point():
@@ -279,7 +282,7 @@ def _is_past(value: ir.Value) -> bool:
     for node, slot in value.uses():
         if node.op_type == "Concat" and slot == 0 and len(node.inputs) == 2 and node.outputs[0].is_graph_output():
             return True
-        if node.op_type in ("Attention", "GroupQueryAttention", "MultiHeadAttention") and slot >= 3:
+        if node.op_type in _ATTENDS and slot >= 3:
             return True
     return False
 

@@ -310,10 +310,11 @@ def _multi_head_attention(op: Op) -> list[Result]:
     return [(q[0], q[1], width), *present]
 
 
-@rule("com.microsoft::GroupQueryAttention")
+@rule("com.microsoft::GroupQueryAttention", "ai.graphopt::CachedAttention")
 def _group_query_attention(op: Op) -> list[Result]:
     q = op.shape(0)
-    if op.has(1):
+    # CachedAttention is given an empty tensor where there is nothing.
+    if op.has(1) and len(op.shape(1)) == 3:
         width = q[2]
     else:  # queries, keys and values packed side by side
         heads, kv_heads = op.integer("num_heads"), op.integer("kv_num_heads")

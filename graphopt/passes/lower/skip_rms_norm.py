@@ -59,7 +59,7 @@ class SkipRmsNorm(ShapeRulePass):
         """See whether the model is a decoder lowered for generation."""
         super().prepare(model, edit)
         self._everywhere = self.always or (
-            self.decoders and any(node.op_type == "GroupQueryAttention" for node in model.graph)
+            self.decoders and any(node.op_type in ("GroupQueryAttention", "CachedAttention") for node in model.graph)
         )
 
     def rewrite(self, node: ir.Node, edit: Editor) -> bool:

@@ -1,10 +1,9 @@
 // A quantized weight as inputs of a node, and rows of activations made ready for it.
 #pragma once
 
-#include <cstdlib>
-#include <new>
 #include <string>
 
+#include "buffer.h"
 #include "float16.h"
 #include "kernels.h"
 #include "operator.h"
@@ -64,33 +63,6 @@ Matrix matrix(const Inputs& input, size_t first, const Format& format, const cha
   }
   return made;
 }
-
-// Memory that begins at a cache line.
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-
-  // At least `bytes`; what it held is lost.
-  uint8_t* reserve(size_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      data_ = std::aligned_alloc(64, size_);
-      if (data_ == nullptr) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return static_cast<uint8_t*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 // Room for a task's numbers, this thread's own; what it held is lost.
 inline float* numbers(int64_t count) {
