@@ -54,6 +54,9 @@ class Value {
   Value(ElementType type, const Shape& shape);
   Value(const Value& other);
   Value& operator=(const Value& other);
+  // What is moved stays where it lies: a kernel may have kept a constant's address.
+  Value(Value&& other) = default;
+  Value& operator=(Value&& other) = default;
 
   ElementType type() const { return type_; }
   const Shape& shape() const { return shape_; }
