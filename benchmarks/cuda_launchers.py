@@ -31,11 +31,13 @@ class Launcher:
 
     Attributes:
         name: Its symbol.
+        folder: The operator's folder that declares it.
         result: What it returns, a C type.
         parameters: Types and names, as in C; a stream comes last where it launches something.
     """
 
     name: str
+    folder: str
     result: str
     parameters: tuple[tuple[str, str], ...]
 
@@ -74,7 +76,7 @@ def declared() -> dict[str, Launcher]:
         text = re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8"))
         for result, name, parameters in _DECLARATION.findall(text):
             listed = [_parameter(part) for part in parameters.split(",") if part.strip()]
-            found[name] = Launcher(name, " ".join(result.split()), tuple(listed))
+            found[name] = Launcher(name, path.parent.name, " ".join(result.split()), tuple(listed))
     return found
 
 

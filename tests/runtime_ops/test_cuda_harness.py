@@ -76,7 +76,9 @@ def test_cases_match_their_launchers(launcher: str) -> None:
 
 
 def test_wrong_arguments_are_told() -> None:
-    launcher = Launcher("f", "int", (("const float*", "x"), ("int64_t", "n"), ("float", "s"), ("void*", "stream")))
+    launcher = Launcher(
+        "f", "folder", "int", (("const float*", "x"), ("int64_t", "n"), ("float", "s"), ("void*", "stream"))
+    )
     x = torch.zeros(2, 3)
     launcher.converted([x, 1, 2.0])
     launcher.converted([None, 1, 2.0])
