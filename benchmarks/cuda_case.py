@@ -15,6 +15,8 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+from cuda_launchers import OPERATORS
+
 if TYPE_CHECKING:
     from cuda_launchers import Launchers
 
@@ -71,9 +73,14 @@ class Case:
 
 
 def all_cases(operators: list[str] | None = None) -> Iterator[Case]:
-    """The cases of all files of benchmarks/cuda_cases, or of these operators."""
+    """The cases of all files of benchmarks/cuda_cases, or of these operators.
+
+    A file has the name of the operator's folder; where that has no CUDA kernels, there are no cases.
+    """
     package = importlib.import_module("cuda_cases")
     for entry in sorted(pkgutil.iter_modules(package.__path__), key=lambda entry: entry.name):
+        if not (OPERATORS / entry.name / "cuda.cu").is_file():
+            continue
         for case in importlib.import_module(f"cuda_cases.{entry.name}").cases():
             if not operators or case.operator in operators:
                 yield case

@@ -15,6 +15,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 OPERATORS = ROOT / "graphopt" / "runtime_ops"
 _DECLARATION = re.compile(r"GRAPHOPT_LAUNCHER\s+([\w\s]+?\*?)\s*(graphopt_cuda_\w+)\s*\(([^)]*)\)\s*;")
+_STRUCTURE = re.compile(r"\bstruct\s+(\w+)\s*\{([^{}]*)\}\s*;")
+Fields = tuple[tuple[str, str], ...]
 _TYPES: Mapping[str, Any] = {
     "int": ctypes.c_int, "int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "size_t": ctypes.c_size_t,
     "float": ctypes.c_float, "const char*": ctypes.c_char_p,
@@ -31,20 +33,26 @@ class Launcher:
 
     Attributes:
         name: Its symbol.
+        folder: The operator's folder that declares it.
         result: What it returns, a C type.
         parameters: Types and names, as in C; a stream comes last where it launches something.
+        structs: The structures that its header declares: types and names of their fields.
     """
 
     name: str
+    folder: str
     result: str
     parameters: tuple[tuple[str, str], ...]
+    structs: Mapping[str, Fields] = dataclasses.field(default_factory=dict)
 
     @property
     def launches(self) -> bool:
         return bool(self.parameters) and self.parameters[-1] == ("void*", "stream")
 
     def converted(self, arguments: Sequence[Any]) -> list[Any]:
-        """The arguments, without the stream, as ctypes wants them: tensors become pointers to what they hold.
+        """The arguments, without the stream, as ctypes wants them.
+
+        Tensors become pointers to what they hold, and dicts pointers to structures with these fields.
 
         Raises:
             TypeError: There are more or fewer than are declared, or one is of another kind.
@@ -52,19 +60,31 @@ class Launcher:
         wanted = self.parameters[:-1] if self.launches else self.parameters
         if len(arguments) != len(wanted):
             raise TypeError(f"{self.name} takes {len(wanted)} arguments, and is given {len(arguments)}")
-        return [_converted(argument, *parameter) for argument, parameter in zip(arguments, wanted, strict=True)]
+        return [self._converted(argument, *parameter) for argument, parameter in zip(arguments, wanted, strict=True)]
+
+    def _converted(self, argument: Any, kind: str, name: str) -> Any:
+        fields = self.structs.get(kind.removeprefix("const ").removesuffix("*"))
+        if fields is not None:
+            if not isinstance(argument, Mapping) or argument.keys() != {field for _, field in fields}:
+                raise TypeError(f"{name} must be a dict of the fields {', '.join(field for _, field in fields)}")
+            made = _structure(fields)()
+            for field_kind, field in fields:
+                setattr(made, field, self._converted(argument[field], field_kind, field))
+            return ctypes.byref(made)
+        if kind.endswith("*"):
+            if argument is None:
+                return None
+            if not hasattr(argument, "data_ptr") or not argument.is_contiguous():
+                raise TypeError(f"{name} must be a contiguous tensor, not {argument!r}")
+            return ctypes.c_void_p(argument.data_ptr())
+        if isinstance(argument, bool) or not isinstance(argument, float if kind == "float" else int):
+            raise TypeError(f"{name} must be of the type {kind}, not {argument!r}")
+        return _TYPES[kind](argument)
 
 
-def _converted(argument: Any, kind: str, name: str) -> Any:
-    if kind.endswith("*"):
-        if argument is None:
-            return None
-        if not hasattr(argument, "data_ptr") or not argument.is_contiguous():
-            raise TypeError(f"{name} must be a contiguous tensor, not {argument!r}")
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, bool) or not isinstance(argument, float if kind == "float" else int):
-        raise TypeError(f"{name} must be of the type {kind}, not {argument!r}")
-    return _TYPES[kind](argument)
+def _structure(fields: Fields) -> type[ctypes.Structure]:
+    listed = [(name, ctypes.c_void_p if kind.endswith("*") else _TYPES[kind]) for kind, name in fields]
+    return type("Fields", (ctypes.Structure,), {"_fields_": listed})
 
 
 def declared() -> dict[str, Launcher]:
@@ -72,10 +92,24 @@ def declared() -> dict[str, Launcher]:
     found = {}
     for path in sorted(OPERATORS.glob("*/*.h")):
         text = re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8"))
+        if "GRAPHOPT_LAUNCHER" not in text:
+            continue
+        structs = {name: _fields(body) for name, body in _STRUCTURE.findall(text)}
         for result, name, parameters in _DECLARATION.findall(text):
-            listed = [_parameter(part) for part in parameters.split(",") if part.strip()]
-            found[name] = Launcher(name, " ".join(result.split()), tuple(listed))
+            listed = tuple(_parameter(part) for part in parameters.split(",") if part.strip())
+            found[name] = Launcher(name, path.parent.name, " ".join(result.split()), listed, structs)
     return found
+
+
+def _fields(body: str) -> Fields:
+    """The fields of a structure; several names may stand behind one type."""
+    found: list[tuple[str, str]] = []
+    for declaration in body.split(";"):
+        if declaration.strip():
+            first, *more = declaration.split(",")
+            kind, name = _parameter(first)
+            found += [(kind, name), *((kind, other.strip()) for other in more)]
+    return tuple(found)
 
 
 def _parameter(text: str) -> tuple[str, str]:
@@ -83,7 +117,7 @@ def _parameter(text: str) -> tuple[str, str]:
     kind = " ".join(words.split()).replace(" *", "*")
     if not kind.endswith("*") and kind not in _TYPES:
         raise ValueError(f"launchers don't take {kind}")
-    return kind.removeprefix("const ") if kind == "const void*" and name == "stream" else kind, name
+    return kind, name
 
 
 class Launchers:

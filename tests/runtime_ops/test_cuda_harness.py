@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import cuda_launchers
 import cuda_operators
 from cuda_case import Call, Case, all_cases, largest_difference
 from cuda_launchers import Launcher, Launchers, Unavailable, declared
@@ -76,7 +77,9 @@ def test_cases_match_their_launchers(launcher: str) -> None:
 
 
 def test_wrong_arguments_are_told() -> None:
-    launcher = Launcher("f", "int", (("const float*", "x"), ("int64_t", "n"), ("float", "s"), ("void*", "stream")))
+    launcher = Launcher(
+        "f", "folder", "int", (("const float*", "x"), ("int64_t", "n"), ("float", "s"), ("void*", "stream"))
+    )
     x = torch.zeros(2, 3)
     launcher.converted([x, 1, 2.0])
     launcher.converted([None, 1, 2.0])
@@ -88,6 +91,34 @@ def test_wrong_arguments_are_told() -> None:
         launcher.converted([x, 1, 2])
     with pytest.raises(TypeError, match="x must be a contiguous tensor"):
         launcher.converted([x.t(), 1, 2.0])
+
+
+def test_structures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "op").mkdir()
+    (tmp_path / "op" / "launchers.h").write_text("""
+        struct Sizes {
+          const float* x;  // numbers; of them
+          int64_t rows, columns;
+          float scale;
+        };
+        GRAPHOPT_LAUNCHER int64_t graphopt_cuda_op_bytes(const Sizes* sizes);
+        GRAPHOPT_LAUNCHER int graphopt_cuda_op(const Sizes* sizes, uint8_t* y, void* stream);
+    """)
+    monkeypatch.setattr(cuda_launchers, "OPERATORS", tmp_path)
+    launcher = declared()["graphopt_cuda_op"]
+    assert launcher.folder == "op"
+    assert launcher.structs["Sizes"] == (
+        ("const float*", "x"), ("int64_t", "rows"), ("int64_t", "columns"), ("float", "scale")
+    )  # fmt: skip
+    x = torch.zeros(2, 3)
+    given, y = launcher.converted([{"x": x, "rows": 2, "columns": 3, "scale": 0.5}, None])
+    assert y is None
+    made = given._obj
+    assert (made.x, made.rows, made.columns, made.scale) == (x.data_ptr(), 2, 3, 0.5)
+    with pytest.raises(TypeError, match="sizes must be a dict of the fields x, rows, columns, scale"):
+        launcher.converted([{"x": x}, None])
+    with pytest.raises(TypeError, match="rows must be of the type int64_t"):
+        launcher.converted([{"x": x, "rows": 2.0, "columns": 3, "scale": 0.5}, None])
 
 
 def test_what_differs() -> None:

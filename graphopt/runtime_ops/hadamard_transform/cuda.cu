@@ -232,8 +232,8 @@ int launch_transform(const void* x, const float* factor, void* y, int64_t groups
     const int64_t size = groups * halves;
     constexpr int kThreads = 256;
     const int64_t blocks = (size + kThreads * kEight - 1) / (kThreads * kEight);
-    transform_small_groups<V>
-        <<<blocks_for(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(from, factor, to, size, levels, scale);
+    transform_small_groups<V><<<blocks_for(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        from, factor, to, size, levels, scale);
     return cudaGetLastError();
   }
   if (halves * m > kMostNumbers) return cudaErrorInvalidValue;

@@ -1,6 +1,7 @@
 // What HadamardTransform and HadamardQuantize have in common on the CPU: the factor, laid out, and memory.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "kernels.h"
@@ -33,8 +34,8 @@ class Rotation {
 
   // Groups that are worth the call of a thread: of some 30,000 numbers with a factor of 1, of fewer with a larger one.
   int64_t groups_of_a_task(const Plan& plan) const {
-    const int64_t work = group_ * (plan.m == 1 ? 1 : 1 + plan.m / 4);
-    return work >= kTaskWork ? 1 : kTaskWork / work;
+    const int64_t of_a_number = plan.m == 1 ? 1 : 1 + plan.m / 4;
+    return std::max<int64_t>(1, kTaskWork / of_a_number / group_);
   }
 
  private:

@@ -1,0 +1,33 @@
+"""Every case of the CUDA harness that is small, with kernels that run on the host, their threads forwards and backwards."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from cuda_case import Case, all_cases, largest_difference
+from cuda_launchers import Launchers, declared
+
+from tests.runtime_ops.cuda_emulation import emulated
+
+torch = pytest.importorskip("torch")
+CASES = [case for case in all_cases() if not case.timed]
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("launcher", sorted({case.launcher for case in CASES}))
+def test_kernels_on_the_host(launcher: str, backwards: bool) -> None:
+    chosen: list[Case] = [case for case in CASES if case.launcher == launcher]
+    library = emulated(declared()[launcher].folder)
+    library.on_host_run_backwards(int(backwards))
+    launchers = Launchers(library)
+    for case in chosen:
+        call = case.make(torch, "cpu", launchers)
+        for output in call.outputs:
+            output.fill_(float("nan") if output.dtype.is_floating_point else 99)
+        assert launchers.call(case.launcher, call.arguments) == 0, case.shape
+        assert largest_difference(call) <= 1, case.shape
