@@ -42,7 +42,7 @@ class Product {
         n_(weights.rows()),
         columns_(weights.columns()),
         padded_(weights.padded()),
-        block_(attributes.activation_block) {
+        block_(std::min(attributes.activation_block, std::max<int64_t>(weights.columns(), 1))) {
     m_ = 1;
     for (size_t i = 0; i + 1 < x.shape.size(); ++i) m_ *= x.shape[i];
   }
@@ -222,8 +222,9 @@ class CodebookMatMul final : public Kernel {
 
 void infer(Inference& inference) {
   Inference::Dims dims = inference.input(kX);
-  if (dims.empty()) return;
-  dims.back() = inference.input(kScales).front();
+  const Inference::Dims scales = inference.input(kScales);
+  if (dims.empty() || scales.empty()) return;
+  dims.back() = scales.front();
   inference.output(0, inference.type(kX), dims);
 }
 

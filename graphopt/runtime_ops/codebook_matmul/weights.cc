@@ -77,6 +77,8 @@ void Weights::check_sizes(const std::vector<Tensor>& inputs) {
             (groups_ <= 1 || group_size % (selectors_ != nullptr ? kernels().block : 8) == 0);
   step_ = narrow_ ? kernels().block : tile_columns_ * kernels().lanes;
   padded_ = up(columns_, step_) * step_;
+  // A group that ends far beyond the last column is as good as one that ends behind it.
+  attributes_.group_size = std::min(group_size, std::max<int64_t>(per_row_, 1) * tile_columns_);
 }
 
 void Weights::check_contents() const {
@@ -119,7 +121,7 @@ void Weights::prepare_narrow() {
                one_byte_, selectors_, table_of_row(), blocks, first_group_.data(), lane_group_.data()};
   // Whole vectors are read: rows from which that would go beyond the end are copied.
   const int64_t row_read = blocks * lanes * attributes_.bits;
-  const int64_t scales_read = (blocks > 0 ? first_group_.back() : 0) + lanes;
+  const int64_t scales_read = blocks > 0 ? first_group_.back() + lanes : 0;
   rows_in_place_ = rows_;
   while (rows_in_place_ > 0 && ((rows_in_place_ - 1) * row_bytes_ + row_read > rows_ * row_bytes_ ||
                                 (rows_in_place_ - 1) * groups_ + scales_read > rows_ * groups_)) {
