@@ -39,13 +39,11 @@ class Product {
         x_(x.as<V>()),
         y_(y),
         bias_(static_cast<const V*>(weights.bias())),
+        m_(rows_of(x.shape)),
         n_(weights.rows()),
         columns_(weights.columns()),
         padded_(weights.padded()),
-        block_(attributes.activation_block) {
-    m_ = 1;
-    for (size_t i = 0; i + 1 < x.shape.size(); ++i) m_ *= x.shape[i];
-  }
+        block_(std::min(attributes.activation_block, std::max<int64_t>(weights.columns(), 1))) {}
 
   void run() {
     if (m_ == 0 || n_ == 0) return;
@@ -176,17 +174,8 @@ class Product {
 
 class CodebookMatMul final : public Kernel {
  public:
-  explicit CodebookMatMul(const Node& node)
-      : attributes_{node.integer("bits"), node.integer("group_size"), node.integer("activation_block")} {
-    using Long = long long;
-    GRAPHOPT_REQUIRE(attributes_.bits >= 1 && attributes_.bits <= 16, "bits is %lld, and must be 1 to 16",
-                     Long(attributes_.bits));
-    GRAPHOPT_REQUIRE(attributes_.group_size > 0, "group_size is %lld, and must be positive",
-                     Long(attributes_.group_size));
-    GRAPHOPT_REQUIRE(attributes_.activation_block >= 0, "activation_block is %lld, and must not be negative",
-                     Long(attributes_.activation_block));
+  explicit CodebookMatMul(const Node& node) : attributes_(node), constant_(true) {
     Tensor tensor;
-    constant_ = true;
     for (size_t i = kIndices; i < kInputs; ++i) constant_ = constant_ && node.constant(i, &tensor);
   }
 
@@ -222,8 +211,9 @@ class CodebookMatMul final : public Kernel {
 
 void infer(Inference& inference) {
   Inference::Dims dims = inference.input(kX);
-  if (dims.empty()) return;
-  dims.back() = inference.input(kScales).front();
+  const Inference::Dims scales = inference.input(kScales);
+  if (dims.empty() || scales.empty()) return;
+  dims.back() = scales.front();
   inference.output(0, inference.type(kX), dims);
 }
 

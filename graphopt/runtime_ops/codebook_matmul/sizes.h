@@ -1,0 +1,46 @@
+// The attributes of a node of CodebookMatMul and the sizes of its inputs, checked.
+#pragma once
+
+#include <vector>
+
+#include "operator.h"
+
+namespace graphopt::codebook_matmul {
+
+// The inputs of a node in their order.
+enum Input { kX, kIndices, kCodebooks, kScales, kSelectors, kOutlierRows, kOutlierColumns, kOutlierValues, kBias, kInputs };
+
+struct Attributes {
+  // Throws an Error for what is out of range.
+  explicit Attributes(const Node& node);
+
+  int64_t bits;
+  int64_t group_size;
+  int64_t activation_block;
+};
+
+struct Sizes {
+  // Of all inputs of a node; of x the number of columns alone. Throws an Error where they don't fit one another.
+  Sizes(const Attributes& attributes, const std::vector<Tensor>& inputs);
+
+  int64_t rows, columns;  // of the weights
+  int64_t groups;         // of a row, and the columns of one: no more than there are, but for the last tile's
+  int64_t group_size;
+  int64_t books, entries, tile_rows, tile_columns;  // the sizes of the codebooks
+  int64_t index_rows, per_row, row_bytes;           // rows of indices, and of each the indices and the bytes
+  int64_t outliers;
+  // Which of the inputs that may be empty aren't.
+  bool selected, has_outliers, has_bias;
+  bool half_scales;
+
+  // Whether each row of tiles has a codebook of its own.
+  bool book_of_row() const { return books > 1 && !selected; }
+};
+
+// How many parts of a size hold `count`.
+inline int64_t up(int64_t count, int64_t size) { return count / size + (count % size != 0); }
+
+// How many rows a tensor has; a number has none.
+int64_t rows_of(const Shape& shape);
+
+}  // namespace graphopt::codebook_matmul
