@@ -182,10 +182,14 @@ class Run {
     const int64_t place = at_.start(part.row), count = part.last - part.first, width = at_.group * at_.depth;
     float* query = numbers(width + at_.group * count + at_.depth + 2 * at_.pairs);
     float *weights = query + width, *room = weights + at_.group * count;
+    const int64_t begin = offset(part.row, part.kv_head, at_.length, part.first);
+    // The first keys are on their way while the queries are made ready.
+    for (int64_t i = 0; i < std::min<int64_t>(2048, count * at_.depth * at_.bytes); i += 64) {
+      __builtin_prefetch(keys_ + begin + i);
+    }
     queries(part.row, part.kv_head, 0, query, room);
     // The new key is read here alone.
     if (part.last == place + 1) append(part.row, part.kv_head, 0, room);
-    const int64_t begin = offset(part.row, part.kv_head, at_.length, part.first);
     float *most = found + width, *total = most + at_.group;
     if (at_.half) {
       kernels().piece_of_halves(of<uint16_t>(begin, count, query, weights, found, most, total));

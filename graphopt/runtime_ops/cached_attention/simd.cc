@@ -13,11 +13,15 @@ constexpr float kLow = -__builtin_inff();
 constexpr int kHeads = kWide ? 4 : 2;     // heads that read a key together
 constexpr int64_t kAhead = 2048;  // bytes that are fetched before they are read
 
-// Fetches `bytes` from `at` on, up to `end`.
-GRAPHOPT_INLINE void fetch(const void* at, int64_t bytes, const void* end) {
-  const char* from = static_cast<const char*>(at);
-  const char* stop = from + bytes < end ? from + bytes : static_cast<const char*>(end);
-  for (; from < stop; from += 64) prefetch(from);
+// Fetches `bytes` from kAhead behind `at` on, and what lies behind `end` from `next` on instead.
+GRAPHOPT_INLINE void fetch(const void* at, int64_t bytes, const void* end, const void* next) {
+  const char* from = static_cast<const char*>(at) + kAhead;
+  const int64_t behind = from - static_cast<const char*>(end);
+  if (behind + bytes > 0) {
+    if (next == nullptr) return;
+    from = static_cast<const char*>(next) + (behind > 0 ? behind : 0);
+  }
+  for (int64_t i = 0; i < bytes; i += 64) prefetch(from + i);
 }
 
 // The products of kH queries with kK keys.
@@ -51,13 +55,13 @@ GRAPHOPT_INLINE void weighted(const E* values, const E* end, int64_t count, int6
                               float* out, bool first) {
   F found[kH][kV] = {};
   for (int64_t k = 0; k < count; ++k) {
-    if (first) fetch(values + k * depth + kAhead / int64_t(sizeof(E)), depth * int64_t(sizeof(E)), end);
+    if (first) fetch(values + k * depth, depth * int64_t(sizeof(E)), end, nullptr);
     F value[kV];
 #pragma GCC unroll 4
     for (int v = 0; v < kV; ++v) value[v] = read(values + k * depth + v * kLanes);
 #pragma GCC unroll 4
     for (int h = 0; h < kH; ++h) {
-      const F weight = all(weights[h * count + k]);
+      const F weight = spread(weights + h * count + k);
 #pragma GCC unroll 4
       for (int v = 0; v < kV; ++v) found[h][v] = fma(weight, value[v], found[h][v]);
     }
@@ -102,18 +106,16 @@ GRAPHOPT_INLINE void softmax(float* scores, int64_t count, float softcap, float*
 template <typename E, int kH>
 GRAPHOPT_INLINE void heads_of_piece(const Piece<E>& p, int64_t head, bool first) {
   constexpr int kK = kLanes / kH;
-  constexpr int64_t kEarly = kAhead / int64_t(sizeof(E));
   const float* queries = p.queries + head * p.depth;
   float* weights = p.weights + head * p.count;
   const E* end = p.keys + p.count * p.depth;
   int64_t k = 0;
   for (; k + kK <= p.count; k += kK) {
-    if (first) fetch(p.keys + k * p.depth + kEarly, kK * p.depth * int64_t(sizeof(E)), end);
+    if (first) fetch(p.keys + k * p.depth, kK * p.depth * int64_t(sizeof(E)), end, p.values);
     products<E, kH, kK>(p.keys + k * p.depth, queries, p.depth, weights + k, p.count);
   }
   for (; k < p.count; ++k) products<E, kH, 1>(p.keys + k * p.depth, queries, p.depth, weights + k, p.count);
   const E* values_end = p.values + p.count * p.depth;
-  if (first) fetch(p.values, kAhead, values_end);
   for (int h = 0; h < kH; ++h) {
     softmax(weights + h * p.count, p.count, p.softcap, p.most + head + h, p.total + head + h);
   }
@@ -177,7 +179,7 @@ GRAPHOPT_INLINE void tile(const float* a, int64_t a_stride, const float* b, int6
     for (int v = 0; v < kV; ++v) row[v] = load(b + i * b_stride + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const F factor = all(a[r * a_stride + i]);
+      const F factor = spread(a + r * a_stride + i);
 #pragma GCC unroll 4
       for (int v = 0; v < kV; ++v) found[r][v] = fma(factor, row[v], found[r][v]);
     }

@@ -20,6 +20,17 @@ GRAPHOPT_INLINE F read(const uint16_t* from) {
 GRAPHOPT_INLINE float number(float value) { return value; }
 GRAPHOPT_INLINE float number(uint16_t value) { return half_to_float(value); }
 
+// One number in all lanes, by a load: from a register it would take the place of a product.
+GRAPHOPT_INLINE F spread(const float* from) {
+#if defined(__AVX512F__)
+  return (F)_mm512_set1_ps(*from);
+#elif defined(__AVX2__)
+  return (F)_mm256_broadcast_ss(from);
+#else
+  return all(*from);
+#endif
+}
+
 // Lane i becomes the sum of the lanes of values[i].
 GRAPHOPT_INLINE F sums(const F (&values)[kLanes]) {
 #if defined(__AVX512F__)
