@@ -85,6 +85,10 @@ def test_activations_of_8_bits() -> None:
     judge(case(2, 64, 96), 32, 8)
 
 
+def test_more_tokens_than_go_together() -> None:
+    judge(case(1030, 32, 32), 32)
+
+
 def test_in_place() -> None:
     judge(case(2, 64, 96), 32, in_place=True)
 

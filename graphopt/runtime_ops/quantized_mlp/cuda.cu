@@ -31,6 +31,39 @@ __global__ void __launch_bounds__(kThreads) round_hidden(const float* products, 
   }
 }
 
+// Tokens that go through all kernels before the next ones do: their hidden numbers in float32 bound the working memory.
+constexpr int64_t kSlice = 1024;
+
+int64_t slice_of(int64_t tokens) { return tokens < kSlice ? tokens : kSlice; }
+
+struct Mlp {
+  DeviceFormat format;
+  Weight gate_up, down;
+  const float* norm;
+  float epsilon;
+  int activation;
+  bool half;
+
+  cudaError_t run(const void* x, void* y, void* scratch, int64_t tokens, cudaStream_t stream) const {
+    const int64_t width = down.rows, hidden = gate_up.rows / 2;
+    const Activations outer = activations_at(scratch, format, tokens, width);
+    char* rest = static_cast<char*>(scratch) + activation_bytes(format, tokens, width);
+    const Activations inner = activations_at(rest, format, tokens, hidden);
+    float* products = reinterpret_cast<float*>(rest + activation_bytes(format, tokens, hidden));
+    if (hidden > 0) {
+      if (const cudaError_t refused = round_tokens(x, half, norm, epsilon, outer, stream)) return refused;
+      const Output to_products{products, nullptr, nullptr, gate_up.rows, false};
+      if (const cudaError_t refused = multiply(gate_up, outer, to_products, stream)) return refused;
+      constexpr int64_t kWarpsTogether = kThreads / 32;
+      const int64_t warps = tokens * inner.blocks_of_token();
+      const unsigned grid = blocks_for((warps + kWarpsTogether - 1) / kWarpsTogether);
+      round_hidden<<<grid, kThreads, 0, stream>>>(products, activation, inner);
+      if (const cudaError_t refused = cudaGetLastError()) return refused;
+    }
+    return multiply(down, inner, Output{y, nullptr, x, width, half}, stream);
+  }
+};
+
 }  // namespace
 }  // namespace graphopt::quantized_mlp
 
@@ -39,8 +72,9 @@ int64_t graphopt_cuda_quantized_mlp_scratch_bytes(int64_t tokens, int64_t width,
   using namespace graphopt::quantized_linear;
   const DeviceFormat format{8, block_size, activation_bits, false};
   if (!format.valid() || !format.fits(tokens, width) || !format.fits(tokens, hidden)) return -1;
-  return activation_bytes(format, tokens, width) + activation_bytes(format, tokens, hidden) +
-         tokens * 2 * hidden * int64_t(sizeof(float));
+  const int64_t together = graphopt::quantized_mlp::slice_of(tokens);
+  return activation_bytes(format, together, width) + activation_bytes(format, together, hidden) +
+         together * 2 * hidden * int64_t(sizeof(float));
 }
 
 int graphopt_cuda_quantized_mlp(const void* x, const float* norm, const void* gate_up, const void* gate_up_scales,
@@ -55,24 +89,17 @@ int graphopt_cuda_quantized_mlp(const void* x, const float* norm, const void* ga
     return cudaErrorInvalidValue;
   }
   if (tokens == 0 || width == 0) return cudaSuccess;
-  Weight first, second;
-  if (!weight_at(gate_up, gate_up_scales, gate_up_zero_points, gate_up_minimums, format, 2 * hidden, width, &first) ||
-      !weight_at(down, down_scales, down_zero_points, down_minimums, format, width, hidden, &second)) {
+  Mlp mlp{format, {}, {}, norm, epsilon, activation, half != 0};
+  if (!weight_at(gate_up, gate_up_scales, gate_up_zero_points, gate_up_minimums, format, 2 * hidden, width, &mlp.gate_up) ||
+      !weight_at(down, down_scales, down_zero_points, down_minimums, format, width, hidden, &mlp.down)) {
     return cudaErrorInvalidValue;
   }
-  const cudaStream_t in = static_cast<cudaStream_t>(stream);
-  const Activations outer = activations_at(scratch, format, tokens, width);
-  char* rest = static_cast<char*>(scratch) + activation_bytes(format, tokens, width);
-  const Activations inner = activations_at(rest, format, tokens, hidden);
-  float* products = reinterpret_cast<float*>(rest + activation_bytes(format, tokens, hidden));
-  if (hidden > 0) {
-    if (const cudaError_t refused = round_tokens(x, half != 0, norm, epsilon, outer, in)) return refused;
-    const Output to_products{products, nullptr, nullptr, 2 * hidden, false};
-    if (const cudaError_t refused = multiply(first, outer, to_products, in)) return refused;
-    const int64_t warps = tokens * inner.blocks_of_token();
-    round_hidden<<<graphopt::blocks_for((warps + kThreads / 32 - 1) / (kThreads / 32)), kThreads, 0, in>>>(products,
-                                                                                                         activation, inner);
-    if (const cudaError_t refused = cudaGetLastError()) return refused;
+  const int64_t bytes_of_token = width * (half != 0 ? 2 : 4);
+  for (int64_t begin = 0; begin < tokens; begin += kSlice) {
+    const void* from = static_cast<const char*>(x) + begin * bytes_of_token;
+    void* to = static_cast<char*>(y) + begin * bytes_of_token;
+    const cudaStream_t in = static_cast<cudaStream_t>(stream);
+    if (const cudaError_t refused = mlp.run(from, to, scratch, slice_of(tokens - begin), in)) return refused;
   }
-  return multiply(second, inner, Output{y, nullptr, x, width, half != 0}, in);
+  return cudaSuccess;
 }
