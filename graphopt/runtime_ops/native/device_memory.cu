@@ -1,14 +1,16 @@
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <mutex>
 #include <vector>
 
-#include "launcher.h"
-
+namespace graphopt {
 namespace {
 
-// A pool of the library's own: the device's default pool is everybody's, and by default gives memory back to the system
-// whenever the device is waited for.
+// What a pool keeps when the device is waited for: more than single tokens ever need.
+constexpr uint64_t kKept = 64 << 20;
+
+// A pool of the library's own: the device's default pool is everybody's, and by default keeps nothing.
 cudaError_t pool_of(int device, cudaMemPool_t* pool) {
   static std::mutex mutex;
   static std::vector<cudaMemPool_t> pools;
@@ -24,8 +26,8 @@ cudaError_t pool_of(int device, cudaMemPool_t* pool) {
       made = nullptr;
       return refused;
     }
-    uint64_t all = UINT64_MAX;
-    if (const cudaError_t refused = cudaMemPoolSetAttribute(made, cudaMemPoolAttrReleaseThreshold, &all)) return refused;
+    uint64_t kept = kKept;
+    if (const cudaError_t refused = cudaMemPoolSetAttribute(made, cudaMemPoolAttrReleaseThreshold, &kept)) return refused;
   }
   *pool = made;
   return cudaSuccess;
@@ -33,7 +35,7 @@ cudaError_t pool_of(int device, cudaMemPool_t* pool) {
 
 }  // namespace
 
-GRAPHOPT_LAUNCHER int graphopt_cuda_allocate(void** memory, size_t bytes, void* stream) {
+int allocate_on_device(void** memory, size_t bytes, void* stream) {
   int device = 0;
   if (const cudaError_t refused = cudaGetDevice(&device)) return refused;
   cudaMemPool_t pool = nullptr;
@@ -41,6 +43,8 @@ GRAPHOPT_LAUNCHER int graphopt_cuda_allocate(void** memory, size_t bytes, void* 
   return cudaMallocFromPoolAsync(memory, bytes, pool, static_cast<cudaStream_t>(stream));
 }
 
-GRAPHOPT_LAUNCHER int graphopt_cuda_free(void* memory, void* stream) {
+int free_on_device(void* memory, void* stream) {
   return cudaFreeAsync(memory, static_cast<cudaStream_t>(stream));
 }
+
+}  // namespace graphopt

@@ -1,40 +1,26 @@
 // The CPU kernel of QuantizedLinear.
-#include "matrix.h"
+#include "inputs.h"
 
 namespace graphopt::quantized_linear {
 namespace {
 
-enum Input : size_t { kX, kNorm, kWeight, kScales, kZeros, kMinimums, kBias, kResidual };
-
 class QuantizedLinear final : public Kernel {
  public:
-  explicit QuantizedLinear(const Node& node) : format_(node), epsilon_(node.number("epsilon")) {
-    // Weights are checked once where they are constants, as they nearly always are.
-    Tensor found[kResidual];
-    constant_ = true;
-    for (size_t i = kNorm; i < kResidual; ++i) constant_ = node.constant(i, &found[i]) && constant_;
-    if (constant_) weights_ = take([&](size_t i) { return found[i]; });
-  }
+  explicit QuantizedLinear(const Node& node) : inputs_(node) {}
 
   void compute(Call& call) override {
-    const Weights weights = constant_ ? weights_ : take([&](size_t i) { return call.input(i); });
+    const Inputs::Weights weights = inputs_.weights(call);
     const Matrix& matrix = weights.matrix;
     const Tensor x = call.input(kX), residual = call.input(kResidual);
-    GRAPHOPT_REQUIRE(!x.shape.empty() && x.dim(-1) == matrix.length, "x is %s, and the weight takes rows of %lld numbers",
-                     text(x.shape).c_str(), (long long)matrix.length);
-    Shape shape = x.shape;
-    shape.back() = matrix.rows;
+    bool adds = false;
+    const Shape shape = Inputs::product(matrix, x, residual, &adds);
     const int64_t length = matrix.length, width = matrix.rows;
-    int64_t count = 1;
-    for (size_t i = 0; i + 1 < x.shape.size(); ++i) count *= x.shape[i];
-    const bool adds = residual.shape == shape;
-    GRAPHOPT_REQUIRE(adds || residual.size() == 0, "the residual is %s, and the product %s",
-                     text(residual.shape).c_str(), text(shape).c_str());
+    const int64_t count = Inputs::tokens(x);
     void* y = call.output(0, shape);
     if (count == 0 || width == 0) return;
 
     const Kernels& run = kernels();
-    const Layout layout(matrix, format_.terms);
+    const Layout layout(matrix, inputs_.format.terms);
     thread_local Buffer room_of_rows;  // sessions may run one node on several threads at once
     uint8_t* rows = room_of_rows.reserve(size_t(count * layout.row));
     const int64_t together = rows_of_task(matrix, 4);
@@ -46,7 +32,7 @@ class QuantizedLinear final : public Kernel {
         float* room = numbers(2 * length);
         const float* from = as_floats(x, int64_t(task) * length, length, room);
         if (weights.norm != nullptr) {
-          run.rms_norm(from, weights.norm, epsilon_, length, room + length);
+          run.rms_norm(from, weights.norm, inputs_.epsilon, length, room + length);
           from = room + length;
         }
         run.quantize(layout, from, 0, length, rows + int64_t(task) * layout.row);
@@ -77,50 +63,10 @@ class QuantizedLinear final : public Kernel {
   }
 
  private:
-  struct Weights {
-    Matrix matrix;
-    const float* norm = nullptr;  // null: none
-    const float* bias = nullptr;
-  };
-
-  template <typename Inputs>
-  Weights take(const Inputs& input) const {
-    Weights made;
-    made.matrix = matrix(input, kWeight, format_, "the weight");
-    const Tensor norm = input(kNorm), bias = input(kBias);
-    GRAPHOPT_REQUIRE(norm.size() == 0 || norm.size() == made.matrix.length,
-                     "the norm has %lld gains, and rows %lld numbers", (long long)norm.size(),
-                     (long long)made.matrix.length);
-    GRAPHOPT_REQUIRE(bias.size() == 0 || bias.size() == made.matrix.rows,
-                     "the bias has %lld numbers, and the weight %lld rows", (long long)bias.size(),
-                     (long long)made.matrix.rows);
-    if (norm.size() > 0) made.norm = norm.as<float>();
-    if (bias.size() > 0) made.bias = bias.as<float>();
-    return made;
-  }
-
-  Format format_;
-  float epsilon_;
-  bool constant_;
-  Weights weights_;
+  Inputs inputs_;
 };
 
-void infer(Inference& inference) {
-  Inference::Dims dims = inference.input(kX);
-  if (dims.empty()) return;
-  dims.back() = inference.input(kWeight).at(0);
-  inference.output(0, inference.type(kX), dims);
-}
-
-using T = ElementType;
-// x and scales may each be float32 or float16.
-const std::vector<T> kX4 = {T::float32, T::float32, T::float16, T::float16};
-const std::vector<T> kS4 = {T::float32, T::float16, T::float32, T::float16};
-const Registration registration{{"QuantizedLinear",
-                                 {{kX4}, {{T::float32}}, {{T::uint8}}, {kS4}, {{T::uint8}}, {kS4}, {{T::float32}}, {kX4}},
-                                 {{kX4}},
-                                 make<QuantizedLinear>,
-                                 infer}};
+const Registration registration{linear_operator<QuantizedLinear>(nullptr)};
 
 }  // namespace
 }  // namespace graphopt::quantized_linear
