@@ -24,6 +24,7 @@ FUSED = {
     "com.microsoft::MultiHeadAttention": (0, 1, 2),
     "com.microsoft::GroupQueryAttention": (0, 1, 2),
     "com.microsoft::DecoderMaskedMultiHeadAttention": (0, 1, 2),
+    "ai.graphopt::QuantizedKVAttention": (0, 1, 2),
 }
 """Operators that compute attention, with the places of q, k and v among their inputs."""
 
@@ -128,12 +129,13 @@ def _fused(node: ir.Node, places: tuple[int, ...] | None, facts: ShapeFacts) -> 
         heads, size = shape[1].value, shape[3].value
     elif shape is not None and heads and shape[-1].value is not None:
         size = shape[-1].value // heads
-    masked = node.op_type == "GroupQueryAttention" or (len(node.inputs) > 3 and node.inputs[3] is not None)
+    counts = node.op_type in ("GroupQueryAttention", "QuantizedKVAttention")
+    masked = counts or (len(node.inputs) > 3 and node.inputs[3] is not None)
     kv_heads = attribute_int(node, "kv_num_heads", 0) or None
     keys = facts.shape(k)
     if kv_heads is None and keys is not None and len(keys) == 4:
         kv_heads = keys[1].value
-    past = 3 if node.op_type == "GroupQueryAttention" else 4 if node.op_type == "Attention" else None
+    past = 3 if counts else 4 if node.op_type == "Attention" else None
     cached = past is not None and len(node.inputs) > past and node.inputs[past] is not None
     rotary = any(producer(v, "RotaryEmbedding") is not None for v in (q, k)) or bool(
         attribute_int(node, "do_rotary", 0)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
-from graphopt.graph.cache_flow import FUSED, qualified
+from graphopt.graph.cache_flow import FUSED, QUANTIZED, qualified
 from graphopt.graph.constants import constant_array, stored_weight
 
 _INDEX_MOVES = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Clip", "Expand"})
@@ -23,6 +23,7 @@ _MASK_SLOTS = {
     "com.microsoft::MultiHeadAttention": (4, 5),
     "com.microsoft::DecoderMaskedMultiHeadAttention": (3, 4),
     "com.microsoft::DecoderMaskedSelfAttention": (3, 5),
+    QUANTIZED: (6,),
 }
 _POSITION_SLOTS = {
     "Cos": (0,),
@@ -30,6 +31,7 @@ _POSITION_SLOTS = {
     "RotaryEmbedding": (1, 2, 3),
     "com.microsoft::RotaryEmbedding": (1, 2, 3),
     "com.microsoft::GroupQueryAttention": (7, 8, 9),
+    QUANTIZED: (7, 8),
 }
 
 

@@ -151,18 +151,18 @@ class Decoding:
 
 
 def empty_shape(pair: CachePair, batch: int, length: int) -> list[int]:
-    """The shape of a cache of `length` rows.
+    """The shape of a cache with room for `length` tokens.
 
     Raises:
         ModelError: Its sizes can't be told.
     """
-    known = {"B": batch, "2": 2, "H": pair.heads, "S": length, "D": pair.head_size}
-    sizes = [known[letter] for letter in pair.layout]
-    if not sizes or any(size is None for size in sizes):
+    known = {"B": batch, "2": 2, "H": pair.heads, "S": length, "D": pair.head_size, "C": pair.places(length)}
+    sizes = [known.get(letter, size) for letter, size in zip(pair.layout, pair.shape, strict=False)]
+    if not sizes or not all(isinstance(size, int) for size in sizes):
         raise ModelError(
             f"The sizes of an empty cache {pair.past!r} can't be told; declare its KV heads and head size in the file."
         )
-    return [int(size) for size in sizes if size is not None]
+    return [size for size in sizes if isinstance(size, int)]
 
 
 def _view(value: onnxruntime.OrtValue) -> npt.NDArray[Any]:

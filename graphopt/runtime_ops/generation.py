@@ -31,7 +31,9 @@ Padding = Literal["left", "right"]
 
 CHUNK = 512
 """Prompt tokens of one run: the logits of a whole long prompt would take more memory than the model."""
-_COUNTING = ("GroupQueryAttention", "SparseAttention")
+_ROW_BY_ROW = ("GroupQueryAttention", "SparseAttention")
+"""Operators that take several new tokens after a past for one row only."""
+_COUNTING = (*_ROW_BY_ROW, "QuantizedKVAttention")
 """Operators to which the mask is but a number of tokens from the start of the cache."""
 
 
@@ -88,6 +90,7 @@ class Generator:
         self.session = _session(path, threads, sess_options) if path is not None else model
         counting = [pair.operator in _COUNTING for pair in self.interface.pairs]
         self._counting, self._mixed = any(counting), any(counting) and not all(counting)
+        self._row_by_row = any(pair.operator in _ROW_BY_ROW for pair in self.interface.pairs)
         self._compact = all(counting) and self.interface.mask_values
 
     # ---- what users call
@@ -172,9 +175,10 @@ class Generator:
         batch, tokens = ids.shape
         if chunk < 1:
             raise UsageError(f"A chunk must hold at least one token, not {chunk}.")
-        if batch > 1 and self._counting:
-            chunk = tokens  # GroupQueryAttention takes several new tokens after a past for one row only
         valid = np.ones(ids.shape, dtype=np.bool_) if valid is None else valid
+        # What only counts tokens takes a row that ends for one that hasn't begun, once there is a past.
+        if batch > 1 and (self._row_by_row or (self._counting and not valid.all())):
+            chunk = tokens
         last = tokens - 1 - np.argmax(valid[:, ::-1], axis=1)
         result: npt.NDArray[Any] | None = None
         for begin in range(0, tokens, chunk):
