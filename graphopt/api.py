@@ -133,10 +133,12 @@ def optimize(
     def verifier_of(reference: ir.Model) -> Verifier:
         if progress is not None:
             progress("probing the original", 0, len(passes))
-        own = load_probes(inputs, reference) if inputs is not None else []
+        # A lossy pass may give the model other inputs, which need probes of their own.
+        fitting = [probe for probe in used if _fits(probe, reference)]
+        own = load_probes(inputs, reference) if inputs is not None and not used else []
         try:
             verifier = Verifier(
-                reference, used or [*own, *make_probes(reference, seed, assumptions=assumed)], seed=seed
+                reference, fitting or [*own, *make_probes(reference, seed, assumptions=assumed)], seed=seed
             )
         except VerificationError as error:
             raise VerificationError(f"{error} To go on without comparing numbers, use --verify none.") from error
@@ -328,6 +330,16 @@ def _model(given: Source) -> ir.Model:
     model = given
     normalize(model)  # a model in memory may come from anywhere
     return model
+
+
+def _fits(probe: Probe, model: ir.Model) -> bool:
+    """Whether a probe feeds what a model takes."""
+    inputs = [value for value in model.graph.inputs if value.name in probe.feeds or not value.is_initializer()]
+    return {value.name for value in inputs} == set(probe.feeds) and all(
+        value.dtype is None or value.dtype == ir.DataType.STRING or value.dtype.numpy() == probe.feeds[value.name].dtype
+        for value in inputs
+        if value.name is not None
+    )
 
 
 def require_valid(model: ir.Model) -> None:

@@ -118,11 +118,17 @@ class Decoding:
             ) from error
         outputs = dict(zip(names, self._binding.get_outputs(), strict=True))
         if self.cache == "growing":
-            for pair in self.interface.pairs:
-                self._binding.bind_ortvalue_input(pair.past, outputs[pair.present or ""])
+            self._caches = [outputs[pair.present or ""] for pair in self.interface.pairs]
+            for pair, value in zip(self.interface.pairs, self._caches, strict=True):
+                self._binding.bind_ortvalue_input(pair.past, value)
         self._logits = outputs[self.interface.logits or ""]
         logits = _view(self._logits)
         return logits[:, None] if logits.ndim == 2 else logits
+
+    @property
+    def caches(self) -> dict[str, onnxruntime.OrtValue]:
+        """The cache as it stands, by the names of the inputs that take it."""
+        return {pair.past: value for pair, value in zip(self.interface.pairs, self._caches, strict=True)}
 
     def _bind(self, name: str | None, array: npt.NDArray[Any]) -> None:
         if name is not None:

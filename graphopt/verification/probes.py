@@ -302,6 +302,8 @@ def _values(shape: Signature, item: Input, recipe: Recipe, random: np.random.Gen
         case "float" | "past":
             if recipe.content == "zeros":
                 return np.zeros(dims, dtype)
+            if not item.dtype.is_floating_point():  # a quantized cache
+                return random.integers(np.iinfo(dtype).min, np.iinfo(dtype).max, dims, dtype, endpoint=True)
             return random.standard_normal(dims).astype(dtype)
         case "mask":
             if item.dtype.is_floating_point() and len(dims) > 2:

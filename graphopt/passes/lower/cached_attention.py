@@ -23,11 +23,11 @@ class CachedAttentionPass(RulePass):
     """Base of these passes: reads the sites, and what of their masks such an operator can be told.
 
     Attributes:
-        operator: The operator that is written.
+        writes: The operator that is written.
     """
 
     anchors: ClassVar[tuple[str, ...]] = ("Attention",)
-    operator: ClassVar[str]
+    writes: ClassVar[str]
 
     def prepare(self, model: ir.Model, edit: Editor) -> None:
         """Know what is known already. Sizes that the signature declares equal by name are taken as equal, as by
@@ -51,7 +51,7 @@ class CachedAttentionPass(RulePass):
             site = read(node, self._facts)
             return site is not None and self.take(site, edit)
         except NotTaken as reason:
-            return self.left(node, f"not {self.operator}: {reason}")
+            return self.left(node, f"not {self.writes}: {reason}")
 
     @abc.abstractmethod
     def take(self, site: CachedSite, edit: Editor) -> bool:
@@ -99,7 +99,7 @@ class CachedAttentionPass(RulePass):
         if any(value is not form.padding for value in form.binary):
             raise NotTaken(f"its mask is {form.describe()}")
         need = Need(
-            LEFT, {"mask": form.padding.name or ""}, f"{self.operator} takes rows to be padded at the end",
+            LEFT, {"mask": form.padding.name or ""}, f"{self.writes} takes rows to be padded at the end",
             "rows may be padded on the left",
         )  # fmt: skip
         return form.padding, form.window or 0, [need]

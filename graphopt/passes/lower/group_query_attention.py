@@ -91,7 +91,7 @@ class GroupQueryAttention(CachedAttentionPass):
     family: ClassVar[str] = "lower"
     paper: ClassVar[str] = "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints"
     targets: ClassVar[tuple[str, ...]] = ("cpu",)
-    operator: ClassVar[str] = "GroupQueryAttention"
+    writes: ClassVar[str] = "GroupQueryAttention"
 
     def __init__(self, rotary: bool = True, packed: bool = True) -> None:
         super().__init__()
