@@ -263,6 +263,10 @@ int64_t Inference::integer(const char* attribute) const {
 }
 
 void Inference::output(size_t index, ElementType type, const Dims& dims) {
+  // ONNX Runtime takes the size of a dimension without a name for what it is, even -1, and then finds that nothing fits.
+  for (const Dim& dim : dims) {
+    if (dim.size < 0 && dim.name.empty()) return;
+  }
   Info info{api_};
   check(api_, api_.CreateTensorTypeAndShapeInfo(&info.info));
   check(api_, api_.SetTensorElementType(info.info, type));

@@ -35,7 +35,7 @@ GRAPHOPT_INLINE F load(const float* from) {
   return made;
 }
 GRAPHOPT_INLINE void store(float* to, F value) { std::memcpy(to, &value, sizeof value); }
-GRAPHOPT_INLINE F all(float value) { return F{} + value; }
+GRAPHOPT_INLINE F all(float value) { return value - F{}; }  // 0 + value would have to make 0 of -0
 GRAPHOPT_INLINE F to_float(I value) { return __builtin_convertvector(value, F); }
 
 GRAPHOPT_INLINE F fma(F a, F b, F c) {
