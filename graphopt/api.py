@@ -22,7 +22,7 @@ from graphopt.calibration.text import TextDataset
 from graphopt.errors import InputDataError, ModelError, UsageError, VerificationError
 from graphopt.graph import assumptions, load, session_settings
 from graphopt.graph import save as save_model
-from graphopt.graph.edits import nodes, walk
+from graphopt.graph.edits import functions, nodes, walk
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.kv_names import rename_kv_cache
 from graphopt.graph.load import EXTERNAL_KEY, PATH_KEY, normalize
@@ -277,7 +277,7 @@ def inspect(
         "unknown_flops": measured.unknown_flops,
         "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
         "functions": [":".join(identifier[:2]) for identifier in model.functions],
-        "subgraphs": sum(1 for _ in walk(model)) - 1 - len(model.functions),
+        "subgraphs": sum(1 for _ in walk(model)) - 1 - sum(1 for _ in functions(model)),
         "structures": {},
         "layers": [],
         "residual_streams": [],
