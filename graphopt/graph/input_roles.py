@@ -195,12 +195,18 @@ def _reached(value: ir.Value, shapes: bool = False) -> set[str]:
                 found.add("mask")
             elif node.op_type == "Gather" and slot == 1:
                 found.add("position")
-            elif name not in FUSED and node.op_type not in stops and not _product(node):
+            elif name not in FUSED and node.op_type not in stops and not _product(node) and not _chooses_a_row(node):
                 for output in node.outputs:
                     if output not in seen:
                         seen.add(output)
                         pending.append(output)
     return found
+
+
+def _chooses_a_row(node: ir.Node) -> bool:
+    """Whether a row of the batch is picked by this, such as the longest one, and nothing else."""
+    axis = node.attributes.get("axis")
+    return node.op_type == "ArgMax" and (axis is None or (not axis.is_ref() and axis.as_int() == 0))
 
 
 def _product(node: ir.Node) -> bool:

@@ -249,7 +249,7 @@ class QuantizeKV(CachedAttentionPass):
 
     def _inputs(self, site: CachedSite, layout: CacheLayout, edit: Editor) -> list[ir.Value]:
         """The new caches, among the inputs where the old ones are."""
-        graph, rename = edit.model.graph, _renamed(site.past_key.name or "")
+        graph, rename = edit.model.graph, renamed(site.past_key.name or "")
         batch = site.past_key.shape[0] if site.past_key.shape is not None else None
         made = []
         for part, sizes in zip(PARTS, layout.shapes(1, 0), strict=True):
@@ -265,7 +265,7 @@ class QuantizeKV(CachedAttentionPass):
     def _outputs(site: CachedSite, made: ir.Node, edit: Editor) -> None:
         """Give out the new caches where the old ones were."""
         graph, (key, value) = edit.model.graph, site.node.outputs[1:3]
-        rename = _renamed(key.name or "")
+        rename = renamed(key.name or "")
         place = min(graph.outputs.index(key), graph.outputs.index(value))
         for part, past, present in zip(PARTS, made.inputs[3:6], made.outputs[1:], strict=True):
             assert past is not None
@@ -326,7 +326,7 @@ class QuantizeKV(CachedAttentionPass):
         return f"wrote {OPERATOR}: {', '.join(parts)}"
 
 
-def _renamed(key: str) -> Callable[[str], str]:
+def renamed(key: str) -> Callable[[str], str]:
     """Names for the parts of a cache, from that of its keys."""
     last = next(reversed(list(re.finditer(r"(?<![a-z])keys?(?![a-z])", key))), None)
     return lambda part: f"{key}.{part}" if last is None else f"{key[: last.start()]}{part}{key[last.end() :]}"
