@@ -2,6 +2,8 @@
 
 # mypy: ignore-errors
 # ruff: noqa: D103
+import functools
+
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
@@ -259,16 +261,21 @@ def QuantizedKVAttention(
     return output, codes, op.Cast(scales, to=10), recent
 
 
-class _Inlined:
+@functools.cache
+def _inlined() -> onnx.FunctionProto:
+    parts = (Rotated, Quantized, Packed, Unpacked, QuantizedKVAttention)
+    functions = [ir.from_proto(part.to_function_proto()) for part in parts]
+    model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 18}), ir_version=9, functions=functions)
+    InlinePass(criteria=lambda function: function.name != QuantizedKVAttention.name)(model)
+    (made,) = model.functions.values()
+    return ir.to_proto(made)
+
+
+class _Body:
     """The function with its parts put into it: a model takes one function of an operator."""
 
     def to_function_proto(self) -> onnx.FunctionProto:
-        parts = (Rotated, Quantized, Packed, Unpacked, QuantizedKVAttention)
-        functions = [ir.from_proto(part.to_function_proto()) for part in parts]
-        model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 18}), ir_version=9, functions=functions)
-        InlinePass(criteria=lambda function: function.name != QuantizedKVAttention.name)(model)
-        (made,) = model.functions.values()
-        return ir.to_proto(made)
+        return _inlined()
 
 
-BODY = _Inlined()
+BODY = _Body()

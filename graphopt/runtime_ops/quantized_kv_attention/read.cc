@@ -70,6 +70,13 @@ void BlockReader::prepare(const Work& work, const float* queries) {
     keys_.resize(size_t(l.numbers()));
     cos_.resize(size_t(work.rotation.half * l.width));
     sin_.resize(cos_.size());
+    // Queries side by side, of up to kQueries heads.
+    side_by_side_.assign(size_t(l.kv_heads * chunks() * kQueries * l.depth), 0.0f);
+    for (int64_t head = 0; head < l.heads; ++head) {
+      const int64_t kv = head / l.queries(), i = head % l.queries();
+      float* to = side_by_side(kv, i / kQueries * kQueries) + i % kQueries;
+      for (int64_t channel = 0; channel < l.depth; ++channel) to[channel * kQueries] = queries[head * l.depth + channel];
+    }
   } else if (!l.per_channel) {
     quantize_queries();
   }
@@ -90,6 +97,13 @@ void BlockReader::quantize_queries() {
     for (int64_t i = 0; i < l.group; ++i) total += from[i];
     query_totals_[n] = total;
   }
+}
+
+int64_t BlockReader::chunks() const { return (work_->layout.queries() + kQueries - 1) / kQueries; }
+
+// The queries from `first` on of a KV head, [depth, kQueries].
+float* BlockReader::side_by_side(int64_t kv, int64_t first) {
+  return side_by_side_.data() + (kv * chunks() * kQueries + first) * work_->layout.depth;
 }
 
 void BlockReader::turn_to(int64_t block) {
@@ -113,7 +127,15 @@ float* BlockReader::scores(int64_t row, int64_t block, int64_t kv) {
   const float* queries = queries_ + first_head * l.depth;
   if (r.reads()) {
     if (as_is) prefetch(packed_ + l.code_bytes(), l.key_bytes());
-    kernels().read_keys(codes, l.depth, l.width, l.per_channel ? 0 : l.group, scale, least, keys_.data());
+    const int64_t group = l.per_channel ? 0 : l.group;
+    bool done = !r.interleaved;
+    for (int64_t first = 0; done && first < l.queries(); first += kQueries) {
+      done = kernels().turned_scores(codes, l.depth, l.width, group, scale, least, r.half, cos_.data(), sin_.data(),
+                                     std::min(kQueries, l.queries() - first), side_by_side(kv, first),
+                                     scores_.data() + first * l.width);
+    }
+    if (done) return scores_.data();
+    kernels().read_keys(codes, l.depth, l.width, group, scale, least, keys_.data());
     kernels().rotate(keys_.data(), l.width, r.half, r.first_step(), r.second_at(), cos_.data(), sin_.data());
     kernels().multiply(l.queries(), l.width, l.depth, queries, l.depth, keys_.data(), l.width, scores_.data(), l.width,
                        false);

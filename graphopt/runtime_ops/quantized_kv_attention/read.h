@@ -37,12 +37,14 @@ class BlockReader {
 
  private:
   void quantize_queries();
+  int64_t chunks() const;
+  float* side_by_side(int64_t kv, int64_t first);
 
   const Work* work_;
   const float* queries_;
   const uint8_t* packed_;
   std::vector<uint8_t> codes_, words_, query_words_;
-  std::vector<float> scales_, scores_, keys_, cos_, sin_;
+  std::vector<float> scales_, scores_, keys_, cos_, sin_, side_by_side_;
   std::vector<float> query_steps_, query_offsets_, query_totals_;  // [H, groups], of keys with scales per token
 };
 

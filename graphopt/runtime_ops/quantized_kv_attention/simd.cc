@@ -215,6 +215,25 @@ GRAPHOPT_INLINE void put(const Dot& d, int64_t query, int64_t lane, F product) {
   store(to, load(to) + made);
 }
 
+#if defined(__SSE2__) && !defined(__AVX512VNNI__)
+// Sums of two products of 16 bits each.
+#if defined(__AVX2__)
+using Pairs = __m256i;
+GRAPHOPT_INLINE Pairs add_products(Pairs a, Pairs b) { return _mm256_madd_epi16(a, b); }
+GRAPHOPT_INLINE Pairs upper_bytes(Pairs a) { return _mm256_srli_epi16(a, 8); }
+GRAPHOPT_INLINE Pairs lower_bytes(Pairs a) { return _mm256_and_si256(a, _mm256_set1_epi16(0xff)); }
+GRAPHOPT_INLINE Pairs every(int32_t pair) { return _mm256_set1_epi32(pair); }
+GRAPHOPT_INLINE Pairs sum_of(Pairs a, Pairs b) { return _mm256_add_epi32(a, b); }
+#else
+using Pairs = __m128i;
+GRAPHOPT_INLINE Pairs add_products(Pairs a, Pairs b) { return _mm_madd_epi16(a, b); }
+GRAPHOPT_INLINE Pairs upper_bytes(Pairs a) { return _mm_srli_epi16(a, 8); }
+GRAPHOPT_INLINE Pairs lower_bytes(Pairs a) { return _mm_and_si128(a, _mm_set1_epi16(0xff)); }
+GRAPHOPT_INLINE Pairs every(int32_t pair) { return _mm_set1_epi32(pair); }
+GRAPHOPT_INLINE Pairs sum_of(Pairs a, Pairs b) { return _mm_add_epi32(a, b); }
+#endif
+#endif
+
 // Lanes `lane` to `lane + kV * kLanes`.
 template <int kQ, int kV>
 GRAPHOPT_INLINE void dot_tile(const Dot& d, int64_t lane) {
@@ -247,27 +266,27 @@ GRAPHOPT_INLINE void dot_tile(const Dot& d, int64_t lane) {
       put(d, q, lane + v * kLanes, fma(to_float((I)upper[q][v]), all(256), to_float((I)lower[q][v])));
     }
   }
-#elif defined(__AVX2__)
-  __m256i sums[kQ][kV];
+#elif defined(__SSE2__)
+  Pairs sums[kQ][kV];
   for (int q = 0; q < kQ; ++q) {
-    for (int v = 0; v < kV; ++v) sums[q][v] = _mm256_setzero_si256();
+    for (int v = 0; v < kV; ++v) sums[q][v] = Pairs{};
   }
   const uint8_t* codes = d.codes + 4 * lane;
   for (int64_t row = 0; row < d.rows; ++row, codes += d.row_bytes) {
-    __m256i even[kV], odd[kV];
+    Pairs even[kV], odd[kV];
     for (int v = 0; v < kV; ++v) {
-      const __m256i code = _mm256_loadu_si256((const __m256i*)(codes + 32 * v));
-      even[v] = _mm256_and_si256(code, _mm256_set1_epi16(0xff));
-      odd[v] = _mm256_srli_epi16(code, 8);
+      Pairs code;
+      std::memcpy(&code, codes + kBytes * v, sizeof code);
+      even[v] = lower_bytes(code);
+      odd[v] = upper_bytes(code);
     }
     if (d.ahead != nullptr) prefetch(d.ahead + row * d.row_bytes + 4 * lane);
     for (int q = 0; q < kQ; ++q) {
       int32_t pair[2];
       std::memcpy(pair, d.words + q * d.words_stride + 8 * row, 8);
-      const __m256i first = _mm256_set1_epi32(pair[0]), second = _mm256_set1_epi32(pair[1]);
+      const Pairs first = every(pair[0]), second = every(pair[1]);
       for (int v = 0; v < kV; ++v) {
-        const __m256i made = _mm256_add_epi32(_mm256_madd_epi16(even[v], first), _mm256_madd_epi16(odd[v], second));
-        sums[q][v] = _mm256_add_epi32(sums[q][v], made);
+        sums[q][v] = sum_of(sums[q][v], sum_of(add_products(even[v], first), add_products(odd[v], second)));
       }
     }
   }
@@ -277,18 +296,16 @@ GRAPHOPT_INLINE void dot_tile(const Dot& d, int64_t lane) {
 #else
   for (int v = 0; v < kV; ++v) {
     for (int q = 0; q < kQ; ++q) {
-      uint32_t sums[kLanes] = {};
+      I made = {};
       const uint8_t* codes = d.codes + 4 * (lane + v * kLanes);
       for (int64_t row = 0; row < d.rows; ++row, codes += d.row_bytes) {
         int16_t x[4];
         std::memcpy(x, d.words + q * d.words_stride + 8 * row, sizeof x);
-        for (int i = 0; i < kLanes; ++i) {
-          sums[i] += uint32_t(codes[4 * i] * x[0] + codes[4 * i + 1] * x[2] + codes[4 * i + 2] * x[1] +
-                              codes[4 * i + 3] * x[3]);
-        }
+        I code;
+        std::memcpy(&code, codes, sizeof code);
+        made += (code & 0xff) * x[0] + ((code >> 8) & 0xff) * x[2] + ((code >> 16) & 0xff) * x[1] +
+                ((code >> 24) & 0xff) * x[3];
       }
-      I made;
-      std::memcpy(&made, sums, sizeof made);
       put(d, q, lane + v * kLanes, to_float(made));
     }
   }
@@ -398,6 +415,107 @@ void rotate(float* keys, int64_t width, int64_t pairs, int64_t first_step, int64
       second[t] = b * c[t] + a * s[t];
     }
   }
+}
+
+// Byte `index` of each four as a float of 1 to 2: the code is what comes after the one, in 256ths.
+GRAPHOPT_INLINE F one_and(I four, int index) {
+  const I moved = index == 0 ? four << 15 : index == 1 ? four << 7 : index == 2 ? four >> 1 : four >> 9;
+  return (F)((moved & 0x7f8000) | 0x3f800000);
+}
+
+// Scales and minimums for what `one_and` gives.
+struct Shifted {
+  const float* scale;
+  const float* least;
+  int64_t group, width;
+
+  GRAPHOPT_INLINE F key(const Shifted& s, F code, int64_t channel, int64_t token) {
+    if (s.group == 0) return fma(code, all(s.scale[channel]), all(s.least[channel]));
+    const int64_t at = channel / s.group * s.width + token;
+    return fma(code, load(s.scale + at), load(s.least + at));
+  }
+};
+
+template <int kQ, int kV>
+GRAPHOPT_INLINE void turned_tile(const uint8_t* codes, int64_t depth, int64_t half, const Shifted& shifted,
+                                 const float* cos, const float* sin, const float* queries, float* out, int64_t token) {
+  F sums[kQ][kV];
+  for (int q = 0; q < kQ; ++q) {
+    for (int v = 0; v < kV; ++v) sums[q][v] = all(0);
+  }
+  const int64_t width = shifted.width;
+  for (int64_t first = 0; first < half; first += 4) {
+    const float* lower = queries + kQueries * first;
+    const float* upper = lower + kQueries * half;
+    I low[kV], high[kV];
+    for (int v = 0; v < kV; ++v) {
+      std::memcpy(&low[v], codes + first * width + 4 * (token + v * kLanes), sizeof low[v]);
+      std::memcpy(&high[v], codes + (first + half) * width + 4 * (token + v * kLanes), sizeof high[v]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      F a[kV], b[kV];
+      for (int v = 0; v < kV; ++v) {
+        const int64_t t = token + v * kLanes;
+        const F x = Shifted::key(shifted, one_and(low[v], i), first + i, t);
+        const F y = Shifted::key(shifted, one_and(high[v], i), first + half + i, t);
+        const F c = load(cos + (first + i) * width + t), s = load(sin + (first + i) * width + t);
+        a[v] = fma(x, c, -(y * s));
+        b[v] = fma(y, c, x * s);
+      }
+      for (int q = 0; q < kQ; ++q) {
+        const F p = all(lower[kQueries * i + q]), r = all(upper[kQueries * i + q]);
+        for (int v = 0; v < kV; ++v) sums[q][v] = fma(r, b[v], fma(p, a[v], sums[q][v]));
+      }
+    }
+  }
+  for (int64_t first = 2 * half; first < depth; first += 4) {
+    for (int v = 0; v < kV; ++v) {
+      I four;
+      std::memcpy(&four, codes + first * width + 4 * (token + v * kLanes), sizeof four);
+      for (int i = 0; i < 4; ++i) {
+        const F x = Shifted::key(shifted, one_and(four, i), first + i, token + v * kLanes);
+        for (int q = 0; q < kQ; ++q) sums[q][v] = fma(all(queries[kQueries * (first + i) + q]), x, sums[q][v]);
+      }
+    }
+  }
+  for (int q = 0; q < kQ; ++q) {
+    for (int v = 0; v < kV; ++v) store(out + q * width + token + v * kLanes, sums[q][v]);
+  }
+}
+
+template <int kQ>
+void turned_queries(const uint8_t* codes, int64_t depth, int64_t half, const Shifted& shifted, const float* cos,
+                    const float* sin, const float* queries, float* out) {
+  constexpr int kV = kLanes >= 16 ? 2 : 1;
+  int64_t token = 0;
+  for (; token + kV * kLanes <= shifted.width; token += kV * kLanes) {
+    turned_tile<kQ, kV>(codes, depth, half, shifted, cos, sin, queries, out, token);
+  }
+  for (; token < shifted.width; token += kLanes) {
+    turned_tile<kQ, 1>(codes, depth, half, shifted, cos, sin, queries, out, token);
+  }
+}
+
+bool turned_scores(const uint8_t* codes, int64_t depth, int64_t width, int64_t group, const float* scale,
+                   const float* least, int64_t half, const float* cos, const float* sin, int64_t queries,
+                   const float* of_queries, float* out) {
+  constexpr int64_t kMost = 1024;
+  const int64_t count = group == 0 ? depth : depth / group * width;
+  if (half % 4 != 0 || width % kLanes != 0 || count > kMost) return false;
+  float scales[kMost], minimums[kMost];
+  for (int64_t i = 0; i < count; ++i) {
+    scales[i] = scale[i] * 256.0f;
+    minimums[i] = least[i] - scales[i];
+  }
+  const Shifted shifted{scales, minimums, group, width};
+  switch (queries) {
+    case 1: turned_queries<1>(codes, depth, half, shifted, cos, sin, of_queries, out); break;
+    case 2: turned_queries<2>(codes, depth, half, shifted, cos, sin, of_queries, out); break;
+    case 3: turned_queries<3>(codes, depth, half, shifted, cos, sin, of_queries, out); break;
+    default: turned_queries<4>(codes, depth, half, shifted, cos, sin, of_queries, out);
+  }
+  return true;
 }
 
 // ---- floats
@@ -530,7 +648,7 @@ void scale(float* values, int64_t count, float factor) {
 
 }  // namespace
 
-const Kernels variant = {widen, narrow, transpose, unpack,   integers, dot,        read_keys,    read_values, rotate,
+const Kernels variant = {widen, narrow, transpose, unpack,   integers, dot,        read_keys,    read_values, rotate, turned_scores,
                          multiply, dot_rows, largest_of, exponentials, cap,        scale};
 
 }  // namespace graphopt::quantized_kv_attention::GRAPHOPT_ISA

@@ -1,0 +1,34 @@
+// Working memory on the device, for as long as the kernels of one stream need it.
+#pragma once
+
+#include "cuda_call.h"
+
+// From a pool of the current device, in the order of the stream: neither waits for the device. The pool keeps what it was
+// given back, so that a node that runs again finds its memory.
+GRAPHOPT_LAUNCHER int graphopt_cuda_allocate(void** memory, size_t bytes, void* stream);
+GRAPHOPT_LAUNCHER int graphopt_cuda_free(void* memory, void* stream);
+
+namespace graphopt {
+
+// Stream-ordered memory of CUDA itself, not ONNX Runtime's allocator: the runs of one node on several streams each have
+// their own, nothing has to be known about the arena's streams, and CUDA graphs can record it.
+class DeviceMemory {
+ public:
+  // No bytes: no memory.
+  DeviceMemory(size_t bytes, void* stream) : stream_(stream) {
+    if (bytes > 0) require_launched(graphopt_cuda_allocate(&memory_, bytes, stream));
+  }
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+  ~DeviceMemory() {
+    if (memory_ != nullptr) graphopt_cuda_free(memory_, stream_);
+  }
+
+  void* get() const { return memory_; }
+
+ private:
+  void* memory_ = nullptr;
+  void* stream_;
+};
+
+}  // namespace graphopt
