@@ -59,19 +59,21 @@ class Variant:
     options: dict[str, Any] | None
 
 
+FOUR = {"key_bits": 4, "value_bits": 4}
+STATIC = "static scales, ONNX Runtime's operator"
 VARIANTS = (
     Variant(FLOAT, "float32, GroupQueryAttention", None),
     Variant("kv8", "8 bits", {}),
     Variant("kv8, keys rotated", "8 bits, keys after their rotation", {"rotate_at_read": False}),
-    Variant("kv4", "4 bits", {"key_bits": 4, "value_bits": 4}),
-    Variant("kv4, keys rotated", "4 bits, keys after their rotation", {"key_bits": 4, "value_bits": 4, "rotate_at_read": False}),
-    Variant("kv4, per token", "4 bits, keys per token", {"key_bits": 4, "value_bits": 4, "key_per_channel": False}),
+    Variant("kv4", "4 bits", FOUR),
+    Variant("kv4, keys rotated", "4 bits, keys after their rotation", {**FOUR, "rotate_at_read": False}),
+    Variant("kv4, per token", "4 bits, keys per token", {**FOUR, "key_per_channel": False}),
     Variant("kv3", "3 bits", {"key_bits": 3, "value_bits": 3}),
     Variant("K4V2", "keys 4 bits, values 2", {"key_bits": 4, "value_bits": 2}),
     Variant("K2V4", "keys 2 bits, values 4", {"key_bits": 2, "value_bits": 4}),
-    Variant("GQA int8", "8 bits, static scales, ONNX Runtime's operator", {"operator": "contrib"}),
-    Variant("GQA int4", "4 bits, static scales, ONNX Runtime's operator", {"operator": "contrib", "key_bits": 4, "value_bits": 4}),
-)  # fmt: skip
+    Variant("GQA int8", f"8 bits, {STATIC}", {"operator": "contrib"}),
+    Variant("GQA int4", f"4 bits, {STATIC}", {"operator": "contrib", **FOUR}),
+)
 TIMED = (FLOAT, "kv8", "kv4", "kv3", "GQA int8", "GQA int4")
 
 
@@ -207,7 +209,7 @@ def log_probabilities(generator: Generator, window: npt.NDArray[np.int64]) -> np
 def cache_bytes(generator: Generator, tokens: int) -> int:
     """Bytes of the buffers for one row of so many tokens."""
     pairs = generator.interface.pairs
-    return sum(math.prod(empty_shape(pair, 1, tokens)) * ir.DataType[pair.dtype].itemsize for pair in pairs)
+    return sum(math.prod(empty_shape(pair, 1, tokens)) * int(ir.DataType[pair.dtype].itemsize) for pair in pairs)
 
 
 # ---- how fast it is
@@ -254,8 +256,8 @@ def tables(rows: dict[str, Row], options: argparse.Namespace) -> list[str]:
     how = {variant.name: variant.how for variant in VARIANTS}
     whole = rows[FLOAT].bytes
     lines = [
-        f"Perplexity, divergence and agreement over {options.windows} windows of {WINDOW} tokens of Wikipedia; bytes of "
-        "a token in a cache of 4096 and of 32768 tokens, and their part of the float cache's.",
+        f"Perplexity, divergence and agreement over {options.windows} windows of {WINDOW} tokens of Wikipedia; bytes "
+        "of a token in a cache of 4096 and of 32768 tokens, and their part of the float cache's.",
         "",
         "| | cache | perplexity | KL, nats | same token | bytes at 4096 | of float | bytes at 32768 | of float |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -266,11 +268,14 @@ def tables(rows: dict[str, Row], options: argparse.Namespace) -> list[str]:
         sizes = " | ".join(f"{row.bytes[n] / n:,.0f} | {row.bytes[n] / whole[n]:.1%}" for n in (4096, 32768))
         lines.append(f"| {name} | {how[name]} | {row.perplexity:.3f} | {row.kl:.5f} | {row.agreement:.1%} | {sizes} |")
     if options.pasts:
-        lines += ["", f"Tokens per second of decoding with {options.threads} threads, medians of {options.rounds} rounds of "
-                  f"{options.new_tokens} tokens in turn; in brackets the time over that of the float cache, ± its "
-                  "uncertainty.", "",
-                  f"| tokens in the cache | {' | '.join(map(str, options.pasts))} |",
-                  f"|---|{'---|' * len(options.pasts)}"]  # fmt: skip
+        lines += [
+            "",
+            f"Tokens per second of decoding with {options.threads} threads, medians of {options.rounds} rounds of "
+            f"{options.new_tokens} tokens in turn; in brackets the time over that of the float cache, ± its uncertainty.",
+            "",
+            f"| tokens in the cache | {' | '.join(map(str, options.pasts))} |",
+            f"|---|{'---|' * len(options.pasts)}",
+        ]
     for name, row in rows.items():
         if row.speeds:
             cells = [f"{speed:.1f} ({ratio:.2f} ± {by:.2f})" for speed, ratio, by in row.speeds.values()]

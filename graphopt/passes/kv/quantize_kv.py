@@ -129,6 +129,14 @@ class QuantizeKV(CachedAttentionPass):
         if operator == "contrib":
             self.needs = ("text",)
 
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """See the base."""
+        try:
+            return super().call(model)
+        finally:
+            for name in ("_positions", "_rows", "_none", "_static"):
+                self.__dict__.pop(name, None)
+
     def prepare(self, model: ir.Model, edit: Editor) -> None:
         """See the base; scales of rule 3 are calibrated first, all in one run."""
         super().prepare(model, edit)
