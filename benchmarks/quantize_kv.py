@@ -271,7 +271,7 @@ def tables(rows: dict[str, Row], options: argparse.Namespace) -> list[str]:
         lines += [
             "",
             f"Tokens per second of decoding with {options.threads} threads, medians of {options.rounds} rounds of "
-            f"{options.new_tokens} tokens in turn; in brackets the time over that of the float cache, ± its uncertainty.",
+            f"{options.new_tokens} tokens in turn; in brackets the time over that of the float cache.",
             "",
             f"| tokens in the cache | {' | '.join(map(str, options.pasts))} |",
             f"|---|{'---|' * len(options.pasts)}",
