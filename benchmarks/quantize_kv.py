@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import statistics
 import sys
@@ -96,6 +97,22 @@ class Row:
     speeds: dict[int, tuple[float, float, float]] = dataclasses.field(default_factory=dict)
 
 
+class Kept:
+    """The rows, in a file of the folder for graphs, so that `--resume` goes on where a run ended."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.file = options.work / "results.json"
+        self.rows: dict[str, Row] = {}
+        if options.resume and self.file.exists():
+            for name, data in json.loads(self.file.read_text()).items():
+                numbers = {key: {int(n): value for n, value in data[key].items()} for key in ("bytes", "speeds")}
+                self.rows[name] = Row(**{**data, **numbers})
+
+    def write(self) -> None:
+        """Write them."""
+        self.file.write_text(json.dumps({name: dataclasses.asdict(row) for name, row in self.rows.items()}, indent=1))
+
+
 def main() -> int:
     """Make what is missing, measure, print, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,19 +125,22 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--new-tokens", type=int, default=8, help="tokens of one round")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier run with the same options measured")
     parser.add_argument("--page", type=Path, help="write the tables there")
     options = parser.parse_args()
     try:
         files = graphs(options)
         ids = tokenize(wikipedia("evaluation"), options.tokenizer)
-        rows = {name: Row() for name in files}
-        judge(files, rows, ids[: options.windows * WINDOW], options.threads)
+        kept = Kept(options)
+        judge(files, kept, ids[: options.windows * WINDOW], options.threads)
         for past in options.pasts:
-            time_decoding({name: files[name] for name in files if name in TIMED}, rows, ids, past, options)
+            if not any(past in row.speeds for row in kept.rows.values()):
+                time_decoding({name: files[name] for name in files if name in TIMED}, kept.rows, ids, past, options)
+                kept.write()
     except GraphoptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    text = "\n".join(tables(rows, options))
+    text = "\n".join(tables(kept.rows, options))
     print(text)
     if options.page is not None:
         options.page.write_text(PAGE.format(tables=text), encoding="utf-8")
@@ -174,11 +194,15 @@ def recipe_of(variant: Variant) -> dict[str, Any]:
 # ---- what it costs
 
 
-def judge(files: dict[str, Path], rows: dict[str, Row], ids: npt.NDArray[np.int64], threads: int) -> None:
+def judge(files: dict[str, Path], results: Kept, ids: npt.NDArray[np.int64], threads: int) -> None:
     """Fill in perplexity, divergence, agreement and bytes."""
+    if all(name in results.rows for name in files):
+        return
     windows = ids.reshape(-1, WINDOW)
     kept: list[npt.NDArray[np.float32]] = []
     for name, file in files.items():
+        if name in results.rows and name != FLOAT:
+            continue
         generator = Generator(file, sess_options=session_options(threads))
         total = divergence = same = 0.0
         for index, window in enumerate(windows):
@@ -190,9 +214,10 @@ def judge(files: dict[str, Path], rows: dict[str, Row], ids: npt.NDArray[np.int6
             divergence += float((np.exp(expected) * (expected - found)).sum(dtype=np.float64))
             same += int((expected.argmax(1) == found.argmax(1)).sum())
         scored = len(windows) * (WINDOW - 1)
-        row = rows[name]
-        row.perplexity, row.kl, row.agreement = float(np.exp(total / scored)), divergence / scored, same / scored
-        row.bytes = {tokens: cache_bytes(generator, tokens) for tokens in (512, 4096, 32768)}
+        sizes = {tokens: cache_bytes(generator, tokens) for tokens in (512, 4096, 32768)}
+        row = Row(float(np.exp(total / scored)), divergence / scored, same / scored, sizes)
+        results.rows[name] = row
+        results.write()
         print(f"{name}: perplexity {row.perplexity:.3f}, KL {row.kl:.5f}, same {row.agreement:.2%}", flush=True)
         del generator
         release_memory()
