@@ -22,7 +22,7 @@ from graphopt.calibration.text import TextDataset
 from graphopt.errors import InputDataError, ModelError, UsageError, VerificationError
 from graphopt.graph import assumptions, load, session_settings
 from graphopt.graph import save as save_model
-from graphopt.graph.edits import nodes, walk
+from graphopt.graph.edits import functions, nodes, walk
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.kv_names import rename_kv_cache
 from graphopt.graph.load import EXTERNAL_KEY, PATH_KEY, normalize
@@ -133,10 +133,12 @@ def optimize(
     def verifier_of(reference: ir.Model) -> Verifier:
         if progress is not None:
             progress("probing the original", 0, len(passes))
-        own = load_probes(inputs, reference) if inputs is not None else []
+        # A lossy pass may give the model other inputs, which need probes of their own.
+        fitting = [probe for probe in used if _fits(probe, reference)]
+        own = load_probes(inputs, reference) if inputs is not None and not used else []
         try:
             verifier = Verifier(
-                reference, used or [*own, *make_probes(reference, seed, assumptions=assumed)], seed=seed
+                reference, fitting or [*own, *make_probes(reference, seed, assumptions=assumed)], seed=seed
             )
         except VerificationError as error:
             raise VerificationError(f"{error} To go on without comparing numbers, use --verify none.") from error
@@ -275,7 +277,7 @@ def inspect(
         "unknown_flops": measured.unknown_flops,
         "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
         "functions": [":".join(identifier[:2]) for identifier in model.functions],
-        "subgraphs": sum(1 for _ in walk(model)) - 1 - len(model.functions),
+        "subgraphs": sum(1 for _ in walk(model)) - 1 - sum(1 for _ in functions(model)),
         "structures": {},
         "layers": [],
         "residual_streams": [],
@@ -328,6 +330,16 @@ def _model(given: Source) -> ir.Model:
     model = given
     normalize(model)  # a model in memory may come from anywhere
     return model
+
+
+def _fits(probe: Probe, model: ir.Model) -> bool:
+    """Whether a probe feeds what a model takes."""
+    inputs = [value for value in model.graph.inputs if value.name in probe.feeds or not value.is_initializer()]
+    return {value.name for value in inputs} == set(probe.feeds) and all(
+        value.dtype is None or value.dtype == ir.DataType.STRING or value.dtype.numpy() == probe.feeds[value.name].dtype
+        for value in inputs
+        if value.name is not None
+    )
 
 
 def require_valid(model: ir.Model) -> None:

@@ -25,6 +25,7 @@ FUSED = {
     "com.microsoft::GroupQueryAttention": (0, 1, 2),
     "com.microsoft::DecoderMaskedMultiHeadAttention": (0, 1, 2),
     "ai.graphopt::CachedAttention": (0, 1, 2),
+    "ai.graphopt::QuantizedKVAttention": (0, 1, 2),
 }
 """Operators that compute attention, with the places of q, k and v among their inputs."""
 
@@ -131,7 +132,7 @@ def _fused(node: ir.Node, places: tuple[int, ...] | None, facts: ShapeFacts) -> 
         heads, size = shape[1].value, shape[3].value
     elif shape is not None and heads and shape[-1].value is not None:
         size = shape[-1].value // heads
-    counts = node.op_type in ("GroupQueryAttention", "CachedAttention")
+    counts = node.op_type in ("GroupQueryAttention", "CachedAttention", "QuantizedKVAttention")
     masked = counts or (len(node.inputs) > 3 and node.inputs[3] is not None)
     kv_heads = attribute_int(node, "kv_num_heads", 0) or None
     keys = facts.shape(k)

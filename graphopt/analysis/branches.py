@@ -21,7 +21,7 @@ NORMALIZATIONS = (
 )  # fmt: skip
 FUSED_ATTENTION = (
     "Attention", "MultiHeadAttention", "GroupQueryAttention", "DecoderMaskedMultiHeadAttention", "PackedAttention",
-    "SparseAttention", "QAttention", "LinearAttention", "CachedAttention",
+    "SparseAttention", "QAttention", "LinearAttention", "CachedAttention", "QuantizedKVAttention",
 )  # fmt: skip
 WEIGHTED = (
     "MatMul", "Gemm", "MatMulInteger", "MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearMatMul",

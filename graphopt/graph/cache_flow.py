@@ -12,7 +12,11 @@ import onnx_ir as ir
 
 from graphopt.graph.edits import inner_graphs, subgraphs_of
 
-Part = Literal["key", "value", "both"]
+Part = Literal["key", "value", "both", "codes", "scales", "recent"]
+"""What a cache holds: keys, values, both, or of a quantized one its codes, scales and unquantized newest tokens."""
+
+QUANTIZED = "ai.graphopt::QuantizedKVAttention"
+"""The operator whose cache is quantized in blocks of tokens."""
 
 FUSED: dict[str, dict[int, tuple[int, Part]]] = {
     "Attention": {4: (1, "key"), 5: (2, "value")},
@@ -23,9 +27,12 @@ FUSED: dict[str, dict[int, tuple[int, Part]]] = {
     "com.microsoft::DecoderMaskedMultiHeadAttention": {5: (1, "key"), 6: (2, "value")},
     "com.microsoft::Attention": {4: (1, "both")},
     "com.microsoft::DecoderMaskedSelfAttention": {4: (1, "both")},
+    QUANTIZED: {3: (1, "codes"), 4: (2, "scales"), 5: (3, "recent")},
 }
 """Operators that take a past and give a present: the place of the past to that of the present, and what it holds."""
-IN_PLACE = ("com.microsoft::GroupQueryAttention", "com.microsoft::SparseAttention", "ai.graphopt::CachedAttention")
+IN_PLACE = (
+    "com.microsoft::GroupQueryAttention", "com.microsoft::SparseAttention", "ai.graphopt::CachedAttention", QUANTIZED,
+)  # fmt: skip
 """Operators that write the new rows into the past where past and present are one buffer, longer than what is in it."""
 
 MOVES = frozenset({"Cast", "CastLike", "DequantizeLinear", "Dropout", "Identity", "QuantizeLinear", "Reshape", "Slice",
@@ -113,7 +120,7 @@ class CacheFlow:
         output = node.outputs[index] if index < len(node.outputs) else None
         present, windowed = self.present(output) if output is not None else (None, False)
         joined = output if output is not None else node.outputs[0]
-        length = 3 if part == "both" else 2
+        length = {"both": 3, "codes": 1, "scales": 1}.get(part, 2)
         axis = axes[length] if axes is not None and len(axes) > length else length if axes is None else None
         return Join(node, joined, present, axis, part, node, windowed)
 

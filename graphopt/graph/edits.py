@@ -19,11 +19,20 @@ _WITH_GRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 """Operators of the default domain that hold graphs; those of other domains may too."""
 
 
+OWN_DOMAIN = "ai.graphopt"
+"""The domain of graphopt's own operators. Functions in it are their portable bodies: nothing of the model's own."""
+
+
+def functions(model: ir.Model) -> Iterator[ir.Function]:
+    """The functions of a model but the bodies of graphopt's own operators, which no pass looks into."""
+    return (function for function in model.functions.values() if function.domain != OWN_DOMAIN)
+
+
 def walk(model: ir.Model) -> Iterator[ir.Graph]:
-    """The main graph, every subgraph, and the bodies of functions with theirs, outer before inner."""
+    """The main graph, every subgraph, and the bodies of `functions` with theirs, outer before inner."""
     yield model.graph
     yield from inner_graphs(model.graph)
-    for function in model.functions.values():
+    for function in functions(model):
         yield function.graph
         yield from inner_graphs(function.graph)
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
-from graphopt.graph.cache_flow import FUSED, qualified
+from graphopt.graph.cache_flow import FUSED, QUANTIZED, qualified
 from graphopt.graph.constants import constant_array, stored_weight
 
 _INDEX_MOVES = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Clip", "Expand"})
@@ -24,6 +24,7 @@ _MASK_SLOTS = {
     "com.microsoft::MultiHeadAttention": (4, 5),
     "com.microsoft::DecoderMaskedMultiHeadAttention": (3, 4),
     "com.microsoft::DecoderMaskedSelfAttention": (3, 5),
+    QUANTIZED: (6,),
 }
 _POSITION_SLOTS = {
     "Cos": (0,),
@@ -32,6 +33,7 @@ _POSITION_SLOTS = {
     "com.microsoft::RotaryEmbedding": (1, 2, 3),
     "com.microsoft::GroupQueryAttention": (7, 8, 9),
     "ai.graphopt::CachedAttention": (7, 8),
+    QUANTIZED: (7, 8),
 }
 
 
@@ -195,12 +197,18 @@ def _reached(value: ir.Value, shapes: bool = False) -> set[str]:
                 found.add("mask")
             elif node.op_type == "Gather" and slot == 1:
                 found.add("position")
-            elif name not in FUSED and node.op_type not in stops and not _product(node):
+            elif name not in FUSED and node.op_type not in stops and not _product(node) and not _chooses_a_row(node):
                 for output in node.outputs:
                     if output not in seen:
                         seen.add(output)
                         pending.append(output)
     return found
+
+
+def _chooses_a_row(node: ir.Node) -> bool:
+    """Whether a row of the batch is picked by this, such as the longest one, and nothing else."""
+    axis = node.attributes.get("axis")
+    return node.op_type == "ArgMax" and (axis is None or (not axis.is_ref() and axis.as_int() == 0))
 
 
 def _product(node: ir.Node) -> bool:

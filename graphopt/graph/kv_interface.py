@@ -13,12 +13,15 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.graph.cache_flow import IN_PLACE, CacheFlow, Join, Part, qualified
+from graphopt.graph.cache_flow import IN_PLACE, QUANTIZED, CacheFlow, Join, Part, qualified
 from graphopt.graph.constants import is_constant, scalar
 from graphopt.graph.input_roles import InputRoles
 
 _LAYOUTS = {(4, 2): "BHSD", (4, 1): "BSHD", (4, 3): "BHDS", (5, 3): "2BHSD"}
 """Layout by rank and axis of length: batch, heads, sequence, dimension of a head (stacked: keys and values first)."""
+_QUANTIZED_LAYOUTS: dict[Part, str] = {"codes": "BCHN", "scales": "BCHN", "recent": "BH2ND"}
+"""Those of a quantized cache: C blocks of tokens, N of a fixed size."""
+_ORDER: tuple[Part, ...] = ("key", "value", "both", "codes", "scales", "recent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +30,11 @@ class CachePair:
 
     Attributes:
         layer: Number of the layer, in the order in which the attentions run.
-        part: "key", "value", or "both" in one tensor.
+        part: "key", "value", or "both" in one tensor; of a quantized cache "codes", "scales" and "recent".
         past: Name of the input.
         present: Name of the output that takes its place in the next step; None: the cache stays as it is.
-        axis: Axis of length; None where it can't be told.
-        layout: "BHSD", "BSHD", "BHDS", "2BHSD"; "" for any other.
+        axis: Axis of length; None where it can't be told, or where the length is fixed ("recent").
+        layout: "BHSD", "BSHD", "BHDS", "2BHSD"; "BCHN" and "BH2ND" of a quantized cache; "" for any other.
         dtype: The element type, as in "FLOAT16".
         shape: Sizes of the input; names for dynamic ones, None for those without a name.
         heads: KV heads, None where neither the declared shapes nor the operator tell.
@@ -42,6 +45,8 @@ class CachePair:
         grows: Whether the present is longer than the past by what is new.
         windowed: Whether the present is cut to the last rows of a window.
         cross: Whether nothing is joined: keys or values of another sequence, such as an encoder's.
+        block_size: Tokens for which there is one place along `axis`.
+        beside: Tokens that the cache has room for besides.
     """
 
     layer: int
@@ -60,6 +65,12 @@ class CachePair:
     grows: bool
     windowed: bool
     cross: bool
+    block_size: int = 1
+    beside: int = 0
+
+    def places(self, tokens: int) -> int:
+        """Places along `axis` of a cache with room for `tokens` tokens."""
+        return -(-max(tokens - self.beside, 0) // self.block_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +134,7 @@ class KVInterface:
             "layout": self.layout,
             "dtype": _only(pair.dtype for pair in self.pairs),
             "heads": _only(pair.heads for pair in self.pairs),
-            "head_size": _only(pair.head_size for pair in self.pairs),
+            "head_size": _only(pair.head_size for pair in self.pairs if "D" in pair.layout),
             "operators": sorted({pair.operator for pair in self.pairs}),
             "shared_buffer": self.shared_buffer,
             "encoder_decoder": self.encoder_decoder,
@@ -137,7 +148,7 @@ def kv_interface(model: ir.Model) -> KVInterface | None:
     if not any(join.node is not None for _, join in found):
         return None
     layers = _layers(flow, [join for _, join in found])
-    pairs = sorted((_pair(value, join, layers) for value, join in found), key=lambda p: (p.layer, p.part != "key"))
+    pairs = sorted((_pair(value, join, layers) for value, join in found), key=lambda p: (p.layer, _ORDER.index(p.part)))
     own = _counted([pair for pair in pairs if not pair.cross])
     cross = tuple(pair for pair in pairs if pair.cross)
     taken = {pair.past for pair in pairs}
@@ -192,16 +203,18 @@ def _pair(value: ir.Value, join: Join, layers: dict[ir.Node, int]) -> CachePair:
         size if isinstance(size, int) else (None if size.value is None else str(size.value))
         for size in value.shape or ()
     )
-    layout = _LAYOUTS.get((len(shape), join.axis), "") if join.axis is not None else ""
     operator = qualified(join.node) if join.node is not None else ""
     assert join.part is not None
+    layout = _QUANTIZED_LAYOUTS.get(join.part) or _LAYOUTS.get((len(shape), -1 if join.axis is None else join.axis), "")
+    quantized = join.node is not None and operator == QUANTIZED
+    block = (_int(join.node, "block_size") or 1) if quantized else 1
     assert value.name is not None
     return CachePair(
         layer=layers[join.attention] if join.attention is not None else 0,
         part=join.part,
         past=value.name,
         present=None if join.present is None else join.present.name,
-        axis=join.axis,
+        axis=None if join.part == "recent" else join.axis,
         layout=layout,
         dtype=value.dtype.name if value.dtype is not None else "",
         shape=shape,
@@ -210,9 +223,11 @@ def _pair(value: ir.Value, join: Join, layers: dict[ir.Node, int]) -> CachePair:
         operator=operator.split("::")[-1],
         node="" if join.node is None else join.node.name or "",
         in_place=_in_place(value, join, operator),
-        grows=join.node is not None and operator != "TensorScatter",
+        grows=join.node is not None and operator not in ("TensorScatter", QUANTIZED),
         windowed=join.windowed,
         cross=join.node is None,
+        block_size=block,
+        beside=(_int(join.node, "window") or 0) + block - 1 if quantized else 0,
     )
 
 
@@ -236,8 +251,8 @@ def _size(shape: tuple[int | str | None, ...], join: Join, layout: str, letter: 
     return None if not heads or not kv_heads or not width else width // (heads + 2 * kv_heads * packed)
 
 
-def _int(node: ir.Node, name: str) -> int | None:
-    attribute = node.attributes.get(name)
+def _int(node: ir.Node | None, name: str) -> int | None:
+    attribute = node.attributes.get(name) if node is not None else None
     return None if attribute is None or attribute.is_ref() else attribute.as_int()
 
 
@@ -293,14 +308,15 @@ def _counted(pairs: list[CachePair]) -> tuple[CachePair, ...]:
 
 def _problems(pairs: tuple[CachePair, ...]) -> list[str]:
     problems = [f"what {p.past!r} holds after a step is no output of the graph" for p in pairs if p.present is None]
-    problems += [f"the axis of length of {p.past!r} can't be told" for p in pairs if p.axis is None]
+    unknown = [p for p in pairs if p.axis is None and p.part != "recent"]
+    problems += [f"the axis of length of {p.past!r} can't be told" for p in unknown]
     by_layer: dict[int, list[str]] = {}
     for pair in pairs:
         by_layer.setdefault(pair.layer, []).append(pair.part)
     problems += [
         f"layer {layer} has the caches {', '.join(parts)}"
         for layer, parts in by_layer.items()
-        if parts not in (["key", "value"], ["both"])
+        if parts not in (["key", "value"], ["both"], ["codes", "scales", "recent"])
     ]
     return problems
 

@@ -59,7 +59,8 @@ class Pass(ir.passes.InPlacePass):
         guarantee: `Guarantee.EXACT` or `Guarantee.LOSSY`.
         bitwise: True where nothing but structure changes, so that results must be equal bit for bit.
         paper: Title of the source, or an empty string.
-        needs: Names of the calibration statistics that the pass asks the pass manager for.
+        needs: Names of the calibration statistics that the pass asks the pass manager for; an instance may set it by
+            its options.
         targets: The targets that the pass is for; empty: all. Elsewhere a recipe goes on without it.
     """
 
@@ -68,7 +69,7 @@ class Pass(ir.passes.InPlacePass):
     guarantee: ClassVar[Guarantee] = Guarantee.EXACT
     bitwise: ClassVar[bool] = False
     paper: ClassVar[str] = ""
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: tuple[str, ...] = ()
     targets: ClassVar[tuple[str, ...]] = ()
 
     calibration: TextDataset | None = None

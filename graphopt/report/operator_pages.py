@@ -92,7 +92,7 @@ def _attributes(operator: Operator) -> str:
 
 
 def _body(operator: Operator, folder: str) -> str:
-    nodes = ir.traversal.RecursiveGraphIterator(operator.body().graph)
+    nodes = ir.traversal.RecursiveGraphIterator(operator.bodies()[0].graph)
     used = sorted({node.op_type for node in nodes})
     return (
         f"The portable body ([body.py](../../{folder}/body.py)) defines the operator's numbers. It needs opset "

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from graphopt.errors import GraphoptError, InputDataError, ModelError, first_line
+from graphopt.errors import GraphoptError, InputDataError, ModelError, UsageError, first_line
 from graphopt.graph.kv_interface import CachePair, KVInterface
 
 if TYPE_CHECKING:
@@ -60,27 +60,15 @@ class Decoding:
         self._valid = np.zeros((batch, 0), dtype=np.bool_)
         self._total = 0
         self._types = {v.name: _DTYPES[v.type] for v in session.get_inputs() if v.type in _DTYPES}
-        device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
-        self._device = device
+        self._device = _device(session)
         self._binding = session.io_binding()
         for name, array in (extra or {}).items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
         if interface.use_cache is not None:
             self._binding.bind_cpu_input(interface.use_cache, np.ones(1, dtype=np.bool_))
-        self._caches = [self._empty(pair) for pair in interface.pairs]
+        self._caches = _empty(session, interface, batch, capacity if cache == "static" else 0)
         for pair, value in zip(interface.pairs, self._caches, strict=True):
             self._binding.bind_ortvalue_input(pair.past, value)
-
-    def _empty(self, pair: CachePair) -> onnxruntime.OrtValue:
-        import onnxruntime
-
-        shape = empty_shape(pair, self.batch, self.capacity if self.cache == "static" else 0)
-        onnx_type, _ = self._types[pair.past]
-        value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, onnx_type, self._device)
-        if self._device == "cpu" and 0 not in shape:
-            # What no token has filled yet is multiplied with a weight of 0, which makes NaN of whatever isn't finite.
-            ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
-        return value
 
     def feed(self, ids: npt.NDArray[np.int64], valid: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[Any]:
         """Run the decoder on the next tokens of every row.
@@ -118,11 +106,17 @@ class Decoding:
             ) from error
         outputs = dict(zip(names, self._binding.get_outputs(), strict=True))
         if self.cache == "growing":
-            for pair in self.interface.pairs:
-                self._binding.bind_ortvalue_input(pair.past, outputs[pair.present or ""])
+            self._caches = [outputs[pair.present or ""] for pair in self.interface.pairs]
+            for pair, value in zip(self.interface.pairs, self._caches, strict=True):
+                self._binding.bind_ortvalue_input(pair.past, value)
         self._logits = outputs[self.interface.logits or ""]
         logits = _view(self._logits)
         return logits[:, None] if logits.ndim == 2 else logits
+
+    @property
+    def caches(self) -> dict[str, onnxruntime.OrtValue]:
+        """The cache as it stands, by the names of the inputs that take it."""
+        return {pair.past: value for pair, value in zip(self.interface.pairs, self._caches, strict=True)}
 
     def _bind(self, name: str | None, array: npt.NDArray[Any]) -> None:
         if name is not None:
@@ -150,19 +144,73 @@ class Decoding:
         return names
 
 
+def bind_shared_cache(
+    session: onnxruntime.InferenceSession,
+    binding: onnxruntime.IOBinding,
+    interface: KVInterface,
+    batch: int,
+    capacity: int,
+) -> dict[str, onnxruntime.OrtValue]:
+    """Make an empty cache for a loop of one's own, and bind each tensor of it as past and as present.
+
+    Args:
+        session: The decoder's session.
+        binding: A binding of it.
+        interface: Its inputs and outputs: `graphopt.graph.kv_interface.kv_interface(load(path))`.
+        batch: Rows.
+        capacity: Tokens that each row has room for.
+
+    Returns:
+        The buffers by the names of the inputs that take them; they belong to the binding's runs from now on.
+
+    Raises:
+        UsageError: Past and present can't be one buffer in this decoder.
+        ModelError: The sizes of its cache can't be told.
+    """
+    if not interface.shared_buffer:
+        raise UsageError("Past and present can share a buffer only where every layer writes its cache in place.")
+    values = _empty(session, interface, batch, capacity)
+    for pair, value in zip(interface.pairs, values, strict=True):
+        binding.bind_ortvalue_input(pair.past, value)
+        binding.bind_ortvalue_output(pair.present, value)
+    return {pair.past: value for pair, value in zip(interface.pairs, values, strict=True)}
+
+
+def _device(session: onnxruntime.InferenceSession) -> str:
+    return "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+
+
+def _empty(
+    session: onnxruntime.InferenceSession, interface: KVInterface, batch: int, capacity: int
+) -> list[onnxruntime.OrtValue]:
+    """Tensors for the pairs of a decoder with room for `capacity` tokens a row."""
+    import onnxruntime
+
+    types = {v.name: _DTYPES[v.type][0] for v in session.get_inputs() if v.type in _DTYPES}
+    device, made = _device(session), []
+    for pair in interface.pairs:
+        shape = empty_shape(pair, batch, capacity)
+        value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, types[pair.past], device)
+        if device == "cpu" and 0 not in shape:
+            # What no token has filled yet is multiplied with a weight of 0, which makes NaN of whatever isn't finite.
+            ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
+        made.append(value)
+    return made
+
+
 def empty_shape(pair: CachePair, batch: int, length: int) -> list[int]:
-    """The shape of a cache of `length` rows.
+    """The shape of a cache with room for `length` tokens.
 
     Raises:
         ModelError: Its sizes can't be told.
     """
-    known = {"B": batch, "2": 2, "H": pair.heads, "S": length, "D": pair.head_size}
-    sizes = [known[letter] for letter in pair.layout]
-    if not sizes or any(size is None for size in sizes):
+    known = {"B": batch, "2": 2, "H": pair.heads, "S": length, "D": pair.head_size, "C": pair.places(length)}
+    sizes = [known.get(letter, size) for letter, size in zip(pair.layout, pair.shape, strict=False)]
+    if not sizes or not all(isinstance(size, int) for size in sizes):
         raise ModelError(
             f"The sizes of an empty cache {pair.past!r} can't be told; declare its KV heads and head size in the file."
         )
-    return [int(size) for size in sizes if size is not None]
+    return [size for size in sizes if isinstance(size, int)]
 
 
 def _view(value: onnxruntime.OrtValue) -> npt.NDArray[Any]:

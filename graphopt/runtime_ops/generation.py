@@ -33,7 +33,7 @@ CHUNK = 512
 """Prompt tokens of one run: the logits of a whole long prompt would take more memory than the model."""
 _ROW_BY_ROW = ("GroupQueryAttention", "SparseAttention")
 """Operators that take several new tokens after a past for one row only."""
-_COUNTING = (*_ROW_BY_ROW, "CachedAttention")
+_COUNTING = (*_ROW_BY_ROW, "CachedAttention", "QuantizedKVAttention")
 """Operators to which the mask is but a number of tokens from the start of the cache."""
 
 

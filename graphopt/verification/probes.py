@@ -299,10 +299,9 @@ def _values(shape: Signature, item: Input, recipe: Recipe, random: np.random.Gen
     match item.role:
         case "text":
             return random.choice(np.array(["a", "graph", "of words"], dtype=object), size=dims)
-        case "float" | "past":
-            if recipe.content == "zeros":
-                return np.zeros(dims, dtype)
-            return random.standard_normal(dims).astype(dtype)
+        case "float" | "past" if item.dtype.is_floating_point():
+            numbers = random.standard_normal(dims).astype(dtype)
+            return np.zeros(dims, dtype) if recipe.content == "zeros" else numbers
         case "mask":
             if item.dtype.is_floating_point() and len(dims) > 2:
                 return np.zeros(dims, dtype)  # added to scores: nothing masked

@@ -251,9 +251,9 @@ def _role(value: ir.Value, use: IntegerUse) -> Role:
     rank = len(value.shape) if value.shape is not None else 0
     if dtype == ir.DataType.STRING:
         return "text"
+    if _is_past(value):
+        return "past"
     if dtype.is_floating_point():
-        if _is_past(value):
-            return "past"
         return "mask" if "mask" in name and rank >= 2 else "float"
     if rank == 0 or (value.shape is not None and all(d == 1 for d in value.shape)):
         return "scalar"
@@ -268,12 +268,14 @@ def _role(value: ir.Value, use: IntegerUse) -> Role:
     return "integer"
 
 
-_ATTENDS = ("Attention", "GroupQueryAttention", "MultiHeadAttention", "CachedAttention")
+_ATTENDS = ("Attention", "GroupQueryAttention", "MultiHeadAttention", "CachedAttention", "QuantizedKVAttention")
 
 
 def _is_past(value: ir.Value) -> bool:
     """A cache is named so, or a Concat puts it before what is new and returns the whole."""
-    if value.shape is None or len(value.shape) < 3 or value.dtype is None or not value.dtype.is_floating_point():
+    if value.shape is None or len(value.shape) < 3 or value.dtype is None:
+        return False
+    if not value.dtype.is_floating_point() and value.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
         return False
     if not any(not isinstance(d, int) for d in value.shape[1:]):
         return False

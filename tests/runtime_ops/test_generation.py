@@ -14,6 +14,7 @@ from graphopt import Generator, Sampling, perplexity, session
 from graphopt.errors import InputDataError, ModelError, UsageError
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.load import load
+from graphopt.runtime_ops.decoding import bind_shared_cache
 from graphopt.runtime_ops.sampling import probabilities
 from graphopt.runtime_ops.scoring import scores
 
@@ -106,6 +107,26 @@ def test_a_full_cache_says_so(folder: Path) -> None:
     decoding.feed(np.array([[1, 2, 3]]))
     with pytest.raises(InputDataError, match="holds 4 tokens; 2 more"):
         decoding.feed(np.array([[4, 5]]))
+
+
+def test_a_loop_of_ones_own_on_shared_buffers(folder: Path) -> None:
+    path = folder / "group-query.onnx"
+    own, interface = session(path), kv_interface(load(path))
+    assert interface is not None
+    binding = own.io_binding()
+    buffers = bind_shared_cache(own, binding, interface, batch=1, capacity=12)
+    assert {tuple(value.shape()) for value in buffers.values()} == {(1, 2, 12, 16)}
+    row = list(PROMPTS[0])
+    for begin in (0, *range(len(row), len(row) + 5)):
+        binding.bind_cpu_input("input_ids", np.array([row[begin:]]))
+        binding.bind_cpu_input("attention_mask", np.ones((1, len(row)), np.int64))
+        binding.bind_output("logits")
+        own.run_with_iobinding(binding)
+        (logits,) = (v for v in binding.get_outputs() if v.shape()[-1] == 41)
+        row.append(int(logits.numpy()[0, -1].argmax()))
+    assert row[5:] == Generator(path).generate([PROMPTS[0]], max_new_tokens=6)[0]
+    with pytest.raises(UsageError, match="writes its cache in place"):
+        bind_shared_cache(own, binding, kv_interface(load(folder / "concat.onnx")), batch=1, capacity=12)
 
 
 def test_a_session_of_ones_own(folder: Path) -> None:

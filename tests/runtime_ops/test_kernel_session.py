@@ -43,7 +43,7 @@ def saved(
     functions: Sequence[onnx.FunctionProto] = (),
 ) -> Path:
     """A model of these nodes, with the portable body of the transform."""
-    body = ir.to_proto(operators()["HadamardTransform"].body())
+    body = ir.to_proto(operators()["HadamardTransform"].bodies()[0])
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid("mine", 1)]
     del body.opset_import[:]
     body.opset_import.extend(opsets[:1])

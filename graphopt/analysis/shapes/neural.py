@@ -325,6 +325,13 @@ def _group_query_attention(op: Op) -> list[Result]:
     return [(q[0], q[1], width), present, present]
 
 
+@rule("ai.graphopt::QuantizedKVAttention", types=(0, ir.DataType.UINT8, ir.DataType.FLOAT16, ir.DataType.FLOAT16))
+def _quantized_kv_attention(op: Op) -> list[Result]:
+    # As many blocks as there are, or as are needed: the lengths decide at run time.
+    grown = [None if (past := op.fact(i).shape) is None else (past[0], op.unknown(), *past[2:]) for i in (3, 4)]
+    return [op.shape(0), *grown, op.fact(5).shape]
+
+
 @rule("com.microsoft::Attention", "com.microsoft::QAttention", types=0)
 def _packed_attention(op: Op) -> Result:
     x, bias = op.shape(0), op.fact(2).shape

@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from graphopt.graph.content import same_content, sample
-from graphopt.graph.edits import Names, subgraphs_of
+from graphopt.graph.edits import Names, functions, subgraphs_of
 from graphopt.passes.base import Pass
 
 SHARED_BYTES = 1 << 10
@@ -58,7 +58,7 @@ class DeduplicateInitializers(Pass):
         self._taken: dict[ir.Graph, set[str]] = {}
         unshared: _Kept = defaultdict(list)
         changed = self._visit(model.graph, [], unshared)
-        for function in model.functions.values():
+        for function in functions(model):
             # A function sees no graph but its own.
             changed |= self._visit(function.graph, [], defaultdict(list))
         return self._hoist(model, unshared) or changed

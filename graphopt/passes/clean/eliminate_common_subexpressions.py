@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.graph.constants import constant_tensor
-from graphopt.graph.edits import Editor, opset, subgraphs_of
+from graphopt.graph.edits import Editor, functions, opset, subgraphs_of
 from graphopt.passes.base import Pass
 
 RANDOM = frozenset(
@@ -54,7 +54,7 @@ class EliminateCommonSubexpressions(Pass):
         edit = Editor(model)
         known: dict[Hashable, ir.Node] = {}
         changed = self._visit(model.graph, known, edit, opset(model))
-        for function in model.functions.values():
+        for function in functions(model):
             changed |= self._visit(function.graph, {}, edit, function.opset_imports.get("", opset(model)))
         return changed
 

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from graphopt.graph.edits import opset, subgraphs_of
+from graphopt.graph.edits import functions, opset, subgraphs_of
 from graphopt.passes.base import Pass
 
 
@@ -37,7 +37,7 @@ class EliminateDeadCode(Pass):
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
         modified = self._clean(model.graph, opset(model))
-        for function in model.functions.values():
+        for function in functions(model):
             modified |= self._clean(function.graph, function.opset_imports.get("", opset(model)))
         modified |= common.RemoveUnusedFunctionsPass()(model).modified  # type: ignore[no-untyped-call]
         return modified | common.RemoveUnusedOpsetsPass()(model).modified

@@ -9,10 +9,10 @@ from typing import ClassVar
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from graphopt.graph.edits import opset
+from graphopt.graph.edits import OWN_DOMAIN, opset
 from graphopt.passes.base import Pass
 
-KEPT_DOMAINS = frozenset({"ai.graphopt"})
+KEPT_DOMAINS = frozenset({OWN_DOMAIN})
 
 
 class InlineFunctions(Pass):

@@ -15,7 +15,7 @@ from graphopt.analysis.shapes.rule import SYMBOLIC_TYPES
 from graphopt.analysis.shapes.targets import expand_literal, reshape_literal, unsettled
 from graphopt.analysis.shapes.views import reshape_target
 from graphopt.graph.constants import is_constant
-from graphopt.graph.edits import Editor, subgraphs_of
+from graphopt.graph.edits import Editor, functions, subgraphs_of
 from graphopt.passes.base import RulePass, Site
 
 VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
@@ -88,7 +88,7 @@ class SimplifyShapes(RulePass):
             self.sites = []
             changed = super().apply(model)
             changed |= self._merge_graph(model.graph, {})
-            for function in model.functions.values():
+            for function in functions(model):
                 changed |= self._merge_graph(function.graph, {})
             if not changed:
                 self.sites = applied + self.sites

@@ -9,18 +9,16 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int
-from graphopt.analysis.masks import Masks, NoForm
-from graphopt.analysis.shapes import ShapeFacts, lazily
 from graphopt.graph.computed import concatenated
 from graphopt.graph.edits import Editor
-from graphopt.passes.base import LOWERED, RulePass
+from graphopt.passes.base import LOWERED
 from graphopt.passes.fold.layers import Layer
-from graphopt.passes.lower.cached_site import CachedSite, NotTaken, Operand, projection, read, token_outputs
-from graphopt.passes.lower.rotary_table import Need, RotaryTables, Table, first_input
-from graphopt.passes.lower.token_lengths import TokenLengths
+from graphopt.passes.lower.cached_attention import CachedAttentionPass
+from graphopt.passes.lower.cached_site import CachedSite, NotTaken, projection
+from graphopt.passes.lower.rotary_table import Need, Table, first_input
 
 CONTRIB = "com.microsoft"
-CHUNKS, LEFT = "no-batched-chunks", "no-left-padding"
+CHUNKS = "no-batched-chunks"
 
 
 @dataclasses.dataclass
@@ -42,7 +40,7 @@ class _Plan:
     packed: list[Layer]
 
 
-class GroupQueryAttention(RulePass):
+class GroupQueryAttention(CachedAttentionPass):
     """Write attention over a key/value cache as ONNX Runtime's `GroupQueryAttention`.
 
         y[i] = Σⱼ softmaxⱼ(s · R(q[i]) · R(k[j])) · v[j],   j ≤ i + past, and i + past − j < window where there is one
@@ -93,47 +91,24 @@ class GroupQueryAttention(RulePass):
     family: ClassVar[str] = "lower"
     paper: ClassVar[str] = "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints"
     targets: ClassVar[tuple[str, ...]] = ("cpu",)
-    anchors: ClassVar[tuple[str, ...]] = ("Attention",)
+    writes: ClassVar[str] = "GroupQueryAttention"
 
     def __init__(self, rotary: bool = True, packed: bool = True) -> None:
         super().__init__()
         self.rotary, self.packed = rotary, packed
 
-    def prepare(self, model: ir.Model, edit: Editor) -> None:
-        """Know what is known already. Sizes that the signature declares equal by name are taken as equal, as by
-        raise-attention."""
-        self._facts: ShapeFacts = lazily(model, believe_names=True)
-        self._masks = Masks(self._facts)
-        self._lengths = TokenLengths(self._facts, edit)
-        self._tables = RotaryTables(self._facts, edit, self.assumptions, self._lengths)
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """As `Pass.call`; facts don't outlive it."""
-        try:
-            return super().call(model)
-        finally:
-            for name in ("_facts", "_masks", "_lengths", "_tables"):
-                self.__dict__.pop(name, None)
-
-    def rewrite(self, node: ir.Node, edit: Editor) -> bool:
+    def take(self, site: CachedSite, edit: Editor) -> bool:
         """See the class."""
-        try:
-            site = read(node, self._facts)
-            if site is None:
-                return False
-            plan = self._plan(site, edit.model)
-        except NotTaken as reason:
-            return self.left(node, f"not GroupQueryAttention: {reason}")
-        for need in plan.needs:
-            self.rely_on(edit.model, need.assumption, need.inputs, need.reason)
-        self.applied(node, self._said(site, plan))
+        plan = self._plan(site, edit.model)
+        self.rely_on_all(plan.needs, edit.model)
+        self.applied(site.node, self._said(site, plan))
         self._write(site, plan, edit)
         return True
 
     # ---- deciding
 
     def _plan(self, site: CachedSite, model: ir.Model) -> _Plan:
-        mask, window, needs = self._mask(site)
+        mask, window, needs = self.mask(site)
         if site.batch != 1 and site.tokens != 1:
             needs.append(self._chunks(site, mask, model))
         table = None
@@ -142,42 +117,8 @@ class GroupQueryAttention(RulePass):
             if found is not None:
                 table = found
                 needs += found.needs
-        for need in needs:
-            if not self.assumptions.holds(need.assumption):
-                instead = f", or {need.instead}" if need.instead else ""
-                raise NotTaken(f"{need.problem}: --assume {need.assumption}{instead}")
+        self.require(needs)
         return _Plan(mask, window, needs, table, self._packed(site, table))
-
-    def _mask(self, site: CachedSite) -> tuple[ir.Value | None, int, list[Need]]:
-        """The padding mask, the window, and what has to be assumed for them."""
-        if site.mask is None:
-            if not site.causal and site.tokens != 1:
-                raise NotTaken("every query sees every key, and the operator is causal")
-            return None, 0, []
-        if site.causal:
-            raise NotTaken("it has a mask and is_causal; attention-masks makes one of them")
-        form = self._masks.form(site.mask, site.tokens, site.total)
-        if isinstance(form, NoForm):
-            raise NotTaken(f"its mask isn't understood at {form.value.name!r}: {form.reason}")
-        if form.biased:
-            raise NotTaken(f"its mask is {form.describe()}, and with a bias Attention is as fast")
-        if form.positions is not None or form.other or (form.padding is not None and form.shift != 0):
-            raise NotTaken(f"its mask is {form.describe()}")
-        if not (form.causal and form.from_past) and site.tokens != 1:
-            raise NotTaken(f"its mask is {form.describe()}, and the operator is causal")
-        if form.padding is None:
-            if form.assumptions:
-                raise NotTaken("sizes of its mask aren't certain")
-            return None, form.window or 0, []
-        if not form.padding.is_graph_input():
-            raise NotTaken(f"its padding {form.padding.name!r} is no input of the model, so nothing can check it")
-        if any(value is not form.padding for value in form.binary):
-            raise NotTaken(f"its mask is {form.describe()}")
-        need = Need(
-            LEFT, {"mask": form.padding.name or ""}, "GroupQueryAttention takes rows to be padded at the end",
-            "rows may be padded on the left",
-        )  # fmt: skip
-        return form.padding, form.window or 0, [need]
 
     def _chunks(self, site: CachedSite, mask: ir.Value | None, model: ir.Model) -> Need:
         problem = "a batch with several tokens after a past isn't ruled out"
@@ -212,7 +153,9 @@ class GroupQueryAttention(RulePass):
         if plan.packed:
             inputs = [self._pack(plan.packed, edit), None, None]
         else:
-            inputs = _unsplit([self._tokens(o, site, plan, edit) for o in (site.q, site.k, site.v)])
+            inputs = _unsplit(
+                [self.tokens(o, site, edit, rotated=plan.table is None) for o in (site.q, site.k, site.v)]
+            )
         inputs += [site.past_key, site.past_value, lengths.last, lengths.total]
         rotation = site.rotation if plan.table is not None else None
         if plan.table is not None:
@@ -231,23 +174,10 @@ class GroupQueryAttention(RulePass):
         made = y.producer()
         assert made is not None
         made.meta[LOWERED] = True
-        self._replace(site, y, edit)
+        self.replace(site, y, edit)
         for old, new in zip(site.node.outputs[1:3], made.outputs[1:3], strict=False):
             new.type, new.shape = old.type, old.shape
             edit.replace(old, new)
-
-    def _tokens(self, operand: Operand, site: CachedSite, plan: _Plan, edit: Editor) -> ir.Value:
-        """An operand as [batch, tokens, heads · depth], rotated where the operator doesn't do it."""
-        value, width = operand.value, operand.heads * site.depth
-        if operand.layout == "heads":
-            value = edit.op("Transpose", [value], {"perm": [0, 2, 1, 3]})
-        if operand.layout != "tokens":
-            value = edit.op("Reshape", [value, edit.constant(np.array([0, 0, width]), "joined")])
-        if operand.rotation is None or plan.table is not None:
-            return value
-        attributes = {name: attribute.value for name, attribute in operand.rotation.attributes.items()}
-        attributes["num_heads"] = operand.heads
-        return edit.op("RotaryEmbedding", [value, *operand.rotation.inputs[1:]], attributes)
 
     def _pack(self, layers: list[Layer], edit: Editor) -> ir.Value:
         weight = edit.constant(concatenated([layer.weight for layer in layers], 1), "packed")
@@ -257,21 +187,6 @@ class GroupQueryAttention(RulePass):
         parts = [np.broadcast_to(layer.bias(), (layer.outputs,)) for layer in layers]
         bias = np.concatenate(parts).astype(layers[0].weight.dtype.numpy())
         return edit.op("Add", [product, edit.constant(bias, "bias")])
-
-    def _replace(self, site: CachedSite, y: ir.Value, edit: Editor) -> None:
-        """Let `y`, [batch, tokens, heads · depth], take the place of the result of the attention."""
-        result = site.node.outputs[0]
-        y.type = result.type
-        if site.joined:
-            edit.replace(result, y)
-            return
-        for old in token_outputs(result, site, self._facts):
-            edit.replace(old, y)
-        if not result.uses() and not result.is_graph_output():
-            return
-        sizes = edit.constant(np.array([0, 0, site.heads, site.depth]), "heads")
-        split = edit.op("Reshape", [y, sizes])
-        edit.replace(result, edit.op("Transpose", [split], {"perm": [0, 2, 1, 3]}, like=result))
 
     def _said(self, site: CachedSite, plan: _Plan) -> str:
         parts = [f"{site.heads} heads on {site.kv_heads}"]

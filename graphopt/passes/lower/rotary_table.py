@@ -78,10 +78,12 @@ class RotaryTables:
         self._alike: dict[ir.Value, bool] = {}
         self._numbers: dict[tuple[ir.Value, ir.Value], Numbers | None] = {}
 
-    def plan(self, site: CachedSite, mask: ir.Value | None) -> Table | None:
-        """The table for a site; None where the operator can't rotate."""
+    def sources(self, site: CachedSite) -> tuple[ir.Value, ir.Value, ir.Value | None] | None:
+        """Cosines and sines of a site's rotation, [B, S, R/2], or [positions, R/2] with indices [B, S] into them; None
+        where an operator for attention can't rotate by them."""
         rotation = site.rotation
-        assert rotation is not None
+        if rotation is None:
+            return None
         inputs = [*rotation.inputs, None]
         cos, sin, positions = inputs[1:4]
         if cos is None or sin is None:
@@ -96,8 +98,13 @@ class RotaryTables:
             or len(shape) != (3 if positions is None else 2)
         ):
             return None
-        if positions is None:
-            cos, sin = self._bare(cos), self._bare(sin)
+        return (cos, sin, positions) if positions is not None else (self._bare(cos), self._bare(sin), None)
+
+    def plan(self, site: CachedSite, mask: ir.Value | None) -> Table | None:
+        """The table for a site; None where the operator can't rotate."""
+        if (found := self.sources(site)) is None:
+            return None
+        cos, sin, positions = found
         if (fixed := self._fixed(cos, sin, positions, site, mask)) is not None:
             return fixed
         varying = [positions] if positions is not None else [cos, sin]
@@ -109,10 +116,10 @@ class RotaryTables:
             if ids is not None:
                 reason = "one table of rotations serves all rows"
                 return Table(cos, sin, positions, False, [Need(SINGLE, {"ids": ids.name or ""}, reason, "")])
-        counted = self._counted(varying[0], site, mask)
+        counted = self.counted(varying[0], site, mask)
         return None if counted is None else Table(cos, sin, positions, mask is not None, [counted[1]])
 
-    def _counted(self, value: ir.Value, site: CachedSite, mask: ir.Value | None) -> tuple[ir.Value, Need] | None:
+    def counted(self, value: ir.Value, site: CachedSite, mask: ir.Value | None) -> tuple[ir.Value, Need] | None:
         """The position ids that `value` is computed from, where they may be taken to count up."""
         positions = self._positions(value, site) if self._assumptions.holds(COUNTED) else None
         past = self._lengths.past(site)
@@ -127,7 +134,7 @@ class RotaryTables:
     ) -> Table | None:
         """The table of all positions up to the longest that is assumed: it is the same in every run."""
         longest = self._assumptions.max_length
-        counted = None if longest is None else self._counted(positions or cos, site, mask)
+        counted = None if longest is None else self.counted(positions or cos, site, mask)
         ids = first_input(self._edit.model, self._facts, site)
         if longest is None or counted is None or (mask is None and ids is None):
             return None
@@ -140,7 +147,7 @@ class RotaryTables:
                     return None
                 made.append(value)
                 continue
-            numbers = self._evaluated(value, source, longest)
+            numbers = self.evaluated(value, source, longest)
             if numbers is None or numbers.ndim != 3 or numbers.shape[:2] != (1, longest):
                 return None
             made.append(numbers[0])
@@ -149,7 +156,7 @@ class RotaryTables:
         length = Need(f"max-length={longest}", roles, "the table of rotations is that long", "")
         return Table(cos, sin, positions, False, [need, length], made)
 
-    def _evaluated(self, value: ir.Value, positions: ir.Value, length: int) -> Numbers | None:
+    def evaluated(self, value: ir.Value, positions: ir.Value, length: int) -> Numbers | None:
         """The numbers of `value` where the position ids of one row count up from 0."""
         shape = self._facts.shape(value)
         if shape is None or length * (shape[-1].value or _LARGEST) > _LARGEST:

@@ -1,0 +1,1 @@
+"""Passes that make the key/value cache of a decoder smaller."""

@@ -1,0 +1,127 @@
+"""Cosines and sines of every position, for an operator that rotates what has been in its cache for long."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.graph.assumptions import Assumptions
+from graphopt.graph.constants import constant_tensor
+from graphopt.graph.edits import Editor
+from graphopt.passes.lower.cached_site import CachedSite
+from graphopt.passes.lower.rotary_table import Need, Numbers, RotaryTables
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionTable:
+    """Where the rows of all positions come from.
+
+    Attributes:
+        sources: Cosines and sines, [B, S, R/2], or constants [positions, R/2] where `constants` holds them.
+        positions: The position ids that the sources are computed from.
+        constants: Cosines and sines by position, float32; None: they are computed anew in each run.
+        needs: What is taken for granted.
+    """
+
+    sources: tuple[ir.Value, ir.Value]
+    positions: ir.Value
+    constants: tuple[Numbers, Numbers] | None
+    needs: list[Need]
+
+
+class PositionTables:
+    """Plans and writes tables; sites with the same rotation share one."""
+
+    def __init__(self, tables: RotaryTables, edit: Editor, assumptions: Assumptions) -> None:
+        self._tables, self._edit, self._assumptions = tables, edit, assumptions
+        self._known: dict[tuple[object, ...], list[ir.Value]] = {}
+
+    def plan(self, site: CachedSite, mask: ir.Value) -> PositionTable | None:
+        """The table for a site; None where no rows but those of the new tokens are known.
+
+        Args:
+            site: The site.
+            mask: The attention mask [B, past and new tokens], an input of the model.
+        """
+        found = self._tables.sources(site)
+        counted = None if found is None else self._tables.counted(found[2] or found[0], site, mask)
+        if found is None or counted is None:
+            return None
+        (cos, sin, indices), (positions, need) = found, counted
+        name = mask.name or ""
+        needs = [
+            dataclasses.replace(need, inputs={"positions": positions.name or "", "mask": name},
+                                reason="each row counts its positions from 0"),
+        ]  # fmt: skip
+        if indices is not None:
+            rows = [constant_tensor(value) for value in (cos, sin)]
+            if positions is not indices or rows[0] is None or rows[1] is None:
+                return None
+            return PositionTable((cos, sin), positions, _pair([row.numpy() for row in rows if row is not None]), needs)
+        longest = self._assumptions.max_length
+        numbers = [self._tables.evaluated(value, positions, longest or 2) for value in (cos, sin)]
+        if any(n is None or n.ndim != 3 or n.shape[:2] != (1, longest or 2) for n in numbers):
+            return None
+        if longest is None:
+            return PositionTable((cos, sin), positions, None, needs)
+        needs.append(Need(f"max-length={longest}", {"mask": name}, "the table of rotations is that long", ""))
+        return PositionTable((cos, sin), positions, _pair([n[0] for n in numbers if n is not None]), needs)
+
+    def write(self, table: PositionTable, mask: ir.Value) -> list[ir.Value]:
+        """[cosines, sines], each [positions, R/2], float32; the site of the editor is that of the attention."""
+        key = (*table.sources, table.positions, mask)
+        if key not in self._known:
+            self._known[key] = self._write(table, mask)
+        return self._known[key]
+
+    def _write(self, table: PositionTable, mask: ir.Value) -> list[ir.Value]:
+        edit = self._edit
+        if table.constants is not None:
+            return [edit.constant(numbers, "rotations") for numbers in table.constants]
+        first = edit.constant(np.array([0]), "first")
+        count = edit.op("Squeeze", [edit.op("Shape", [mask], {"start": 1, "end": 2}), first])
+        zero, one = edit.constant(np.array(0), "zero"), edit.constant(np.array(1), "one")
+        every = edit.op("Unsqueeze", [edit.op("Range", [zero, count, one]), first])
+        dtype = table.positions.dtype
+        if dtype not in (None, ir.DataType.INT64):
+            every = edit.op("Cast", [every], {"to": dtype.value})
+        copies = {table.positions: every}
+        made = []
+        for source in table.sources:
+            rows = edit.op("Squeeze", [self._copied(source, copies), first])
+            if source.dtype != ir.DataType.FLOAT:
+                rows = edit.op("Cast", [rows], {"to": ir.DataType.FLOAT.value})
+            made.append(rows)
+        return made
+
+    def _copied(self, value: ir.Value, copies: dict[ir.Value, ir.Value]) -> ir.Value:
+        """What computes `value`, anew from the values that `copies` has in place of others."""
+        stack = [value]
+        while stack:
+            current = stack[-1]
+            node = current.producer()
+            if current in copies or node is None:
+                copies.setdefault(current, current)
+                stack.pop()
+                continue
+            waiting = [v for v in node.inputs if v is not None and v not in copies]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            inputs = [None if v is None else copies[v] for v in node.inputs]
+            if list(node.inputs) == inputs:
+                copies.update((output, output) for output in node.outputs)
+                continue
+            attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+            first = self._edit.op(node.op_type, inputs, attributes, domain=node.domain, outputs=len(node.outputs))
+            made = first.producer()
+            assert made is not None
+            copies.update(zip(node.outputs, made.outputs, strict=True))
+        return copies[value]
+
+
+def _pair(numbers: list[Numbers]) -> tuple[Numbers, Numbers]:
+    cos, sin = (np.ascontiguousarray(n, dtype=np.float32) for n in numbers)
+    return cos, sin
