@@ -158,12 +158,12 @@ def test_half_precision(name: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("depth", [8, 20, 64, 100, 128])
+@pytest.mark.parametrize("depth", [20, 64, 104])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_every_set_of_instructions(isa: str, depth: int, dtype: type) -> None:
     atol = 4e-6 if dtype == np.float32 else 4e-3
     with limited(isa):
-        for group in (1, 2, 3, 4, 7):
+        for group in (1, 2, 7):
             hold(case([75, 4], 1, heads=group, kv_heads=1, depth=depth, turned=depth // 4 * 2, dtype=dtype), atol)
         hold(case([75, 40], 50, heads=3, kv_heads=1, depth=depth, turned=depth // 4 * 2, dtype=dtype), atol)
 
@@ -238,7 +238,7 @@ def test_a_buffer_that_past_and_present_share(threads: int, new: int, name: str)
             np.testing.assert_allclose(have, want, atol=4e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=3),
     cut=st.integers(0, 40),

@@ -135,7 +135,8 @@ class Run {
       keys += std::min(at_.start(row) + 1, node_.window) * node_.kv_heads;
     }
     *bytes = keys * of_key;
-    const int64_t wanted = std::clamp<int64_t>(*bytes / 64, 1 << 16, 1 << 18), most = std::max<int64_t>(16, wanted / of_key);
+    const int64_t wanted = std::clamp<int64_t>(*bytes / 64, 1 << 16, 1 << 18);
+    const int64_t most = std::max<int64_t>(16, wanted / of_key);
     for (int64_t row = 0; row < at_.batch; ++row) {
       const int64_t last = at_.start(row) + 1, first = std::max<int64_t>(0, last - node_.window);
       const int64_t count = (last - first + most - 1) / most, size = (last - first + count - 1) / count;
@@ -263,11 +264,12 @@ class Run {
     std::fill(query + (end - begin) * width, most, 0.0f);
     std::fill(most, total, kLow);
     std::fill(total, scores, 0.0f);
-    for (int64_t token = begin; token < end; ++token) queries(row, kv_head, token, query + (token - begin) * width, room);
+    for (int64_t i = 0; i < end - begin; ++i) queries(row, kv_head, begin + i, query + i * width, room);
     const int64_t first = at_.start(row) + begin, last = at_.start(row) + end;
     for (int64_t key = std::max<int64_t>(0, first + 1 - node_.window); key < last; key += kBlock) {
       const int64_t count = std::min(kBlock, last - key), from = offset(row, kv_head, at_.length, key);
-      const float *k = reinterpret_cast<const float*>(keys_ + from), *v = reinterpret_cast<const float*>(values_ + from);
+      const float* k = reinterpret_cast<const float*>(keys_ + from);
+      const float* v = reinterpret_cast<const float*>(values_ + from);
       if (at_.half) {
         read(at_, keys_ + from, count * depth, keys);
         read(at_, values_ + from, count * depth, values);

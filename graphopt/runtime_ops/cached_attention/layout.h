@@ -55,8 +55,8 @@ struct Layout {
     const Shape apart = {batch, tokens, kv_width};
     GRAPHOPT_REQUIRE(packed ? key.size() == 0 && value.size() == 0
                             : query.dim(2) == width && key.shape == apart && value.shape == apart,
-                     "query, key and value are %s, %s and %s, and the heads have %lld numbers", text(query.shape).c_str(),
-                     text(key.shape).c_str(), text(value.shape).c_str(), (long long)depth);
+                     "query, key and value are %s, %s and %s, and the heads have %lld numbers",
+                     text(query.shape).c_str(), text(key.shape).c_str(), text(value.shape).c_str(), (long long)depth);
     half = query.type == ElementType::float16;
     bytes = half ? 2 : 4;
     queries = query.as<char>();
@@ -95,7 +95,7 @@ struct Layout {
     GRAPHOPT_REQUIRE(total.size() == 1, "total_sequence_length must be one number, not %s", text(total.shape).c_str());
     const int64_t most = *total.as<int32_t>();
     GRAPHOPT_REQUIRE(most >= 0 && most <= capacity + tokens,
-                     "total_sequence_length is %lld, and a past of %lld and %lld new tokens make no more than their sum",
+                     "total_sequence_length is %lld, more than a past of %lld and %lld new tokens make",
                      (long long)most, (long long)capacity, (long long)tokens);
     length = std::max(capacity, most);
     lengths = given.as<int32_t>();

@@ -165,13 +165,16 @@ constexpr int kRows = 6;
 constexpr int kRows = 4;
 #endif
 
-// c [kRows, kV vectors], or what is added to it: a [kRows, length] times b [length, kV vectors].
-template <int kV, bool kAdd>
+// c [kRows, kV vectors] becomes a [kRows, length] times b [length, kV vectors], added to `factors` [kRows] times what it
+// was; nullptr: to nothing.
+template <int kV>
 GRAPHOPT_INLINE void tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t length, float* c,
-                          int64_t c_stride) {
+                          int64_t c_stride, const float* factors) {
   F found[kRows][kV];
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kV; ++v) found[r][v] = kAdd ? load(c + r * c_stride + v * kLanes) : F{};
+    for (int v = 0; v < kV; ++v) {
+      found[r][v] = factors == nullptr ? F{} : load(c + r * c_stride + v * kLanes) * spread(factors + r);
+    }
   }
   for (int64_t i = 0; i < length; ++i) {
     F row[kV];
@@ -189,27 +192,60 @@ GRAPHOPT_INLINE void tile(const float* a, int64_t a_stride, const float* b, int6
   }
 }
 
-// Scores of a row become weights, 0 for what it doesn't see; what was found for earlier keys is scaled to them.
-GRAPHOPT_INLINE void weigh(const Block& b, int64_t row, int64_t end, float* scores) {
-  const int64_t seen = b.last + 1 + row / b.heads, begin = seen - b.window;
-  const int64_t last = seen < end ? seen : end, first = begin < 0 ? 0 : begin < end ? begin : end;
-  for (int64_t i = 0; i < first; ++i) scores[i] = 0;
-  for (int64_t i = last > first ? last : first; i < end; ++i) scores[i] = 0;
-  if (last <= first) return;
-  float most, total;
-  // Against the largest score of earlier keys too, so that it only grows.
-  softmax(scores + first, last - first, b.softcap, &most, &total);
-  float& so_far = b.most[row];
-  if (most > so_far || so_far == kLow || most != most) {
-    const float factor = so_far == kLow ? 0.0f : exponential_of(so_far - most);
-    so_far = most;
-    b.total[row] = b.total[row] * factor + total;
-    float* sums_of = b.sums + row * b.depth;
-    for (int64_t d = 0; d < b.depth; ++d) sums_of[d] *= factor;
-  } else {
-    const float factor = most == kLow ? 0.0f : exponential_of(most - so_far);
-    b.total[row] += total * factor;
-    for (int64_t i = first; i < last; ++i) scores[i] *= factor;
+// Scores of kRows rows from `row` on become weights e^(score - most), 0 for what a row doesn't see and for e^-87 and
+// less; `factors` are those by which what was found for earlier keys counts less now.
+GRAPHOPT_INLINE void weigh(const Block& b, int64_t row, int64_t end, float* factors) {
+  const int64_t width = (end + kLanes - 1) / kLanes * kLanes;
+  float most[kRows + kLanes] = {};
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    float* scores = b.scores + r * kBlock;
+    if (b.softcap > 0) {
+      for (int64_t i = 0; i < width; i += kLanes) store(scores + i, capped(load(scores + i), b.softcap));
+    }
+    const int64_t seen = b.last + 1 + (row + r) / b.heads, first = seen - b.window;
+    for (int64_t i = 0; i < first && i < width; ++i) scores[i] = kLow;
+    for (int64_t i = seen < 0 ? 0 : seen < end ? seen : end; i < width; ++i) scores[i] = kLow;
+    F peak = load(scores);
+    // What is no number isn't the largest; it comes out of the sum.
+    peak = larger(peak, all(b.most[row + r]));
+    for (int64_t i = kLanes; i < width; i += kLanes) peak = larger(load(scores + i), peak);
+    most[r] = largest(peak);
+  }
+  // All rows at once, as far as a vector holds them.
+  for (int r = 0; r < kRows; r += kLanes) {
+    float before[kLanes] = {};
+    for (int i = 0; i < kLanes && r + i < kRows; ++i) before[i] = b.most[row + r + i];
+    const F now = load(most + r), shift = now == kLow ? F{} : now;
+    store(most + r, shift);
+    float factor[kLanes];
+    store(factor, exponential(load(before) - shift));
+    for (int i = 0; i < kLanes && r + i < kRows; ++i) {
+      factors[r + i] = factor[i];
+      b.most[row + r + i] = now[i];
+    }
+  }
+  F totals[kLanes] = {};
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    float* scores = b.scores + r * kBlock;
+    const F shift = spread(most + r);
+    F total = {};
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const F x = load(scores + i) - shift;
+      const F weight = x < -87.3f ? F{} : exponential(x);
+      store(scores + i, weight);
+      total += weight;
+    }
+    if (kRows <= kLanes) {
+      totals[r % kLanes] = total;
+    } else {
+      b.total[row + r] = b.total[row + r] * factors[r] + sum(total);
+    }
+  }
+  if (kRows <= kLanes) {
+    const F total = sums(totals);
+    for (int r = 0; r < kRows; ++r) b.total[row + r] = b.total[row + r] * factors[r] + total[r % kLanes];
   }
 }
 
@@ -219,20 +255,23 @@ void block(const Block& b) {
     if (end <= 0 || b.last + 1 + row / b.heads - b.window >= b.count) continue;
     const float* queries = b.queries + row * b.depth;
     for (int64_t k = 0; k < end; k += 2 * kLanes) {
-      tile<2, false>(queries, b.depth, b.keys + k, kBlock, b.depth, b.scores + k, kBlock);
+      tile<2>(queries, b.depth, b.keys + k, kBlock, b.depth, b.scores + k, kBlock, nullptr);
     }
-    for (int r = 0; r < kRows; ++r) weigh(b, row + r, end, b.scores + r * kBlock);
+    float factors[kRows];
+    weigh(b, row, end, factors);
     float* out = b.sums + row * b.depth;
     int64_t d = 0;
     for (; d + 2 * kLanes <= b.depth; d += 2 * kLanes) {
-      tile<2, true>(b.scores, kBlock, b.values + d, b.depth, end, out + d, b.depth);
+      tile<2>(b.scores, kBlock, b.values + d, b.depth, end, out + d, b.depth, factors);
     }
     for (; d + kLanes <= b.depth; d += kLanes) {
-      tile<1, true>(b.scores, kBlock, b.values + d, b.depth, end, out + d, b.depth);
+      tile<1>(b.scores, kBlock, b.values + d, b.depth, end, out + d, b.depth, factors);
     }
     for (; d < b.depth; ++d) {
       for (int r = 0; r < kRows; ++r) {
-        for (int64_t k = 0; k < end; ++k) out[r * b.depth + d] += b.scores[r * kBlock + k] * b.values[k * b.depth + d];
+        float total = out[r * b.depth + d] * factors[r];
+        for (int64_t k = 0; k < end; ++k) total += b.scores[r * kBlock + k] * b.values[k * b.depth + d];
+        out[r * b.depth + d] = total;
       }
     }
   }

@@ -136,6 +136,4 @@ GRAPHOPT_INLINE F capped(F score, float cap) {
   return all(cap) - all(2.0f * cap) / (power + all(1.0f));
 }
 
-GRAPHOPT_INLINE float exponential_of(float x) { return exponential(all(x))[0]; }
-
 }  // namespace graphopt::cached_attention::GRAPHOPT_ISA
