@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import pytest
 
 from graphopt.runtime_ops import library_path, operators
 from graphopt.runtime_ops.library import kernels
-from graphopt.runtime_ops.operator import folder_of
 from tests.runtime_ops.operator_cases import node_model, run_node
+from tests.runtime_ops.operator_examples import EXAMPLES
 from tests.runtime_ops.runtimes import fetched, installed, run_in
 
 HERE = Path(__file__).parent
@@ -22,24 +21,21 @@ OPSET = 20
 NODES = [(name, dtype) for name in operators() for dtype in (np.float32, np.float16)]
 
 
-def example(name: str, dtype: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Inputs and attributes of a valid node, as the operator's own tests give them."""
-    tests = importlib.import_module(f"tests.runtime_ops.test_{folder_of(name)}")
-    inputs, attributes = tests.example(dtype)
-    return inputs, attributes
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and its inputs for each operator and type."""
     folder = tmp_path_factory.mktemp("models")
     for name, dtype in NODES:
-        inputs, attributes = example(name, dtype)
+        inputs, attributes = EXAMPLES[name](dtype)
         place = folder / f"{name}-{np.dtype(dtype)}.onnx"
         place.write_bytes(node_model(name, inputs, attributes, OPSET))
         feeds = {f"input{i}": np.asarray(array) for i, array in enumerate(inputs) if array is not None}
         np.savez(place.with_suffix(".npz"), **feeds)
     return folder
+
+
+def test_every_operator_has_an_example() -> None:
+    assert sorted(operators().keys() - EXAMPLES.keys()) == [], "add one to tests/runtime_ops/operator_examples.py"
 
 
 @pytest.mark.parametrize("version", ["1.17.3", "1.22.1", "installed"])
@@ -58,7 +54,7 @@ def test_the_library_and_the_bodies_in(version: str, folder: Path, tmp_path: Pat
     for name, dtype in NODES:
         if name in known:
             assert operators_of[f"{name}-{np.dtype(dtype)}"] == [name]
-        inputs, attributes = example(name, dtype)
+        inputs, attributes = EXAMPLES[name](dtype)
         expected = run_node(name, inputs, kernel=False, opset=OPSET, **attributes)
         for way in ("kernel", "body"):
             file = np.load(folder / f"{name}-{np.dtype(dtype)}.{way}.npz")
