@@ -18,16 +18,25 @@ from tests.runtime_ops.runtimes import fetched, installed, run_in
 HERE = Path(__file__).parent
 OPSET = 20
 """The newest that the oldest onnxruntime takes."""
-NODES = [(name, dtype) for name in operators() for dtype in (np.float32, np.float16)]
+DTYPES = (np.float32, np.float16)
+
+
+def nodes() -> dict[str, tuple[str, list[Any], dict[str, Any]]]:
+    """Operator, inputs and attributes of each node that is tried, by a name for it."""
+    return {
+        f"{name}-{np.dtype(dtype)}-{number}": (name, *example)
+        for name in operators()
+        for dtype in DTYPES
+        for number, example in enumerate(EXAMPLES[name](dtype))
+    }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and its inputs for each operator and type."""
+    """A model and its inputs for each of the nodes."""
     folder = tmp_path_factory.mktemp("models")
-    for name, dtype in NODES:
-        inputs, attributes = EXAMPLES[name](dtype)
-        place = folder / f"{name}-{np.dtype(dtype)}.onnx"
+    for stem, (name, inputs, attributes) in nodes().items():
+        place = folder / f"{stem}.onnx"
         place.write_bytes(node_model(name, inputs, attributes, OPSET))
         feeds = {f"input{i}": np.asarray(array) for i, array in enumerate(inputs) if array is not None}
         np.savez(place.with_suffix(".npz"), **feeds)
@@ -52,17 +61,15 @@ def test_the_library_and_the_bodies_in(version: str, folder: Path, tmp_path: Pat
     assert [line for line in ran if "FAILED" in line] == []
     operators_of = {tuple(line.split()[:2]): line.split()[2:] for line in ran}
     known = {name for name, _, _ in kernels(library)}
-    for name, dtype in NODES:
-        place = f"{name}-{np.dtype(dtype)}"
+    for stem, (name, inputs, attributes) in nodes().items():
         if name in known:
-            assert operators_of[place, "kernel"] == [name]
-        assert name not in operators_of[place, "body"]
-        inputs, attributes = EXAMPLES[name](dtype)
+            assert operators_of[stem, "kernel"] == [name]
+        assert name not in operators_of[stem, "body"]
         expected = run_node(name, inputs, kernel=False, opset=OPSET, **attributes)
         for way in ("kernel", "body"):
-            file = np.load(folder / f"{place}.{way}.npz")
+            file = np.load(folder / f"{stem}.{way}.npz")
             for want, have in zip(expected, file.values(), strict=True):
-                same(have, want, f"{place}, {way}")
+                same(have, want, f"{stem}, {way}")
 
 
 def same(have: Any, want: Any, where: str) -> None:
