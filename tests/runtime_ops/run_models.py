@@ -2,7 +2,8 @@
 
 python run_models.py FOLDER LIBRARY
 
-Prints onnxruntime's version, and for each model the operators that ran with the library.
+Prints onnxruntime's version, and for each model with the library ("kernel") and without it ("body") what operators ran,
+or why it failed.
 """
 
 from __future__ import annotations
@@ -18,20 +19,25 @@ import onnxruntime
 def main(folder: Path, library: str) -> None:
     print(onnxruntime.__version__)
     for path in sorted(folder.glob("*.onnx")):
-        feeds = dict(np.load(path.with_suffix(".npz")))
-        for kernel in (True, False):
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 4
-            if kernel:
-                options.register_custom_ops_library(library)
-                options.enable_profiling = True
-                options.profile_file_prefix = str(path.with_suffix(".profile"))
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            outputs = session.run(None, feeds)
-            np.savez(path.with_suffix(f".{'kernel' if kernel else 'body'}.npz"), *outputs)
-            if kernel:
-                events = json.loads(Path(session.end_profiling()).read_text())
-                print(path.stem, *sorted({e["args"]["op_name"] for e in events if "op_name" in e.get("args", {})}))
+        for way in ("kernel", "body"):
+            try:
+                print(path.stem, way, *run(path, library if way == "kernel" else None, path.with_suffix(f".{way}.npz")))
+            except Exception as error:
+                print(path.stem, way, "FAILED:", str(error).replace("\n", " "))
+
+
+def run(path: Path, library: str | None, results: Path) -> list[str]:
+    """Run one model, write what comes out, and return the operators that ran."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.enable_profiling = True
+    options.profile_file_prefix = str(results.with_suffix(""))
+    if library is not None:
+        options.register_custom_ops_library(library)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    np.savez(results, *session.run(None, dict(np.load(path.with_suffix(".npz")))))
+    events = json.loads(Path(session.end_profiling()).read_text())
+    return sorted({event["args"]["op_name"] for event in events if "op_name" in event.get("args", {})})
 
 
 if __name__ == "__main__":

@@ -11,13 +11,6 @@ from graphopt.runtime_ops.hadamard_transform.factors import hadamard_factor
 from tests.runtime_ops.operator_cases import ISAS, in_place, judge, limited, run_node
 
 
-def example(dtype: type) -> tuple[list[np.ndarray], dict[str, float]]:
-    """A valid node: its inputs and attributes."""
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((3, 48)).astype(dtype)
-    return [x, rng.standard_normal((3, 3)).astype(np.float32)], {"group_size": 24, "scale": 0.25}
-
-
 def matrix(factor: np.ndarray, group: int) -> np.ndarray:
     made = np.ones((1, 1))
     while len(made) * len(factor) < group:

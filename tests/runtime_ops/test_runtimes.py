@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +11,40 @@ import pytest
 
 from graphopt.runtime_ops import library_path, operators
 from graphopt.runtime_ops.library import kernels
-from graphopt.runtime_ops.operator import folder_of
 from tests.runtime_ops.operator_cases import node_model, run_node
+from tests.runtime_ops.operator_examples import EXAMPLES
 from tests.runtime_ops.runtimes import fetched, installed, run_in
 
 HERE = Path(__file__).parent
 OPSET = 20
 """The newest that the oldest onnxruntime takes."""
-NODES = [(name, dtype) for name in operators() for dtype in (np.float32, np.float16)]
+DTYPES = (np.float32, np.float16)
 
 
-def example(name: str, dtype: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Inputs and attributes of a valid node, as the operator's own tests give them."""
-    tests = importlib.import_module(f"tests.runtime_ops.test_{folder_of(name)}")
-    inputs, attributes = tests.example(dtype)
-    return inputs, attributes
+def nodes() -> dict[str, tuple[str, list[Any], dict[str, Any]]]:
+    """Operator, inputs and attributes of each node that is tried, by a name for it."""
+    return {
+        f"{name}-{np.dtype(dtype)}-{number}": (name, *example)
+        for name in operators()
+        for dtype in DTYPES
+        for number, example in enumerate(EXAMPLES[name](dtype))
+    }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and its inputs for each operator and type."""
+    """A model and its inputs for each of the nodes."""
     folder = tmp_path_factory.mktemp("models")
-    for name, dtype in NODES:
-        inputs, attributes = example(name, dtype)
-        place = folder / f"{name}-{np.dtype(dtype)}.onnx"
+    for stem, (name, inputs, attributes) in nodes().items():
+        place = folder / f"{stem}.onnx"
         place.write_bytes(node_model(name, inputs, attributes, OPSET))
         feeds = {f"input{i}": np.asarray(array) for i, array in enumerate(inputs) if array is not None}
         np.savez(place.with_suffix(".npz"), **feeds)
     return folder
+
+
+def test_every_operator_has_an_example() -> None:
+    assert sorted(operators().keys() - EXAMPLES.keys()) == [], "add one to tests/runtime_ops/operator_examples.py"
 
 
 @pytest.mark.parametrize("version", ["1.17.3", "1.22.1", "installed"])
@@ -53,17 +58,18 @@ def test_the_library_and_the_bodies_in(version: str, folder: Path, tmp_path: Pat
         environment = fetched(version, "<2" if version < "1.19" else ">=2")
     told, *ran = run_in(environment, HERE / "run_models.py", folder, library).splitlines()
     assert told == (onnxruntime.__version__ if version == "installed" else version)
-    operators_of = {line.split()[0]: line.split()[1:] for line in ran}
+    assert [line for line in ran if "FAILED" in line] == []
+    operators_of = {tuple(line.split()[:2]): line.split()[2:] for line in ran}
     known = {name for name, _, _ in kernels(library)}
-    for name, dtype in NODES:
+    for stem, (name, inputs, attributes) in nodes().items():
         if name in known:
-            assert operators_of[f"{name}-{np.dtype(dtype)}"] == [name]
-        inputs, attributes = example(name, dtype)
+            assert operators_of[stem, "kernel"] == [name]
+        assert name not in operators_of[stem, "body"]
         expected = run_node(name, inputs, kernel=False, opset=OPSET, **attributes)
         for way in ("kernel", "body"):
-            file = np.load(folder / f"{name}-{np.dtype(dtype)}.{way}.npz")
+            file = np.load(folder / f"{stem}.{way}.npz")
             for want, have in zip(expected, file.values(), strict=True):
-                same(have, want, f"{name}, {np.dtype(dtype)}, {way}")
+                same(have, want, f"{stem}, {way}")
 
 
 def same(have: Any, want: Any, where: str) -> None:

@@ -28,9 +28,6 @@ struct OrtSessionOptions {};
 struct OrtCustomOpDomain {
   std::vector<const graphopt::abi::CustomOp*> operators;
 };
-struct OrtOpAttr {
-  const Attribute* value;
-};
 struct OrtKernelInfo {
   Case* made;
   std::vector<OrtValue> values;  // of the inputs
@@ -271,8 +268,7 @@ abi::Api table() {
                                           const OrtOpAttr** found) -> OrtStatus* {
     const auto place = context->made->attributes.find(name);
     if (place == context->made->attributes.end()) return failed("no such attribute");
-    // ONNX Runtime's attribute is itself what is asked for; this one points to it.
-    *found = reinterpret_cast<const OrtOpAttr*>(&place->second);
+    *found = reinterpret_cast<const OrtOpAttr*>(&place->second);  // a type that nobody looks into
     return nullptr;
   };
   api.ReadOpAttr = [](const OrtOpAttr* attribute, abi::AttributeType type, void* to, size_t room,
