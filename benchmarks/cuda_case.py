@@ -15,7 +15,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from cuda_launchers import OPERATORS
+from cuda_launchers import OPERATORS, Arguments
 
 if TYPE_CHECKING:
     from cuda_launchers import Launchers
@@ -29,7 +29,8 @@ class Call:
     """A launch on tensors of one device.
 
     Attributes:
-        arguments: Of the launcher, without the stream: tensors, None, whole numbers and floats as its header has them.
+        arguments: Of the launcher, without the stream, by name or in its header's order: tensors, None, whole numbers
+            and floats as the header has them. By name, fields of a structure that it takes stand among them.
         outputs: The tensors among them that it writes.
         expected: Makes what they must hold then, of what the other arguments held before.
         bytes: That must be read and written at least.
@@ -41,7 +42,7 @@ class Call:
         share: Part of the integers that may differ at all.
     """
 
-    arguments: list[Any]
+    arguments: Arguments
     outputs: list[Any]
     expected: Callable[[], list[Any]]
     bytes: int

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 OPERATORS = ROOT / "graphopt" / "runtime_ops"
 _DECLARATION = re.compile(r"GRAPHOPT_LAUNCHER\s+([\w\s]+?\*?)\s*(graphopt_cuda_\w+)\s*\(([^)]*)\)\s*;")
 _STRUCTURE = re.compile(r"\bstruct\s+(\w+)\s*\{([^{}]*)\}\s*;")
+Arguments = Mapping[str, Any] | Sequence[Any]
 Fields = tuple[tuple[str, str], ...]
 _TYPES: Mapping[str, Any] = {
     "int": ctypes.c_int, "int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "size_t": ctypes.c_size_t,
@@ -49,28 +50,36 @@ class Launcher:
     def launches(self) -> bool:
         return bool(self.parameters) and self.parameters[-1] == ("void*", "stream")
 
-    def converted(self, arguments: Sequence[Any]) -> list[Any]:
-        """The arguments, without the stream, as ctypes wants them.
+    def converted(self, arguments: Arguments) -> list[Any]:
+        """The arguments, by name or in the order of the header, as ctypes wants them in that order, without the stream.
 
-        Tensors become pointers to what they hold, and dicts pointers to structures with these fields.
+        Tensors become pointers to what they hold. A structure is filled from the arguments of its fields' names.
 
         Raises:
-            TypeError: There are more or fewer than are declared, or one is of another kind.
+            TypeError: One is missing, unknown, or of another kind than is declared.
         """
         wanted = self.parameters[:-1] if self.launches else self.parameters
-        if len(arguments) != len(wanted):
-            raise TypeError(f"{self.name} takes {len(wanted)} arguments, and is given {len(arguments)}")
-        return [self._converted(argument, *parameter) for argument, parameter in zip(arguments, wanted, strict=True)]
+        if not isinstance(arguments, Mapping):
+            if len(arguments) != len(wanted):
+                raise TypeError(f"{self.name} takes {len(wanted)} arguments, and is given {len(arguments)}")
+            arguments = {name: argument for (_, name), argument in zip(wanted, arguments, strict=True)}
+        unused = set(arguments)
+        made = [self._converted(arguments, unused, *parameter) for parameter in wanted]
+        if unused:
+            raise TypeError(f"{self.name} takes no argument {min(unused)}")
+        return made
 
-    def _converted(self, argument: Any, kind: str, name: str) -> Any:
+    def _converted(self, arguments: Mapping[str, Any], unused: set[str], kind: str, name: str) -> Any:
         fields = self.structs.get(kind.removeprefix("const ").removesuffix("*"))
         if fields is not None:
-            if not isinstance(argument, Mapping) or argument.keys() != {field for _, field in fields}:
-                raise TypeError(f"{name} must be a dict of the fields {', '.join(field for _, field in fields)}")
             made = _structure(fields)()
             for field_kind, field in fields:
-                setattr(made, field, self._converted(argument[field], field_kind, field))
+                setattr(made, field, self._converted(arguments, unused, field_kind, field))
             return ctypes.byref(made)
+        if name not in arguments:
+            raise TypeError(f"{self.name} needs its argument {name}")
+        unused.discard(name)
+        argument = arguments[name]
         if kind.endswith("*"):
             if argument is None:
                 return None
@@ -131,7 +140,7 @@ class Launchers:
         self.library = library
         self.declared = declared()
 
-    def call(self, name: str, arguments: Sequence[Any], stream: int = 0) -> int:
+    def call(self, name: str, arguments: Arguments, stream: int = 0) -> int:
         """What a launcher returns.
 
         Raises:
@@ -144,7 +153,7 @@ class Launchers:
         given = launcher.converted(arguments)
         return int(function(*given, ctypes.c_void_p(stream)) if launcher.launches else function(*given))
 
-    def launch(self, name: str, arguments: Sequence[Any], stream: int = 0) -> None:
+    def launch(self, name: str, arguments: Arguments, stream: int = 0) -> None:
         """Launch, and see that CUDA takes it.
 
         Raises:

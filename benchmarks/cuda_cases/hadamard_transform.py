@@ -66,7 +66,7 @@ def transform(
     scale = float(torch.tensor((halves * m) ** -0.5))
     flat = x.reshape(-1, halves * m)
     return Call(
-        [x, factor, y, tokens * groups, halves, m, scale], [y],
+        {"x": x, "factor": factor, "y": y, "groups": tokens * groups, "halves": halves, "m": m, "scale": scale}, [y],
         lambda: [rotated(torch, flat, factor, halves, scale).to(x.dtype).reshape(x.shape)],
         bytes=2 * x.numel() * x.element_size() + 4 * m * m, operations=operations(x.numel(), halves, m),
         # The levels are done in the same order: with a factor of one all numbers are equal.
@@ -88,7 +88,8 @@ def quantize(
         return quantized_tokens(torch, values, clip, largest)
 
     return Call(
-        [x, factor, y, scales, tokens, groups, halves, m, scale, clip, float(largest)], [y, scales], expected,
+        {"x": x, "factor": factor, "y": y, "scales": scales, "tokens": tokens, "groups": groups, "halves": halves,
+         "m": m, "scale": scale, "clip": clip, "largest": float(largest)}, [y, scales], expected,
         bytes=x.numel() * (x.element_size() + 1) + 4 * tokens + 4 * m * m, operations=operations(x.numel(), halves, m),
         rtol=1e-6 if m == 1 else 1e-4, steps=1, share=0.0 if m == 1 else 0.01,
     )  # fmt: skip

@@ -37,7 +37,8 @@ def transform(tokens: int, a: int, b: int, kind: str, torch: Any, device: str, l
     x, left, right = inputs(torch, device, tokens, a, b, kind)
     y = torch.empty_like(x)
     return Call(
-        [x, left, right, y, tokens, a, b], [y], lambda: [product(x, left, right).to(x.dtype)],
+        {"x": x, "left": left, "right": right, "y": y, "tokens": tokens, "a": a, "b": b}, [y],
+        lambda: [product(x, left, right).to(x.dtype)],
         bytes=least_bytes(x, a, b) + y.numel() * y.element_size(), operations=2 * x.numel() * (a + b), atol=2e-5,
         rtol=2e-3 if kind == "half" else 1e-5,
     )  # fmt: skip
@@ -50,7 +51,8 @@ def quantize(
     y = torch.empty(x.shape, dtype=torch.uint8, device=device)
     scales = torch.empty(tokens, dtype=torch.float32, device=device)
     return Call(
-        [x, left, right, y, scales, tokens, a, b, clip, float(largest)], [y, scales],
+        {"x": x, "left": left, "right": right, "y": y, "scales": scales, "tokens": tokens, "a": a, "b": b, "clip": clip,
+         "largest": float(largest)}, [y, scales],
         lambda: quantized_tokens(torch, product(x, left, right), clip, largest),
         bytes=least_bytes(x, a, b) + y.numel() + 4 * tokens, operations=2 * x.numel() * (a + b), rtol=1e-4, steps=1,
         share=0.01,
