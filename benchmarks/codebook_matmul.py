@@ -111,10 +111,10 @@ SYSTEMS = {
     "kernel, 3 bits, x in 8": System(codebook(3, 32), True),
     "kernel, 2 bits, x in 8": System(codebook(2, 32), True),
     "kernel, 8 bits": System(codebook(8), True),
-    "kernel, 8 bits for 1 × 2": System(codebook(8, tile=(1, 2)), True),
-    "kernel, 8 bits for 1 × 4": System(codebook(8, tile=(1, 4)), True),
-    "kernel, 12 bits for 1 × 8": System(codebook(12, tile=(1, 8)), True),
-    "kernel, 12 bits for 8 × 1": System(codebook(12, tile=(8, 1)), True),
+    "kernel, 8 bits for 1 × 2": System(codebook(8, group=64, tile=(1, 2)), True),
+    "kernel, 8 bits for 1 × 4": System(codebook(8, group=64, tile=(1, 4)), True),
+    "kernel, 12 bits for 1 × 8": System(codebook(12, group=1 << 20, tile=(1, 8)), True),
+    "kernel, 12 bits for 8 × 1": System(codebook(12, group=1 << 20, tile=(8, 1)), True),
 }
 
 

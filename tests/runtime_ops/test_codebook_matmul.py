@@ -41,6 +41,10 @@ CASES = {
     "pairs": Case(9, 131, 8, (1, 2), group_size=64, batch=(4,)),
     "fours": Case(9, 131, 10, (1, 4), books=2, select=True, group_size=64),
     "eights": Case(9, 131, 12, (1, 8), group_size=200, batch=(2,)),
+    "one row and fours": Case(9, 131, 10, (1, 4), books=2, select=True, group_size=64, outliers=9),
+    "one row and eights": Case(9, 1300, 12, (1, 8), books=-1, group_size=200, bias=True),
+    "one row and fours down the columns": Case(22, 131, 8, (4, 1), books=2, select=True, group_size=64),
+    "one row and eights down the columns": Case(21, 131, 12, (8, 1), books=-1, group_size=20, outliers=9),
     "eights down the columns": Case(21, 131, 12, (8, 1), group_size=200, batch=(2,), bias=True),
     "tiles": Case(13, 50, 7, (2, 3), books=-1, group_size=9),
     "16 bits": Case(3, 40, 16, (1, 2)),
@@ -62,7 +66,9 @@ def test_is_the_product(name: str, isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("scale_dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("name", ["4 bits", "3 bits", "2 bits", "eights", "many rows of x"])
+@pytest.mark.parametrize(
+    "name", ["4 bits", "3 bits", "2 bits", "eights", "one row and fours", "one row and fours down the columns"]
+)
 def test_types(name: str, isa: str, dtype: type, scale_dtype: type) -> None:
     case = dataclasses.replace(CASES[name], dtype=dtype, scale_dtype=scale_dtype)
     rtol = 1e-3 if dtype == np.float16 else 0.0

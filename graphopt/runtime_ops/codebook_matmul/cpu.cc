@@ -47,10 +47,12 @@ class Product {
 
   void run() {
     if (m_ == 0 || n_ == 0) return;
-    if (weights_.narrow() && m_ <= kDirectRows) {
-      weights_.takes_bytes() ? by_bytes() : by_numbers();
-    } else {
+    if (m_ > kDirectRows || !(weights_.narrow() || weights_.takes_tiles())) {
       by_strips();
+    } else if (weights_.takes_bytes()) {
+      by_bytes();
+    } else {
+      by_numbers();
     }
   }
 
@@ -70,7 +72,8 @@ class Product {
   // The products of each row of x: dot(row, first, count, found) without outliers.
   template <typename Dot>
   void each_row(const float* natural, const Dot& dot) {
-    const int64_t rows = std::max<int64_t>(4, kTaskWeights / std::max<int64_t>(padded_, 1) / 4 * 4);
+    const int64_t together = std::max<int64_t>(4, weights_.tile_rows());
+    const int64_t rows = std::max<int64_t>(1, kTaskWeights / std::max<int64_t>(padded_, 1) / together) * together;
     call_.parallel(size_t((n_ + rows - 1) / rows), [&](size_t task) {
       thread_local std::vector<float> found;
       found.resize(size_t(rows));
@@ -88,10 +91,17 @@ class Product {
   void by_numbers() {
     thread_local std::vector<float> natural, ordered, steps_of;
     natural.resize(size_t(m_ * padded_));
-    ordered.resize(size_t(m_ * padded_));
     steps_of.resize(steps());
+    for (int64_t row = 0; row < m_; ++row) take(row, natural.data() + row * padded_, steps_of.data(), nullptr);
+    if (weights_.takes_tiles()) {
+      const float* operand = natural.data();
+      each_row(operand, [&](int64_t row, int64_t first, int64_t count, float* found) {
+        weights_.tiles_dot(first, count, operand + row * padded_, found);
+      });
+      return;
+    }
+    ordered.resize(size_t(m_ * padded_));
     for (int64_t row = 0; row < m_; ++row) {
-      take(row, natural.data() + row * padded_, steps_of.data(), nullptr);
       kernels().interleave(natural.data() + row * padded_, columns_, ordered.data() + row * padded_);
     }
     const float* operand = ordered.data();

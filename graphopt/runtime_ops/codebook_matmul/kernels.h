@@ -50,9 +50,9 @@ struct Narrow {
   const int32_t* lane_group;   // [blocks, lanes], that of each lane's columns, less the block's first
 };
 
-// One row of weights in tiles of any width.
+// One row of weights in tiles of any size, or all the rows of one row of tiles.
 struct Tiles {
-  const float* numbers;  // of the first entry's row
+  const float* numbers;  // of the first entry, where the row begins in it
   int64_t book_size;     // numbers from one codebook to the next,
   int64_t entry_size;    // and from one entry to the next
   int64_t width;         // numbers of an entry's row
@@ -60,6 +60,7 @@ struct Tiles {
   const uint8_t* books;  // the codebook of each group, or nullptr: the first
   const void* scales;    // of each group
   bool half_scales;
+  int64_t groups;        // scales from one row to the next
 };
 
 struct Kernels {
@@ -84,6 +85,9 @@ struct Kernels {
   void (*unpack)(const uint8_t* row, int64_t row_bytes, int bits, int64_t first, int64_t count, uint16_t* to);
   // The numbers of a row's tiles first to first + count, of which index has the indices.
   void (*spread)(const Tiles& tiles, const uint16_t* index, int64_t first, int64_t count, float* to);
+  // The products with x of the rows of a row of tiles, whose indices are all there: of a single row whose entries are 4
+  // or 8 numbers wide, or of the first `rows` of 4 or 8 rows whose entries are 1 wide.
+  void (*tiles_dot)(const Tiles& tiles, const uint16_t* index, int64_t count, const float* x, int64_t rows, float* y);
   // y[m, n] += the sum of x[m, k] · w[n, k] over k < columns, a multiple of lanes.
   void (*multiply)(const float* x, int64_t x_stride, int64_t m, const float* w, int64_t w_stride, int64_t n,
                    int64_t columns, float* y, int64_t y_stride);

@@ -175,25 +175,51 @@ void Weights::write(int64_t first, int64_t count, int64_t begin, int64_t end, fl
   }
 }
 
-void Weights::write_tiles(int64_t first, int64_t count, int64_t begin, int64_t end, float* to) const {
-  const int64_t width = end - begin, entry = sizes_.tile_rows * sizes_.tile_columns, book = sizes_.entries * entry;
-  const int64_t first_tile = begin / sizes_.tile_columns, end_tile = std::min(end / sizes_.tile_columns, sizes_.per_row);
-  const int64_t tiles = std::max<int64_t>(0, end_tile - first_tile);
+Tiles Weights::tiles(int64_t row) const {
+  const int64_t entry = sizes_.tile_rows * sizes_.tile_columns, book = sizes_.entries * entry;
+  const int64_t index_row = row / sizes_.tile_rows;
+  return {codebooks_ + row % sizes_.tile_rows * sizes_.tile_columns + (sizes_.book_of_row() ? index_row * book : 0),
+          book,
+          entry,
+          sizes_.tile_columns,
+          sizes_.group_size / sizes_.tile_columns,
+          selectors_ != nullptr ? selectors_ + index_row * sizes_.groups : nullptr,
+          static_cast<const uint8_t*>(scales_) + row * sizes_.groups * (sizes_.half_scales ? 2 : 4),
+          sizes_.half_scales,
+          sizes_.groups};
+}
+
+bool Weights::takes_tiles() const {
+  const int64_t rows = sizes_.tile_rows, columns = sizes_.tile_columns;
+  return (rows == 1 && (columns == 4 || columns == 8)) || (columns == 1 && (rows == 4 || rows == 8));
+}
+
+void Weights::tiles_dot(int64_t first, int64_t count, const float* x, float* y) const {
   thread_local std::vector<uint16_t> indices;
-  indices.resize(size_t(tiles));
+  indices.resize(size_t(sizes_.per_row));
+  uint16_t* const index = indices.data();
+  for (int64_t row = 0; row < count; row += sizes_.tile_rows) {
+    const uint8_t* const packed = indices_ + (first + row) / sizes_.tile_rows * sizes_.row_bytes;
+    kernels().unpack(packed, sizes_.row_bytes, int(attributes_.bits), 0, sizes_.per_row, index);
+    kernels().tiles_dot(tiles(first + row), index, sizes_.per_row, x, std::min(sizes_.tile_rows, count - row), y + row);
+  }
+}
+
+void Weights::write_tiles(int64_t first, int64_t count, int64_t begin, int64_t end, float* to) const {
+  const int64_t width = end - begin, first_tile = begin / sizes_.tile_columns;
+  const int64_t end_tile = std::min(end / sizes_.tile_columns, sizes_.per_row);
+  const int64_t count_of_tiles = std::max<int64_t>(0, end_tile - first_tile);
+  thread_local std::vector<uint16_t> indices;
+  indices.resize(size_t(count_of_tiles));
   uint16_t* const index = indices.data();
   for (int64_t row = first; row < first + count; ++row) {
-    const int64_t index_row = row / sizes_.tile_rows, within = row % sizes_.tile_rows;
-    if (within == 0) {
-      kernels().unpack(indices_ + index_row * sizes_.row_bytes, sizes_.row_bytes, int(attributes_.bits), first_tile, tiles, index);
+    if (row % sizes_.tile_rows == 0) {
+      const uint8_t* const packed = indices_ + row / sizes_.tile_rows * sizes_.row_bytes;
+      kernels().unpack(packed, sizes_.row_bytes, int(attributes_.bits), first_tile, count_of_tiles, index);
     }
-    const float* numbers = codebooks_ + within * sizes_.tile_columns + (sizes_.book_of_row() ? index_row * book : 0);
-    const Tiles row_of{numbers, book, entry, sizes_.tile_columns, sizes_.group_size / sizes_.tile_columns,
-                       selectors_ != nullptr ? selectors_ + index_row * sizes_.groups : nullptr,
-                       static_cast<const uint8_t*>(scales_) + row * sizes_.groups * (sizes_.half_scales ? 2 : 4), sizes_.half_scales};
     float* const here = to + (row - first) * width;
-    kernels().spread(row_of, index, first_tile, tiles, here);
-    std::fill(here + tiles * sizes_.tile_columns, here + width, 0.0f);
+    kernels().spread(tiles(row), index, first_tile, count_of_tiles, here);
+    std::fill(here + count_of_tiles * sizes_.tile_columns, here + width, 0.0f);
   }
 }
 
