@@ -57,7 +57,8 @@ class Product {
   }
 
  private:
-  // Row `row` of x as floats, rounded as the node wants it, in padded_ places. What is rounded together has one step each.
+  // Row `row` of x as floats, rounded as the node wants it, in padded_ places. What is rounded together has one step
+  // each.
   void take(int64_t row, float* to, float* steps, int8_t* bytes) const {
     for (int64_t i = 0; i < columns_; ++i) to[i] = to_float(x_[row * columns_ + i]);
     std::fill(to + columns_, to + padded_, 0.0f);
@@ -123,7 +124,8 @@ class Product {
     for (int64_t row = 0; row < m_; ++row) {
       take(row, natural.data() + row * padded_, steps_of.data(), whole.data());
       kernels().arrange(whole.data(), steps_of.data(), columns_, block_, padded_ / kernels().block,
-                        numbers.data() + row * padded_, lane_steps.data() + row * lanes, lane_sums.data() + row * lanes);
+                        numbers.data() + row * padded_, lane_steps.data() + row * lanes,
+                        lane_sums.data() + row * lanes);
     }
     const ByteRow operand{numbers.data(), lane_steps.data(), lane_sums.data()};
     each_row(natural.data(), [&](int64_t row, int64_t first, int64_t count, float* found) {
@@ -132,8 +134,8 @@ class Product {
     });
   }
 
-  // Rows of weights are written out as numbers, a piece that fits the cache at a time, and multiplied with rows of x. Of
-  // these, what meets one piece lies together: rows as far apart as x has columns might be in each other's way.
+  // Rows of weights are written out as numbers, a piece that fits the cache at a time, and multiplied with rows of x.
+  // Of these, what meets one piece lies together: rows as far apart as x has columns might be in each other's way.
   void by_strips() {
     thread_local Scratch ordered;
     float* const operand = ordered.floats(m_ * padded_);
@@ -219,30 +221,7 @@ class CodebookMatMul final : public Kernel {
   std::shared_ptr<const Weights> known_;
 };
 
-void infer(Inference& inference) {
-  Inference::Dims dims = inference.input(kX);
-  const Inference::Dims scales = inference.input(kScales);
-  if (dims.empty() || scales.empty()) return;
-  dims.back() = scales.front();
-  inference.output(0, inference.type(kX), dims);
-}
-
-using T = ElementType;
-const std::vector<T> kTypes = {T::float32, T::float16, T::float32, T::float16};
-const std::vector<T> kScaleTypes = {T::float32, T::float32, T::float16, T::float16};
-const Registration registration{{"CodebookMatMul",
-                                 {{kTypes},
-                                  {{T::uint8}},
-                                  {{T::float32}},
-                                  {kScaleTypes},
-                                  {{T::uint8}},
-                                  {{T::int32}},
-                                  {{T::int32}},
-                                  {{T::float32}},
-                                  {kTypes}},
-                                 {{kTypes}},
-                                 make<CodebookMatMul>,
-                                 infer}};
+const Registration registration{described(make<CodebookMatMul>, nullptr)};
 
 }  // namespace
 }  // namespace graphopt::codebook_matmul

@@ -1,9 +1,9 @@
 // Inner loops of CodebookMatMul.
 //
-// "Narrow" weights are indices of 2, 3 or 4 bits of single weights, whose codebook fits a register or two. They are read
-// in blocks of `block` columns, a multiple of 8 that depends on the instructions: lane j of a vector takes the indices of
-// columns 8j to 8j + 7, first all columns 8j, then all 8j + 1, and so on. What is multiplied with them lies in the same
-// order ("interleaved"), filled up with zeros to whole blocks.
+// "Narrow" weights are indices of 2, 3 or 4 bits of single weights, whose codebook fits a register or two. They are
+// read in blocks of `block` columns, a multiple of 8 that depends on the instructions: lane j of a vector takes the
+// indices of columns 8j to 8j + 7, first all columns 8j, then all 8j + 1, and so on. What is multiplied with them lies
+// in the same order ("interleaved"), filled up with zeros to whole blocks.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +14,9 @@ namespace graphopt::codebook_matmul {
 
 constexpr int kTable = 16;  // numbers of a narrow codebook; one of fewer bits is repeated
 
-// A narrow codebook in whole numbers: number i is base + step · (256 · high[i] + low[i]), or base + step · high[i] where
-// one byte is enough. The first of two tables is for the even columns, the second for the odd ones. With indices of 2 bits,
-// both take the two indices of such a pair together.
+// A narrow codebook in whole numbers: number i is base + step · (256 · high[i] + low[i]), or base + step · high[i]
+// where one byte is enough. The first of two tables is for the even columns, the second for the odd ones. With indices
+// of 2 bits, both take the two indices of such a pair together.
 struct ByteTable {
   uint8_t high[2][kTable];
   uint8_t low[2][kTable];
@@ -24,23 +24,23 @@ struct ByteTable {
   float base;
 };
 
-// A row of x rounded to 8 bits, in blocks as narrow weights: the even columns of a block, then the odd ones; and for each
-// lane (8 columns) what a unit is worth, and the sum of its numbers.
+// A row of x rounded to 8 bits, in blocks as narrow weights: the even columns of a block, then the odd ones; and for
+// each lane (8 columns) what a unit is worth, and the sum of its numbers.
 struct ByteRow {
   const int8_t* numbers;
   const float* steps;
   const float* sums;
 };
 
-// Rows of narrow weights. Whole vectors are read: of the indices to the end of the last block of a row, and `lanes` scales
-// from the first one of each block on, whatever rows these belong to, so there must be memory there.
+// Rows of narrow weights. Whole vectors are read: of the indices to the end of the last block of a row, and `lanes`
+// scales from the first one of each block on, whatever rows these belong to, so there must be memory there.
 struct Narrow {
   const uint8_t* indices;  // row by row
   int64_t row_bytes;
   const void* scales;  // [rows, groups]
   bool half_scales;
   int64_t groups;
-  const float* tables;         // [codebooks, kTable]
+  const float* tables;           // [codebooks, kTable]
   const ByteTable* byte_tables;  // [codebooks]
   bool one_byte;
   const uint8_t* selectors;    // [rows, groups], or nullptr; then blocks lie within groups
@@ -60,7 +60,7 @@ struct Tiles {
   const uint8_t* books;  // the codebook of each group, or nullptr: the first
   const void* scales;    // of each group
   bool half_scales;
-  int64_t groups;        // scales from one row to the next
+  int64_t groups;  // scales from one row to the next
 };
 
 struct Kernels {

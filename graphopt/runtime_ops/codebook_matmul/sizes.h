@@ -8,7 +8,18 @@
 namespace graphopt::codebook_matmul {
 
 // The inputs of a node in their order.
-enum Input { kX, kIndices, kCodebooks, kScales, kSelectors, kOutlierRows, kOutlierColumns, kOutlierValues, kBias, kInputs };
+enum Input {
+  kX,
+  kIndices,
+  kCodebooks,
+  kScales,
+  kSelectors,
+  kOutlierRows,
+  kOutlierColumns,
+  kOutlierValues,
+  kBias,
+  kInputs
+};
 
 struct Attributes {
   // Throws an Error for what is out of range.
@@ -40,7 +51,10 @@ struct Sizes {
 // How many parts of a size hold `count`.
 inline int64_t up(int64_t count, int64_t size) { return count / size + (count % size != 0); }
 
-// How many rows a tensor has; a number has none.
+// How many rows of its last dimension a tensor has.
 int64_t rows_of(const Shape& shape);
+
+// The operator with a kernel of an execution provider, nullptr: of the CPU.
+Operator described(std::unique_ptr<Kernel> (*make)(const Node&), const char* provider);
 
 }  // namespace graphopt::codebook_matmul

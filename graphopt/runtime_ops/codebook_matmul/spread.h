@@ -44,8 +44,8 @@ using Eight = float __attribute__((vector_size(32)));
 
 // Entries as wide as a vector V.
 template <typename V>
-GRAPHOPT_INLINE int64_t spread_vectors(const uint16_t* index, int64_t count, const float* book, int64_t entry, float scale,
-                                       float* to) {
+GRAPHOPT_INLINE int64_t spread_vectors(const uint16_t* index, int64_t count, const float* book, int64_t entry,
+                                       float scale, float* to) {
   for (int64_t i = 0; i < count; ++i, to += sizeof(V) / sizeof(float)) {
     V numbers;
     std::memcpy(&numbers, book + index[i] * entry, sizeof numbers);
@@ -128,11 +128,16 @@ GRAPHOPT_INLINE void spread_groups(const Tiles& tiles, const uint16_t* index, in
 
 void spread(const Tiles& tiles, const uint16_t* index, int64_t first, int64_t count, float* to) {
   switch (tiles.width) {
-    case 1: return spread_groups<1>(tiles, index, first, count, to);
-    case 2: return spread_groups<2>(tiles, index, first, count, to);
-    case 4: return spread_groups<4>(tiles, index, first, count, to);
-    case 8: return spread_groups<8>(tiles, index, first, count, to);
-    default: return spread_groups<0>(tiles, index, first, count, to);
+    case 1:
+      return spread_groups<1>(tiles, index, first, count, to);
+    case 2:
+      return spread_groups<2>(tiles, index, first, count, to);
+    case 4:
+      return spread_groups<4>(tiles, index, first, count, to);
+    case 8:
+      return spread_groups<8>(tiles, index, first, count, to);
+    default:
+      return spread_groups<0>(tiles, index, first, count, to);
   }
 }
 

@@ -33,12 +33,12 @@ class Weights {
   // Whether x may come as a ByteRow, and the product with one.
   bool takes_bytes() const { return !byte_tables_.empty(); }
   void dot(int64_t first, int64_t count, const ByteRow& x, float* y) const;
-  // Whether whole tiles can be multiplied as vectors, and the product with x in its natural order; `first` is a multiple
-  // of tile_rows(), and `count` is, or ends with the last row.
+  // Whether whole tiles can be multiplied as vectors, and the product with x in its natural order; `first` is a
+  // multiple of tile_rows(), and `count` is, or ends with the last row.
   bool takes_tiles() const;
   void tiles_dot(int64_t first, int64_t count, const float* x, float* y) const;
-  // Rows first to first + count, columns begin to end of them (multiples of step), in x's order; columns beyond the last
-  // are anything finite where x is 0.
+  // Rows first to first + count, columns begin to end of them (multiples of step), in x's order; columns beyond the
+  // last are anything finite where x is 0.
   void write(int64_t first, int64_t count, int64_t begin, int64_t end, float* to) const;
   // The product of the outliers of row `row` with x in its natural order.
   float outlier_dot(int64_t row, const float* x) const;
