@@ -181,14 +181,9 @@ def measure(n: int, k: int, m: int, threads: int, names: list[str], options: arg
             start = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - start) / count)
-    limits: dict[int, float] = {}
-    found = {}
-    for name, (_, count, size) in runs.items():
-        step = 1 << max(20, round(math.log2(max(count * size, 1))))
-        if step not in limits:
-            limits[step] = read_bandwidth(threads, step) if m == 1 else 0.0
-        found[name] = Result(statistics.median(times[name]), size, limits[step])
-    return found
+    # Each system's weights have left the caches for those of the others when its turn comes again.
+    limit = read_bandwidth(threads, int(sum(count * size for _, count, size in runs.values()))) if m == 1 else 0.0
+    return {name: Result(statistics.median(times[name]), size, limit) for name, (_, _, size) in runs.items()}
 
 
 def table(results: dict[tuple[str, int, int], dict[str, Result]]) -> str:
