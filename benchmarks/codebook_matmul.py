@@ -71,7 +71,7 @@ def codebook(
         }
         values = [constant(array, f"{name}{rng.integers(1 << 62)}") for name, array in arrays.items()]
         attributes = operators()["CodebookMatMul"].attributes_of(
-            bits=bits, group_size=group, activation_block=activation_block
+            columns=k, bits=bits, group_size=group, activation_block=activation_block
         )
         made = [ir.AttrInt64(name, value) for name, value in attributes.items()]
         return ir.Node(DOMAIN, "CodebookMatMul", [x, *values], attributes=made)

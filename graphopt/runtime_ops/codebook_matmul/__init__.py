@@ -67,6 +67,7 @@ What has no use is an empty tensor. How the methods are written down:
     ),
     outputs=(Parameter("y", "T", "[..., N]", "the product"),),
     attributes=(
+        Attribute("columns", "int", "columns K of the weights"),
         Attribute("bits", "int", "bits of an index, 1 to 16"),
         Attribute("group_size", "int", "columns that share a scale and a selector"),
         Attribute("activation_block", "int", "columns of x that are rounded to 8 bits together; 0: none are", 0),

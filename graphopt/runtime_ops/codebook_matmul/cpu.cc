@@ -186,39 +186,35 @@ class Product {
 
 class CodebookMatMul final : public Kernel {
  public:
-  explicit CodebookMatMul(const Node& node) : attributes_(node), constant_(true) {
-    Tensor tensor;
-    for (size_t i = kIndices; i < kInputs; ++i) constant_ = constant_ && node.constant(i, &tensor);
+  // Where the weights are constants they are checked once, here.
+  explicit CodebookMatMul(const Node& node) : attributes_(node) {
+    std::vector<Tensor> inputs(kInputs);
+    for (size_t i = kIndices; i < kInputs; ++i) {
+      if (!node.constant(i, &inputs[i])) return;
+    }
+    known_ = std::make_unique<const Weights>(attributes_, inputs);
   }
 
   void compute(Call& call) override {
-    const Tensor x = call.input(kX);
-    const std::shared_ptr<const Weights> weights = checked(call, x);
-    Shape shape = x.shape;
-    shape.back() = weights->rows();
-    void* y = call.output(0, shape);
-    if (x.type == ElementType::float16) {
-      Product<Half>(call, *weights, attributes_, x, static_cast<Half*>(y)).run();
-    } else {
-      Product<float>(call, *weights, attributes_, x, static_cast<float*>(y)).run();
-    }
+    if (known_) return multiply(call, *known_);
+    std::vector<Tensor> inputs;
+    for (size_t i = 0; i < kInputs; ++i) inputs.push_back(call.input(i));
+    multiply(call, Weights(attributes_, inputs));
   }
 
  private:
-  // The weights, checked once where they are constants.
-  std::shared_ptr<const Weights> checked(Call& call, const Tensor& x) {
-    std::shared_ptr<const Weights> found = std::atomic_load(&known_);
-    if (found && !x.shape.empty() && found->columns() == x.dim(-1)) return found;
-    std::vector<Tensor> inputs;
-    for (size_t i = 0; i < kInputs; ++i) inputs.push_back(call.input(i));
-    found = std::make_shared<const Weights>(attributes_, inputs);
-    if (constant_) std::atomic_store(&known_, found);
-    return found;
+  void multiply(Call& call, const Weights& weights) const {
+    const Tensor x = call.input(kX);
+    void* y = call.output(0, product_shape(weights.sizes(), x));
+    if (x.type == ElementType::float16) {
+      Product<Half>(call, weights, attributes_, x, static_cast<Half*>(y)).run();
+    } else {
+      Product<float>(call, weights, attributes_, x, static_cast<float*>(y)).run();
+    }
   }
 
   Attributes attributes_;
-  bool constant_;
-  std::shared_ptr<const Weights> known_;
+  std::unique_ptr<const Weights> known_;
 };
 
 const Registration registration{described(make<CodebookMatMul>, nullptr)};

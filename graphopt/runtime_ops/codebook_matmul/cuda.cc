@@ -35,9 +35,7 @@ class CodebookMatMul final : public Kernel {
         int32_t(sizes.tile_columns),
         sizes.half_scales,
     };
-    Shape shape = x.shape;
-    shape.back() = sizes.rows;
-    void* y = call.output(0, shape);
+    void* y = call.output(0, product_shape(sizes, x));
     auto* launch =
         x.type == ElementType::float16 ? graphopt_cuda_codebook_matmul_half : graphopt_cuda_codebook_matmul_float;
     require_launched(launch(x.data, &weights, y, rows_of(x.shape), attributes_.activation_block, call.cuda_stream()));

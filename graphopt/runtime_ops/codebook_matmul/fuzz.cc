@@ -16,6 +16,7 @@ const Maker maker{"CodebookMatMul", [](Random& random, Case& made) {
   const int64_t tiles = up(rows, r), outliers = rows > 0 && columns > 0 && random.chance(50) ? random.below(30) : 0;
   const bool select = tiles * groups > 0 && random.chance(30);
   const int64_t books = select ? random.between(1, 5) : tiles > 0 && random.chance(30) ? tiles : 1;
+  made.attribute("columns", columns);
   made.attribute("bits", bits);
   made.attribute("group_size", group);
   made.attribute("activation_block", random.pick<int64_t>({0, 32, 13}));

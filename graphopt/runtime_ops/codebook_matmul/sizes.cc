@@ -25,24 +25,25 @@ void infer(Inference& inference) {
 }  // namespace
 
 Attributes::Attributes(const Node& node)
-    : bits(node.integer("bits")),
+    : columns(node.integer("columns")),
+      bits(node.integer("bits")),
       group_size(node.integer("group_size")),
       activation_block(node.integer("activation_block")) {
+  GRAPHOPT_REQUIRE(columns >= 0, "columns is %lld, and must not be negative", Long(columns));
   GRAPHOPT_REQUIRE(bits >= 1 && bits <= 16, "bits is %lld, and must be 1 to 16", Long(bits));
   GRAPHOPT_REQUIRE(group_size > 0, "group_size is %lld, and must be positive", Long(group_size));
   GRAPHOPT_REQUIRE(activation_block >= 0, "activation_block is %lld, and must not be negative", Long(activation_block));
 }
 
 Sizes::Sizes(const Attributes& attributes, const std::vector<Tensor>& inputs) {
-  const Tensor &x = inputs[kX], &codebooks = inputs[kCodebooks], &scales = inputs[kScales];
+  const Tensor &codebooks = inputs[kCodebooks], &scales = inputs[kScales];
   const int64_t bits = attributes.bits;
-  GRAPHOPT_REQUIRE(!x.shape.empty(), "x is a number, and must have columns");
   GRAPHOPT_REQUIRE(codebooks.shape.size() == 4 && codebooks.size() > 0,
                    "the shape of the codebooks is %s, and must be [codebooks, entries, rows, columns]",
                    text(codebooks.shape).c_str());
   GRAPHOPT_REQUIRE(scales.shape.size() == 2, "the shape of the scales is %s, and must be [rows, groups]",
                    text(scales.shape).c_str());
-  rows = scales.dim(0), columns = x.dim(-1);
+  rows = scales.dim(0), columns = attributes.columns;
   GRAPHOPT_REQUIRE(rows < kMost && columns < kMost, "%lld rows of %lld columns are too many", Long(rows),
                    Long(columns));
 
@@ -75,6 +76,14 @@ Sizes::Sizes(const Attributes& attributes, const std::vector<Tensor>& inputs) {
   if (has_outliers) require_shape("outlier rows", inputs[kOutlierRows], {rows + 1});
   has_bias = inputs[kBias].size() > 0;
   if (has_bias) require_shape("bias", inputs[kBias], {rows});
+}
+
+Shape product_shape(const Sizes& sizes, const Tensor& x) {
+  GRAPHOPT_REQUIRE(!x.shape.empty() && x.dim(-1) == sizes.columns, "x is %s, and the weights have %lld columns",
+                   text(x.shape).c_str(), Long(sizes.columns));
+  Shape shape = x.shape;
+  shape.back() = sizes.rows;
+  return shape;
 }
 
 int64_t rows_of(const Shape& shape) {

@@ -12,10 +12,10 @@ namespace graphopt::codebook_matmul {
 
 class Weights {
  public:
-  // Checks sizes and contents; `inputs` are those of the node, of which x only tells the number of columns.
-  // Throws an Error for what is wrong.
+  // Checks sizes and contents of a node's inputs, of which x isn't looked at. Throws an Error for what is wrong.
   Weights(const Attributes& attributes, const std::vector<Tensor>& inputs);
 
+  const Sizes& sizes() const { return sizes_; }
   int64_t rows() const { return sizes_.rows; }
   int64_t columns() const { return sizes_.columns; }
   // In the type of x, or nullptr.
