@@ -81,18 +81,19 @@ def CodebookMatMul(
     weights = op.ScatterND(weights, places, outlier_values, reduction="add")
 
     # The activation, quantized to 8 bits or not. A block with a number that isn't finite becomes NaN.
-    values_in = op.Cast(x, to=1)
     asked = op.Reshape(op.Constant(value_int=activation_block), one)
-    block = op.Max(asked, one)
-    padding = op.Mod(block - op.Mod(depth, block), block)
-    filled = op.Pad(values_in, op.Concat(zero, padding, axis=0), 0.0, [-1])
-    split = op.Concat(op.Shape(x, start=0, end=-1), (depth + padding) / block, block, axis=0)
-    blocks = op.Reshape(filled, split, allowzero=1)
-    largest = op.ReduceMax(op.Abs(blocks), [-1], keepdims=1)
-    step = largest / 127.0 + op.ReduceSum(blocks * 0.0, [-1], keepdims=1)
-    rounded = op.Round(blocks / op.Where(step == 0.0, 1.0, step)) * step
-    quantized = op.Slice(op.Reshape(rounded, op.Shape(filled), allowzero=1), zero, depth, [-1])
-    taken = op.Where(asked > zero, quantized, values_in)
+    block = op.Max(asked, one)  # constants of the branch that isn't taken are computed too
+    if op.Squeeze(asked > zero):
+        filled = op.Pad(
+            op.Cast(x, to=1), op.Concat(zero, op.Mod(block - op.Mod(depth, block), block), axis=0), 0.0, [-1]
+        )
+        whole_blocks = (depth + block - one) / block
+        blocks = op.Reshape(filled, op.Concat(op.Shape(x, start=0, end=-1), whole_blocks, block, axis=0), allowzero=1)
+        step = op.ReduceMax(op.Abs(blocks), [-1], keepdims=1) / 127.0 + op.ReduceSum(blocks * 0.0, [-1], keepdims=1)
+        rounded = op.Round(blocks / op.Where(step == 0.0, 1.0, step)) * step
+        taken = op.Slice(op.Reshape(rounded, op.Shape(filled), allowzero=1), zero, depth, [-1])
+    else:
+        taken = op.Cast(x, to=1)
 
     added = op.Slice(op.Concat(op.Cast(bias, to=1), op.ConstantOfShape(rows), axis=0), zero, rows)
     return op.CastLike(op.MatMul(taken, op.Transpose(weights, perm=[1, 0])) + added, x)
