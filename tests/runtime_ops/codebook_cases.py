@@ -33,7 +33,12 @@ class Case:
     @property
     def attributes(self) -> dict[str, int]:
         """Of the node."""
-        return {"bits": self.bits, "group_size": self.group_size, "activation_block": self.activation_block}
+        return {
+            "columns": self.columns,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "activation_block": self.activation_block,
+        }
 
     def arrays(self, seed: int = 0) -> Arrays:
         """The inputs by name, in the operator's order, and beside them the indices before they are packed."""

@@ -36,8 +36,8 @@ C_{b}\big[\, i_{\lfloor n / r \rfloor, \lfloor k / c \rfloor} \,\big]_{n \bmod r
 - **Outliers** $S$, a sparse matrix in compressed rows, added to the weights as they are; several at one place add up.
 - With `activation_block` $a > 0$, each $a$ columns of $x$ are first rounded to 8 bits, $q = \mathrm{round}(x / t)$
   (half to even), $t = \max |x| / 127$, and $q t$ takes the place of $x$; a block with a number that isn't finite
-  becomes NaN. With one row of $x$ and $a = 32$ that buys speed at the price of 0.4 to 0.7 % of the output's size, the
-  same as `MatMulNBits` does at accuracy level 4.
+  becomes NaN. With a row or two of $x$ that buys speed at the price of 0.4 to 0.7 % of the output, the same as
+  `MatMulNBits` does at accuracy level 4.
 
 What has no use is an empty tensor. How the methods are written down:
 
@@ -67,6 +67,7 @@ What has no use is an empty tensor. How the methods are written down:
     ),
     outputs=(Parameter("y", "T", "[..., N]", "the product"),),
     attributes=(
+        Attribute("columns", "int", "columns K of the weights"),
         Attribute("bits", "int", "bits of an index, 1 to 16"),
         Attribute("group_size", "int", "columns that share a scale and a selector"),
         Attribute("activation_block", "int", "columns of x that are rounded to 8 bits together; 0: none are", 0),

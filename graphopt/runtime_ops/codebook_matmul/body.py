@@ -20,6 +20,7 @@ def CodebookMatMul(
     outlier_columns,
     outlier_values,
     bias,
+    columns: int,
     bits: int,
     group_size: int,
     activation_block: int,
@@ -28,14 +29,14 @@ def CodebookMatMul(
     zero = op.Constant(value_ints=[0])
     width = op.Reshape(op.Constant(value_int=bits), one)
     group = op.Reshape(op.Constant(value_int=group_size), one)
-    columns = op.Shape(x, start=-1)
+    depth = op.Reshape(op.Constant(value_int=columns), one)
     rows = op.Shape(scales, start=0, end=1)
     tile_rows = op.Shape(codebooks, start=2, end=3)
     tile_columns = op.Shape(codebooks, start=3, end=4)
 
     # The indices: each lies within the three bytes from the one that its first bit is in.
     index_rows = op.Shape(indices, start=0, end=1)
-    per_row = (columns + tile_columns - one) / tile_columns
+    per_row = (depth + tile_columns - one) / tile_columns
     numbers = op.Range(op.Squeeze(zero), op.Squeeze(per_row), op.Squeeze(one))
     first_bits = numbers * width
     padded = op.Pad(indices, op.Constant(value_ints=[0, 0, 0, 2]))
@@ -66,8 +67,8 @@ def CodebookMatMul(
     table = op.Reshape(codebooks, op.Concat([-1], tile_rows, tile_columns, axis=0))
     tiles = op.Transpose(op.Gather(table, books * entries + found), perm=[0, 2, 1, 3])
     whole = op.Reshape(tiles, op.Concat(index_rows * tile_rows, per_row * tile_columns, axis=0), allowzero=1)
-    values = op.Slice(whole, [0, 0], op.Concat(rows, columns, axis=0), [0, 1])
-    column_numbers = op.Range(op.Squeeze(zero), op.Squeeze(columns), op.Squeeze(one))
+    values = op.Slice(whole, [0, 0], op.Concat(rows, depth, axis=0), [0, 1])
+    column_numbers = op.Range(op.Squeeze(zero), op.Squeeze(depth), op.Squeeze(one))
     weights = values * op.Gather(op.Cast(scales, to=1), column_numbers / group, axis=1)
 
     # The outliers: the row of each is the number of rows that have ended before it.
@@ -80,18 +81,19 @@ def CodebookMatMul(
     weights = op.ScatterND(weights, places, outlier_values, reduction="add")
 
     # The activation, quantized to 8 bits or not. A block with a number that isn't finite becomes NaN.
-    values_in = op.Cast(x, to=1)
     asked = op.Reshape(op.Constant(value_int=activation_block), one)
-    block = op.Max(asked, one)
-    padding = op.Mod(block - op.Mod(columns, block), block)
-    filled = op.Pad(values_in, op.Concat(zero, padding, axis=0), 0.0, [-1])
-    split = op.Concat(op.Shape(x, start=0, end=-1), (columns + padding) / block, block, axis=0)
-    blocks = op.Reshape(filled, split, allowzero=1)
-    largest = op.ReduceMax(op.Abs(blocks), [-1], keepdims=1)
-    step = largest / 127.0 + op.ReduceSum(blocks * 0.0, [-1], keepdims=1)
-    rounded = op.Round(blocks / op.Where(step == 0.0, 1.0, step)) * step
-    quantized = op.Slice(op.Reshape(rounded, op.Shape(filled), allowzero=1), zero, columns, [-1])
-    taken = op.Where(asked > zero, quantized, values_in)
+    block = op.Max(asked, one)  # constants of the branch that isn't taken are computed too
+    if op.Squeeze(asked > zero):
+        filled = op.Pad(
+            op.Cast(x, to=1), op.Concat(zero, op.Mod(block - op.Mod(depth, block), block), axis=0), 0.0, [-1]
+        )
+        whole_blocks = (depth + block - one) / block
+        blocks = op.Reshape(filled, op.Concat(op.Shape(x, start=0, end=-1), whole_blocks, block, axis=0), allowzero=1)
+        step = op.ReduceMax(op.Abs(blocks), [-1], keepdims=1) / 127.0 + op.ReduceSum(blocks * 0.0, [-1], keepdims=1)
+        rounded = op.Round(blocks / op.Where(step == 0.0, 1.0, step)) * step
+        taken = op.Slice(op.Reshape(rounded, op.Shape(filled), allowzero=1), zero, depth, [-1])
+    else:
+        taken = op.Cast(x, to=1)
 
     added = op.Slice(op.Concat(op.Cast(bias, to=1), op.ConstantOfShape(rows), axis=0), zero, rows)
     return op.CastLike(op.MatMul(taken, op.Transpose(weights, perm=[1, 0])) + added, x)

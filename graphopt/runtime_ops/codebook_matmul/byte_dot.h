@@ -13,8 +13,8 @@ struct Pairs {
   __m512i even, odd;
 };
 
-// The indices of a block as bytes: byte i of `even` is that of column 2i, byte i of `odd` that of column 2i + 1. Of 2 bits
-// both hold both indices, for tables of pairs. The highest bit of each byte is 0.
+// The indices of a block as bytes: byte i of `even` is that of column 2i, byte i of `odd` that of column 2i + 1. Of 2
+// bits both hold both indices, for tables of pairs. The highest bit of each byte is 0.
 template <int bits>
 GRAPHOPT_INLINE Pairs pairs(const uint8_t* from) {
   if constexpr (bits == 4) {
@@ -35,8 +35,7 @@ GRAPHOPT_INLINE Pairs pairs(const uint8_t* from) {
     return {_mm512_and_si512(twos, low), _mm512_and_si512(_mm512_srli_epi16(twos, 3), low)};
   } else {
     const __m512i fours = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
-    const __m512i twos =
-        _mm512_and_si512(_mm512_or_si512(fours, _mm512_slli_epi16(fours, 4)), _mm512_set1_epi8(15));
+    const __m512i twos = _mm512_and_si512(_mm512_or_si512(fours, _mm512_slli_epi16(fours, 4)), _mm512_set1_epi8(15));
     return {twos, twos};
   }
 }
@@ -52,7 +51,11 @@ struct ByteTables {
   GRAPHOPT_INLINE ByteTables of(const ByteTable& table) {
     const __m512i high = four(table.high[0]), low = four(table.low[0]);
     // Only of 2 bits the two differ; the same register serves both otherwise.
-    return {high, bits == 2 ? four(table.high[1]) : high, low, bits == 2 ? four(table.low[1]) : low, all(table.step),
+    return {high,
+            bits == 2 ? four(table.high[1]) : high,
+            low,
+            bits == 2 ? four(table.low[1]) : low,
+            all(table.step),
             all(table.base)};
   }
 };
@@ -103,17 +106,19 @@ void byte_dot_of(const Narrow& weights, int64_t first, int64_t count, const Byte
 template <int bits, typename S>
 void byte_dot_of_bits(const Narrow& weights, int64_t first, int64_t count, const ByteRow& x, float* y) {
   if (weights.selectors != nullptr || weights.table_of_row) {
-    (weights.one_byte ? byte_dot_of<bits, S, true, true> : byte_dot_of<bits, S, true, false>)(weights, first, count, x, y);
+    (weights.one_byte ? byte_dot_of<bits, S, true, true> : byte_dot_of<bits, S, true, false>)(weights, first, count, x,
+                                                                                              y);
   } else {
-    (weights.one_byte ? byte_dot_of<bits, S, false, true> : byte_dot_of<bits, S, false, false>)(weights, first, count, x,
-                                                                                                y);
+    (weights.one_byte ? byte_dot_of<bits, S, false, true> : byte_dot_of<bits, S, false, false>)(weights, first, count,
+                                                                                                x, y);
   }
 }
 
 template <typename S>
 void byte_dot_of_scales(const Narrow& weights, int bits, int64_t first, int64_t count, const ByteRow& x, float* y) {
-  (bits == 4 ? byte_dot_of_bits<4, S> : bits == 3 ? byte_dot_of_bits<3, S> : byte_dot_of_bits<2, S>)(weights, first, count,
-                                                                                                   x, y);
+  (bits == 4   ? byte_dot_of_bits<4, S>
+   : bits == 3 ? byte_dot_of_bits<3, S>
+               : byte_dot_of_bits<2, S>)(weights, first, count, x, y);
 }
 
 void byte_dot(const Narrow& weights, int bits, int64_t first, int64_t count, const ByteRow& x, float* y) {

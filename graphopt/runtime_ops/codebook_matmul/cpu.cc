@@ -47,15 +47,18 @@ class Product {
 
   void run() {
     if (m_ == 0 || n_ == 0) return;
-    if (weights_.narrow() && m_ <= kDirectRows) {
-      weights_.takes_bytes() ? by_bytes() : by_numbers();
-    } else {
+    if (m_ > kDirectRows || !(weights_.narrow() || weights_.takes_tiles())) {
       by_strips();
+    } else if (weights_.takes_bytes()) {
+      by_bytes();
+    } else {
+      by_numbers();
     }
   }
 
  private:
-  // Row `row` of x as floats, rounded as the node wants it, in padded_ places. What is rounded together has one step each.
+  // Row `row` of x as floats, rounded as the node wants it, in padded_ places. What is rounded together has one step
+  // each.
   void take(int64_t row, float* to, float* steps, int8_t* bytes) const {
     for (int64_t i = 0; i < columns_; ++i) to[i] = to_float(x_[row * columns_ + i]);
     std::fill(to + columns_, to + padded_, 0.0f);
@@ -70,7 +73,8 @@ class Product {
   // The products of each row of x: dot(row, first, count, found) without outliers.
   template <typename Dot>
   void each_row(const float* natural, const Dot& dot) {
-    const int64_t rows = std::max<int64_t>(4, kTaskWeights / std::max<int64_t>(padded_, 1) / 4 * 4);
+    const int64_t together = std::max<int64_t>(4, weights_.tile_rows());
+    const int64_t rows = std::max<int64_t>(1, kTaskWeights / std::max<int64_t>(padded_, 1) / together) * together;
     call_.parallel(size_t((n_ + rows - 1) / rows), [&](size_t task) {
       thread_local std::vector<float> found;
       found.resize(size_t(rows));
@@ -88,10 +92,17 @@ class Product {
   void by_numbers() {
     thread_local std::vector<float> natural, ordered, steps_of;
     natural.resize(size_t(m_ * padded_));
-    ordered.resize(size_t(m_ * padded_));
     steps_of.resize(steps());
+    for (int64_t row = 0; row < m_; ++row) take(row, natural.data() + row * padded_, steps_of.data(), nullptr);
+    if (weights_.takes_tiles()) {
+      const float* operand = natural.data();
+      each_row(operand, [&](int64_t row, int64_t first, int64_t count, float* found) {
+        weights_.tiles_dot(first, count, operand + row * padded_, found);
+      });
+      return;
+    }
+    ordered.resize(size_t(m_ * padded_));
     for (int64_t row = 0; row < m_; ++row) {
-      take(row, natural.data() + row * padded_, steps_of.data(), nullptr);
       kernels().interleave(natural.data() + row * padded_, columns_, ordered.data() + row * padded_);
     }
     const float* operand = ordered.data();
@@ -113,7 +124,8 @@ class Product {
     for (int64_t row = 0; row < m_; ++row) {
       take(row, natural.data() + row * padded_, steps_of.data(), whole.data());
       kernels().arrange(whole.data(), steps_of.data(), columns_, block_, padded_ / kernels().block,
-                        numbers.data() + row * padded_, lane_steps.data() + row * lanes, lane_sums.data() + row * lanes);
+                        numbers.data() + row * padded_, lane_steps.data() + row * lanes,
+                        lane_sums.data() + row * lanes);
     }
     const ByteRow operand{numbers.data(), lane_steps.data(), lane_sums.data()};
     each_row(natural.data(), [&](int64_t row, int64_t first, int64_t count, float* found) {
@@ -122,8 +134,8 @@ class Product {
     });
   }
 
-  // Rows of weights are written out as numbers, a piece that fits the cache at a time, and multiplied with rows of x. Of
-  // these, what meets one piece lies together: rows as far apart as x has columns might be in each other's way.
+  // Rows of weights are written out as numbers, a piece that fits the cache at a time, and multiplied with rows of x.
+  // Of these, what meets one piece lies together: rows as far apart as x has columns might be in each other's way.
   void by_strips() {
     thread_local Scratch ordered;
     float* const operand = ordered.floats(m_ * padded_);
@@ -174,65 +186,38 @@ class Product {
 
 class CodebookMatMul final : public Kernel {
  public:
-  explicit CodebookMatMul(const Node& node) : attributes_(node), constant_(true) {
-    Tensor tensor;
-    for (size_t i = kIndices; i < kInputs; ++i) constant_ = constant_ && node.constant(i, &tensor);
+  // Where the weights are constants they are checked once, here.
+  explicit CodebookMatMul(const Node& node) : attributes_(node) {
+    std::vector<Tensor> inputs(kInputs);
+    for (size_t i = kIndices; i < kInputs; ++i) {
+      if (!node.constant(i, &inputs[i])) return;
+    }
+    known_ = std::make_unique<const Weights>(attributes_, inputs);
   }
 
   void compute(Call& call) override {
-    const Tensor x = call.input(kX);
-    const std::shared_ptr<const Weights> weights = checked(call, x);
-    Shape shape = x.shape;
-    shape.back() = weights->rows();
-    void* y = call.output(0, shape);
-    if (x.type == ElementType::float16) {
-      Product<Half>(call, *weights, attributes_, x, static_cast<Half*>(y)).run();
-    } else {
-      Product<float>(call, *weights, attributes_, x, static_cast<float*>(y)).run();
-    }
+    if (known_) return multiply(call, *known_);
+    std::vector<Tensor> inputs;
+    for (size_t i = 0; i < kInputs; ++i) inputs.push_back(call.input(i));
+    multiply(call, Weights(attributes_, inputs));
   }
 
  private:
-  // The weights, checked once where they are constants.
-  std::shared_ptr<const Weights> checked(Call& call, const Tensor& x) {
-    std::shared_ptr<const Weights> found = std::atomic_load(&known_);
-    if (found && !x.shape.empty() && found->columns() == x.dim(-1)) return found;
-    std::vector<Tensor> inputs;
-    for (size_t i = 0; i < kInputs; ++i) inputs.push_back(call.input(i));
-    found = std::make_shared<const Weights>(attributes_, inputs);
-    if (constant_) std::atomic_store(&known_, found);
-    return found;
+  void multiply(Call& call, const Weights& weights) const {
+    const Tensor x = call.input(kX);
+    void* y = call.output(0, product_shape(weights.sizes(), x));
+    if (x.type == ElementType::float16) {
+      Product<Half>(call, weights, attributes_, x, static_cast<Half*>(y)).run();
+    } else {
+      Product<float>(call, weights, attributes_, x, static_cast<float*>(y)).run();
+    }
   }
 
   Attributes attributes_;
-  bool constant_;
-  std::shared_ptr<const Weights> known_;
+  std::unique_ptr<const Weights> known_;
 };
 
-void infer(Inference& inference) {
-  Inference::Dims dims = inference.input(kX);
-  const Inference::Dims scales = inference.input(kScales);
-  if (dims.empty() || scales.empty()) return;
-  dims.back() = scales.front();
-  inference.output(0, inference.type(kX), dims);
-}
-
-using T = ElementType;
-const std::vector<T> kTypes = {T::float32, T::float16, T::float32, T::float16};
-const std::vector<T> kScaleTypes = {T::float32, T::float32, T::float16, T::float16};
-const Registration registration{{"CodebookMatMul",
-                                 {{kTypes},
-                                  {{T::uint8}},
-                                  {{T::float32}},
-                                  {kScaleTypes},
-                                  {{T::uint8}},
-                                  {{T::int32}},
-                                  {{T::int32}},
-                                  {{T::float32}},
-                                  {kTypes}},
-                                 {{kTypes}},
-                                 make<CodebookMatMul>,
-                                 infer}};
+const Registration registration{described(make<CodebookMatMul>, nullptr)};
 
 }  // namespace
 }  // namespace graphopt::codebook_matmul

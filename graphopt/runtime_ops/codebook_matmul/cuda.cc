@@ -35,10 +35,9 @@ class CodebookMatMul final : public Kernel {
         int32_t(sizes.tile_columns),
         sizes.half_scales,
     };
-    Shape shape = x.shape;
-    shape.back() = sizes.rows;
-    void* y = call.output(0, shape);
-    auto* launch = x.type == ElementType::float16 ? graphopt_cuda_codebook_matmul_half : graphopt_cuda_codebook_matmul_float;
+    void* y = call.output(0, product_shape(sizes, x));
+    auto* launch =
+        x.type == ElementType::float16 ? graphopt_cuda_codebook_matmul_half : graphopt_cuda_codebook_matmul_float;
     require_launched(launch(x.data, &weights, y, rows_of(x.shape), attributes_.activation_block, call.cuda_stream()));
   }
 
@@ -46,31 +45,7 @@ class CodebookMatMul final : public Kernel {
   Attributes attributes_;
 };
 
-void infer(Inference& inference) {
-  Inference::Dims dims = inference.input(kX);
-  const Inference::Dims scales = inference.input(kScales);
-  if (dims.empty() || scales.empty()) return;
-  dims.back() = scales.front();
-  inference.output(0, inference.type(kX), dims);
-}
-
-using T = ElementType;
-const std::vector<T> kTypes = {T::float32, T::float16, T::float32, T::float16};
-const std::vector<T> kScaleTypes = {T::float32, T::float32, T::float16, T::float16};
-const Registration registration{{"CodebookMatMul",
-                                 {{kTypes},
-                                  {{T::uint8}},
-                                  {{T::float32}},
-                                  {kScaleTypes},
-                                  {{T::uint8}},
-                                  {{T::int32}},
-                                  {{T::int32}},
-                                  {{T::float32}},
-                                  {kTypes}},
-                                 {{kTypes}},
-                                 make<CodebookMatMul>,
-                                 infer,
-                                 "CUDAExecutionProvider"}};
+const Registration registration{described(make<CodebookMatMul>, "CUDAExecutionProvider")};
 
 }  // namespace
 }  // namespace graphopt::codebook_matmul

@@ -1,20 +1,20 @@
 // CUDA kernels of CodebookMatMul, in float32 throughout.
 //
-// A few rows of x: a warp for each row of weights, whose lanes take eight columns each and look them up as they go. More
-// of them: a block writes a tile of weights out to shared memory and multiplies it with a tile of x.
+// A few rows of x: a warp for each row of weights, whose lanes take eight columns each and look them up as they go.
+// More of them: a block writes a tile of weights out to shared memory and multiplies it with a tile of x.
 #include "launchers.h"
 #include "numbers.cuh"
 
 namespace graphopt::codebook_matmul {
 namespace {
 
-constexpr int kEight = 8;     // columns that a thread looks up at a time
+constexpr int kEight = 8;  // columns that a thread looks up at a time
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int kChunk = 1024;  // columns of x in shared memory, of a few rows
-constexpr int kFew = 4;       // rows of x that a warp multiplies at once
-constexpr int kTile = 64;     // rows of x and of weights that a block multiplies,
-constexpr int kDepth = 32;    // and columns at a time
+constexpr int kChunk = 1024;       // columns of x in shared memory, of a few rows
+constexpr int kFew = 4;            // rows of x that a warp multiplies at once
+constexpr int kTile = 64;          // rows of x and of weights that a block multiplies,
+constexpr int kDepth = 32;         // and columns at a time
 constexpr int kPart = kTile / 16;  // of these rows, what one thread of 16 × 16 multiplies
 constexpr int kPitch = kTile + 4;  // numbers from one column of a tile to the next
 
@@ -117,8 +117,8 @@ struct Operand {
     return block == 0 ? value : rounded_by(value, step(row, column / block));
   }
 
-  // Columns first to first + count of `height` rows from `row` on, into to[column · column_pitch + i · row_pitch]; 0 beyond
-  // the last column and from row m on. All threads of the block take part.
+  // Columns first to first + count of `height` rows from `row` on, into to[column · column_pitch + i · row_pitch]; 0
+  // beyond the last column and from row m on. All threads of the block take part.
   __device__ void load(int64_t row, int height, int64_t m, int first, int count, float* to, int row_pitch,
                        int column_pitch) const {
     for (int i = threadIdx.x; i < height * count; i += kThreads) {

@@ -9,12 +9,14 @@ int64_t up(int64_t count, int64_t size) { return (count + size - 1) / size; }
 const Maker maker{"CodebookMatMul", [](Random& random, Case& made) {
   const bool narrow = random.chance(60);  // the widths whose codebooks are kept in registers
   const int64_t bits = narrow ? random.between(2, 4) : random.pick<int64_t>({1, 4, 5, 8});
-  const int64_t r = narrow ? 1 : random.pick<int64_t>({1, 1, 3, 4}), c = narrow ? 1 : random.pick<int64_t>({1, 2, 3, 8});
+  const int64_t r = narrow ? 1 : random.pick<int64_t>({1, 1, 3, 4, 8});
+  const int64_t c = narrow ? 1 : random.pick<int64_t>({1, 1, 2, 3, 4, 8});
   const int64_t rows = random.below(40), columns = random.pick<int64_t>({0, 1, 7, 40, 128, 300, 700});
   const int64_t group = random.pick<int64_t>({1, 8, 24, 128, 1024}) * c, groups = up(columns, group);
   const int64_t tiles = up(rows, r), outliers = rows > 0 && columns > 0 && random.chance(50) ? random.below(30) : 0;
   const bool select = tiles * groups > 0 && random.chance(30);
   const int64_t books = select ? random.between(1, 5) : tiles > 0 && random.chance(30) ? tiles : 1;
+  made.attribute("columns", columns);
   made.attribute("bits", bits);
   made.attribute("group_size", group);
   made.attribute("activation_block", random.pick<int64_t>({0, 32, 13}));

@@ -1,9 +1,9 @@
 // Inner loops of CodebookMatMul.
 //
-// "Narrow" weights are indices of 2, 3 or 4 bits of single weights, whose codebook fits a register or two. They are read
-// in blocks of `block` columns, a multiple of 8 that depends on the instructions: lane j of a vector takes the indices of
-// columns 8j to 8j + 7, first all columns 8j, then all 8j + 1, and so on. What is multiplied with them lies in the same
-// order ("interleaved"), filled up with zeros to whole blocks.
+// "Narrow" weights are indices of 2, 3 or 4 bits of single weights, whose codebook fits a register or two. They are
+// read in blocks of `block` columns, a multiple of 8 that depends on the instructions: lane j of a vector takes the
+// indices of columns 8j to 8j + 7, first all columns 8j, then all 8j + 1, and so on. What is multiplied with them lies
+// in the same order ("interleaved"), filled up with zeros to whole blocks.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +14,9 @@ namespace graphopt::codebook_matmul {
 
 constexpr int kTable = 16;  // numbers of a narrow codebook; one of fewer bits is repeated
 
-// A narrow codebook in whole numbers: number i is base + step · (256 · high[i] + low[i]), or base + step · high[i] where
-// one byte is enough. The first of two tables is for the even columns, the second for the odd ones. With indices of 2 bits,
-// both take the two indices of such a pair together.
+// A narrow codebook in whole numbers: number i is base + step · (256 · high[i] + low[i]), or base + step · high[i]
+// where one byte is enough. The first of two tables is for the even columns, the second for the odd ones. With indices
+// of 2 bits, both take the two indices of such a pair together.
 struct ByteTable {
   uint8_t high[2][kTable];
   uint8_t low[2][kTable];
@@ -24,23 +24,23 @@ struct ByteTable {
   float base;
 };
 
-// A row of x rounded to 8 bits, in blocks as narrow weights: the even columns of a block, then the odd ones; and for each
-// lane (8 columns) what a unit is worth, and the sum of its numbers.
+// A row of x rounded to 8 bits, in blocks as narrow weights: the even columns of a block, then the odd ones; and for
+// each lane (8 columns) what a unit is worth, and the sum of its numbers.
 struct ByteRow {
   const int8_t* numbers;
   const float* steps;
   const float* sums;
 };
 
-// Rows of narrow weights. Whole vectors are read: of the indices to the end of the last block of a row, and `lanes` scales
-// from the first one of each block on, whatever rows these belong to, so there must be memory there.
+// Rows of narrow weights. Whole vectors are read: of the indices to the end of the last block of a row, and `lanes`
+// scales from the first one of each block on, whatever rows these belong to, so there must be memory there.
 struct Narrow {
   const uint8_t* indices;  // row by row
   int64_t row_bytes;
   const void* scales;  // [rows, groups]
   bool half_scales;
   int64_t groups;
-  const float* tables;         // [codebooks, kTable]
+  const float* tables;           // [codebooks, kTable]
   const ByteTable* byte_tables;  // [codebooks]
   bool one_byte;
   const uint8_t* selectors;    // [rows, groups], or nullptr; then blocks lie within groups
@@ -50,9 +50,9 @@ struct Narrow {
   const int32_t* lane_group;   // [blocks, lanes], that of each lane's columns, less the block's first
 };
 
-// One row of weights in tiles of any width.
+// One row of weights in tiles of any size, or all the rows of one row of tiles.
 struct Tiles {
-  const float* numbers;  // of the first entry's row
+  const float* numbers;  // of the first entry, where the row begins in it
   int64_t book_size;     // numbers from one codebook to the next,
   int64_t entry_size;    // and from one entry to the next
   int64_t width;         // numbers of an entry's row
@@ -60,6 +60,7 @@ struct Tiles {
   const uint8_t* books;  // the codebook of each group, or nullptr: the first
   const void* scales;    // of each group
   bool half_scales;
+  int64_t groups;  // scales from one row to the next
 };
 
 struct Kernels {
@@ -84,6 +85,9 @@ struct Kernels {
   void (*unpack)(const uint8_t* row, int64_t row_bytes, int bits, int64_t first, int64_t count, uint16_t* to);
   // The numbers of a row's tiles first to first + count, of which index has the indices.
   void (*spread)(const Tiles& tiles, const uint16_t* index, int64_t first, int64_t count, float* to);
+  // The products with x of the rows of a row of tiles, whose indices are all there: of a single row whose entries are 4
+  // or 8 numbers wide, or of the first `rows` of 4 or 8 rows whose entries are 1 wide.
+  void (*tiles_dot)(const Tiles& tiles, const uint16_t* index, int64_t count, const float* x, int64_t rows, float* y);
   // y[m, n] += the sum of x[m, k] · w[n, k] over k < columns, a multiple of lanes.
   void (*multiply)(const float* x, int64_t x_stride, int64_t m, const float* w, int64_t w_stride, int64_t n,
                    int64_t columns, float* y, int64_t y_stride);

@@ -3,8 +3,8 @@
 
 #include "launcher.h"
 
-// The weights of a node, see the operator's description. What the device finds out of range in them (a selector, a row of
-// outliers, a column of one) makes the numbers that it goes into NaN; nothing else is read in its place.
+// The weights of a node, see the operator's description. What the device finds out of range in them (a selector, a row
+// of outliers, a column of one) makes the numbers that it goes into NaN; nothing else is read in its place.
 struct GraphoptCodebookWeights {
   const uint8_t* indices;          // [index rows, row_bytes]
   const float* codebooks;          // [books, 2^bits, tile_rows, tile_columns]
@@ -23,7 +23,7 @@ struct GraphoptCodebookWeights {
 
 // y [m, rows] = x [m, columns] times the transpose of the weights; each `activation_block` columns of x are rounded to
 // 8 bits first, unless it is 0. The sizes must be those of the weights' tensors.
-GRAPHOPT_LAUNCHER int graphopt_cuda_codebook_matmul_float(const void* x, const GraphoptCodebookWeights* weights, void* y,
-                                                          int64_t m, int64_t activation_block, void* stream);
+GRAPHOPT_LAUNCHER int graphopt_cuda_codebook_matmul_float(const void* x, const GraphoptCodebookWeights* weights,
+                                                          void* y, int64_t m, int64_t activation_block, void* stream);
 GRAPHOPT_LAUNCHER int graphopt_cuda_codebook_matmul_half(const void* x, const GraphoptCodebookWeights* weights, void* y,
                                                          int64_t m, int64_t activation_block, void* stream);

@@ -33,8 +33,8 @@ GRAPHOPT_INLINE I indices(const uint8_t* from) {
   if constexpr (bits == 3) {
     // Three words into each quarter, then three bytes into each lane.
     const __m512i words = _mm512_maskz_loadu_epi32(0x0fff, from);
-    const __m512i quarters = _mm512_permutexvar_epi32(
-        _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11), words);
+    const __m512i quarters =
+        _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11), words);
     const __m512i places = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
     return (I)_mm512_shuffle_epi8(quarters, places);
   } else if constexpr (bits == 2) {

@@ -187,8 +187,8 @@ GRAPHOPT_INLINE void add_sums(F a, F b, F c, F d, float* y) {
 
 // A piece of the product: `height` rows of x with `width` rows of weights.
 template <int height, int width>
-GRAPHOPT_INLINE void piece(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t columns, float* y,
-                           int64_t y_stride) {
+GRAPHOPT_INLINE void piece(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t columns,
+                           float* y, int64_t y_stride) {
   F totals[height][width] = {};
   for (int64_t k = 0; k < columns; k += kLanes) {
     F of_w[width];
@@ -214,7 +214,8 @@ template <int height>
 void strip(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t n, int64_t columns, float* y,
            int64_t y_stride) {
   int64_t row = 0;
-  for (; row + 4 <= n; row += 4) piece<height, 4>(x, x_stride, w + row * w_stride, w_stride, columns, y + row, y_stride);
+  for (; row + 4 <= n; row += 4)
+    piece<height, 4>(x, x_stride, w + row * w_stride, w_stride, columns, y + row, y_stride);
   for (; row < n; ++row) piece<height, 1>(x, x_stride, w + row * w_stride, w_stride, columns, y + row, y_stride);
 }
 
@@ -233,6 +234,6 @@ void multiply(const float* x, int64_t x_stride, int64_t m, const float* w, int64
 }  // namespace
 
 const Kernels variant = {kLanes,   kBlock,       round_blocks, arrange, interleave, narrow_dot,
-                         byte_dot, narrow_write, unpack,       spread,  multiply};
+                         byte_dot, narrow_write, unpack,       spread,  tiles_dot,  multiply};
 
 }  // namespace graphopt::codebook_matmul::GRAPHOPT_ISA

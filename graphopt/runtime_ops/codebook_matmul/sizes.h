@@ -8,19 +8,31 @@
 namespace graphopt::codebook_matmul {
 
 // The inputs of a node in their order.
-enum Input { kX, kIndices, kCodebooks, kScales, kSelectors, kOutlierRows, kOutlierColumns, kOutlierValues, kBias, kInputs };
+enum Input {
+  kX,
+  kIndices,
+  kCodebooks,
+  kScales,
+  kSelectors,
+  kOutlierRows,
+  kOutlierColumns,
+  kOutlierValues,
+  kBias,
+  kInputs
+};
 
 struct Attributes {
   // Throws an Error for what is out of range.
   explicit Attributes(const Node& node);
 
+  int64_t columns;
   int64_t bits;
   int64_t group_size;
   int64_t activation_block;
 };
 
 struct Sizes {
-  // Of all inputs of a node; of x the number of columns alone. Throws an Error where they don't fit one another.
+  // Of the inputs of a node but x. Throws an Error where they don't fit one another.
   Sizes(const Attributes& attributes, const std::vector<Tensor>& inputs);
 
   int64_t rows, columns;  // of the weights
@@ -40,7 +52,13 @@ struct Sizes {
 // How many parts of a size hold `count`.
 inline int64_t up(int64_t count, int64_t size) { return count / size + (count % size != 0); }
 
-// How many rows a tensor has; a number has none.
+// The shape of the product with x. Throws an Error where the columns of x aren't those of the weights.
+Shape product_shape(const Sizes& sizes, const Tensor& x);
+
+// How many rows of its last dimension a tensor has.
 int64_t rows_of(const Shape& shape);
+
+// The operator with a kernel of an execution provider, nullptr: of the CPU.
+Operator described(std::unique_ptr<Kernel> (*make)(const Node&), const char* provider);
 
 }  // namespace graphopt::codebook_matmul

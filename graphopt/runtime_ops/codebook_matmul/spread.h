@@ -12,9 +12,22 @@ void unpack(const uint8_t* row, int64_t row_bytes, int bits, int64_t first, int6
     for (int64_t i = 0; i < count; ++i) to[i] = row[first + i];
     return;
   }
+  int64_t i = 0;
+#if defined(__AVX2__)
+  if (bits == 12 && first % 2 == 0) {
+    // Eight indices of twelve bytes: a word for each, the even ones with the next one's bits above.
+    const __m128i places = _mm_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11);
+    const __m128i up = _mm_set1_epi32(0x00010010);
+    const uint8_t* from = row + first / 2 * 3;
+    for (; i + 8 <= count && from + 16 <= row + row_bytes; i += 8, from += 12) {
+      const __m128i words = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)from), places);
+      _mm_storeu_si128((__m128i*)(to + i), _mm_srli_epi16(_mm_mullo_epi16(words, up), 4));
+    }
+  }
+#endif
   const uint32_t mask = (1u << bits) - 1;
-  int64_t bit = first * bits;
-  for (int64_t i = 0; i < count; ++i, bit += bits) {
+  int64_t bit = (first + i) * bits;
+  for (; i < count; ++i, bit += bits) {
     const int64_t byte = bit >> 3;
     uint32_t word = 0;
     if (byte + 4 <= row_bytes) {
@@ -31,8 +44,8 @@ using Eight = float __attribute__((vector_size(32)));
 
 // Entries as wide as a vector V.
 template <typename V>
-GRAPHOPT_INLINE int64_t spread_vectors(const uint16_t* index, int64_t count, const float* book, int64_t entry, float scale,
-                                       float* to) {
+GRAPHOPT_INLINE int64_t spread_vectors(const uint16_t* index, int64_t count, const float* book, int64_t entry,
+                                       float scale, float* to) {
   for (int64_t i = 0; i < count; ++i, to += sizeof(V) / sizeof(float)) {
     V numbers;
     std::memcpy(&numbers, book + index[i] * entry, sizeof numbers);
@@ -78,15 +91,24 @@ GRAPHOPT_INLINE int64_t gather(const uint16_t* index, int64_t count, const float
 }
 #endif
 
+GRAPHOPT_INLINE float scale_of(const Tiles& tiles, int64_t row, int64_t group) {
+  const int64_t at = row * tiles.groups + group;
+  return tiles.half_scales ? half_to_float(static_cast<const uint16_t*>(tiles.scales)[at])
+                           : static_cast<const float*>(tiles.scales)[at];
+}
+
+GRAPHOPT_INLINE const float* book_of(const Tiles& tiles, int64_t group) {
+  return tiles.numbers + (tiles.books != nullptr ? tiles.books[group] * tiles.book_size : 0);
+}
+
 // `width` as it is known when this is compiled; 0: any.
 template <int width>
 GRAPHOPT_INLINE void spread_groups(const Tiles& tiles, const uint16_t* index, int64_t first, int64_t count, float* to) {
   int64_t group = first / tiles.group, left = (group + 1) * tiles.group - first;
   for (int64_t at = 0; at < count; ++group) {
     const int64_t here = left < count - at ? left : count - at;
-    const float* book = tiles.numbers + (tiles.books != nullptr ? tiles.books[group] * tiles.book_size : 0);
-    const float scale = tiles.half_scales ? half_to_float(static_cast<const uint16_t*>(tiles.scales)[group])
-                                          : static_cast<const float*>(tiles.scales)[group];
+    const float* book = book_of(tiles, group);
+    const float scale = scale_of(tiles, 0, group);
     const uint16_t* const from = index + at;
     float* const into = to + at * tiles.width;
     int64_t i = 0;
@@ -106,11 +128,67 @@ GRAPHOPT_INLINE void spread_groups(const Tiles& tiles, const uint16_t* index, in
 
 void spread(const Tiles& tiles, const uint16_t* index, int64_t first, int64_t count, float* to) {
   switch (tiles.width) {
-    case 1: return spread_groups<1>(tiles, index, first, count, to);
-    case 2: return spread_groups<2>(tiles, index, first, count, to);
-    case 4: return spread_groups<4>(tiles, index, first, count, to);
-    case 8: return spread_groups<8>(tiles, index, first, count, to);
-    default: return spread_groups<0>(tiles, index, first, count, to);
+    case 1:
+      return spread_groups<1>(tiles, index, first, count, to);
+    case 2:
+      return spread_groups<2>(tiles, index, first, count, to);
+    case 4:
+      return spread_groups<4>(tiles, index, first, count, to);
+    case 8:
+      return spread_groups<8>(tiles, index, first, count, to);
+    default:
+      return spread_groups<0>(tiles, index, first, count, to);
+  }
+}
+
+// The sums of entries times x: of entries as wide as V each number times its own, or (kDown) all times one number.
+template <typename V, bool kDown>
+GRAPHOPT_INLINE void vectors_dot(const Tiles& tiles, const uint16_t* index, int64_t count, const float* x, int64_t rows,
+                                 float* y) {
+  constexpr int kWidth = sizeof(V) / sizeof(float), kStep = kDown ? 1 : kWidth;
+  V total = {};
+  int64_t group = 0;
+  for (int64_t at = 0; at < count; at += tiles.group, ++group) {
+    const int64_t here = tiles.group < count - at ? tiles.group : count - at;
+    const float* const book = book_of(tiles, group);
+    const uint16_t* const from = index + at;
+    const float* const with = x + at * kStep;
+    V sums[4] = {};  // one alone would wait for each addition
+    auto add = [&](V& sum, int64_t i) {
+      V numbers, times;
+      std::memcpy(&numbers, book + from[i] * tiles.entry_size, sizeof numbers);
+      if constexpr (kDown) {
+        times = V{} + with[i];
+      } else {
+        std::memcpy(&times, with + i * kWidth, sizeof times);
+      }
+      sum += numbers * times;
+    };
+    int64_t i = 0;
+    for (; i + 4 <= here; i += 4) {
+      add(sums[0], i);
+      add(sums[1], i + 1);
+      add(sums[2], i + 2);
+      add(sums[3], i + 3);
+    }
+    for (; i < here; ++i) add(sums[0], i);
+    V scales = V{} + scale_of(tiles, 0, group);
+    for (int64_t row = 1; kDown && row < rows; ++row) scales[row] = scale_of(tiles, row, group);
+    total += (sums[0] + sums[1] + (sums[2] + sums[3])) * scales;
+  }
+  if constexpr (kDown) {
+    for (int64_t row = 0; row < rows; ++row) y[row] = total[row];
+  } else {
+    y[0] = 0;
+    for (int i = 0; i < kWidth; ++i) y[0] += total[i];
+  }
+}
+
+void tiles_dot(const Tiles& tiles, const uint16_t* index, int64_t count, const float* x, int64_t rows, float* y) {
+  if (tiles.width == 1) {
+    (tiles.entry_size == 4 ? vectors_dot<Four, true> : vectors_dot<Eight, true>)(tiles, index, count, x, rows, y);
+  } else {
+    (tiles.width == 4 ? vectors_dot<Four, false> : vectors_dot<Eight, false>)(tiles, index, count, x, rows, y);
   }
 }
 

@@ -38,10 +38,11 @@ void Weights::check_contents() const {
   }
   if (outlier_rows_ == nullptr) return;
   GRAPHOPT_REQUIRE(outlier_rows_[0] == 0 && outlier_rows_[sizes_.rows] == sizes_.outliers,
-                   "the outlier rows go from %d to %d, and must go from 0 to %lld", outlier_rows_[0], outlier_rows_[sizes_.rows],
-                   Long(sizes_.outliers));
+                   "the outlier rows go from %d to %d, and must go from 0 to %lld", outlier_rows_[0],
+                   outlier_rows_[sizes_.rows], Long(sizes_.outliers));
   for (int64_t row = 0; row < sizes_.rows; ++row) {
-    GRAPHOPT_REQUIRE(outlier_rows_[row] <= outlier_rows_[row + 1], "the outlier rows decrease after row %lld", Long(row));
+    GRAPHOPT_REQUIRE(outlier_rows_[row] <= outlier_rows_[row + 1], "the outlier rows decrease after row %lld",
+                     Long(row));
   }
   for (int64_t i = 0; i < sizes_.outliers; ++i) {
     GRAPHOPT_REQUIRE(outlier_columns_[i] >= 0 && outlier_columns_[i] < sizes_.columns,
@@ -52,7 +53,8 @@ void Weights::check_contents() const {
 void Weights::prepare_narrow() {
   const int64_t lanes = kernels().lanes, block = kernels().block, blocks = padded_ / block;
   tables_.resize(size_t(sizes_.books * kTable));
-  for (int64_t i = 0; i < sizes_.books * kTable; ++i) tables_[i] = codebooks_[i / kTable * sizes_.entries + i % sizes_.entries];
+  for (int64_t i = 0; i < sizes_.books * kTable; ++i)
+    tables_[i] = codebooks_[i / kTable * sizes_.entries + i % sizes_.entries];
   first_group_.resize(size_t(blocks));
   lane_group_.resize(size_t(blocks * lanes));
   for (int64_t lane = 0; lane < blocks * lanes; ++lane) {
@@ -64,8 +66,9 @@ void Weights::prepare_narrow() {
   if (kernels().byte_dot != nullptr && attributes_.activation_block > 0 && attributes_.activation_block % 8 == 0) {
     prepare_bytes();
   }
-  in_place_ = {indices_,  sizes_.row_bytes, scales_, sizes_.half_scales,       sizes_.groups,           tables_.data(), byte_tables_.data(),
-               one_byte_, selectors_, sizes_.book_of_row(), blocks, first_group_.data(), lane_group_.data()};
+  in_place_ = {indices_,       sizes_.row_bytes,    scales_,           sizes_.half_scales, sizes_.groups,
+               tables_.data(), byte_tables_.data(), one_byte_,         selectors_,         sizes_.book_of_row(),
+               blocks,         first_group_.data(), lane_group_.data()};
   // Whole vectors are read: rows from which that would go beyond the end are copied.
   const int64_t row_read = blocks * lanes * attributes_.bits;
   const int64_t scales_read = blocks > 0 ? first_group_.back() + lanes : 0;
@@ -95,7 +98,8 @@ void Weights::prepare_bytes() {
   std::vector<double> steps(static_cast<size_t>(sizes_.books)), bases(steps.size());
   for (int64_t book = 0; book < sizes_.books; ++book) {
     const float* from = codebooks_ + book * sizes_.entries;
-    const double least = *std::min_element(from, from + sizes_.entries), most = *std::max_element(from, from + sizes_.entries);
+    const double least = *std::min_element(from, from + sizes_.entries),
+                 most = *std::max_element(from, from + sizes_.entries);
     const double size = std::max(-least, most);
     // Far from where products of floats have their precision, they are left to those.
     if (size > 1e30 || (size < 1e-30 && size != 0)) return;
@@ -165,7 +169,8 @@ void Weights::write(int64_t first, int64_t count, int64_t begin, int64_t end, fl
     for (int64_t row = 0; row < count; ++row) {
       int64_t within, left;
       const Narrow& narrow = part(first + row, &within, &left);
-      kernels().narrow_write(narrow, int(attributes_.bits), within, begin / block, end / block, to + row * (end - begin));
+      kernels().narrow_write(narrow, int(attributes_.bits), within, begin / block, end / block,
+                             to + row * (end - begin));
     }
   } else {
     write_tiles(first, count, begin, end, to);
@@ -175,25 +180,51 @@ void Weights::write(int64_t first, int64_t count, int64_t begin, int64_t end, fl
   }
 }
 
-void Weights::write_tiles(int64_t first, int64_t count, int64_t begin, int64_t end, float* to) const {
-  const int64_t width = end - begin, entry = sizes_.tile_rows * sizes_.tile_columns, book = sizes_.entries * entry;
-  const int64_t first_tile = begin / sizes_.tile_columns, end_tile = std::min(end / sizes_.tile_columns, sizes_.per_row);
-  const int64_t tiles = std::max<int64_t>(0, end_tile - first_tile);
+Tiles Weights::tiles(int64_t row) const {
+  const int64_t entry = sizes_.tile_rows * sizes_.tile_columns, book = sizes_.entries * entry;
+  const int64_t index_row = row / sizes_.tile_rows;
+  return {codebooks_ + row % sizes_.tile_rows * sizes_.tile_columns + (sizes_.book_of_row() ? index_row * book : 0),
+          book,
+          entry,
+          sizes_.tile_columns,
+          sizes_.group_size / sizes_.tile_columns,
+          selectors_ != nullptr ? selectors_ + index_row * sizes_.groups : nullptr,
+          static_cast<const uint8_t*>(scales_) + row * sizes_.groups * (sizes_.half_scales ? 2 : 4),
+          sizes_.half_scales,
+          sizes_.groups};
+}
+
+bool Weights::takes_tiles() const {
+  const int64_t rows = sizes_.tile_rows, columns = sizes_.tile_columns;
+  return (rows == 1 && (columns == 4 || columns == 8)) || (columns == 1 && (rows == 4 || rows == 8));
+}
+
+void Weights::tiles_dot(int64_t first, int64_t count, const float* x, float* y) const {
   thread_local std::vector<uint16_t> indices;
-  indices.resize(size_t(tiles));
+  indices.resize(size_t(sizes_.per_row));
+  uint16_t* const index = indices.data();
+  for (int64_t row = 0; row < count; row += sizes_.tile_rows) {
+    const uint8_t* const packed = indices_ + (first + row) / sizes_.tile_rows * sizes_.row_bytes;
+    kernels().unpack(packed, sizes_.row_bytes, int(attributes_.bits), 0, sizes_.per_row, index);
+    kernels().tiles_dot(tiles(first + row), index, sizes_.per_row, x, std::min(sizes_.tile_rows, count - row), y + row);
+  }
+}
+
+void Weights::write_tiles(int64_t first, int64_t count, int64_t begin, int64_t end, float* to) const {
+  const int64_t width = end - begin, first_tile = begin / sizes_.tile_columns;
+  const int64_t end_tile = std::min(end / sizes_.tile_columns, sizes_.per_row);
+  const int64_t count_of_tiles = std::max<int64_t>(0, end_tile - first_tile);
+  thread_local std::vector<uint16_t> indices;
+  indices.resize(size_t(count_of_tiles));
   uint16_t* const index = indices.data();
   for (int64_t row = first; row < first + count; ++row) {
-    const int64_t index_row = row / sizes_.tile_rows, within = row % sizes_.tile_rows;
-    if (within == 0) {
-      kernels().unpack(indices_ + index_row * sizes_.row_bytes, sizes_.row_bytes, int(attributes_.bits), first_tile, tiles, index);
+    if (row % sizes_.tile_rows == 0) {
+      const uint8_t* const packed = indices_ + row / sizes_.tile_rows * sizes_.row_bytes;
+      kernels().unpack(packed, sizes_.row_bytes, int(attributes_.bits), first_tile, count_of_tiles, index);
     }
-    const float* numbers = codebooks_ + within * sizes_.tile_columns + (sizes_.book_of_row() ? index_row * book : 0);
-    const Tiles row_of{numbers, book, entry, sizes_.tile_columns, sizes_.group_size / sizes_.tile_columns,
-                       selectors_ != nullptr ? selectors_ + index_row * sizes_.groups : nullptr,
-                       static_cast<const uint8_t*>(scales_) + row * sizes_.groups * (sizes_.half_scales ? 2 : 4), sizes_.half_scales};
     float* const here = to + (row - first) * width;
-    kernels().spread(row_of, index, first_tile, tiles, here);
-    std::fill(here + tiles * sizes_.tile_columns, here + width, 0.0f);
+    kernels().spread(tiles(row), index, first_tile, count_of_tiles, here);
+    std::fill(here + count_of_tiles * sizes_.tile_columns, here + width, 0.0f);
   }
 }
 
@@ -211,7 +242,8 @@ void Weights::add_outliers(int64_t row, int64_t begin, int64_t end, float* to) c
 float Weights::outlier_dot(int64_t row, const float* x) const {
   float total = 0;
   if (sizes_.outliers == 0) return total;
-  for (int32_t i = outlier_rows_[row]; i < outlier_rows_[row + 1]; ++i) total += outlier_values_[i] * x[outlier_columns_[i]];
+  for (int32_t i = outlier_rows_[row]; i < outlier_rows_[row + 1]; ++i)
+    total += outlier_values_[i] * x[outlier_columns_[i]];
   return total;
 }
 

@@ -12,10 +12,10 @@ namespace graphopt::codebook_matmul {
 
 class Weights {
  public:
-  // Checks sizes and contents; `inputs` are those of the node, of which x only tells the number of columns.
-  // Throws an Error for what is wrong.
+  // Checks sizes and contents of a node's inputs, of which x isn't looked at. Throws an Error for what is wrong.
   Weights(const Attributes& attributes, const std::vector<Tensor>& inputs);
 
+  const Sizes& sizes() const { return sizes_; }
   int64_t rows() const { return sizes_.rows; }
   int64_t columns() const { return sizes_.columns; }
   // In the type of x, or nullptr.
@@ -33,8 +33,12 @@ class Weights {
   // Whether x may come as a ByteRow, and the product with one.
   bool takes_bytes() const { return !byte_tables_.empty(); }
   void dot(int64_t first, int64_t count, const ByteRow& x, float* y) const;
-  // Rows first to first + count, columns begin to end of them (multiples of step), in x's order; columns beyond the last
-  // are anything finite where x is 0.
+  // Whether whole tiles can be multiplied as vectors, and the product with x in its natural order; `first` is a
+  // multiple of tile_rows(), and `count` is, or ends with the last row.
+  bool takes_tiles() const;
+  void tiles_dot(int64_t first, int64_t count, const float* x, float* y) const;
+  // Rows first to first + count, columns begin to end of them (multiples of step), in x's order; columns beyond the
+  // last are anything finite where x is 0.
   void write(int64_t first, int64_t count, int64_t begin, int64_t end, float* to) const;
   // The product of the outliers of row `row` with x in its natural order.
   float outlier_dot(int64_t row, const float* x) const;
@@ -43,6 +47,7 @@ class Weights {
   void check_contents() const;
   void prepare_narrow();
   void prepare_bytes();
+  Tiles tiles(int64_t row) const;
   void write_tiles(int64_t first, int64_t count, int64_t begin, int64_t end, float* to) const;
   void add_outliers(int64_t row, int64_t begin, int64_t end, float* to) const;
   // The narrow weights that hold `row`, and the rows from it on that lie in them too.
