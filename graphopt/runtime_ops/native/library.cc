@@ -19,6 +19,7 @@ namespace {
 
 constexpr const char* kDomain = "ai.graphopt";
 constexpr const char* kCudaEntry = "graphopt.cuda";  // the session entry that asks for the CUDA kernels
+constexpr const char* kRegisteredEntry = "graphopt.registered";  // the one that says that the library is there
 
 // What a made kernel keeps beside itself.
 struct Held {
@@ -139,12 +140,13 @@ const std::deque<Variant>& variants() {
   return all;
 }
 
-bool asks_for_cuda(const abi::Api& api, const OrtSessionOptions* options) {
+// Whether a session entry is "1".
+bool is_set(const abi::Api& api, const OrtSessionOptions* options, const char* entry) {
   int has = 0;
-  OrtStatus* failed = api.HasSessionConfigEntry(options, kCudaEntry, &has);
+  OrtStatus* failed = api.HasSessionConfigEntry(options, entry, &has);
   char value[8] = "";
   size_t size = sizeof value;
-  if (failed == nullptr && has != 0) failed = api.GetSessionConfigEntry(options, kCudaEntry, value, &size);
+  if (failed == nullptr && has != 0) failed = api.GetSessionConfigEntry(options, entry, value, &size);
   if (failed != nullptr) {
     api.ReleaseStatus(failed);
     return false;
@@ -161,9 +163,11 @@ GRAPHOPT_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const g
   const abi::Api* api = base->GetApi(abi::kVersion);
   if (api == nullptr) return nullptr;  // older than 1.17: the portable bodies serve
   api_in_use = api;
+  // Options hold a domain once; whoever uses them for another session may register the library again.
+  if (is_set(*api, options, kRegisteredEntry)) return nullptr;
   // Session options keep a bare pointer to the domain, so it outlives them all.
   static OrtCustomOpDomain* domains[2] = {nullptr, nullptr};
-  const bool cuda = asks_for_cuda(*api, options);
+  const bool cuda = is_set(*api, options, kCudaEntry);
   OrtCustomOpDomain*& domain = domains[cuda];
   if (domain == nullptr) {
     if (OrtStatus* failed = api->CreateCustomOpDomain(kDomain, &domain)) return failed;
@@ -172,7 +176,8 @@ GRAPHOPT_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const g
       if (OrtStatus* failed = api->CustomOpDomain_Add(domain, &variant.callbacks)) return failed;
     }
   }
-  return api->AddCustomOpDomain(options, domain);
+  if (OrtStatus* failed = api->AddCustomOpDomain(options, domain)) return failed;
+  return api->AddSessionConfigEntry(options, kRegisteredEntry, "1");
 }
 
 // The kernels of the library, a line each: operator, provider, the types of the inputs and of the outputs.

@@ -263,16 +263,16 @@ int64_t Inference::integer(const char* attribute) const {
 }
 
 void Inference::output(size_t index, ElementType type, const Dims& dims) {
-  // ONNX Runtime takes the size of a dimension without a name for what it is, even -1, and then finds that nothing fits.
-  for (const Dim& dim : dims) {
-    if (dim.size < 0 && dim.name.empty()) return;
-  }
   Info info{api_};
   check(api_, api_.CreateTensorTypeAndShapeInfo(&info.info));
   check(api_, api_.SetTensorElementType(info.info, type));
+  // ONNX Runtime takes a size of -1 without a name for a fixed size, so a dimension that isn't known gets a new name.
+  static std::atomic<int64_t> unknown{0};
   Shape sizes;
+  Dims named = dims;
   std::vector<const char*> names;
-  for (const Dim& dim : dims) {
+  for (Dim& dim : named) {
+    if (dim.size < 0 && dim.name.empty()) dim.name = "graphopt_dim_" + std::to_string(unknown.fetch_add(1));
     sizes.push_back(dim.size);
     names.push_back(dim.name.c_str());
   }

@@ -79,7 +79,9 @@ struct Api {
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo*);                                // 99
   Slot unused_100;
   void (*ReleaseCustomOpDomain)(OrtCustomOpDomain*);                                                // 101
-  Slot unused_102[60];
+  Slot unused_102[28];
+  OrtStatus* (*AddSessionConfigEntry)(OrtSessionOptions*, const char*, const char*);                // 130
+  Slot unused_131[31];
   OrtStatus* (*KernelInfoGetAttributeArray_float)(const OrtKernelInfo*, const char*, float*, size_t*);    // 162
   OrtStatus* (*KernelInfoGetAttributeArray_int64)(const OrtKernelInfo*, const char*, int64_t*, size_t*);  // 163
   Slot unused_164[29];
@@ -147,7 +149,8 @@ struct CustomOp {
   X(KernelContext_GetInputCount) X(KernelContext_GetOutputCount) X(KernelContext_GetInput) X(KernelContext_GetOutput) \
   X(ReleaseStatus) X(ReleaseTensorTypeAndShapeInfo) X(ReleaseCustomOpDomain) X(KernelInfoGetAttributeArray_float)     \
   X(KernelInfoGetAttributeArray_int64) X(KernelContext_GetGPUComputeStream) X(KernelInfo_GetInputCount)               \
-  X(HasSessionConfigEntry) X(GetSessionConfigEntry) X(KernelInfo_GetNodeName) X(KernelInfoGetConstantInput_tensor)    \
+  X(AddSessionConfigEntry) X(HasSessionConfigEntry) X(GetSessionConfigEntry) X(KernelInfo_GetNodeName)                \
+  X(KernelInfoGetConstantInput_tensor)                                                                                \
   X(ShapeInferContext_GetInputCount) X(ShapeInferContext_GetInputTypeShape) X(ShapeInferContext_GetAttribute)         \
   X(ShapeInferContext_SetOutputTypeShape) X(SetSymbolicDimensions) X(ReadOpAttr) X(KernelContext_ParallelFor)
 

@@ -52,6 +52,27 @@ GRAPHOPT_INLINE F fma(F a, F b, F c) {
 
 GRAPHOPT_INLINE F larger(F a, F b) { return a > b ? a : b; }
 
+// e^x, to 2 units of the last place.
+GRAPHOPT_INLINE F exponential(F x) {
+  const F low = all(-87.3f), high = all(88.7f);
+  const F bounded = x < low ? low : x > high ? high : x;  // what is no number stays none
+  const F shifted = fma(bounded, all(1.44269504f), all(12582912.0f));
+  const F whole = shifted - all(12582912.0f);
+  F rest = fma(whole, all(-0.693359375f), bounded);
+  rest = fma(whole, all(2.12194440e-4f), rest);
+  F p = all(1.9875691500e-4f);
+  p = fma(p, rest, all(1.3981999507e-3f));
+  p = fma(p, rest, all(8.3334519073e-3f));
+  p = fma(p, rest, all(4.1665795894e-2f));
+  p = fma(p, rest, all(1.6666665459e-1f));
+  p = fma(p, rest, all(5.0000001201e-1f));
+  p = fma(p, rest * rest, rest + all(1.0f));
+  const I power = (__builtin_convertvector(whole, I) + 127) << 23;
+  F scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return p * scale;
+}
+
 GRAPHOPT_INLINE float sum(F value) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)value);
