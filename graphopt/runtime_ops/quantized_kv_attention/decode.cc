@@ -109,6 +109,16 @@ class Decode {
     return {at + l_.depth, at + l_.depth + 1, at};
   }
 
+  void turn(float* features, int64_t place) const {
+    const Rotation& r = work_.rotation;
+    if (r.interleaved) {
+      r.turn(features, place);
+    } else {
+      kernels().turn_row(features, r.half, r.cos + place * r.half, r.sin + place * r.half);
+    }
+  }
+
+  // What isn't quantized.
   void recent(int64_t row, int64_t kv) const {
     thread_local std::vector<float> keys, values, scores;
     const int64_t depth = l_.depth, total = work_.rows[row].total, first_head = kv * l_.queries();
@@ -122,15 +132,15 @@ class Decode {
       const int64_t token = begin + i;
       kernels().widen(work_.cache.recent_of(l_, row, kv, 0, token), depth, &keys[i * depth]);
       kernels().widen(work_.cache.recent_of(l_, row, kv, 1, token), depth, &values[i * depth]);
-      if (work_.rotation.reads()) work_.rotation.turn(&keys[i * depth], token);
+      if (work_.rotation.reads()) turn(&keys[i * depth], token);
     }
     kernels().dot_rows(l_.queries(), count, depth, queries_of(row, first_head), keys.data(), scores.data(), count);
     if (work_.softcap > 0) kernels().cap(scores.data(), l_.queries() * count, work_.softcap);
     for (int64_t i = 0; i < l_.queries(); ++i) {
-      const Partial to = partial(row, parts_, first_head + i);
-      to.weigh(&scores[i * count], count, depth);
-      kernels().multiply(1, depth, count, &scores[i * count], count, values.data(), depth, to.values, depth, true);
+      partial(row, parts_, first_head + i).weigh(&scores[i * count], count, depth);
     }
+    kernels().multiply(l_.queries(), depth, count, scores.data(), count, values.data(), depth,
+                       partial(row, parts_, first_head).values, stride_, true);
   }
 
   void blocks(int64_t row, int64_t part) const {
