@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 #include "read.h"
 #include "turn_tables.h"
@@ -20,7 +21,7 @@ constexpr int64_t kRows = 64;  // queries times their heads for one of keys, at 
 
 class Prefill {
  public:
-  Prefill(const Work& work, std::vector<float>& memory) : work_(work), l_(work.layout) {
+  Prefill(const Work& work, Buffer& memory) : work_(work), l_(work.layout) {
     for (int64_t row = 0; row < work.batch; ++row) {
       const Row& r = work.rows[row];
       tiles_ = std::max(tiles_, (r.total + l_.width - 1) / l_.width - l_.blocks(r.past));
@@ -31,8 +32,7 @@ class Prefill {
     parts_ = (work.fresh + together_ - 1) / together_;
     const int64_t table = tables_ * work.rotation.half * l_.width;
     const int64_t floats = work.batch * l_.kv_heads * tiles_ * l_.numbers();
-    memory.resize(size_t(2 * table + 2 * floats));
-    cos_ = memory.data();
+    cos_ = reinterpret_cast<float*>(memory.reserve(size_t(2 * table + 2 * floats) * sizeof(float)));
     sin_ = cos_ + table;
     keys_ = sin_ + table;
     values_ = keys_ + floats;
@@ -203,7 +203,7 @@ class Prefill {
 }  // namespace
 
 void prefill(Call& call, const Work& work, size_t copies, const std::function<void(size_t)>& copy) {
-  thread_local std::vector<float> memory;
+  Buffer memory;
   const Prefill run(work, memory);
   call.phases({copies + run.table_tasks(), run.head_tasks(), run.query_tasks()}, [&](size_t part, size_t task) {
     if (part == 0 && task < copies) copy(task);
