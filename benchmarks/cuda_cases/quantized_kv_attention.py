@@ -1,118 +1,136 @@
-"""CUDA cases of QuantizedKVAttention; the reference is its portable body."""
+"""CUDA cases of QuantizedKVAttention, held against its portable body on the CPU."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import onnx_ir as ir
+import onnxruntime
 from cuda_case import Call, Case
-from cuda_references import aligned, of_body
+
+from graphopt.runtime_ops import operators
+from graphopt.runtime_ops.operator import DOMAIN, add_body
+from graphopt.runtime_ops.quantized_kv_attention import layout_of
+
+NAME = "QuantizedKVAttention"
+LAUNCHER = "graphopt_cuda_quantized_kv_attention"
+ODD: tuple[dict[str, Any], ...] = (
+    {},
+    {"key_bits": 4, "value_bits": 3, "rotate_at_read": 1},
+    {"key_bits": 3, "value_bits": 2, "key_per_channel": 0, "group_size": 8},
+    {"key_bits": 2, "value_bits": 4, "rotary_interleaved": 1, "window": 0},
+    {"softcap": 3.0, "local_window_size": 11, "num_heads": 40},
+    {"rotate_at_read": 1, "rotary_interleaved": 1, "key_per_channel": 0, "num_heads": 2},
+)
+"""Attributes of small nodes, beside those of `attributes`."""
+RUNS = (([0, 0], 47, [47, 20]), ([47, 20], 1, [1, 1]), ([48, 21], 9, [9, 9]), ([3, 60], 1, [1, 1]))
+"""Tokens of the past, new ones, and how many of those count; of two rows."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """Heads, features of a head, how keys and values are quantized, and how the operator attends."""
-
-    heads: int = 4
-    kv_heads: int = 2
-    depth: int = 8
-    key_bits: int = 8
-    value_bits: int = 8
-    per_channel: bool = True
-    block: int = 8
-    window: int = 5
-    group: int = 0
-    turned: int = 0
-    at_read: bool = False
-    interleaved: bool = False
-    local: int = -1
-    softcap: float = 0.0
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """Of the node."""
-        return {
-            "num_heads": self.heads, "kv_num_heads": self.kv_heads, "scale": self.depth**-0.5, "softcap": self.softcap,
-            "local_window_size": self.local, "key_bits": self.key_bits, "value_bits": self.value_bits,
-            "key_per_channel": int(self.per_channel), "block_size": self.block, "group_size": self.group,
-            "window": self.window, "rotate_at_read": int(self.at_read), "rotary_interleaved": int(self.interleaved),
-        }  # fmt: skip
+def attributes(**given: Any) -> dict[str, Any]:
+    """Those of a small node, but for those given."""
+    small = {"num_heads": 4, "kv_num_heads": 2, "scale": 0.25, "block_size": 8, "window": 5}
+    return operators()[NAME].attributes_of(**(small | given))
 
 
-MODELS = {
-    "SmolLM2": Form(heads=9, kv_heads=3, depth=64, block=32, window=32, turned=32),
-    "7B": Form(heads=32, kv_heads=8, depth=128, block=32, window=32, turned=64),
-}
-BITS = ((8, 8), (4, 4), (4, 2))
-ODD = (
-    Form(), Form(key_bits=4, value_bits=4, turned=4), Form(key_bits=3, value_bits=2, per_channel=False, group=4),
-    Form(key_bits=2, value_bits=3, turned=3, at_read=True), Form(turned=4, interleaved=True, softcap=5.0),
-    Form(heads=6, kv_heads=1, depth=12, key_bits=4, local=7, window=0), Form(per_channel=False, turned=2, at_read=True),
-)  # fmt: skip
-ROWS = (((9,), 9), ((14, 3), 1), ((30, 21), 5), ((40, 8, 17), 8))
-"""Tokens of each row with the new ones, and how many of them are new."""
+def body(node: dict[str, Any], half: bool) -> onnxruntime.InferenceSession:
+    """A session of the portable body."""
+    operator = operators()[NAME]
+    kinds = {"T": ir.DataType.FLOAT16 if half else ir.DataType.FLOAT}
+    inputs, outputs = (
+        [
+            ir.Value(name=p.name, type=ir.TensorType(kinds.get(p.type) or ir.DataType[p.type.upper()]))
+            for p in parameters
+        ]
+        for parameters in (operator.inputs, operator.outputs)
+    )
+    for value, parameter in zip(inputs, operator.inputs, strict=True):
+        value.shape = ir.Shape([None] * (parameter.shape.count(",") + 1))
+    made = [
+        ir.AttrFloat32(key, value) if isinstance(value, float) else ir.AttrInt64(key, value)
+        for key, value in node.items()
+    ]
+    graph = ir.Graph(
+        inputs, outputs, nodes=[ir.Node(DOMAIN, NAME, inputs, attributes=made, outputs=outputs)],
+        opset_imports={"": 21}, name="g",
+    )  # fmt: skip
+    model = ir.Model(graph, ir_version=10)
+    add_body(model, NAME)
+    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def attention(
-    form: Form, totals: tuple[int, ...], fresh: int, kind: str, torch: Any, device: str, launchers: Any
-) -> Call:
-    from graphopt.runtime_ops.quantized_kv_attention import layout_of
+    node: dict[str, Any], depth: int, past: list[int], fresh: int, counted: list[int], half: bool, in_place: bool,
+    torch: Any, device: str, launchers: Any,
+) -> Call:  # fmt: skip
+    heads, kv = node["num_heads"], node["kv_num_heads"]
+    generator = torch.Generator().manual_seed(sum(past) + fresh)
+    kind = torch.float16 if half else torch.float32
+    batch, totals = len(past), [a + b for a, b in zip(past, counted, strict=True)]
+    query, key, value = (
+        torch.randn(batch, fresh, n * depth, generator=generator).to(kind).to(device) for n in (heads, kv, kv)
+    )
+    layout = layout_of(node, depth)
+    code_shape, scale_shape, recent_shape = layout.shapes(batch, max(past) + (fresh if in_place else 0))
+    codes = torch.randint(0, 256, code_shape, generator=generator, dtype=torch.uint8).to(device)
+    scales = (torch.rand(scale_shape, generator=generator) * 0.02).half().to(device)
+    recent = torch.randn(recent_shape, generator=generator).half().to(device)
+    blocks = max([code_shape[1], *(max(t - node["window"], 0) // node["block_size"] for t in totals)])
+    known = [codes, scales, recent]
+    made = known if in_place else [
+        torch.empty(batch, blocks, *code_shape[2:], dtype=torch.uint8, device=device),
+        torch.empty(batch, blocks, *scale_shape[2:], dtype=torch.float16, device=device),
+        torch.empty_like(recent),
+    ]  # fmt: skip
+    columns = 6 if depth < 32 else depth // 2
+    angles = torch.arange(max(totals), dtype=torch.float64)[:, None] * 100.0 ** (-torch.arange(columns) / columns)
+    cos, sin = angles.cos().float().to(device), angles.sin().float().to(device)
+    lengths = torch.tensor(totals, dtype=torch.int32)
+    sizes = [batch, fresh, heads, kv, depth, node["block_size"], node["window"]]
+    scratch = torch.empty(
+        max(launchers.call(f"{LAUNCHER}_scratch_bytes", [lengths, *sizes]), 1), dtype=torch.uint8, device=device
+    )
+    y = torch.empty_like(query)
+    given = [query, key, value, *known, lengths - 1, cos, sin]
 
-    generator = torch.Generator().manual_seed(sum(totals) + fresh)
-    dtype = torch.float16 if kind == "half" else torch.float32
-    batch, layout = len(totals), layout_of(form.attributes, form.depth)
-    shapes = layout.shapes(batch, max(totals))
+    def expected() -> list[Any]:
+        feeds = {p.name: t.cpu().numpy() for p, t in zip(operators()[NAME].inputs, given, strict=True)}
+        return [torch.from_numpy(array).to(device) for array in body(node, half).run(None, feeds)]
 
-    def random(*shape: int) -> Any:
-        return torch.randn(*shape, generator=generator)
-
-    heads = (form.heads, form.kv_heads, form.kv_heads)
-    query, key, value = (random(batch, fresh, n * form.depth).to(dtype).to(device) for n in heads)
-    codes = torch.randint(0, 256, shapes[0], generator=generator, dtype=torch.uint8).to(device)
-    scales = (0.01 + 0.02 * torch.rand(*shapes[1], generator=generator)).half().to(device)
-    recent = random(*shapes[2]).half().to(device)
-    angles = torch.arange(max(totals))[:, None] * 100.0 ** (-torch.arange(form.turned) / max(form.turned, 1))
-    cos, sin = angles.cos().contiguous().to(device), angles.sin().contiguous().to(device)
-    output = torch.empty_like(query)
-    on_host = torch.tensor(totals, dtype=torch.int32)
-    sizes = {"totals": on_host, "batch": batch, "fresh": fresh, "heads": form.heads, "kv_heads": form.kv_heads,
-             "depth": form.depth, "width": form.block, "window": form.window}  # fmt: skip
-    scratch = aligned(torch, launchers.call("graphopt_cuda_quantized_kv_attention_scratch_bytes", sizes), device)
-    # Past and present are one buffer, as in generation; what it held before is kept for the reference.
-    inputs = [query, key, value, codes.clone(), scales.clone(), recent.clone(), on_host - 1, cos, sin]
-    arguments = {
-        "query": query, "key": key, "value": value, "past_codes": codes, "past_scales": scales, "past_recent": recent,
-        "cos": cos, "sin": sin, "output": output, "codes": codes, "scales": scales, "recent": recent,
-        "scratch": scratch, "past_blocks": codes.shape[1], "blocks": codes.shape[1],
-        "group": form.group or form.depth, "key_bits": form.key_bits, "value_bits": form.value_bits,
-        "turned": form.turned, "local": form.local, "per_channel": int(form.per_channel),
-        "interleaved": int(form.interleaved), "at_read": int(form.at_read), "half": int(kind == "half"),
-        "scale": form.attributes["scale"], "softcap": form.softcap, **sizes,
-    }  # fmt: skip
-    moved = sum(int(t.numel() * t.element_size()) for t in (query, key, value, output))
+    cache = sum(layout.bytes(total) for total in totals)
     return Call(
-        arguments, [output, codes, scales, recent],
-        lambda: of_body(torch, "QuantizedKVAttention", inputs, form.attributes),
-        bytes=moved + sum(layout.bytes(total) for total in totals),
-        operations=4 * form.heads * form.depth * fresh * sum(totals), arithmetic="float16 tensor", atol=2e-3,
-        rtol=2e-3, steps=255, share=0.005,
+        [
+            query, key, value, *known, lengths, cos, sin, y, *made, scratch, batch, fresh, code_shape[1], blocks, heads,
+            kv, depth, node["block_size"], node["window"], node["group_size"] or depth, node["key_bits"],
+            node["value_bits"], columns, node["local_window_size"], node["key_per_channel"],
+            node["rotary_interleaved"], node["rotate_at_read"], int(half), node["scale"], node["softcap"],
+        ],
+        [y, *made], expected,
+        bytes=cache + sum(t.numel() * t.element_size() for t in (query, key, value, y)),
+        operations=sum(4 * heads * depth * (a * fresh + fresh * (fresh + 1) // 2) for a in past),
+        atol=2e-3 if half else 2e-4,
     )  # fmt: skip
 
 
 def cases() -> Iterator[Case]:
-    """Decoding and prompts of real models; every form with rows of different lengths."""
-    name = "graphopt_cuda_quantized_kv_attention"
-    for (model, form), (keys, values), kind in itertools.product(MODELS.items(), BITS, ("float", "half")):
-        chosen = dataclasses.replace(form, key_bits=keys, value_bits=values)
-        for batch, past, fresh in ((1, 256, 1), (1, 1024, 1), (1, 4096, 1), (8, 4096, 1), (1, 0, 512)):
-            shape = f"{model}, {batch} × {fresh} after {past}, K{keys}V{values}, {kind}"
-            make = functools.partial(attention, chosen, (past + fresh,) * batch, fresh, kind)
-            yield Case("QuantizedKVAttention", name, shape, make)
-    for number, (form, (totals, fresh)) in enumerate(itertools.product(ODD, ROWS)):
-        kind = ("float", "half")[number % 2]
-        shape = f"{fresh} new of {totals}, {form}, {kind}"
-        make = functools.partial(attention, form, totals, fresh, kind)
-        yield Case("QuantizedKVAttention", name, shape, make, False)
+    """Tokens after long pasts, prompts, and small nodes of every kind."""
+    for bits, at_read, (batch, past, fresh) in (
+        (bits, at_read, run)
+        for bits in (8, 4, 3)
+        for at_read in (0, 1)
+        for run in ((1, 4096, 1), (16, 4096, 1), (1, 0, 512), (1, 4096, 128))
+    ):
+        node = attributes(
+            num_heads=32, kv_num_heads=8, scale=128**-0.5, block_size=32, window=32, key_bits=bits, value_bits=bits,
+            rotate_at_read=at_read,
+        )  # fmt: skip
+        shape = f"batch {batch}, {fresh} after {past}, {bits} bits{', rotated at read' * at_read}"
+        made = functools.partial(attention, node, 128, [past] * batch, fresh, [fresh] * batch, True, fresh == 1)
+        yield Case(NAME, LAUNCHER, shape, made)
+    for given in ODD:
+        for past, fresh, counted in RUNS:
+            for half in (False, True):
+                made = functools.partial(attention, attributes(**given), 16, past, fresh, counted, half, False)
+                yield Case(NAME, LAUNCHER, f"{fresh} after {past}, {given}", made, False)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from hypothesis import given, settings
@@ -307,6 +309,38 @@ def test_in_place_writes_only_what_is_new() -> None:
         results.append(binding.get_outputs()[0].numpy())
     for have, want in zip([np.concatenate(results, 1), *(b.numpy() for b in buffers)], expected, strict=True):
         np.testing.assert_array_equal(have, want)
+
+
+@pytest.mark.parametrize("block", [8, 16])
+def test_tables_that_are_constants(block: int) -> None:
+    """Two nodes that share them, in a prompt and after it."""
+    attributes = node(rotate_at_read=1, block_size=block)
+    cos, sin = tables(70, 6)
+    made = ir.from_proto(onnx.load_from_string(model(tuple(attributes.items()), False)))
+    for name, table in (("input7", cos), ("input8", sin)):
+        value = next(value for value in made.graph.inputs if value.name == name)
+        made.graph.inputs.remove(value)
+        value.const_value, value.shape = ir.Tensor(table), ir.Shape(table.shape)
+        made.graph.register_initializer(value)
+    (first,) = made.graph
+    again = ir.Node(first.domain, first.op_type, first.inputs, attributes=first.attributes.values(), num_outputs=4)
+    for index, output in enumerate(again.outputs):
+        output.name, output.type = f"again{index}", first.outputs[index].type
+    made.graph.append(again)
+    made.graph.outputs.extend(again.outputs)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library_path()))
+    both = onnxruntime.InferenceSession(ir.to_proto(made).SerializeToString(), options)
+    everything = tokens(attributes, 1, 61, 16)
+    past = cache(attributes, 1, 70, 16)
+    for begin, end in ((0, 60), (60, 61)):
+        inputs = [*(a[:, begin:end] for a in everything), *past, np.array([end - 1], np.int32), cos, sin]
+        expected = run(attributes, inputs, kernel=False)
+        found = both.run(None, {f"input{i}": array for i, array in enumerate(inputs[:7])})
+        for have in (found[:4], found[4:]):
+            np.testing.assert_allclose(have[0], expected[0], atol=5e-4)
+            np.testing.assert_array_equal(have[1], expected[1])
+        past = expected[1:]
 
 
 @pytest.mark.parametrize("what", [np.nan, np.inf])

@@ -4,17 +4,21 @@
 #include "decode.h"
 #include "given.h"
 #include "prefill.h"
+#include "turn_tables.h"
 
 namespace graphopt::quantized_kv_attention {
 namespace {
 
 class QuantizedKVAttention final : public Kernel {
  public:
-  explicit QuantizedKVAttention(const Node& node) : settings_(node) {}
+  explicit QuantizedKVAttention(const Node& node) : settings_(node) {
+    if (settings_.turns_at_read()) tables_ = TurnTables::of(node, kCosCache, kSinCache, settings_.width());
+  }
 
   void compute(Call& call) override {
     Given given;
     settings_.read(call, given);
+    given.work.tables = tables_.get();
     // A row of what isn't in place; blocks that weren't there are 0.
     const auto copy = [&](size_t row) {
       for (size_t i = 0; i < 3; ++i) {
@@ -32,6 +36,7 @@ class QuantizedKVAttention final : public Kernel {
 
  private:
   Settings settings_;
+  std::shared_ptr<const TurnTables> tables_;
 };
 
 const Registration registration{described(make<QuantizedKVAttention>, nullptr)};

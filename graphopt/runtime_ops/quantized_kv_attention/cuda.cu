@@ -17,7 +17,43 @@ constexpr int kRows = 16;
 constexpr int kWarps = kThreads / 32;
 constexpr int64_t kGrid = 65535;
 
-using Run = GraphoptQuantizedKVAttention;
+// What a launcher is given; see launchers.h.
+struct Run {
+  const void* query;
+  const void* key;
+  const void* value;
+  const uint8_t* past_codes;
+  const void* past_scales;
+  const void* past_recent;
+  const int32_t* totals;
+  const float* cos;
+  const float* sin;
+  void* output;
+  uint8_t* codes;
+  void* scales;
+  void* recent;
+  void* scratch;
+  int64_t batch;
+  int64_t fresh;
+  int64_t past_blocks;
+  int64_t blocks;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t depth;
+  int64_t width;
+  int64_t window;
+  int64_t group;
+  int64_t key_bits;
+  int64_t value_bits;
+  int64_t turned;
+  int64_t local;
+  int32_t per_channel;
+  int32_t interleaved;
+  int32_t at_read;
+  int32_t half;
+  float scale;
+  float softcap;
+};
 
 __host__ __device__ inline int64_t blocks_of(const Run& r, int64_t tokens) {
   return tokens > r.window ? (tokens - r.window) / r.width : 0;
@@ -472,32 +508,46 @@ cudaError_t launched(const Run& r, const Plan& p, cudaStream_t stream) {
 }  // namespace
 }  // namespace graphopt::quantized_kv_attention
 
-int64_t graphopt_cuda_quantized_kv_attention_scratch_bytes(const GraphoptQuantizedKVAttention* run) {
+int64_t graphopt_cuda_quantized_kv_attention_scratch_bytes(const int32_t* totals, int64_t batch, int64_t fresh,
+                                                           int64_t heads, int64_t kv_heads, int64_t depth,
+                                                           int64_t width, int64_t window) {
   using namespace graphopt::quantized_kv_attention;
-  Run without = *run;
-  without.scratch = nullptr;
-  const Plan p = plan_of(without);
-  const bool fits = run->heads <= kGrid && p.splits * p.tiles < INT32_MAX && run->width * run->depth < INT32_MAX / 8;
-  return fits ? p.bytes : -1;
+  Run r{};
+  r.totals = totals;
+  r.batch = batch;
+  r.fresh = fresh;
+  r.heads = heads;
+  r.kv_heads = kv_heads;
+  r.depth = depth;
+  r.width = width;
+  r.window = window;
+  if (batch == 0 || fresh == 0) return 0;
+  const Plan p = plan_of(r);
+  return heads <= kGrid && p.splits * p.tiles < INT32_MAX && width * depth < INT32_MAX / 8 ? p.bytes : -1;
 }
 
-int graphopt_cuda_quantized_kv_attention(const GraphoptQuantizedKVAttention* run, void* stream_of) {
+int graphopt_cuda_quantized_kv_attention(
+    const void* query, const void* key, const void* value, const uint8_t* past_codes, const void* past_scales,
+    const void* past_recent, const int32_t* totals, const float* cos, const float* sin, void* output, uint8_t* codes,
+    void* scales, void* recent, void* scratch, int64_t batch, int64_t fresh, int64_t past_blocks, int64_t blocks,
+    int64_t heads, int64_t kv_heads, int64_t depth, int64_t width, int64_t window, int64_t group, int64_t key_bits,
+    int64_t value_bits, int64_t turned, int64_t local, int32_t per_channel, int32_t interleaved, int32_t at_read,
+    int32_t half, float scale, float softcap, void* stream) {
   using namespace graphopt::quantized_kv_attention;
-  const Run& r = *run;
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_of);
-  const int64_t unit = r.kv_heads * code_bytes(r), numbers = 2 * r.kv_heads * scale_numbers(r);
-  const int64_t recent = 4 * r.kv_heads * ring(r) * r.depth;
-  if (const auto error = copied(r, r.past_codes, r.codes, r.past_blocks * unit, r.blocks * unit, stream)) return error;
-  if (const auto error = copied(r, r.past_scales, r.scales, r.past_blocks * numbers, r.blocks * numbers, stream)) {
-    return error;
-  }
-  if (const auto error = copied(r, r.past_recent, r.recent, recent, recent, stream)) return error;
-  if (r.batch == 0 || r.fresh == 0) return cudaSuccess;
+  const Run r{query, key, value, past_codes, past_scales, past_recent, totals, cos, sin, output, codes, scales, recent,
+              scratch, batch, fresh, past_blocks, blocks, heads, kv_heads, depth, width, window, group, key_bits,
+              value_bits, turned, local, per_channel, interleaved, at_read, half, scale, softcap};
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  const int64_t unit = kv_heads * code_bytes(r), numbers = 2 * kv_heads * scale_numbers(r);
+  const int64_t kept = 4 * kv_heads * ring(r) * depth;
+  if (const auto error = copied(r, past_codes, codes, past_blocks * unit, blocks * unit, on)) return error;
+  if (const auto error = copied(r, past_scales, scales, past_blocks * numbers, blocks * numbers, on)) return error;
+  if (const auto error = copied(r, past_recent, recent, kept, kept, on)) return error;
+  if (batch == 0 || fresh == 0) return cudaSuccess;
   const Plan p = plan_of(r);
   // From memory that may be paged out: it is read before the call returns.
-  if (const auto error =
-          cudaMemcpyAsync(p.totals, r.totals, size_t(4 * r.batch), cudaMemcpyHostToDevice, stream)) {
+  if (const auto error = cudaMemcpyAsync(p.totals, totals, size_t(4 * batch), cudaMemcpyHostToDevice, on)) {
     return error;
   }
-  return r.half != 0 ? launched<__half>(r, p, stream) : launched<float>(r, p, stream);
+  return half != 0 ? launched<__half>(r, p, on) : launched<float>(r, p, on);
 }

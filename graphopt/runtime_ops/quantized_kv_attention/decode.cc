@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 #include "read.h"
 #include "write.h"
@@ -14,6 +15,7 @@
 namespace graphopt::quantized_kv_attention {
 namespace {
 
+constexpr int64_t kSmall = 1 << 16;  // tokens times the queries' features, of some 10 µs
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // What tokens give for one head.
@@ -42,19 +44,25 @@ struct Partial {
 
 class Decode {
  public:
-  Decode(const Work& work, std::vector<float>& memory) : work_(work), l_(work.layout) {
-    int64_t most = 0;
-    for (int64_t row = 0; row < work.batch; ++row) most = std::max(most, l_.blocks(work.rows[row].total));
+  Decode(const Work& work, Buffer& memory) : work_(work), l_(work.layout) {
+    int64_t most = 0, tokens = 0;
+    for (int64_t row = 0; row < work.batch; ++row) {
+      most = std::max(most, l_.blocks(work.rows[row].total));
+      tokens += work.rows[row].total;
+    }
+    is_small_ = tokens * l_.heads * l_.depth < kSmall;
     // Some 16 parts, of no fewer than two blocks.
     together_ = std::max<int64_t>(2, (most + 15) / 16);
     parts_ = (most + together_ - 1) / together_;
     stride_ = l_.depth + 2;
     const int64_t queries = work.batch * l_.heads * l_.depth;
-    memory.resize(size_t(queries + work.batch * (parts_ + 1) * l_.heads * stride_));
-    queries_ = memory.data();
+    const int64_t partials = work.batch * (parts_ + 1) * l_.heads * stride_;
+    queries_ = reinterpret_cast<float*>(memory.reserve(size_t(queries + partials) * sizeof(float)));
     partials_ = queries_ + queries;
   }
 
+  // Whether it takes no longer than waking threads does.
+  bool is_small() const { return is_small_; }
   size_t block_tasks() const { return size_t(work_.batch * parts_); }
   size_t head_tasks() const { return size_t(work_.batch * l_.kv_heads); }
 
@@ -109,6 +117,16 @@ class Decode {
     return {at + l_.depth, at + l_.depth + 1, at};
   }
 
+  void turn(float* features, int64_t place) const {
+    const Rotation& r = work_.rotation;
+    if (r.interleaved) {
+      r.turn(features, place);
+    } else {
+      kernels().turn_row(features, r.half, r.cos + place * r.half, r.sin + place * r.half);
+    }
+  }
+
+  // What isn't quantized.
   void recent(int64_t row, int64_t kv) const {
     thread_local std::vector<float> keys, values, scores;
     const int64_t depth = l_.depth, total = work_.rows[row].total, first_head = kv * l_.queries();
@@ -122,15 +140,15 @@ class Decode {
       const int64_t token = begin + i;
       kernels().widen(work_.cache.recent_of(l_, row, kv, 0, token), depth, &keys[i * depth]);
       kernels().widen(work_.cache.recent_of(l_, row, kv, 1, token), depth, &values[i * depth]);
-      if (work_.rotation.reads()) work_.rotation.turn(&keys[i * depth], token);
+      if (work_.rotation.reads()) turn(&keys[i * depth], token);
     }
     kernels().dot_rows(l_.queries(), count, depth, queries_of(row, first_head), keys.data(), scores.data(), count);
     if (work_.softcap > 0) kernels().cap(scores.data(), l_.queries() * count, work_.softcap);
     for (int64_t i = 0; i < l_.queries(); ++i) {
-      const Partial to = partial(row, parts_, first_head + i);
-      to.weigh(&scores[i * count], count, depth);
-      kernels().multiply(1, depth, count, &scores[i * count], count, values.data(), depth, to.values, depth, true);
+      partial(row, parts_, first_head + i).weigh(&scores[i * count], count, depth);
     }
+    kernels().multiply(l_.queries(), depth, count, scores.data(), count, values.data(), depth,
+                       partial(row, parts_, first_head).values, stride_, true);
   }
 
   void blocks(int64_t row, int64_t part) const {
@@ -159,6 +177,7 @@ class Decode {
 
   const Work& work_;
   const Layout& l_;
+  bool is_small_;
   int64_t together_, parts_, stride_;
   float* queries_;   // [B, H, depth]
   float* partials_;  // [B, parts + 1, H, depth + 2]: the last part is that of the ring
@@ -167,15 +186,19 @@ class Decode {
 }  // namespace
 
 void decode(Call& call, const Work& work, size_t copies, const std::function<void(size_t)>& copy) {
-  thread_local std::vector<float> memory;
+  thread_local Buffer memory;
   const Decode run(work, memory);
-  call.phases({copies, run.head_tasks(), run.head_tasks() + run.block_tasks(), run.head_tasks()},
-              [&](size_t part, size_t task) {
-                if (part == 0) copy(task);
-                if (part == 1) run.start(task);
-                if (part == 2) run.attend(task);
-                if (part == 3) run.finish(task);
-              });
+  const auto step = [&](size_t part, size_t task) {
+    if (part == 0) copy(task);
+    if (part == 1) run.start(task);
+    if (part == 2) run.attend(task);
+    if (part == 3) run.finish(task);
+  };
+  const std::vector<size_t> tasks = {copies, run.head_tasks(), run.head_tasks() + run.block_tasks(), run.head_tasks()};
+  if (!run.is_small()) return call.phases(tasks, step);
+  for (size_t part = 0; part < tasks.size(); ++part) {
+    for (size_t task = 0; task < tasks[part]; ++task) step(part, task);
+  }
 }
 
 }  // namespace graphopt::quantized_kv_attention

@@ -54,6 +54,8 @@ struct Kernels {
   // Turns rows first[c] and second[c] of `keys` [depth, width] by cos and sin [pairs, width].
   void (*rotate)(float* keys, int64_t width, int64_t pairs, int64_t first_step, int64_t second_at, const float* cos,
                  const float* sin);
+  // Turns features i and i + half of one head.
+  void (*turn_row)(float* features, int64_t half, const float* cos, const float* sin);
   // The products of at most kQueries queries, [depth, kQueries], with what read_keys and rotate (of c and c + half) make:
   // out [queries, width]. Returns whether it could: half must be a multiple of 4, and width one of a vector's lanes.
   bool (*turned_scores)(const uint8_t* codes, int64_t depth, int64_t width, int64_t group, const float* scale,

@@ -58,6 +58,8 @@ struct Rotation {
   }
 };
 
+class TurnTables;
+
 struct Cache {
   uint8_t* codes;     // [B, blocks, KV, code_bytes]
   uint16_t* scales;   // [B, blocks, KV, scale_numbers]
@@ -80,6 +82,7 @@ struct Cache {
 struct Work {
   Layout layout;
   Rotation rotation;
+  const TurnTables* tables;  // nullptr: not known before the run
   Cache cache;
   const Row* rows;
   int64_t batch, fresh;  // B, S

@@ -7,8 +7,10 @@
 #include <limits>
 #include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 #include "read.h"
+#include "turn_tables.h"
 #include "write.h"
 
 namespace graphopt::quantized_kv_attention {
@@ -19,19 +21,18 @@ constexpr int64_t kRows = 64;  // queries times their heads for one of keys, at 
 
 class Prefill {
  public:
-  Prefill(const Work& work, std::vector<float>& memory) : work_(work), l_(work.layout) {
+  Prefill(const Work& work, Buffer& memory) : work_(work), l_(work.layout) {
     for (int64_t row = 0; row < work.batch; ++row) {
       const Row& r = work.rows[row];
       tiles_ = std::max(tiles_, (r.total + l_.width - 1) / l_.width - l_.blocks(r.past));
       tables_ = std::max(tables_, (r.total + l_.width - 1) / l_.width);
     }
-    if (!work.rotation.reads()) tables_ = 0;
+    if (!work.rotation.reads() || work.tables != nullptr) tables_ = 0;
     together_ = std::max<int64_t>(1, kRows / l_.queries());
     parts_ = (work.fresh + together_ - 1) / together_;
     const int64_t table = tables_ * work.rotation.half * l_.width;
     const int64_t floats = work.batch * l_.kv_heads * tiles_ * l_.numbers();
-    memory.resize(size_t(2 * table + 2 * floats));
-    cos_ = memory.data();
+    cos_ = reinterpret_cast<float*>(memory.reserve(size_t(2 * table + 2 * floats) * sizeof(float)));
     sin_ = cos_ + table;
     keys_ = sin_ + table;
     values_ = keys_ + floats;
@@ -42,19 +43,9 @@ class Prefill {
   size_t query_tasks() const { return size_t(work_.batch * l_.kv_heads * parts_); }
 
   void table(size_t block) const {
-    const int64_t width = l_.width, half = work_.rotation.half, begin = int64_t(block) * width;
-    if (begin + width <= work_.rotation.rows) {
-      turn_table(work_, int64_t(block), cos_of(block), sin_of(block));
-      return;
-    }
-    // The last block of the table may be cut off.
-    for (int64_t pair = 0; pair < half; ++pair) {
-      for (int64_t t = 0; t < width; ++t) {
-        const bool there = begin + t < work_.rotation.rows;
-        cos_of(block)[pair * width + t] = there ? work_.rotation.cos[(begin + t) * half + pair] : 0;
-        sin_of(block)[pair * width + t] = there ? work_.rotation.sin[(begin + t) * half + pair] : 0;
-      }
-    }
+    const Rotation& r = work_.rotation;
+    turn_table(r.cos, r.rows, r.half, l_.width, int64_t(block), cos_ + int64_t(block) * r.half * l_.width);
+    turn_table(r.sin, r.rows, r.half, l_.width, int64_t(block), sin_ + int64_t(block) * r.half * l_.width);
   }
 
   void write(size_t task) const {
@@ -183,8 +174,14 @@ class Prefill {
     }
   };
 
-  float* cos_of(int64_t block) const { return cos_ + (tables_ > 0 ? block * work_.rotation.half * l_.width : 0); }
-  float* sin_of(int64_t block) const { return sin_ + (tables_ > 0 ? block * work_.rotation.half * l_.width : 0); }
+  const float* cos_of(int64_t block) const {
+    if (work_.tables != nullptr) return work_.tables->cos(block);
+    return work_.rotation.reads() ? cos_ + block * work_.rotation.half * l_.width : nullptr;
+  }
+  const float* sin_of(int64_t block) const {
+    if (work_.tables != nullptr) return work_.tables->sin(block);
+    return work_.rotation.reads() ? sin_ + block * work_.rotation.half * l_.width : nullptr;
+  }
   float* keys_of(int64_t row, int64_t kv, int64_t tile) const {
     return keys_ + ((row * l_.kv_heads + kv) * tiles_ + tile) * l_.numbers();
   }
@@ -206,7 +203,7 @@ class Prefill {
 }  // namespace
 
 void prefill(Call& call, const Work& work, size_t copies, const std::function<void(size_t)>& copy) {
-  thread_local std::vector<float> memory;
+  Buffer memory;
   const Prefill run(work, memory);
   call.phases({copies + run.table_tasks(), run.head_tasks(), run.query_tasks()}, [&](size_t part, size_t task) {
     if (part == 0 && task < copies) copy(task);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "turn_tables.h"
 
 namespace graphopt::quantized_kv_attention {
 namespace {
@@ -21,13 +22,6 @@ void prefetch(const void* from, int64_t bytes) {
 float middle(int64_t bits) { return 0.5f * float((1 << bits) - 1); }
 
 }  // namespace
-
-void turn_table(const Work& work, int64_t block, float* cos, float* sin) {
-  const Rotation& r = work.rotation;
-  const int64_t width = work.layout.width;
-  kernels().transpose(r.cos + block * width * r.half, width, r.half, cos);
-  kernels().transpose(r.sin + block * width * r.half, width, r.half, sin);
-}
 
 void FloatReader::prepare(const Work& work) {
   work_ = &work;
@@ -68,8 +62,10 @@ void BlockReader::prepare(const Work& work, const float* queries) {
   scores_.resize(size_t(l.queries() * l.width));
   if (work.rotation.reads()) {
     keys_.resize(size_t(l.numbers()));
-    cos_.resize(size_t(work.rotation.half * l.width));
-    sin_.resize(cos_.size());
+    if (work.tables == nullptr) {
+      cos_.resize(size_t(work.rotation.half * l.width));
+      sin_.resize(cos_.size());
+    }
     // Queries side by side, of up to kQueries heads.
     side_by_side_.assign(size_t(l.kv_heads * chunks() * kQueries * l.depth), 0.0f);
     for (int64_t head = 0; head < l.heads; ++head) {
@@ -107,7 +103,17 @@ float* BlockReader::side_by_side(int64_t kv, int64_t first) {
 }
 
 void BlockReader::turn_to(int64_t block) {
-  if (work_->rotation.reads()) turn_table(*work_, block, cos_.data(), sin_.data());
+  const Rotation& r = work_->rotation;
+  if (!r.reads()) return;
+  if (work_->tables != nullptr) {
+    cos_at_ = work_->tables->cos(block);
+    sin_at_ = work_->tables->sin(block);
+    return;
+  }
+  turn_table(r.cos, r.rows, r.half, work_->layout.width, block, cos_.data());
+  turn_table(r.sin, r.rows, r.half, work_->layout.width, block, sin_.data());
+  cos_at_ = cos_.data();
+  sin_at_ = sin_.data();
 }
 
 float* BlockReader::scores(int64_t row, int64_t block, int64_t kv) {
@@ -130,13 +136,13 @@ float* BlockReader::scores(int64_t row, int64_t block, int64_t kv) {
     const int64_t group = l.per_channel ? 0 : l.group;
     bool done = !r.interleaved;
     for (int64_t first = 0; done && first < l.queries(); first += kQueries) {
-      done = kernels().turned_scores(codes, l.depth, l.width, group, scale, least, r.half, cos_.data(), sin_.data(),
+      done = kernels().turned_scores(codes, l.depth, l.width, group, scale, least, r.half, cos_at_, sin_at_,
                                      std::min(kQueries, l.queries() - first), side_by_side(kv, first),
                                      scores_.data() + first * l.width);
     }
     if (done) return scores_.data();
     kernels().read_keys(codes, l.depth, l.width, group, scale, least, keys_.data());
-    kernels().rotate(keys_.data(), l.width, r.half, r.first_step(), r.second_at(), cos_.data(), sin_.data());
+    kernels().rotate(keys_.data(), l.width, r.half, r.first_step(), r.second_at(), cos_at_, sin_at_);
     kernels().multiply(l.queries(), l.width, l.depth, queries, l.depth, keys_.data(), l.width, scores_.data(), l.width,
                        false);
     return scores_.data();

@@ -7,9 +7,6 @@
 
 namespace graphopt::quantized_kv_attention {
 
-// Cosines and sines of a block's places, [half, width] each.
-void turn_table(const Work& work, int64_t block, float* cos, float* sin);
-
 // Keys [depth, width], turned where they are stored without, and values [width, depth] of one block and KV head.
 class FloatReader {
  public:
@@ -43,6 +40,8 @@ class BlockReader {
   const Work* work_;
   const float* queries_;
   const uint8_t* packed_;
+  const float* cos_at_;  // [half, width], of the block
+  const float* sin_at_;
   std::vector<uint8_t> codes_, words_, query_words_;
   std::vector<float> scales_, scores_, keys_, cos_, sin_, side_by_side_;
   std::vector<float> query_steps_, query_offsets_, query_totals_;  // [H, groups], of keys with scales per token
