@@ -26,11 +26,12 @@ struct Activations {
   int64_t tokens;
   int64_t row;         // `length` rounded up to kRowMultiple
   int64_t length;
-  int block;           // numbers of a block
+  int block_log2;      // of the numbers of a block
   int bits;            // of a weight's number
   int terms;           // 1: 8 bits, 2: 16 bits
 
-  __host__ __device__ int64_t blocks_of_token() const { return length / block; }
+  __host__ __device__ int block() const { return 1 << block_log2; }
+  __host__ __device__ int64_t blocks_of_token() const { return length >> block_log2; }
   __host__ __device__ int64_t term_bytes() const { return tokens * row; }
 };
 
@@ -38,11 +39,11 @@ constexpr int64_t kRowMultiple = 64;  // what 16 bytes of weights of 2 bits meet
 
 // Where number k of a token lies in its row.
 __host__ __device__ inline int64_t place(int64_t k, int bits) {
-  const int parts = 8 / bits, in_word = 4 * parts, rest = int(k % in_word);
-  return k - rest + rest % parts * 4 + rest / parts;
+  const int parts_log2 = bits == 2 ? 2 : bits == 4 ? 1 : 0, parts = 1 << parts_log2, rest = int(k) & (4 * parts - 1);
+  return k - rest + (rest & (parts - 1)) * 4 + (rest >> parts_log2);
 }
 
-// A warp rounds block `index` of token `token`, whose numbers get(i) gives, 0 <= i < x.block. As in the portable body, but
+// A warp rounds block `index` of token `token`, whose numbers get(i) gives, 0 <= i < x.block(). As in the portable body, but
 // a block that isn't finite has the scale NaN and bytes of zero.
 template <typename Get>
 __device__ void round_block(const Activations& x, int64_t token, int64_t index, Get get) {
@@ -53,7 +54,7 @@ __device__ void round_block(const Activations& x, int64_t token, int64_t index, 
 #pragma unroll
   for (int j = 0; j < kMost; ++j) {
     const int i = lane + 32 * j;
-    values[j] = i < x.block ? get(i) : 0.0f;
+    values[j] = i < x.block() ? get(i) : 0.0f;
     magnitude = max(magnitude, __float_as_int(values[j]) & 0x7fffffff);
   }
   for (int distance = 16; distance > 0; distance /= 2) {
@@ -69,9 +70,9 @@ __device__ void round_block(const Activations& x, int64_t token, int64_t index, 
 #pragma unroll
   for (int j = 0; j < kMost; ++j) {
     const int i = lane + 32 * j;
-    if (i >= x.block) break;
+    if (i >= x.block()) break;
     const int rounded = __float2int_rn(finite ? __fmul_rn(values[j], inverse) : 0.0f);
-    const int64_t at = place(index * x.block + i, x.bits);
+    const int64_t at = place(index * x.block() + i, x.bits);
     if (x.terms == 2) {
       const int upper = (rounded + 128) >> 8;
       high[at] = int8_t(upper);

@@ -19,13 +19,13 @@ __device__ inline void load_words(const Weight& weight, int64_t n, int64_t first
   }
 }
 
-// blockIdx.x: rows; blockIdx.y: kTokens tokens. `lanes` of a row: a power of two up to 32.
+// blockIdx.x: rows; blockIdx.y: kTokens tokens. A row has 2^lanes_log2 lanes, at most 32.
 template <int kBits, int kTerms, int kTokens>
-__global__ void multiply_few(Weight weight, Activations x, Output out, int lanes) {
+__global__ void multiply_few(Weight weight, Activations x, Output out, int lanes_log2) {
   constexpr int kParts = 8 / kBits;
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t n = thread / lanes, token = int64_t(blockIdx.y) * kTokens;
-  const int lane = int(thread % lanes);
+  const int64_t n = thread >> lanes_log2, token = int64_t(blockIdx.y) * kTokens;
+  const int lanes = 1 << lanes_log2, lane = int(threadIdx.x) & (lanes - 1);
   const int in_block = 1 << weight.words_of_block_log2, together = in_block < kWordsAtOnce ? in_block : kWordsAtOnce;
   float totals[kTokens] = {};
   if (n < weight.rows) {

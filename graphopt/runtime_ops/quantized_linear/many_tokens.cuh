@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(32 * kWarps) multiply_many(Weight weight, Acti
 
   const int thread = int(threadIdx.x), warp = thread / 32, group = thread % 32 / 4, member = thread % 4;
   const int64_t row = int64_t(blockIdx.x) * kRows;
-  const int blocks_of_step = kStep / x.block > 0 ? kStep / x.block : 1;
+  const int blocks_of_step = kStep >> x.block_log2 > 0 ? kStep >> x.block_log2 : 1;
   for (int64_t token = int64_t(blockIdx.y) * kTokens; token < x.tokens; token += int64_t(gridDim.y) * kTokens) {
     float totals[kTokenTiles][kRowTiles][4] = {};
     int sums[kTokenTiles][kRowTiles][4][kTerms] = {};
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(32 * kWarps) multiply_many(Weight weight, Acti
         const bool inside = row + n < weight.rows && first_word + word < weight.words;
         packed[n][word] = inside ? __ldg(weight.packed + (row + n) * weight.words + first_word + word) : 0;
       }
-      const int64_t first_block = begin / x.block;
+      const int64_t first_block = begin >> x.block_log2;
       for (int i = thread; i < blocks_of_step * kTokens; i += 32 * kWarps) {
         const int m = i % kTokens, block = i / kTokens;
         const bool inside = token + m < x.tokens && first_block + block < weight.blocks;
@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(32 * kWarps) multiply_many(Weight weight, Acti
             }
           }
         }
-        if (((begin + (slice + 1) * kDepth) & (x.block - 1)) != 0) continue;
+        if (((begin + (slice + 1) * kDepth) & (x.block() - 1)) != 0) continue;
         // A block is through.
-        const int block = blocks_of_step > 1 ? slice * kDepth / x.block : 0;
+        const int block = blocks_of_step > 1 ? (slice * kDepth) >> x.block_log2 : 0;
 #pragma unroll
         for (int i = 0; i < kTokenTiles; ++i) {
 #pragma unroll

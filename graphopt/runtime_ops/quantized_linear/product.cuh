@@ -19,7 +19,6 @@ struct Weight {
   int64_t zero_bytes;          // of a row
   int zero;                    // the zero point where none is given
   int words_of_block_log2;
-  int block;
   bool half;                   // scales and minimums are half-precision numbers
   bool aligned;                // rows begin at multiples of 16 bytes
 };

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) round_hidden(const float* products, 
   const int64_t blocks = to.blocks_of_token(), warps = int64_t(gridDim.x) * (kThreads / 32);
   for (int64_t item = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; item < to.tokens * blocks; item += warps) {
     const int64_t token = item / blocks, block = item % blocks;
-    const float* gates = products + token * 2 * to.length + block * to.block;
+    const float* gates = products + token * 2 * to.length + block * to.block();
     const float* ups = gates + to.length;
     round_block(to, token, block, [=](int i) { return activated(activation, gates[i]) * ups[i]; });
   }
