@@ -1,4 +1,4 @@
-// CUDA kernels of QuantizedLinear: one kernel rounds the activations, once for all rows of the weight, and one multiplies.
+// CUDA kernels of QuantizedLinear: one rounds the activations, once for all rows of the weight, and one multiplies.
 #include "device.h"
 #include "few_tokens.cuh"
 #include "launchers.h"

@@ -46,8 +46,8 @@ __device__ inline int zero_point(const Weight& weight, int64_t n, int64_t block)
   return (weight.zero_points[n * weight.zero_bytes + at / 8] >> (at % 8) & ((1 << kBits) - 1)) - (kBits == 8 ? 128 : 0);
 }
 
-// The products of a block's numbers less their zero point, exactly. Sums of bytes come as those of the high bytes and of
-// the low ones; what overflows on the way is back in range at the end.
+// The products of a block's numbers less their zero point, exactly. Sums of bytes come as those of the high bytes and
+// of the low ones; what overflows on the way is back in range at the end.
 template <int kTerms>
 __device__ inline float whole(const int (&sums)[kTerms], int zero, int sum_of_block) {
   unsigned total = unsigned(sums[0]);
