@@ -81,6 +81,12 @@ def test_large_and_missing_numbers(isa: str) -> None:
     assert np.isfinite(y[0, [0, 2]]).all()
 
 
+def test_no_hidden_numbers() -> None:
+    """Nothing is added to the stream; the body has no answer, since Split doesn't split nothing."""
+    inputs = case(3, 64, 0)
+    np.testing.assert_array_equal(run_node("QuantizedMlp", inputs, bits=4, block_size=32)[0], inputs[0])
+
+
 def test_no_tokens() -> None:
     inputs = case(0, 64, 64)
     judge("QuantizedMlp", inputs, atol=0, bits=4, block_size=32)

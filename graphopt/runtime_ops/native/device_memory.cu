@@ -27,7 +27,8 @@ cudaError_t pool_of(int device, cudaMemPool_t* pool) {
       return refused;
     }
     uint64_t kept = kKept;
-    if (const cudaError_t refused = cudaMemPoolSetAttribute(made, cudaMemPoolAttrReleaseThreshold, &kept)) return refused;
+    const cudaError_t refused = cudaMemPoolSetAttribute(made, cudaMemPoolAttrReleaseThreshold, &kept);
+    if (refused != cudaSuccess) return refused;
   }
   *pool = made;
   return cudaSuccess;

@@ -7,8 +7,8 @@
 
 namespace graphopt {
 
-// From a pool of the current device, in the order of the stream: neither waits for the device. The pool keeps some of what
-// it was given back, so that a node that runs again finds its memory. Both return a cudaError_t.
+// From a pool of the current device, in the order of the stream: neither waits for the device. The pool keeps some of
+// what it was given back, so that a node that runs again finds its memory. Both return a cudaError_t.
 int allocate_on_device(void** memory, size_t bytes, void* stream);
 int free_on_device(void* memory, void* stream);
 

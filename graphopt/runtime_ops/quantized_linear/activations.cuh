@@ -18,32 +18,34 @@ struct alignas(8) Block {
   int sum;  // of the bytes; with 16 bits, of 256 · high + low
 };
 
-// Tokens of activations as products take them. The bytes of what meets a 32-bit word of weights come as its numbers do
-// when it is shifted and masked: with 4 bits the even numbers and then the odd ones.
+// Tokens of activations as products take them. A token's bytes come as the numbers of its weights do when words are
+// shifted and masked: with 4 bits those that meet low halves of bytes, and behind them those that meet high ones; with
+// 2 bits four such planes. Neighbouring lanes, which have neighbouring words, then read neighbouring bytes.
 struct Activations {
-  int8_t* bytes;       // [terms, tokens, row]: the high bytes and, with two terms, the low ones
+  int8_t* bytes;       // [terms, tokens, planes, row / planes]: the high bytes and, with two terms, the low ones
   Block* blocks;       // [tokens, length / block]
   int64_t tokens;
   int64_t row;         // `length` rounded up to kRowMultiple
   int64_t length;
-  int block;           // numbers of a block
+  int block_log2;      // of the numbers of a block
   int bits;            // of a weight's number
   int terms;           // 1: 8 bits, 2: 16 bits
 
-  __host__ __device__ int64_t blocks_of_token() const { return length / block; }
+  __host__ __device__ int block() const { return 1 << block_log2; }
+  __host__ __device__ int64_t blocks_of_token() const { return length >> block_log2; }
   __host__ __device__ int64_t term_bytes() const { return tokens * row; }
 };
 
-constexpr int64_t kRowMultiple = 64;  // what 16 bytes of weights of 2 bits meet
+constexpr int64_t kRowMultiple = 64;  // four planes of 16 bytes
 
-// Where number k of a token lies in its row.
-__host__ __device__ inline int64_t place(int64_t k, int bits) {
-  const int parts = 8 / bits, in_word = 4 * parts, rest = int(k % in_word);
-  return k - rest + rest % parts * 4 + rest / parts;
+// Where number k of a token lies in its row of `row` bytes.
+__host__ __device__ inline int64_t place(int64_t k, int64_t row, int bits) {
+  const int planes_log2 = bits == 2 ? 2 : bits == 4 ? 1 : 0;
+  return (k & ((1 << planes_log2) - 1)) * (row >> planes_log2) + (k >> planes_log2);
 }
 
-// A warp rounds block `index` of token `token`, whose numbers get(i) gives, 0 <= i < x.block. As in the portable body, but
-// a block that isn't finite has the scale NaN and bytes of zero.
+// A warp rounds block `index` of token `token`, whose numbers get(i) gives, 0 <= i < x.block(). As in the portable body,
+// but a block that isn't finite has the scale NaN and bytes of zero.
 template <typename Get>
 __device__ void round_block(const Activations& x, int64_t token, int64_t index, Get get) {
   constexpr int kMost = 256 / 32;  // numbers of a lane
@@ -53,7 +55,7 @@ __device__ void round_block(const Activations& x, int64_t token, int64_t index, 
 #pragma unroll
   for (int j = 0; j < kMost; ++j) {
     const int i = lane + 32 * j;
-    values[j] = i < x.block ? get(i) : 0.0f;
+    values[j] = i < x.block() ? get(i) : 0.0f;
     magnitude = max(magnitude, __float_as_int(values[j]) & 0x7fffffff);
   }
   for (int distance = 16; distance > 0; distance /= 2) {
@@ -69,9 +71,9 @@ __device__ void round_block(const Activations& x, int64_t token, int64_t index, 
 #pragma unroll
   for (int j = 0; j < kMost; ++j) {
     const int i = lane + 32 * j;
-    if (i >= x.block) break;
+    if (i >= x.block()) break;
     const int rounded = __float2int_rn(finite ? __fmul_rn(values[j], inverse) : 0.0f);
-    const int64_t at = place(index * x.block + i, x.bits);
+    const int64_t at = place(index * x.block() + i, x.row, x.bits);
     if (x.terms == 2) {
       const int upper = (rounded + 128) >> 8;
       high[at] = int8_t(upper);

@@ -1,4 +1,4 @@
-// CUDA kernels of QuantizedLinear: one kernel rounds the activations, once for all rows of the weight, and one multiplies.
+// CUDA kernels of QuantizedLinear: one rounds the activations, once for all rows of the weight, and one multiplies.
 #include "device.h"
 #include "few_tokens.cuh"
 #include "launchers.h"
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     for (int64_t block = item % parts * (kThreads / 32) + warp; block < blocks; block += parts * (kThreads / 32)) {
       round_block(to, token, block, [=](int i) {
-        const int64_t at = block * to.block + i;
+        const int64_t at = block * to.block() + i;
         const float value = scalar(x, half, begin + at);
         return norm != nullptr ? __fmul_rn(__fdiv_rn(value, root), norm[at]) : value;
       });
@@ -54,11 +54,11 @@ template <int kBits, int kTerms, int kTokens>
 void launch_few(const Weight& weight, const Activations& x, const Output& out, cudaStream_t stream) {
   // As many lanes as find something to do in a row.
   constexpr int kRowThreads = 128;
-  int lanes = 1;
-  while (lanes < 32 && lanes * kWordsAtOnce < weight.words) lanes *= 2;
-  const dim3 grid(unsigned((weight.rows * lanes + kRowThreads - 1) / kRowThreads),
+  int lanes_log2 = 0;
+  while (lanes_log2 < 5 && int64_t(kWordsAtOnce) << lanes_log2 < weight.words) ++lanes_log2;
+  const dim3 grid(unsigned(((weight.rows << lanes_log2) + kRowThreads - 1) / kRowThreads),
                   unsigned((x.tokens + kTokens - 1) / kTokens));
-  multiply_few<kBits, kTerms, kTokens><<<grid, kRowThreads, 0, stream>>>(weight, x, out, lanes);
+  multiply_few<kBits, kTerms, kTokens><<<grid, kRowThreads, 0, stream>>>(weight, x, out, lanes_log2);
 }
 
 template <int kBits, int kTerms, int kTokenTiles, int kRowTiles, int kStep>
@@ -112,7 +112,8 @@ Activations activations_at(void* memory, const DeviceFormat& format, int64_t tok
   made.tokens = tokens;
   made.row = row_of(length);
   made.length = length;
-  made.block = format.block;
+  made.block_log2 = 0;
+  while (1 << made.block_log2 < format.block) ++made.block_log2;
   made.bits = format.bits;
   made.terms = format.activation_bits / 8;
   return made;
@@ -131,7 +132,6 @@ bool weight_at(const void* packed, const void* scales, const void* zero_points, 
   weight->zero = (minimums != nullptr ? 0 : 1 << (format.bits - 1)) - (format.bits == 8 ? 128 : 0);
   weight->words_of_block_log2 = 0;
   while (32 << weight->words_of_block_log2 < format.block * format.bits) ++weight->words_of_block_log2;
-  weight->block = format.block;
   weight->half = format.half_scales;
   weight->aligned = reinterpret_cast<uintptr_t>(packed) % 16 == 0 && weight->words % kWordsAtOnce == 0;
   return reinterpret_cast<uintptr_t>(packed) % 4 == 0;

@@ -19,7 +19,8 @@ struct DeviceFormat {
   // Whether `tokens` rows of `length` numbers can be: a multiple of the block, and sizes in bytes that fit an integer.
   bool fits(int64_t tokens, int64_t length) const {
     constexpr int64_t kMost = int64_t(1) << 46;
-    return tokens >= 0 && length >= 0 && length % block == 0 && length <= kMost && (length == 0 || tokens <= kMost / length);
+    if (tokens < 0 || length < 0 || length % block != 0 || tokens > kMost || length > kMost) return false;
+    return length == 0 || tokens <= kMost / length;
   }
 };
 

@@ -19,13 +19,19 @@ __device__ inline void load_words(const Weight& weight, int64_t n, int64_t first
   }
 }
 
-// blockIdx.x: rows; blockIdx.y: kTokens tokens. `lanes` of a row: a power of two up to 32.
+// What the block adds that ends with a word, where one does.
+struct BlockOfWeight {
+  float scale, minimum;
+  int zero;
+};
+
+// blockIdx.x: rows; blockIdx.y: kTokens tokens. A row has 2^lanes_log2 lanes, at most 32.
 template <int kBits, int kTerms, int kTokens>
-__global__ void multiply_few(Weight weight, Activations x, Output out, int lanes) {
-  constexpr int kParts = 8 / kBits;
+__global__ void multiply_few(Weight weight, Activations x, Output out, int lanes_log2) {
+  constexpr int kPlanes = 8 / kBits;
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t n = thread / lanes, token = int64_t(blockIdx.y) * kTokens;
-  const int lane = int(thread % lanes);
+  const int64_t n = thread >> lanes_log2, token = int64_t(blockIdx.y) * kTokens, plane = x.row / kPlanes;
+  const int lanes = 1 << lanes_log2, lane = int(threadIdx.x) & (lanes - 1);
   const int in_block = 1 << weight.words_of_block_log2, together = in_block < kWordsAtOnce ? in_block : kWordsAtOnce;
   float totals[kTokens] = {};
   if (n < weight.rows) {
@@ -33,50 +39,47 @@ __global__ void multiply_few(Weight weight, Activations x, Output out, int lanes
     for (int64_t first = int64_t(lane) * kWordsAtOnce; first < weight.words; first += int64_t(lanes) * kWordsAtOnce) {
       uint32_t words[kWordsAtOnce];
       load_words(weight, n, first, words);
-      int sums[kTokens][kTerms] = {};
+      BlockOfWeight blocks[kWordsAtOnce];
 #pragma unroll
       for (int i = 0; i < kWordsAtOnce; ++i) {
+        // Words of one block lie together, or are all of what comes behind the row.
+        if (((i + 1) & (together - 1)) != 0 || first + i >= weight.words) continue;
+        const int64_t block = (first + i) >> weight.words_of_block_log2, at = n * weight.blocks + block;
+        // Whoever has a block's first word adds what comes once a block.
+        const bool begins = ((first + i + 1 - together) & (in_block - 1)) == 0;
+        blocks[i].scale = scalar(weight.scales, weight.half, at);
+        blocks[i].zero = begins ? zero_point<kBits>(weight, n, block) : 0;
+        blocks[i].minimum = begins && weight.minimums != nullptr ? scalar(weight.minimums, weight.half, at) : 0.0f;
+      }
 #pragma unroll
-        for (int m = 0; m < kTokens; ++m) {
-          // Tokens that there aren't repeat the last one.
-          const int64_t t = token + m < x.tokens ? token + m : x.tokens - 1;
+      for (int m = 0; m < kTokens; ++m) {
+        // Tokens that there aren't repeat the last one.
+        const int64_t t = token + m < x.tokens ? token + m : x.tokens - 1;
+        uint4 numbers[kTerms][kPlanes];
 #pragma unroll
-          for (int term = 0; term < kTerms; ++term) {
-            const int8_t* bytes = x.bytes + term * x.term_bytes() + t * x.row + (first + i) * (4 * kParts);
-            uint32_t numbers[kParts];
-            if (kParts == 4) {
-              const uint4 read = *reinterpret_cast<const uint4*>(bytes);
-              numbers[0] = read.x, numbers[1 % kParts] = read.y, numbers[2 % kParts] = read.z, numbers[3 % kParts] = read.w;
-            } else if (kParts == 2) {
-              const uint2 read = *reinterpret_cast<const uint2*>(bytes);
-              numbers[0] = read.x, numbers[1 % kParts] = read.y;
-            } else {
-              numbers[0] = *reinterpret_cast<const uint32_t*>(bytes);
-            }
+        for (int term = 0; term < kTerms; ++term) {
+          const int8_t* bytes = x.bytes + term * x.term_bytes() + t * x.row + first * 4;
 #pragma unroll
-            for (int p = 0; p < kParts; ++p) {
-              sums[m][term] = dot4(part_of<kBits>(words[i], p), numbers[p], sums[m][term]);
-            }
-          }
+          for (int p = 0; p < kPlanes; ++p) numbers[term][p] = *reinterpret_cast<const uint4*>(bytes + p * plane);
         }
-        // Words of one block lie together, or are all of the row's end.
-        if (((i + 1) & (together - 1)) == 0 && first + i < weight.words) {
-          const int64_t block = (first + i) >> weight.words_of_block_log2;
-          // Whoever has a block's first word adds what comes once a block.
-          const bool begins = ((first + i + 1 - together) & (in_block - 1)) == 0;
-          const float scale = scalar(weight.scales, weight.half, n * weight.blocks + block);
-          const int zero = begins ? zero_point<kBits>(weight, n, block) : 0;
-          const float minimum =
-              begins && weight.minimums != nullptr ? scalar(weight.minimums, weight.half, n * weight.blocks + block) : 0.0f;
+        int sums[kTerms] = {};
 #pragma unroll
-          for (int m = 0; m < kTokens; ++m) {
-            const int64_t t = token + m < x.tokens ? token + m : x.tokens - 1;
-            const Block of_x = x.blocks[t * weight.blocks + block];
-            totals[m] += whole<kTerms>(sums[m], zero, of_x.sum) * (scale * of_x.scale);
-            if (begins && weight.minimums != nullptr) totals[m] += minimum * (of_x.scale * float(of_x.sum));
+        for (int i = 0; i < kWordsAtOnce; ++i) {
 #pragma unroll
-            for (int term = 0; term < kTerms; ++term) sums[m][term] = 0;
+          for (int p = 0; p < kPlanes; ++p) {
+            const uint32_t part = part_of<kBits>(words[i], p);
+#pragma unroll
+            for (int term = 0; term < kTerms; ++term) {
+              const uint4& four = numbers[term][p];
+              sums[term] = dot4(part, i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w, sums[term]);
+            }
           }
+          if (((i + 1) & (together - 1)) != 0 || first + i >= weight.words) continue;
+          const Block of_x = x.blocks[t * weight.blocks + ((first + i) >> weight.words_of_block_log2)];
+          totals[m] += whole<kTerms>(sums, blocks[i].zero, of_x.sum) * (blocks[i].scale * of_x.scale);
+          if (weight.minimums != nullptr) totals[m] += blocks[i].minimum * (of_x.scale * float(of_x.sum));
+#pragma unroll
+          for (int term = 0; term < kTerms; ++term) sums[term] = 0;
         }
       }
     }

@@ -29,8 +29,9 @@ class Inputs {
 
   // The shape of the product. `adds` becomes whether there is a residual.
   static Shape product(const Matrix& matrix, const Tensor& x, const Tensor& residual, bool* adds) {
-    GRAPHOPT_REQUIRE(!x.shape.empty() && x.dim(-1) == matrix.length, "x is %s, and the weight takes rows of %lld numbers",
-                     text(x.shape).c_str(), (long long)matrix.length);
+    GRAPHOPT_REQUIRE(!x.shape.empty() && x.dim(-1) == matrix.length,
+                     "x is %s, and the weight takes rows of %lld numbers", text(x.shape).c_str(),
+                     (long long)matrix.length);
     Shape shape = x.shape;
     shape.back() = matrix.rows;
     *adds = residual.shape == shape;

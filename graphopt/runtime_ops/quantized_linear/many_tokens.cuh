@@ -1,5 +1,5 @@
-// The product for many tokens, on tensor cores: a thread block computes a tile of tokens and rows of the weight, a step of
-// their length after the other in shared memory.
+// The product for many tokens, on tensor cores: a thread block computes a tile of tokens and rows of the weight, a step
+// of their length after the other in shared memory.
 #pragma once
 
 #include "integer_products.cuh"
@@ -15,9 +15,10 @@ constexpr int kShortestBlock = 16;
 template <int kBits, int kTerms, int kTokenTiles, int kRowTiles, int kStep>
 __global__ void __launch_bounds__(32 * kWarps) multiply_many(Weight weight, Activations x, Output out) {
   constexpr int kTokens = 16 * kTokenTiles, kRows = 8 * kRowTiles * kWarps;
-  constexpr int kParts = 8 / kBits, kWords = kStep / (4 * kParts), kQuads = kStep / 16, kBlocks = kStep / kShortestBlock;
+  constexpr int kPlanes = 8 / kBits, kWords = kStep / (4 * kPlanes), kQuads = kStep / 16;
+  constexpr int kBlocks = kStep / kShortestBlock;
   // Rows in shared memory are so long that what a warp reads at once lies in different banks.
-  __shared__ __align__(16) uint32_t values[kTerms][kTokens][kStep / 4 + 4];
+  __shared__ uint32_t values[kTerms][kTokens][kStep / 4 + 4];
   __shared__ uint32_t packed[kRows][kWords + (kBits == 2 ? 1 : 4)];
   __shared__ Block blocks_of_x[kBlocks][kTokens];
   __shared__ float scales[kBlocks][kRows];
@@ -26,27 +27,31 @@ __global__ void __launch_bounds__(32 * kWarps) multiply_many(Weight weight, Acti
 
   const int thread = int(threadIdx.x), warp = thread / 32, group = thread % 32 / 4, member = thread % 4;
   const int64_t row = int64_t(blockIdx.x) * kRows;
-  const int blocks_of_step = kStep / x.block > 0 ? kStep / x.block : 1;
+  const int blocks_of_step = kStep >> x.block_log2 > 0 ? kStep >> x.block_log2 : 1;
   for (int64_t token = int64_t(blockIdx.y) * kTokens; token < x.tokens; token += int64_t(gridDim.y) * kTokens) {
     float totals[kTokenTiles][kRowTiles][4] = {};
     int sums[kTokenTiles][kRowTiles][4][kTerms] = {};
     for (int64_t begin = 0; begin < x.length; begin += kStep) {
       __syncthreads();  // others may still read the step before
+      const int64_t first_word = begin / (4 * kPlanes);
       for (int i = thread; i < kTerms * kTokens * kQuads; i += 32 * kWarps) {
+        // Four words of a plane, which come apart in the order of the numbers: slices of a step are whole blocks then.
         const int quad = i % kQuads, m = i / kQuads % kTokens, term = i / kQuads / kTokens;
+        const int p = quad % kPlanes, word = quad / kPlanes * 4;
         uint4 read = make_uint4(0, 0, 0, 0);
-        if (token + m < x.tokens && begin + quad * 16 < x.length) {
-          read = *reinterpret_cast<const uint4*>(x.bytes + term * x.term_bytes() + (token + m) * x.row + begin + quad * 16);
+        if (token + m < x.tokens && first_word + word < weight.words) {
+          read = *reinterpret_cast<const uint4*>(x.bytes + term * x.term_bytes() + (token + m) * x.row +
+                                                 p * (x.row / kPlanes) + (first_word + word) * 4);
         }
-        *reinterpret_cast<uint4*>(&values[term][m][quad * 4]) = read;
+        uint32_t* to = &values[term][m][word * kPlanes + p];
+        to[0] = read.x, to[kPlanes] = read.y, to[2 * kPlanes] = read.z, to[3 * kPlanes] = read.w;
       }
-      const int64_t first_word = begin / (4 * kParts);
       for (int i = thread; i < kRows * kWords; i += 32 * kWarps) {
         const int word = i % kWords, n = i / kWords;
         const bool inside = row + n < weight.rows && first_word + word < weight.words;
         packed[n][word] = inside ? __ldg(weight.packed + (row + n) * weight.words + first_word + word) : 0;
       }
-      const int64_t first_block = begin / x.block;
+      const int64_t first_block = begin >> x.block_log2;
       for (int i = thread; i < blocks_of_step * kTokens; i += 32 * kWarps) {
         const int m = i % kTokens, block = i / kTokens;
         const bool inside = token + m < x.tokens && first_block + block < weight.blocks;
@@ -69,7 +74,7 @@ __global__ void __launch_bounds__(32 * kWarps) multiply_many(Weight weight, Acti
         uint32_t right[kRowTiles];
 #pragma unroll
         for (int j = 0; j < kRowTiles; ++j) {
-          right[j] = part_of<kBits>(packed[(warp * kRowTiles + j) * 8 + group][quarter / kParts], quarter % kParts);
+          right[j] = part_of<kBits>(packed[(warp * kRowTiles + j) * 8 + group][quarter / kPlanes], quarter % kPlanes);
         }
 #pragma unroll
         for (int i = 0; i < kTokenTiles; ++i) {
@@ -87,9 +92,9 @@ __global__ void __launch_bounds__(32 * kWarps) multiply_many(Weight weight, Acti
             }
           }
         }
-        if (((begin + (slice + 1) * kDepth) & (x.block - 1)) != 0) continue;
+        if (((begin + (slice + 1) * kDepth) & (x.block() - 1)) != 0) continue;
         // A block is through.
-        const int block = blocks_of_step > 1 ? slice * kDepth / x.block : 0;
+        const int block = blocks_of_step > 1 ? (slice * kDepth) >> x.block_log2 : 0;
 #pragma unroll
         for (int i = 0; i < kTokenTiles; ++i) {
 #pragma unroll
@@ -98,7 +103,8 @@ __global__ void __launch_bounds__(32 * kWarps) multiply_many(Weight weight, Acti
             for (int e = 0; e < 4; ++e) {
               const Block of_x = blocks_of_x[block][i * 16 + group + e / 2 * 8];
               const int n = (warp * kRowTiles + j) * 8 + member * 2 + e % 2;
-              totals[i][j][e] += whole<kTerms>(sums[i][j][e], zeros[block][n], of_x.sum) * (scales[block][n] * of_x.scale);
+              const float scale = scales[block][n] * of_x.scale;
+              totals[i][j][e] += whole<kTerms>(sums[i][j][e], zeros[block][n], of_x.sum) * scale;
               if (weight.minimums != nullptr) totals[i][j][e] += minimums[block][n] * (of_x.scale * float(of_x.sum));
 #pragma unroll
               for (int term = 0; term < kTerms; ++term) sums[i][j][e][term] = 0;

@@ -19,7 +19,6 @@ struct Weight {
   int64_t zero_bytes;          // of a row
   int zero;                    // the zero point where none is given
   int words_of_block_log2;
-  int block;
   bool half;                   // scales and minimums are half-precision numbers
   bool aligned;                // rows begin at multiples of 16 bytes
 };
@@ -47,8 +46,8 @@ __device__ inline int zero_point(const Weight& weight, int64_t n, int64_t block)
   return (weight.zero_points[n * weight.zero_bytes + at / 8] >> (at % 8) & ((1 << kBits) - 1)) - (kBits == 8 ? 128 : 0);
 }
 
-// The products of a block's numbers less their zero point, exactly. Sums of bytes come as those of the high bytes and of
-// the low ones; what overflows on the way is back in range at the end.
+// The products of a block's numbers less their zero point, exactly. Sums of bytes come as those of the high bytes and
+// of the low ones; what overflows on the way is back in range at the end.
 template <int kTerms>
 __device__ inline float whole(const int (&sums)[kTerms], int zero, int sum_of_block) {
   unsigned total = unsigned(sums[0]);

@@ -18,7 +18,7 @@ class QuantizedMlp final : public Kernel {
     const Tensor x = call.input(kX);
     const int64_t count = Inputs::tokens(weights, x), width = up.length, hidden = down.length;
     void* y = call.output(0, x.shape);
-    if (count == 0 || hidden == 0) return;
+    if (count == 0) return;
 
     const Kernels& run = kernels();
     const Layout outer(up, inputs_.format.terms), inner(down, inputs_.format.terms);

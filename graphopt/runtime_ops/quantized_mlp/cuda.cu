@@ -1,5 +1,5 @@
-// CUDA kernels of QuantizedMlp: those of QuantizedLinear for both products, and one between them. The hidden numbers are
-// rounded by a kernel of their own: blocks of 16 to 256 of them are too few thread blocks for a product's warps.
+// CUDA kernels of QuantizedMlp: those of QuantizedLinear for both products, and one between them. The hidden numbers
+// are rounded by a kernel of their own: blocks of 16 to 256 of them would be too few thread blocks for a product.
 #include "../quantized_linear/device.h"
 #include "launchers.h"
 
@@ -23,9 +23,10 @@ __device__ float activated(int activation, float x) {
 // Rounds activation(gate) · up; `products` [tokens, 2 · to.length] holds a token's gates and, behind them, its ups.
 __global__ void __launch_bounds__(kThreads) round_hidden(const float* products, int activation, Activations to) {
   const int64_t blocks = to.blocks_of_token(), warps = int64_t(gridDim.x) * (kThreads / 32);
-  for (int64_t item = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32; item < to.tokens * blocks; item += warps) {
+  const int64_t first = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  for (int64_t item = first; item < to.tokens * blocks; item += warps) {
     const int64_t token = item / blocks, block = item % blocks;
-    const float* gates = products + token * 2 * to.length + block * to.block;
+    const float* gates = products + token * 2 * to.length + block * to.block();
     const float* ups = gates + to.length;
     round_block(to, token, block, [=](int i) { return activated(activation, gates[i]) * ups[i]; });
   }
@@ -79,21 +80,20 @@ int64_t graphopt_cuda_quantized_mlp_scratch_bytes(int64_t tokens, int64_t width,
 
 int graphopt_cuda_quantized_mlp(const void* x, const float* norm, const void* gate_up, const void* gate_up_scales,
                                 const void* gate_up_zero_points, const void* gate_up_minimums, const void* down,
-                                const void* down_scales, const void* down_zero_points, const void* down_minimums, void* y,
-                                void* scratch, int64_t tokens, int64_t width, int64_t hidden, int bits, int block_size,
-                                int activation_bits, int activation, int half, int half_scales, float epsilon,
-                                void* stream) {
+                                const void* down_scales, const void* down_zero_points, const void* down_minimums,
+                                void* y, void* scratch, int64_t tokens, int64_t width, int64_t hidden, int bits,
+                                int block_size, int activation_bits, int activation, int half, int half_scales,
+                                float epsilon, void* stream) {
   using namespace graphopt::quantized_mlp;
   const DeviceFormat format{bits, block_size, activation_bits, half_scales != 0};
-  if (!format.valid() || !format.fits(tokens, width) || !format.fits(tokens, hidden) || activation < 0 || activation > 3) {
-    return cudaErrorInvalidValue;
-  }
+  if (!format.valid() || !format.fits(tokens, width) || !format.fits(tokens, hidden)) return cudaErrorInvalidValue;
+  if (activation < 0 || activation > 3) return cudaErrorInvalidValue;
   if (tokens == 0 || width == 0) return cudaSuccess;
   Mlp mlp{format, {}, {}, norm, epsilon, activation, half != 0};
-  if (!weight_at(gate_up, gate_up_scales, gate_up_zero_points, gate_up_minimums, format, 2 * hidden, width, &mlp.gate_up) ||
-      !weight_at(down, down_scales, down_zero_points, down_minimums, format, width, hidden, &mlp.down)) {
-    return cudaErrorInvalidValue;
-  }
+  const bool aligned = weight_at(gate_up, gate_up_scales, gate_up_zero_points, gate_up_minimums, format, 2 * hidden, width,
+                                 &mlp.gate_up) &&
+                       weight_at(down, down_scales, down_zero_points, down_minimums, format, width, hidden, &mlp.down);
+  if (!aligned) return cudaErrorInvalidValue;
   const int64_t bytes_of_token = width * (half != 0 ? 2 : 4);
   for (int64_t begin = 0; begin < tokens; begin += kSlice) {
     const void* from = static_cast<const char*>(x) + begin * bytes_of_token;
