@@ -36,15 +36,9 @@ Matrix matrix(const Inputs& input, size_t first, const Format& format, const cha
   GRAPHOPT_REQUIRE(packed.dim(2) == format.block * format.bits / 8, "%s has %lld bytes a block, and %lld numbers of %d bits take %lld",
                    name, (long long)packed.dim(2), (long long)format.block, format.bits,
                    (long long)(format.block * format.bits / 8));
-<<<<<<< HEAD
   // Only a weight without elements can say more; its products of sizes would overflow.
   GRAPHOPT_REQUIRE(packed.dim(0) < int64_t(1) << 40 && packed.dim(1) < int64_t(1) << 31, "%s has impossible sizes %s",
                    name, text(packed.shape).c_str());
-=======
-  // Where there are no rows, no memory bounds how long they are.
-  GRAPHOPT_REQUIRE(packed.dim(1) <= int64_t(1) << 40, "%s has %lld blocks a row, more than fits any memory", name,
-                   (long long)packed.dim(1));
->>>>>>> w-blockscuda
   Matrix made;
   made.bits = format.bits;
   made.block = format.block;
