@@ -25,6 +25,7 @@ from graphopt.passes.clean.eliminate_dead_code import EliminateDeadCode
 from graphopt.passes.kv.quantize_kv import QuantizeKV, renamed
 from graphopt.passes.lower.group_query_attention import GroupQueryAttention
 from graphopt.recipe import load, shipped
+from graphopt.report.summary import headline
 from graphopt.runtime_ops.generation import Generator
 
 HEAD = """<ir_version: 10, opset_import: ["": 23]>
@@ -409,5 +410,6 @@ def test_recipes_run_and_later_passes_are_judged_on_the_new_interface(name: str,
     assert records["quantize-kv"].verdict is None
     assert result.report.run.verdict is not None
     assert result.report.run.verdict.ok
+    assert "but for the loss of quantize-kv" in headline(result.report.to_dict())
     expected = fed(generator(before, tmp_path), IDS, [45])
     assert off(fed(generator(result.model, tmp_path), IDS, [45]), expected) < 0.01  # all still in the window
