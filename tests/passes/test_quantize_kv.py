@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,17 @@ def test_near_the_original_however_a_text_is_fed(options: dict[str, Any], cache:
     whole = fed(generator(before, tmp_path), IDS, [45])
     for pieces in ([45], [20, 25], [30, *[1] * 15], [1] * 45):
         assert off(fed(after, IDS, pieces), whole) < 0.01
+
+
+def test_the_portable_body_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    after, _ = quantized(decoder(), *ASSUMED, key_bits=4, value_bits=3, **SMALL)
+    expected = fed(generator(after, tmp_path), IDS, [20, 25])
+    monkeypatch.setenv("GRAPHOPT_LIBRARY", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it is slower
+        running = [generator(after, tmp_path, cache) for cache in ("growing", "static")]
+    for body in running:
+        assert off(fed(body, IDS, [20, 25]), expected) < 1e-4
 
 
 def test_fewer_bits_cost_more(tmp_path: Path) -> None:
