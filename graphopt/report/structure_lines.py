@@ -86,7 +86,12 @@ def _cache(data: Data) -> list[str]:
     if not cache:
         return []
     heads = f"{cache['heads'] or '?'} KV heads of {cache['head_size'] or '?'}"
-    kind = [cache["layout"] or "several layouts", cache["dtype"] or "several types", f"by {_words(cache['operators'])}"]
+    blocks = {pair["block_size"] for pair in cache["pairs"] if pair["part"] == "codes"}
+    kind = [f"quantized in blocks of {size} tokens" for size in sorted(blocks)] or [
+        cache["layout"] or "several layouts",
+        cache["dtype"] or "several types",
+    ]
+    kind.append(f"by {_words(cache['operators'])}")
     kind.append("past and present may share one buffer" if cache["shared_buffer"] else "growing")
     roles = ", ".join(f"{words} {cache[key]!r}" for key, words in _ROLES.items() if cache[key])
     line = f"KV cache: {units.plural(cache['layers'], 'layer')} of {heads} ({', '.join(kind)}); {roles}"

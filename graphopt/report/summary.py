@@ -125,7 +125,8 @@ def headline(report: Data) -> str:
         parts.append(speed)
     verdict = report.get("verification")
     if verdict:
-        parts.append(measured.verdict_sentence(verdict))
+        loss = f" but for the loss of {' and '.join(names)}" if (names := lossy(report)) else ""
+        parts.append(measured.verdict_sentence(verdict) + loss)
     elif modified(report):
         parts.append("not verified")
     if limits := valid_only_for(report):
@@ -136,6 +137,11 @@ def headline(report: Data) -> str:
     if not modified(report) and not taken_back:
         return f"Nothing to change: {nodes.after} nodes stay as they are"
     return ", ".join(parts)
+
+
+def lossy(report: Data) -> list[str]:
+    """The lossy passes that changed the model: what came after them is compared with their result."""
+    return list(dict.fromkeys(e.name for e in effects(report) if e.status == "applied" and e.guarantee == "lossy"))
 
 
 def modified(report: Data) -> bool:
@@ -301,7 +307,7 @@ def checks(report: Data) -> list[tuple[str, str]]:
     found = []
     verdict = report.get("verification")
     if verdict and verdict.get("ok"):
-        found.append(("good", "Verified against the original"))
+        found.append(("good", "Verified but for lossy passes" if lossy(report) else "Verified against the original"))
     elif verdict:
         found.append(("bad", "Verification failed"))
     elif modified(report):
@@ -311,7 +317,7 @@ def checks(report: Data) -> list[tuple[str, str]]:
     taken_back = {e.name for e in effects(report) if e.status == "rolled back"}
     for name in sorted(taken_back):
         found.append(("bad", f"{name} rolled back"))
-    if any(e.status == "applied" and e.guarantee == "lossy" for e in effects(report)):
+    if lossy(report):
         found.append(("warn", "Lossy passes ran: the numbers were meant to change"))
     elif modified(report) and not taken_back:
         found.append(("good", "Every pass that ran is exact"))

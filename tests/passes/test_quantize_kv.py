@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from graphopt.passes.clean.eliminate_dead_code import EliminateDeadCode
 from graphopt.passes.kv.quantize_kv import QuantizeKV, renamed
 from graphopt.passes.lower.group_query_attention import GroupQueryAttention
 from graphopt.recipe import load, shipped
+from graphopt.report.summary import headline
 from graphopt.runtime_ops.generation import Generator
 
 HEAD = """<ir_version: 10, opset_import: ["": 23]>
@@ -240,6 +242,17 @@ def test_near_the_original_however_a_text_is_fed(options: dict[str, Any], cache:
         assert off(fed(after, IDS, pieces), whole) < 0.01
 
 
+def test_the_portable_body_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    after, _ = quantized(decoder(), *ASSUMED, key_bits=4, value_bits=3, **SMALL)
+    expected = fed(generator(after, tmp_path), IDS, [20, 25])
+    monkeypatch.setenv("GRAPHOPT_LIBRARY", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it is slower
+        running = [generator(after, tmp_path, cache) for cache in ("growing", "static")]
+    for body in running:
+        assert off(fed(body, IDS, [20, 25]), expected) < 1e-4
+
+
 def test_fewer_bits_cost_more(tmp_path: Path) -> None:
     before = decoder()
     expected = fed(generator(before, tmp_path), IDS, [45])
@@ -409,5 +422,6 @@ def test_recipes_run_and_later_passes_are_judged_on_the_new_interface(name: str,
     assert records["quantize-kv"].verdict is None
     assert result.report.run.verdict is not None
     assert result.report.run.verdict.ok
+    assert "but for the loss of quantize-kv" in headline(result.report.to_dict())
     expected = fed(generator(before, tmp_path), IDS, [45])
     assert off(fed(generator(result.model, tmp_path), IDS, [45]), expected) < 0.01  # all still in the window

@@ -75,11 +75,12 @@ class QuantizeKV(CachedAttentionPass):
     The portable body of the operator goes into the model, so that it runs on an ONNX Runtime without the library too,
     but slowly: for every token the whole cache is unpacked.
 
-    **Options:** `key_bits`, `value_bits` (default 8): 8, 4, 3 or 2; `key_per_channel` (default true): scales of keys
-    per channel of a block, else per token as those of values; `block_size` (default 32): tokens of a block;
-    `group_size` (default 0): features that share a scale per token, 0 for all of a head; `window` (default 32): newest
-    tokens that are never quantized; `rotate_at_read` (default true): rule 2; `operator` (default "graphopt"):
-    "contrib": rule 3; `windows` (default 8): windows of text that rule 3 looks at.
+    **Options:** `key_bits` (default 8): bits of a number of a key, 8, 4, 3 or 2; `value_bits` (default 8): of a value;
+    `key_per_channel` (default true): scales of keys per channel of a block, else per token as those of values;
+    `block_size` (default 32): tokens of a block; `group_size` (default 0): features that share a scale per token, 0 for
+    all of a head; `window` (default 32): newest tokens that are never quantized; `rotate_at_read` (default true):
+    rule 2; `operator` (default "graphopt"): "contrib": rule 3; `windows` (default 8): windows of text that rule 3 looks
+    at.
 
     **Needs:** opset 23, as `Attention` does; float32 or float16; heads of the same size for keys and values, a multiple
     of 8; an attention mask with its padding at the end (`--assume no-left-padding`); for rule 2 `--assume
