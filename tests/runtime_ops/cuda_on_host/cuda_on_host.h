@@ -1,7 +1,7 @@
-// Enough of CUDA to compile the kernels for the host and run them, each thread a coroutine: index arithmetic, barriers
-// and numbers are held against references where there is no GPU. Thread blocks run one behind the other. Threads run
-// until they wait, in rising or in falling order, so that a missing barrier shows in one of the two; threads that wait
-// for what never comes fail the launch.
+// Enough of CUDA to compile the kernels for the host and run them, each thread a coroutine: index arithmetic, barriers and
+// numbers are held against references where there is no GPU. Thread blocks run one behind the other. Threads run until
+// they wait, in rising or in falling order, so that a missing barrier shows in one of the two; threads that wait for what
+// never comes fail the launch.
 #pragma once
 
 #include <ucontext.h>
@@ -39,6 +39,9 @@ struct uint2 {
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -179,6 +182,23 @@ extern "C" __attribute__((visibility("default"), used)) inline void on_host_run_
 }
 
 inline cudaError_t cudaGetLastError() { return std::exchange(on_host::device.error, cudaSuccess); }
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToDevice };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t = nullptr) {
+  if (bytes != 0) std::memmove(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+                                     size_t height, cudaMemcpyKind kind, cudaStream_t stream = nullptr) {
+  for (size_t row = 0; row < height; ++row) {
+    cudaMemcpyAsync(static_cast<char*>(to) + row * to_pitch, static_cast<const char*>(from) + row * from_pitch, width,
+                    kind, stream);
+  }
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) {
+  if (bytes != 0) std::memset(to, value, bytes);
+  return cudaSuccess;
+}
 template <typename K>
 cudaError_t cudaFuncSetAttribute(K, int, int bytes) {
   return bytes > 227 << 10 ? cudaErrorInvalidValue : cudaSuccess;
@@ -217,6 +237,7 @@ inline int __float_as_int(float value) { return same_bits<int>(value); }
 inline float __int_as_float(int value) { return same_bits<float>(value); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline int __float2int_rn(float a) { return int(std::lrint(a)); }
