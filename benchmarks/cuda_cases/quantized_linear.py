@@ -33,7 +33,7 @@ ODD_FORMS = (
     Form(2, 32, minimums=True),
     Form(2, 256),
 )
-ODD = ((1, 1), (5, 3), (33, 9), (67, 17))
+ODD = ((1, 1), (5, 3), (33, 9), (67, 5))
 """Rows and blocks."""
 EPSILON = 1e-5
 

@@ -13,7 +13,7 @@ from cuda_quantized_weights import Form, dense, normalised, random_weight, round
 REAL = ((576, 1536), (4096, 11008))
 """Width and hidden numbers of SmolLM2 and of a model with 7 billion weights."""
 REAL_FORMS = (Form(), Form(activation_bits=16), Form(bits=8), Form(bits=2, block_size=64, minimums=True))
-ODD = ((1, 1), (3, 5), (9, 2))
+ODD = ((1, 1), (3, 5), (7, 2))
 """Blocks of both."""
 EPSILON = 1e-5
 
@@ -84,6 +84,6 @@ def cases() -> Iterator[Case]:
         for form in REAL_FORMS if width == 4096 else REAL_FORMS[:1]:
             yield case(tokens, width, hidden, form, 0, True, True)
     for (a, b), tokens, activation in itertools.product(ODD, (0, 1, 3, 9, 33), range(4)):
-        for bits, block_size in itertools.product((2, 4, 8), (16, 128)):
+        for bits, block_size in itertools.product((2, 4, 8), (16, 64)):
             form = Form(bits, block_size, 16, activation % 2 == 1, activation > 1, tokens == 9, tokens == 3)
             yield case(tokens, a * block_size, b * block_size, form, activation, activation == 0, False)

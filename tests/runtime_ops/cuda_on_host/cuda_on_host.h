@@ -1,7 +1,7 @@
-// Enough of CUDA to compile the kernels for the host and run them, each thread a coroutine: index arithmetic, barriers
-// and numbers are held against references where there is no GPU. Thread blocks run one behind the other. Threads run
-// until they wait, in rising or in falling order, so that a missing barrier shows in one of the two; threads that wait
-// for what never comes fail the launch.
+// Enough of CUDA to compile the kernels for the host and run them, each thread a coroutine: index arithmetic, barriers and
+// numbers are held against references where there is no GPU. Thread blocks run one behind the other. Threads run until
+// they wait, in rising or in falling order, so that a missing barrier shows in one of the two; threads that wait for what
+// never comes fail the launch.
 #pragma once
 
 #include <ucontext.h>
