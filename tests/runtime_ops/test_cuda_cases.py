@@ -16,7 +16,7 @@ from cuda_launchers import OPERATORS, Launchers, declared
 from tests.runtime_ops.cuda_emulation import emulated
 
 torch = pytest.importorskip("torch")
-MOST = 30
+MOST = 12
 """Cases of a launcher that are run in each direction; of more, every second, third, ... is."""
 CASES = [case for case in all_cases() if not case.timed]
 
@@ -37,7 +37,10 @@ def test_kernels_on_the_host(launcher: str, backwards: bool) -> None:
     launchers = Launchers(library)
     for case in chosen:
         call = case.make(torch, "cpu", launchers)
+        given = list(call.arguments.values() if isinstance(call.arguments, dict) else call.arguments)
         for output in call.outputs:
+            if sum(argument is output for argument in given) > 1:
+                continue  # it is an input too
             output.fill_(float("nan") if output.dtype.is_floating_point else 99)
         assert launchers.call(case.launcher, call.arguments) == 0, case.shape
         assert largest_difference(call) <= 1, case.shape
