@@ -11,11 +11,12 @@
 namespace graphopt::codebook_matmul {
 namespace {
 
-constexpr int64_t kDirectRows = 2;         // rows of x up to which indices are looked up anew for each row
+constexpr int64_t kDirectRows = 2;         // rows of x up to which indices are looked up anew for each row,
+constexpr int64_t kByteRows = 4;           // and where x is in bytes
 constexpr int64_t kTaskWeights = 1 << 17;  // weights that are worth a thread
 constexpr int64_t kStrip = 16;             // rows of weights that are written out together,
-constexpr int64_t kStripColumns = 512;     // and columns: what the first cache holds
-constexpr int64_t kTogether = 96;          // rows of x that are multiplied with a strip
+constexpr int64_t kStripColumns = 384;     // and columns: what the first cache holds
+constexpr int64_t kTogether = 192;         // rows of x that are multiplied with a strip
 
 // Memory that begins with a line of the cache, kept by a thread from call to call.
 class Scratch {
@@ -47,12 +48,12 @@ class Product {
 
   void run() {
     if (m_ == 0 || n_ == 0) return;
-    if (m_ > kDirectRows || !(weights_.narrow() || weights_.takes_tiles())) {
-      by_strips();
-    } else if (weights_.takes_bytes()) {
+    if (weights_.takes_bytes() && m_ <= kByteRows) {
       by_bytes();
-    } else {
+    } else if ((weights_.narrow() || weights_.takes_tiles()) && m_ <= kDirectRows) {
       by_numbers();
+    } else {
+      by_strips();
     }
   }
 
