@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from graphopt.runtime_ops import library_path
+from graphopt.runtime_ops import library_path, operators
 from graphopt.runtime_ops.codebook_matmul.packing import pack_indices
 from graphopt.runtime_ops.library import kernels
 from tests.runtime_ops.codebook_cases import Case, quantized
@@ -281,3 +281,11 @@ def test_the_library_has_kernels_for_all_types() -> None:
         types[0::3][:2] for name, provider, types in kernels(path) if (name, provider) == (NAME, "CPUExecutionProvider")
     }
     assert types == {(x, scales) for x in (1, 10) for scales in (1, 10)}
+
+
+def test_cost() -> None:
+    case = Case(24, 64, 4, batch=(2,), group_size=32, outliers=10, bias=True)
+    operator = operators()[NAME]
+    cost = operator.cost([array.shape for array in case.inputs()], operator.attributes_of(**case.attributes))
+    assert cost.flops == 2 * 2 * (24 * 64 + 10)
+    assert cost.bytes == 24 * 32 + 4 * (16 + 24 * 2 + 25 + 10 + 10 + 24 + 2 * 64 + 2 * 24)
