@@ -40,9 +40,9 @@ C_{b}\big[\, i_{\lfloor n / r \rfloor, \lfloor k / c \rfloor} \,\big]_{n \bmod r
   of the output, the same as `MatMulNBits` does at accuracy level 4.
 
 The fast kernels of the CPU are those of 2, 3 and 4 bits with tiles of 1 × 1 and groups of a multiple of 8 columns, or
-of 128 where codebooks are selected; and for one or two rows of $x$, tiles of 1 × 4, 1 × 8, 4 × 1 and 8 × 1. All others
-write the weights out a piece at a time and multiply; with one row of $x$, indices of 8 bits for single weights gain
-nothing over float32 but memory. Where $x$ is rounded ($a$ a multiple of 8, AVX-512 VNNI), a narrow codebook whose
+of 128 where codebooks are selected; and for one or two rows of $x$, tiles of 1 × 2, 1 × 4, 1 × 8, 4 × 1 and 8 × 1. All
+others write the weights out a piece at a time and multiply; with one row of $x$, indices of 8 bits for single weights
+gain nothing over float32 but memory. Where $x$ is rounded ($a$ a multiple of 8, AVX-512 VNNI), a narrow codebook whose
 numbers aren't multiples of one step, from -127 to 127 times it, is itself rounded to 16 bits of its range.
 
 What has no use is an empty tensor. How the methods are written down:
