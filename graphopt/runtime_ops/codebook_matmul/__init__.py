@@ -36,8 +36,14 @@ C_{b}\big[\, i_{\lfloor n / r \rfloor, \lfloor k / c \rfloor} \,\big]_{n \bmod r
 - **Outliers** $S$, a sparse matrix in compressed rows, added to the weights as they are; several at one place add up.
 - With `activation_block` $a > 0$, each $a$ columns of $x$ are first rounded to 8 bits, $q = \mathrm{round}(x / t)$
   (half to even), $t = \max |x| / 127$, and $q t$ takes the place of $x$; a block with a number that isn't finite
-  becomes NaN. With a row or two of $x$ that buys speed at the price of 0.4 to 0.7 % of the output, the same as
-  `MatMulNBits` does at accuracy level 4.
+  becomes NaN. With up to four rows of $x$ that buys speed where weights come from a cache, at the price of 0.4 to 0.7 %
+  of the output, the same as `MatMulNBits` does at accuracy level 4.
+
+The fast kernels of the CPU are those of 2, 3 and 4 bits with tiles of 1 × 1 and groups of a multiple of 8 columns, or
+of 128 where codebooks are selected; and for one or two rows of $x$, tiles of 1 × 2, 1 × 4, 1 × 8, 4 × 1 and 8 × 1. All
+others write the weights out a piece at a time and multiply; with one row of $x$, indices of 8 bits for single weights
+gain nothing over float32 but memory. Where $x$ is rounded ($a$ a multiple of 8, AVX-512 VNNI), a narrow codebook whose
+numbers aren't multiples of one step, from -127 to 127 times it, is itself rounded to 16 bits of its range.
 
 What has no use is an empty tensor. How the methods are written down:
 
@@ -58,7 +64,7 @@ What has no use is an empty tensor. How the methods are written down:
         Parameter("x", "T", "[..., K]", "the activation"),
         Parameter("indices", "uint8", "[ceil(N / r), ceil(ceil(K / c) * bits / 8)]", "packed indices"),
         Parameter("codebooks", "float", "[C, 2^bits, r, c]", "C codebooks: 1, ceil(N / r), or as many as are selected"),
-        Parameter("scales", "float or float16", "[N, ceil(K / group_size)]", "factors of the groups"),
+        Parameter("scales", "S", "[N, ceil(K / group_size)]", "factors of the groups"),
         Parameter("selectors", "uint8", "[ceil(N / r), ceil(K / group_size)] or [0]", "the codebook of each group"),
         Parameter("outlier_rows", "int32", "[N + 1] or [0]", "where each row of outliers starts, and the end"),
         Parameter("outlier_columns", "int32", "[outliers]", "the column of each"),

@@ -11,11 +11,14 @@
 namespace graphopt::codebook_matmul {
 namespace {
 
-constexpr int64_t kDirectRows = 2;         // rows of x up to which indices are looked up anew for each row
-constexpr int64_t kTaskWeights = 1 << 17;  // weights that are worth a thread
-constexpr int64_t kStrip = 16;             // rows of weights that are written out together,
-constexpr int64_t kStripColumns = 512;     // and columns: what the first cache holds
-constexpr int64_t kTogether = 96;          // rows of x that are multiplied with a strip
+constexpr int64_t kDirectRows = 2;          // rows of x up to which indices are looked up anew for each row,
+constexpr int64_t kByteRows = 4;            // and where x is in bytes
+constexpr int64_t kAloneWeights = 1 << 17;  // products that one thread is faster with alone
+constexpr int64_t kTaskWeights = 1 << 16;   // products that are worth a task
+constexpr int64_t kMostTasks = 64;
+constexpr int64_t kStrip = 16;          // rows of weights that are written out together,
+constexpr int64_t kStripColumns = 384;  // and columns: what the first cache holds
+constexpr int64_t kTogether = 192;      // rows of x that are multiplied with a strip
 
 // Memory that begins with a line of the cache, kept by a thread from call to call.
 class Scratch {
@@ -47,12 +50,12 @@ class Product {
 
   void run() {
     if (m_ == 0 || n_ == 0) return;
-    if (m_ > kDirectRows || !(weights_.narrow() || weights_.takes_tiles())) {
-      by_strips();
-    } else if (weights_.takes_bytes()) {
+    if (weights_.takes_bytes() && m_ <= kByteRows) {
       by_bytes();
-    } else {
+    } else if ((weights_.narrow() || weights_.takes_tiles()) && m_ <= kDirectRows) {
       by_numbers();
+    } else {
+      by_strips();
     }
   }
 
@@ -73,8 +76,11 @@ class Product {
   // The products of each row of x: dot(row, first, count, found) without outliers.
   template <typename Dot>
   void each_row(const float* natural, const Dot& dot) {
+    // Several tasks for each thread, so that all end together; but none that is over before another thread is awake.
+    const int64_t weights = n_ * padded_ * m_;
+    const int64_t tasks = weights <= kAloneWeights ? 1 : std::min(up(weights, kTaskWeights), kMostTasks);
     const int64_t together = std::max<int64_t>(4, weights_.tile_rows());
-    const int64_t rows = std::max<int64_t>(1, kTaskWeights / std::max<int64_t>(padded_, 1) / together) * together;
+    const int64_t rows = up(up(n_, tasks), together) * together;
     call_.parallel(size_t((n_ + rows - 1) / rows), [&](size_t task) {
       thread_local std::vector<float> found;
       found.resize(size_t(rows));

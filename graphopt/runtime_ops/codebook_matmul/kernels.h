@@ -66,6 +66,7 @@ struct Tiles {
 struct Kernels {
   int64_t lanes;
   int64_t block;  // columns
+  bool gathers;   // whether tiles_dot takes rows whose entries are 1 or 2 numbers wide
 
   // Rounds each `size` of `columns` numbers to 8 bits: x becomes whole numbers q times the step of their block, which
   // comes out too, and q where it is asked for. A block with a number that isn't finite has NaN as its step.

@@ -233,7 +233,7 @@ void multiply(const float* x, int64_t x_stride, int64_t m, const float* w, int64
 
 }  // namespace
 
-const Kernels variant = {kLanes,   kBlock,       round_blocks, arrange, interleave, narrow_dot,
-                         byte_dot, narrow_write, unpack,       spread,  tiles_dot,  multiply};
+const Kernels variant = {kLanes,   kBlock,       kLanes == 16, round_blocks, arrange,   interleave, narrow_dot,
+                         byte_dot, narrow_write, unpack,       spread,       tiles_dot, multiply};
 
 }  // namespace graphopt::codebook_matmul::GRAPHOPT_ISA

@@ -184,7 +184,51 @@ GRAPHOPT_INLINE void vectors_dot(const Tiles& tiles, const uint16_t* index, int6
   }
 }
 
+#if defined(__AVX512F__)
+// The same of a single row whose entries are 1 or 2 numbers wide and nothing but these.
+template <int width>
+GRAPHOPT_INLINE float gathers_dot(const Tiles& tiles, const uint16_t* index, int64_t count, const float* x) {
+  constexpr int64_t kTogether = 16 / width;
+  __m512 total = _mm512_setzero_ps();
+  float rest = 0;
+  int64_t group = 0;
+  for (int64_t at = 0; at < count; at += tiles.group, ++group) {
+    const int64_t here = tiles.group < count - at ? tiles.group : count - at;
+    const float* const book = book_of(tiles, group);
+    const uint16_t* const from = index + at;
+    const float* const with = x + at * width;
+    __m512 sum = _mm512_setzero_ps();
+    float single = 0;
+    int64_t i = 0;
+    for (; i + kTogether <= here; i += kTogether) {
+      __m512 numbers;
+      if constexpr (width == 1) {
+        const __m512i places = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(from + i)));
+        numbers = _mm512_i32gather_ps(places, book, 4);
+      } else {
+        const __m256i places = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from + i)));
+        numbers = _mm512_castpd_ps(_mm512_i32gather_pd(places, book, 8));
+      }
+      sum = _mm512_fmadd_ps(numbers, _mm512_loadu_ps(with + i * width), sum);
+    }
+    for (; i < here; ++i) {
+      for (int j = 0; j < width; ++j) single += book[from[i] * width + j] * with[i * width + j];
+    }
+    const float scale = scale_of(tiles, 0, group);
+    total = _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), total);
+    rest += single * scale;
+  }
+  return _mm512_reduce_add_ps(total) + rest;
+}
+#endif
+
 void tiles_dot(const Tiles& tiles, const uint16_t* index, int64_t count, const float* x, int64_t rows, float* y) {
+#if defined(__AVX512F__)
+  if (tiles.entry_size <= 2) {
+    y[0] = (tiles.width == 1 ? gathers_dot<1> : gathers_dot<2>)(tiles, index, count, x);
+    return;
+  }
+#endif
   if (tiles.width == 1) {
     (tiles.entry_size == 4 ? vectors_dot<Four, true> : vectors_dot<Eight, true>)(tiles, index, count, x, rows, y);
   } else {

@@ -196,6 +196,7 @@ Tiles Weights::tiles(int64_t row) const {
 
 bool Weights::takes_tiles() const {
   const int64_t rows = sizes_.tile_rows, columns = sizes_.tile_columns;
+  if (rows == 1 && columns <= 2) return !narrow_ && kernels().gathers;
   return (rows == 1 && (columns == 4 || columns == 8)) || (columns == 1 && (rows == 4 || rows == 8));
 }
 
