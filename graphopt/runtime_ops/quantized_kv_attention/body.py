@@ -271,6 +271,12 @@ def _inlined() -> onnx.FunctionProto:
     model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 18}), ir_version=9, functions=functions)
     InlinePass(criteria=lambda function: function.name != QuantizedKVAttention.name)(model)
     (made,) = model.functions.values()
+    for node in made:
+        # ONNX Runtime 1.17 doesn't know the pads of a Pad where they aren't a tensor.
+        numbers = node.attributes.get("value_ints") if node.op_type == "Constant" else None
+        if numbers is not None:
+            del node.attributes["value_ints"]
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(numbers.as_ints(), dtype=ir.DataType.INT64))
     return ir.to_proto(made)
 
 
