@@ -1,6 +1,7 @@
 // Half-precision numbers, and sums, products and exponentials of floats. Only for simd.cc.
 #pragma once
 
+#include "four_vectors.h"
 #include "kernels.h"
 #include "simd_memory.h"
 
@@ -90,23 +91,6 @@ void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, cons
   for (; i + 4 <= m; i += 4) multiply_rows<4>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
   for (; i + 3 <= m; i += 3) multiply_rows<3>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
   for (; i < m; ++i) multiply_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
-}
-
-// The sums of four vectors.
-GRAPHOPT_INLINE void four_sums(F a, F b, F c, F d, float* to) {
-#if defined(__AVX512F__)
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
-  const __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
-  const __m512 all = _mm512_add_ps((__m512)low, (__m512)high);
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-#else
-  to[0] = sum(a);
-  to[1] = sum(b);
-  to[2] = sum(c);
-  to[3] = sum(d);
-#endif
 }
 
 void dot_rows(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* out, int64_t out_stride) {
