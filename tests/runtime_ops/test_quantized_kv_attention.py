@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.runtime_ops import library_path, operators
+from graphopt.runtime_ops.operator import OLDEST_OPSET
 from graphopt.runtime_ops.quantized_kv_attention import CacheLayout, layout_of
 from tests.runtime_ops.operator_cases import ISAS, limited, node_model
 
@@ -30,12 +31,12 @@ def node(**given: Any) -> dict[str, Any]:
 
 
 @functools.lru_cache(64)
-def model(attributes: tuple[tuple[str, Any], ...], half: bool) -> bytes:
+def model(attributes: tuple[tuple[str, Any], ...], half: bool, opset: int = 21) -> bytes:
     """A node as a model, for inputs of any sizes."""
     dtype = np.float16 if half else np.float32
     given = [np.zeros((1, 1, 1), dtype)] * 3 + [np.zeros((1,) * 4, np.uint8), np.zeros((1,) * 4, np.float16)]
     given += [np.zeros((1,) * 5, np.float16), np.zeros(1, np.int32)] + [np.zeros((1, 1), np.float32)] * 2
-    return node_model(NAME, given, dict(attributes))
+    return node_model(NAME, given, dict(attributes), opset)
 
 
 @functools.lru_cache(64)
@@ -386,6 +387,15 @@ def test_any_sizes(
     _, *known = run(attributes, feed(attributes, [a[:, :past] for a in everything], empty, [past - 1], half))
     inputs = feed(attributes, [a[:, past:] for a in everything], known, [past + new - 1], half)
     judge(attributes, inputs, atol=1e-3, rtol=1e-3)
+
+
+def test_the_body_at_the_oldest_opset() -> None:
+    attributes = node(rotate_at_read=1, key_bits=3)
+    inputs = feed(attributes, tokens(attributes, 2, 47, 16), cache(attributes, 2, 0, 16), [46, 20], 6)
+    oldest = onnxruntime.InferenceSession(model(tuple(attributes.items()), False, OLDEST_OPSET))
+    found = oldest.run(None, {f"input{i}": array for i, array in enumerate(inputs)})
+    for have, want in zip(found, run(attributes, inputs, kernel=False), strict=True):
+        np.testing.assert_array_equal(have, want)
 
 
 def test_bytes_of_a_cache() -> None:

@@ -60,42 +60,45 @@ def Quantized(x, groups, bits: int):
 
 
 @script(_THIS, default_opset=op)
+def Planes(bits: int):
+    """Three bits are two and one: whether there are three [1], how many codes of the lower bits fit a byte [1], and two
+    to the power of their number and of each one's place in the byte [parts, 1], int32."""
+    width = op.Constant(value_int=bits)
+    three = op.Cast(op.Equal(width, 3), to=7)
+    low = width - three
+    one = op.Constant(value_ints=[1])
+    parts = op.Reshape(8 / low, one)
+    modulus = op.Cast(op.Pow(2.0, op.Cast(low, to=1)), to=6)
+    powers = op.Cast(op.Pow(2.0, op.Cast(op.Range(0, op.Squeeze(parts), 1) * low, to=1)), to=6)
+    return op.Reshape(three, one), parts, modulus, op.Unsqueeze(powers, one)
+
+
+@script(_THIS, default_opset=op)
 def Packed(codes, bits: int):
     """Codes [M, N], int32, as bytes [M, N · bits / 8]."""
     count = op.Shape(codes, start=1, end=2)
-    width = op.Constant(value_int=bits)
-    # Three bits are two and one.
-    three = op.Cast(op.Equal(width, 3), to=7)
-    low = width - three
-    parts = op.Reshape(8 / low, op.Constant(value_ints=[1]))
-    modulus = op.Cast(op.Pow(2.0, op.Cast(low, to=1)), to=6)
-    powers = op.Cast(op.Pow(2.0, op.Cast(op.Range(0, op.Squeeze(parts), 1) * low, to=1)), to=6)
+    three, parts, modulus, powers = Planes(bits=bits)
     low_codes = op.Reshape(
         op.Mod(codes, modulus), op.Concat(op.Constant(value_ints=[-1]), parts, count / parts, axis=0)
     )
-    low_bytes = op.ReduceSum(low_codes * op.Unsqueeze(powers, [1]), [1], keepdims=0)
+    low_bytes = op.ReduceSum(low_codes * powers, [1], keepdims=0)
     high_codes = op.Reshape(codes / modulus, op.Concat(op.Constant(value_ints=[-1, 8]), count / 8, axis=0))
     bit = op.Constant(value=onnx.helper.make_tensor("bit", 6, [8, 1], [1, 2, 4, 8, 16, 32, 64, 128]))
     high_bytes = op.ReduceSum(high_codes * bit, [1], keepdims=0)
-    high_bytes = op.Slice(high_bytes, [0], op.Reshape(three, [1]) * (count / 8), [1])
+    high_bytes = op.Slice(high_bytes, [0], three * (count / 8), [1])
     return op.Cast(op.Concat(low_bytes, high_bytes, axis=1), to=2)
 
 
 @script(_THIS, default_opset=op)
 def Unpacked(packed, count, bits: int):
     """What `Packed` packed: codes [M, N = count], int32."""
-    width = op.Constant(value_int=bits)
-    three = op.Cast(op.Equal(width, 3), to=7)
-    low = width - three
-    parts = op.Reshape(8 / low, op.Constant(value_ints=[1]))
-    modulus = op.Cast(op.Pow(2.0, op.Cast(low, to=1)), to=6)
-    powers = op.Cast(op.Pow(2.0, op.Cast(op.Range(0, op.Squeeze(parts), 1) * low, to=1)), to=6)
+    three, parts, modulus, powers = Planes(bits=bits)
     numbers = op.Cast(packed, to=6)
     whole = op.Concat(op.Constant(value_ints=[-1]), count, axis=0)
     low_bytes = op.Unsqueeze(op.Slice(numbers, [0], count / parts, [1]), [1])
-    low_codes = op.Reshape(op.Mod(low_bytes / op.Unsqueeze(powers, [1]), modulus), whole)
-    high_bytes = op.Slice(numbers, count / parts, count / parts + op.Reshape(three, [1]) * (count / 8), [1])
-    eighth = op.Concat(op.Constant(value_ints=[0, 0, 0]), (1 - op.Reshape(three, [1])) * (count / 8), axis=0)
+    low_codes = op.Reshape(op.Mod(low_bytes / powers, modulus), whole)
+    high_bytes = op.Slice(numbers, count / parts, count / parts + three * (count / 8), [1])
+    eighth = op.Concat(op.Constant(value_ints=[0, 0, 0]), (1 - three) * (count / 8), axis=0)
     bit = op.Constant(value=onnx.helper.make_tensor("bit", 6, [8, 1], [1, 2, 4, 8, 16, 32, 64, 128]))
     two = op.Constant(value=onnx.helper.make_tensor("two", 6, [], [2]))
     high_codes = op.Reshape(op.Mod(op.Unsqueeze(op.Pad(high_bytes, eighth), [1]) / bit, two), whole)
@@ -263,11 +266,17 @@ def QuantizedKVAttention(
 
 @functools.cache
 def _inlined() -> onnx.FunctionProto:
-    parts = (Rotated, Quantized, Packed, Unpacked, QuantizedKVAttention)
+    parts = (Rotated, Quantized, Planes, Packed, Unpacked, QuantizedKVAttention)
     functions = [ir.from_proto(part.to_function_proto()) for part in parts]
     model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 18}), ir_version=9, functions=functions)
     InlinePass(criteria=lambda function: function.name != QuantizedKVAttention.name)(model)
     (made,) = model.functions.values()
+    for node in made:
+        # ONNX Runtime 1.17 doesn't know the pads of a Pad where they aren't a tensor.
+        numbers = node.attributes.get("value_ints") if node.op_type == "Constant" else None
+        if numbers is not None:
+            del node.attributes["value_ints"]
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(numbers.as_ints(), dtype=ir.DataType.INT64))
     return ir.to_proto(made)
 
 

@@ -1,6 +1,7 @@
 // Codes unpacked, integers of 16 bits and their products with codes. Only for simd.cc.
 #pragma once
 
+#include "four_vectors.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -95,48 +96,73 @@ GRAPHOPT_INLINE void store_words(uint8_t* words, int64_t count, int64_t i, I x) 
 }
 #endif
 
-void integers(const float* values, const float* factor, const float* least, int64_t count, float middle, uint8_t* words,
-              float* step, float* offset) {
-  F most = all(0), total = all(0);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const F value = load(values + i);
-    const F scaled = factor == nullptr ? value : value * load(factor + i);
-    most = larger(scaled < 0 ? -scaled : scaled, most);
-    if (least != nullptr) total = fma(value, load(least + i), total);
+template <int kQ>
+GRAPHOPT_INLINE void integers_of(const float* values, int64_t stride, const float* factor, const float* least,
+                                 int64_t count, float middle, uint8_t* words, float* step, float* offset) {
+  F most[4], total[4];
+  for (int q = 0; q < 4; ++q) most[q] = total[q] = all(0);
+  int64_t whole = 0;
+  for (; whole + kLanes <= count; whole += kLanes) {
+    const F f = factor == nullptr ? all(1) : load(factor + whole), m = least == nullptr ? all(0) : load(least + whole);
+    for (int q = 0; q < kQ; ++q) {
+      const F value = load(values + q * stride + whole), scaled = value * f;
+      most[q] = larger(scaled < 0 ? -scaled : scaled, most[q]);
+      total[q] = fma(value, m, total[q]);
+    }
   }
-  float highest = largest(most), rest = sum(total);
-  for (int64_t j = i; j < count; ++j) {
-    const float scaled = factor == nullptr ? values[j] : values[j] * factor[j];
-    const float magnitude = scaled < 0 ? -scaled : scaled;
-    highest = magnitude > highest ? magnitude : highest;
-    if (least != nullptr) rest += values[j] * least[j];
-  }
+  float highest[4], rest[4], inverse[4], unit[4];
+  four_largest(most[0], most[1], most[2], most[3], highest);
+  four_sums(total[0], total[1], total[2], total[3], rest);
   // The upper byte is at most 127, and no sum overflows 32 bits.
   const float limit = count <= 256 ? 32512.0f : float(2147483647 / 255 / count);
-  const float unit = highest / limit, inverse = highest > 0 ? limit / highest : 0;
-  F left = all(0);
-  for (i = 0; i + kLanes <= count; i += kLanes) {
-    const F value = load(values + i);
-    const F scaled = factor == nullptr ? value : value * load(factor + i);
-    const F rounded = fma(scaled, all(inverse), all(kRounding));
-    store_words(words, count, i, (I)rounded - kRoundingBits);
-    left += scaled - (rounded - kRounding) * unit;
-  }
-  float remains = sum(left);
-  for (; i < count; i += 4) {
-    int32_t four[4];
-    for (int j = 0; j < 4; ++j) {
-      const float scaled = factor == nullptr ? values[i + j] : values[i + j] * factor[i + j];
-      const float rounded = scaled * inverse + kRounding;
-      std::memcpy(&four[j], &rounded, sizeof rounded);
-      four[j] = int32_t(uint32_t(four[j]) - uint32_t(kRoundingBits));
-      remains += scaled - (rounded - kRounding) * unit;
+  for (int q = 0; q < kQ; ++q) {
+    for (int64_t i = whole; i < count; ++i) {
+      const float value = values[q * stride + i], scaled = factor == nullptr ? value : value * factor[i];
+      const float magnitude = scaled < 0 ? -scaled : scaled;
+      highest[q] = magnitude > highest[q] ? magnitude : highest[q];
+      if (least != nullptr) rest[q] += value * least[i];
     }
-    store_four(words, count, i, four);
+    unit[q] = highest[q] / limit;
+    inverse[q] = highest[q] > 0 ? limit / highest[q] : 0;
   }
-  *step = unit;
-  *offset = rest + remains * middle;
+  F left[4];
+  for (int q = 0; q < 4; ++q) left[q] = all(0);
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const F f = factor == nullptr ? all(1) : load(factor + i);
+    for (int q = 0; q < kQ; ++q) {
+      const F scaled = load(values + q * stride + i) * f;
+      const F rounded = fma(scaled, all(inverse[q]), all(kRounding));
+      store_words(words + q * 2 * count, count, i, (I)rounded - kRoundingBits);
+      left[q] += scaled - (rounded - kRounding) * unit[q];
+    }
+  }
+  float remains[4];
+  four_sums(left[0], left[1], left[2], left[3], remains);
+  for (int q = 0; q < kQ; ++q) {
+    for (int64_t i = whole; i < count; i += 4) {
+      int32_t four[4];
+      for (int64_t j = i; j < i + 4; ++j) {
+        const float scaled = values[q * stride + j] * (factor == nullptr ? 1.0f : factor[j]);
+        const float rounded = scaled * inverse[q] + kRounding;
+        std::memcpy(&four[j - i], &rounded, sizeof rounded);
+        four[j - i] = int32_t(uint32_t(four[j - i]) - uint32_t(kRoundingBits));
+        remains[q] += scaled - (rounded - kRounding) * unit[q];
+      }
+      store_four(words + q * 2 * count, count, i, four);
+    }
+    step[q] = unit[q];
+    offset[q] = rest[q] + remains[q] * middle;
+  }
+}
+
+void integers(const float* values, int64_t stride, int64_t queries, const float* factor, const float* least,
+              int64_t count, float middle, uint8_t* words, float* step, float* offset) {
+  switch (queries) {
+    case 1: return integers_of<1>(values, stride, factor, least, count, middle, words, step, offset);
+    case 2: return integers_of<2>(values, stride, factor, least, count, middle, words, step, offset);
+    case 3: return integers_of<3>(values, stride, factor, least, count, middle, words, step, offset);
+    default: return integers_of<4>(values, stride, factor, least, count, middle, words, step, offset);
+  }
 }
 
 GRAPHOPT_INLINE void put(const Dot& d, int64_t query, int64_t lane, F product) {

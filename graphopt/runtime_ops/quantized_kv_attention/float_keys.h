@@ -97,12 +97,13 @@ struct Shifted {
   const float* least;
   int64_t group, width;
 
-  GRAPHOPT_INLINE F key(const Shifted& s, F code, int64_t channel, int64_t token) {
-    if (s.group == 0) return fma(code, all(s.scale[channel]), all(s.least[channel]));
-    const int64_t at = channel / s.group * s.width + token;
-    return fma(code, load(s.scale + at), load(s.least + at));
-  }
 };
+
+GRAPHOPT_INLINE F key_of(const Shifted& s, F code, int64_t channel, int64_t token) {
+  if (s.group == 0) return fma(code, all(s.scale[channel]), all(s.least[channel]));
+  const int64_t at = channel / s.group * s.width + token;
+  return fma(code, load(s.scale + at), load(s.least + at));
+}
 
 template <int kQ, int kV>
 GRAPHOPT_INLINE void turned_tile(const uint8_t* codes, int64_t depth, int64_t half, const Shifted& shifted,
@@ -125,8 +126,8 @@ GRAPHOPT_INLINE void turned_tile(const uint8_t* codes, int64_t depth, int64_t ha
       F a[kV], b[kV];
       for (int v = 0; v < kV; ++v) {
         const int64_t t = token + v * kLanes;
-        const F x = Shifted::key(shifted, one_and(low[v], i), first + i, t);
-        const F y = Shifted::key(shifted, one_and(high[v], i), first + half + i, t);
+        const F x = key_of(shifted, one_and(low[v], i), first + i, t);
+        const F y = key_of(shifted, one_and(high[v], i), first + half + i, t);
         const F c = load(cos + (first + i) * width + t), s = load(sin + (first + i) * width + t);
         a[v] = fma(x, c, -(y * s));
         b[v] = fma(y, c, x * s);
@@ -142,7 +143,7 @@ GRAPHOPT_INLINE void turned_tile(const uint8_t* codes, int64_t depth, int64_t ha
       I four;
       std::memcpy(&four, codes + first * width + 4 * (token + v * kLanes), sizeof four);
       for (int i = 0; i < 4; ++i) {
-        const F x = Shifted::key(shifted, one_and(four, i), first + i, token + v * kLanes);
+        const F x = key_of(shifted, one_and(four, i), first + i, token + v * kLanes);
         for (int q = 0; q < kQ; ++q) sums[q][v] = fma(all(queries[kQueries * (first + i) + q]), x, sums[q][v]);
       }
     }

@@ -1,8 +1,9 @@
 // Half-precision numbers, and sums, products and exponentials of floats. Only for simd.cc.
 #pragma once
 
+#include "four_vectors.h"
 #include "kernels.h"
-#include "simd.h"
+#include "simd_memory.h"
 
 namespace graphopt::quantized_kv_attention::GRAPHOPT_ISA {
 namespace {
@@ -11,46 +12,14 @@ using namespace graphopt::GRAPHOPT_ISA;
 
 void widen(const uint16_t* from, int64_t count, float* to) {
   int64_t i = 0;
-#if defined(__AVX512F__)
-  for (; i + 16 <= count; i += 16) {
-    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
-  }
-#elif defined(__F16C__)
-  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
-#endif
-  for (; i < count; ++i) to[i] = half_to_float(from[i]);
-}
-
-GRAPHOPT_INLINE uint16_t half_of(float value) {
-#if defined(__F16C__)
-  return uint16_t(_cvtss_sh(value, 0));
-#else
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return uint16_t(sign | 0x7e00);   // not a number
-  if (bits >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to more than the largest
-  if (bits < 0x38800000) {                                 // below 2^-14: a multiple of 2^-24
-    float magnitude;
-    std::memcpy(&magnitude, &bits, sizeof bits);
-    magnitude += 0.5f;  // the unit of its last place is then 2^-24, so that the addition rounds
-    std::memcpy(&bits, &magnitude, sizeof bits);
-    return uint16_t(sign | (bits - 0x3f000000));
-  }
-  bits += 0xfff + (bits >> 13 & 1);
-  return uint16_t(sign | ((bits - 0x38000000) >> 13));
-#endif
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
 }
 
 void narrow(const float* from, int64_t count, uint16_t* to) {
   int64_t i = 0;
-#if defined(__AVX512F__)
-  for (; i + 16 <= count; i += 16) _mm256_storeu_si256((__m256i*)(to + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), 0));
-#elif defined(__F16C__)
-  for (; i + 8 <= count; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
-#endif
-  for (; i < count; ++i) to[i] = half_of(from[i]);
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
 }
 
 void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
@@ -124,23 +93,6 @@ void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, cons
   for (; i < m; ++i) multiply_rows<1>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
 }
 
-// The sums of four vectors.
-GRAPHOPT_INLINE void four_sums(F a, F b, F c, F d, float* to) {
-#if defined(__AVX512F__)
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
-  const __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
-  const __m512 all = _mm512_add_ps((__m512)low, (__m512)high);
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-#else
-  to[0] = sum(a);
-  to[1] = sum(b);
-  to[2] = sum(c);
-  to[3] = sum(d);
-#endif
-}
-
 void dot_rows(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* out, int64_t out_stride) {
   for (int64_t j = 0; j < n; ++j) {
     const float* row = b + j * k;
@@ -187,11 +139,9 @@ float exponentials(float* values, int64_t count, float largest) {
   }
   float made = sum(total);
   if (i < count) {
-    float last[kLanes] = {};
-    for (int64_t j = i; j < count; ++j) last[j - i] = values[j] - largest;
-    const F turned = weight_of(load(last));
-    store(last, turned);
-    for (int64_t j = i; j < count; ++j) made += values[j] = last[j - i];
+    const F last = weight_of(load_first(values + i, count - i) - largest);
+    store_first(values + i, last, count - i);
+    for (int64_t j = i; j < count; ++j) made += values[j];
   }
   return made;
 }
@@ -206,11 +156,7 @@ GRAPHOPT_INLINE F capped(F value, float cap) {
 void cap(float* values, int64_t count, float cap) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(values + i, capped(load(values + i), cap));
-  if (i == count) return;
-  float last[kLanes] = {};
-  for (int64_t j = i; j < count; ++j) last[j - i] = values[j];
-  store(last, capped(load(last), cap));
-  for (int64_t j = i; j < count; ++j) values[j] = last[j - i];
+  if (i < count) store_first(values + i, capped(load_first(values + i, count - i), cap), count - i);
 }
 
 void scale(float* values, int64_t count, float factor) {

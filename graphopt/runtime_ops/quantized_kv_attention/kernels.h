@@ -38,11 +38,12 @@ struct Kernels {
   void (*transpose)(const float* from, int64_t rows, int64_t columns, float* to);
   // `count` codes of 2, 3, 4 or 8 bits as bytes; count is a multiple of 8.
   void (*unpack)(const uint8_t* packed, int64_t count, int64_t bits, uint8_t* codes);
-  // values[i] * factor[i] as integers of 16 bits times a step, for `dot`, in 2 * count bytes of words. `offset` becomes
-  // the sum of values[i] * least[i], and of what rounding left off times `middle`: so codes near `middle` cost least.
-  // Without factor and least (nullptr) they are 1 and 0. count is a multiple of 4.
-  void (*integers)(const float* values, const float* factor, const float* least, int64_t count, float middle,
-                   uint8_t* words, float* step, float* offset);
+  // Of each of `queries` (at most kQueries) rows values[query * stride + i]: values[i] * factor[i] as integers of 16 bits
+  // times a step, for `dot`, in 2 * count bytes of words a row. `offset` becomes the sum of values[i] * least[i], and of
+  // what rounding left off times `middle`: so codes near `middle` cost least. Without factor and least (nullptr) they are
+  // 1 and 0. count is a multiple of 4.
+  void (*integers)(const float* values, int64_t stride, int64_t queries, const float* factor, const float* least,
+                   int64_t count, float middle, uint8_t* words, float* step, float* offset);
   void (*dot)(const Dot& dot);
   // Keys [depth, width] of codes [depth / 4, width, 4], with scales per channel [depth] (group 0) or per token
   // [depth / group, width].

@@ -87,8 +87,8 @@ void BlockReader::quantize_queries() {
   query_totals_.resize(size_t(count));
   for (int64_t n = 0; n < count; ++n) {
     const float* from = queries_ + n * l.group;
-    kernels().integers(from, nullptr, nullptr, l.group, middle(l.key_bits), query_words_.data() + 2 * n * l.group,
-                       &query_steps_[n], &query_offsets_[n]);
+    kernels().integers(from, l.group, 1, nullptr, nullptr, l.group, middle(l.key_bits),
+                       query_words_.data() + 2 * n * l.group, &query_steps_[n], &query_offsets_[n]);
     float total = 0;
     for (int64_t i = 0; i < l.group; ++i) total += from[i];
     query_totals_[n] = total;
@@ -155,16 +155,15 @@ float* BlockReader::scores(int64_t row, int64_t block, int64_t kv) {
     for (int64_t g = 0; g < l.depth / group; ++g) {
       Dot dot{codes + g * group * l.width, group / 4, l.width, 4 * l.width, count, words_.data(), 2 * group, steps,
               offsets, nullptr, nullptr, totals, scores_.data() + first * l.width, l.width, nullptr};
-      for (int64_t i = 0; i < count; ++i) {
+      if (l.per_channel) {
+        kernels().integers(queries + first * l.depth, l.depth, count, scale, least, l.depth, middle(l.key_bits),
+                           words_.data(), steps, offsets);
+      }
+      for (int64_t i = 0; i < count && !l.per_channel; ++i) {
         const int64_t n = (first_head + first + i) * l.groups() + g;
-        if (l.per_channel) {
-          kernels().integers(queries + (first + i) * l.depth, scale, least, l.depth, middle(l.key_bits),
-                             words_.data() + 2 * i * l.depth, &steps[i], &offsets[i]);
-        } else {
-          steps[i] = query_steps_[n];
-          offsets[i] = query_offsets_[n];
-          totals[i] = query_totals_[n];
-        }
+        steps[i] = query_steps_[n];
+        offsets[i] = query_offsets_[n];
+        totals[i] = query_totals_[n];
       }
       if (!l.per_channel) {
         dot.words = query_words_.data() + 2 * ((first_head + first) * l.depth + g * group);
@@ -191,10 +190,8 @@ void BlockReader::add_values(float* out, int64_t stride) {
   for (int64_t first = 0; first < l.queries(); first += kQueries) {
     const int64_t count = std::min(kQueries, l.queries() - first);
     for (int64_t g = 0; g < l.groups(); ++g) {
-      for (int64_t i = 0; i < count; ++i) {
-        kernels().integers(scores_.data() + (first + i) * l.width, scale + g * l.width, least + g * l.width, l.width,
-                           middle(l.value_bits), words_.data() + 2 * i * l.width, &steps[i], &offsets[i]);
-      }
+      kernels().integers(scores_.data() + first * l.width, l.width, count, scale + g * l.width, least + g * l.width,
+                         l.width, middle(l.value_bits), words_.data(), steps, offsets);
       Dot dot{codes + 4 * g * l.group, l.width / 4, l.group, 4 * l.depth, count, words_.data(), 2 * l.width, steps,
               offsets, nullptr, nullptr, nullptr, out + first * stride + g * l.group, stride, nullptr};
       if (as_is && first == 0) dot.ahead = dot.codes + l.code_bytes();
