@@ -87,14 +87,15 @@ class Row:
         kl: Mean of KL(original, variant) in nats.
         agreement: Part of the tokens after which the most probable one is the original's.
         bytes: Of the cache by number of tokens.
-        speeds: (tokens per second, ratio of times to the first one, its uncertainty) by tokens in the cache.
+        speeds: (tokens per second, ratio of times to those of the float cache, its uncertainty, ratio of CPU times, its
+            uncertainty) by tokens in the cache.
     """
 
     perplexity: float = 0.0
     kl: float = 0.0
     agreement: float = 0.0
     bytes: dict[int, int] = dataclasses.field(default_factory=dict)
-    speeds: dict[int, tuple[float, float, float]] = dataclasses.field(default_factory=dict)
+    speeds: dict[int, tuple[float, float, float, float, float]] = dataclasses.field(default_factory=dict)
 
 
 class Kept:
@@ -251,21 +252,24 @@ def time_decoding(
         decoding = generator.start(1, past + options.new_tokens * (options.rounds + 1))
         logits = generator.prefill(decoding, ids[None, :past])
         running.append([decoding, logits.argmax(-1)[:, None]])
-    times: list[list[float]] = [[] for _ in names]
+    wall: list[list[float]] = [[] for _ in names]
+    cpu: list[list[float]] = [[] for _ in names]
     for number in range(options.rounds + 1):
         for index in np.random.default_rng(number).permutation(len(names)).tolist():
             decoding, token = running[index]
-            begin = time.perf_counter()
+            begin, begin_cpu = time.perf_counter(), time.process_time()
             for _ in range(options.new_tokens):
                 token = decoding.feed(token)[:, -1].argmax(-1)[:, None]
             if number:
-                times[index].append(time.perf_counter() - begin)
+                wall[index].append(time.perf_counter() - begin)
+                cpu[index].append(time.process_time() - begin_cpu)
             running[index][1] = token
-    for name, series in zip(names, times, strict=True):
-        ratio = Ratio.of(series, times[0])
-        speed = options.new_tokens / statistics.median(series)
-        rows.setdefault(name, Row()).speeds[past] = (speed, ratio.median, ratio.uncertainty)
-        print(f"{name} after {past}: {speed:.1f} tokens/s, time {ratio.median:.2f}", flush=True)
+    for index, name in enumerate(names):
+        ratio, work = Ratio.of(wall[index], wall[0]), Ratio.of(cpu[index], cpu[0])
+        speed = options.new_tokens / statistics.median(wall[index])
+        numbers = (speed, ratio.median, ratio.uncertainty, work.median, work.uncertainty)
+        rows.setdefault(name, Row()).speeds[past] = numbers
+        print(f"{name} after {past}: {speed:.1f} tokens/s, time {ratio.median:.2f}, CPU {work.median:.2f}", flush=True)
     running.clear()
     release_memory()
 
@@ -295,15 +299,19 @@ def tables(rows: dict[str, Row], options: argparse.Namespace) -> list[str]:
     if options.pasts:
         lines += [
             "",
-            f"Tokens per second of decoding with {options.threads} threads, medians of {options.rounds} rounds of "
-            f"{options.new_tokens} tokens in turn; in brackets the time over that of the float cache.",
+            f"Decoding with {options.threads} threads, medians of {options.rounds} rounds of {options.new_tokens} tokens "
+            "in turn: tokens per second, and time and CPU time over those of the float cache, ± the uncertainty of the "
+            "median. The machine had other work; CPU time shows that least.",
             "",
-            f"| tokens in the cache | {' | '.join(map(str, options.pasts))} |",
-            f"|---|{'---|' * len(options.pasts)}",
+            f"| | {' | '.join(f'after {past} | time | CPU time' for past in options.pasts)} |",
+            f"|---|{'---|---|---|' * len(options.pasts)}",
         ]
     for name, row in rows.items():
         if row.speeds:
-            cells = [f"{speed:.1f} ({ratio:.2f} ± {by:.2f})" for speed, ratio, by in row.speeds.values()]
+            cells = [
+                f"{speed:.1f} | {ratio:.2f} ± {by:.2f} | {cpu:.2f} ± {cpu_by:.2f}"
+                for speed, ratio, by, cpu, cpu_by in row.speeds.values()
+            ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
