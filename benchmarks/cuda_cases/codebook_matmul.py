@@ -87,7 +87,9 @@ def product(m: int, rows: int, columns: int, form: Form, kind: str, torch: Any, 
         "group_size": form.group, "books": books, "outliers": form.outliers, "bits": form.bits, "tile_rows": tile_rows,
         "tile_columns": tile_columns, "half_scales": int(form.half_scales),
     }  # fmt: skip
-    attributes = {"bits": form.bits, "group_size": form.group, "activation_block": form.activation_block}
+    attributes = {
+        "bits": form.bits, "columns": columns, "group_size": form.group, "activation_block": form.activation_block,
+    }  # fmt: skip
     return Call(
         arguments, [y], lambda: of_body(torch, "CodebookMatMul", list(tensors.values()), attributes),
         bytes=sum(int(t.numel() * t.element_size()) for t in (*tensors.values(), y)),

@@ -48,8 +48,8 @@ def codebook_matmul(dtype: Any) -> list[Example]:
     plain = [x, raw(3, 32), numbers(1, 16, 1, 1, seed=2), scales, NO_BYTES, *outliers, numbers(3, dtype=dtype)]
     vectors = [x, raw(3, 12), numbers(2, 8, 1, 2, seed=2), scales, selectors, none, none, EMPTY, EMPTY.astype(dtype)]
     return [
-        (plain, {"bits": 4, "group_size": 32, "activation_block": 0}),
-        (vectors, {"bits": 3, "group_size": 32, "activation_block": 16}),
+        (plain, {"bits": 4, "columns": 64, "group_size": 32, "activation_block": 0}),
+        (vectors, {"bits": 3, "columns": 64, "group_size": 32, "activation_block": 16}),
     ]
 
 

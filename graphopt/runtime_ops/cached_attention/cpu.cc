@@ -310,7 +310,8 @@ void infer(Inference& inference) {
   const Inference::Dims query = inference.input(kQuery), past = inference.input(kPastKey);
   if (query.size() != 3 || past.size() != 4) return;
   Inference::Dim width;
-  if (past[3].size >= 0) width.size = inference.integer("num_heads") * past[3].size;
+  const int64_t heads = inference.integer("num_heads"), most = int64_t(1) << 31;  // whatever the model says
+  if (past[3].size >= 0 && past[3].size < most && heads >= 0 && heads < most) width.size = heads * past[3].size;
   inference.output(0, inference.type(kQuery), {query[0], query[1], width});
   for (size_t i = 1; i < 3; ++i) inference.output(i, inference.type(kQuery), {past[0], past[1], {}, past[3]});
 }

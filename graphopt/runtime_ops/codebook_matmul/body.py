@@ -2,6 +2,7 @@
 
 # mypy: ignore-errors
 # ruff: noqa: D103
+import onnx
 from onnxscript import opset18 as op
 from onnxscript import script
 from onnxscript.values import Opset
@@ -39,7 +40,7 @@ def CodebookMatMul(
     per_row = (depth + tile_columns - one) / tile_columns
     numbers = op.Range(op.Squeeze(zero), op.Squeeze(per_row), op.Squeeze(one))
     first_bits = numbers * width
-    padded = op.Pad(indices, op.Constant(value_ints=[0, 0, 0, 2]))
+    padded = op.Pad(indices, op.Constant(value=onnx.helper.make_tensor("pads", 7, [4], [0, 0, 0, 2])))
     bytes_at = first_bits / op.Constant(value_ints=[8])
     low = op.Cast(op.Gather(padded, bytes_at, axis=1), to=12)
     middle = op.Cast(op.Gather(padded, bytes_at + one, axis=1), to=12)
@@ -52,7 +53,8 @@ def CodebookMatMul(
         op.Cast(op.Mod(first_bits, op.Constant(value_ints=[8])), to=12),
         direction="RIGHT",
     )
-    mask = op.BitShift(op.Cast(one, to=12), op.Cast(width, to=12), direction="LEFT") - op.Cast(one, to=12)
+    power = op.BitShift(op.Cast(one, to=12), op.Cast(width, to=12), direction="LEFT")
+    mask = op.Cast(op.Cast(power, to=7) - one, to=12)
     found = op.Cast(op.BitwiseAnd(shifted, mask), to=7)
 
     # The codebook of each: what the selectors say, which follow on one another with nothing before the default.
