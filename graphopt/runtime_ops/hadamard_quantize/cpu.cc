@@ -1,6 +1,5 @@
 // The CPU kernel of HadamardQuantize.
 #include <algorithm>
-#include <vector>
 
 #include "../hadamard_transform/rotation.h"
 #include "per_token.h"
@@ -14,30 +13,29 @@ class HadamardQuantize final : public Kernel {
 
   void compute(Call& call) override {
     const Tensor x = call.input(0), factor = call.input(1);
-    std::vector<float> memory;
+    Buffer memory;
     const Sizes sizes(rotation_.group(), factor);
-    const Plan plan = rotation_.plan(sizes, factor, &memory);
+    const Plan plan = rotation_.plan(sizes, factor, memory);
     const int64_t group = sizes.group, features = sizes.some_groups_of(x) * group, tokens = x.size() / features;
     uint8_t* y = call.output<uint8_t>(0, x.shape);
     float* scales = call.output<float>(1, PerToken::scales(x.shape));
     const Kernels& inner = rotation_.inner();
     const int64_t together = std::max<int64_t>(1, rotation_.groups_of_a_task(plan) * group / features);
     call.parallel(size_t((tokens + together - 1) / together), [&](size_t task) {
-      thread_local std::vector<float> own;
-      own.resize(std::max(own.size(), size_t(features) + rotation_.scratch(plan)));
-      float* scratch = own.data() + features;
+      float* own = rotation_.scratch(plan, (features + 15) / 16 * 16);
+      float* scratch = own + (features + 15) / 16 * 16;
       const int64_t end = std::min(tokens, int64_t(task + 1) * together);
       for (int64_t token = int64_t(task) * together; token < end; ++token) {
         for (int64_t at = 0; at < features; at += group) {
           const int64_t from = token * features + at;
           if (x.type == ElementType::float16) {
-            inner.halves_to_floats(plan, x.as<uint16_t>() + from, own.data() + at, scratch);
+            inner.halves_to_floats(plan, x.as<uint16_t>() + from, own + at, scratch);
           } else {
-            inner.floats(plan, x.as<float>() + from, own.data() + at, scratch);
+            inner.floats(plan, x.as<float>() + from, own + at, scratch);
           }
         }
         scales[token] =
-            inner.quantize(own.data(), features, per_token_.clip, per_token_.largest, y + token * features);
+            inner.quantize(own, features, per_token_.clip, per_token_.largest, y + token * features);
       }
     });
   }

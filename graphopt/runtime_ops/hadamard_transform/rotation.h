@@ -2,8 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 #include "operator.h"
 #include "sizes.h"
@@ -17,20 +17,24 @@ class Rotation {
       : inner_(kernels()), group_(node.integer("group_size")), scale_(node.number("scale")) {
     GRAPHOPT_REQUIRE(group_ > 0, "group_size is %lld, and must be positive", (long long)group_);
     Tensor factor;
-    if (node.constant(1, &factor)) into_panels(factor, Sizes(group_, factor).m, &kept_);
+    if (node.constant(1, &factor)) kept_ = into_panels(factor, Sizes(group_, factor).m, memory_);
   }
 
   const Kernels& inner() const { return inner_; }
   int64_t group() const { return group_; }
 
   // The plan for a call. A factor that is no constant of the model is laid out in `memory`.
-  Plan plan(const Sizes& sizes, const Tensor& factor, std::vector<float>* memory) const {
-    if (kept_.empty()) into_panels(factor, sizes.m, memory);
-    return {sizes.halves, sizes.m, kept_.empty() ? memory->data() : kept_.data(), factor.as<float>()[0], scale_};
+  Plan plan(const Sizes& sizes, const Tensor& factor, Buffer& memory) const {
+    const float* panels = kept_ != nullptr ? kept_ : into_panels(factor, sizes.m, memory);
+    return {sizes.halves, sizes.m, panels, factor.as<float>()[0], scale_};
   }
 
-  // Numbers of scratch that a group needs.
-  size_t scratch(const Plan& plan) const { return size_t(group_ + kChunkRows * plan.m); }
+  // Working memory of this thread: of one group, with so many numbers in front.
+  float* scratch(const Plan& plan, int64_t more = 0) const {
+    thread_local Buffer memory;
+    const int64_t numbers = more + group_ + kChunkRows * plan.m;
+    return reinterpret_cast<float*>(memory.reserve(sizeof(float) * size_t(numbers)));
+  }
 
   // Groups that are worth the call of a thread: of some 30,000 numbers with a factor of 1, of fewer with a larger one.
   int64_t groups_of_a_task(const Plan& plan) const {
@@ -41,15 +45,17 @@ class Rotation {
  private:
   static constexpr int64_t kTaskWork = 32768;
 
-  void into_panels(const Tensor& factor, int64_t m, std::vector<float>* memory) const {
-    memory->resize(size_t(m * ((m + 15) / 16 * 16)));
-    inner_.into_panels(factor.as<float>(), m, memory->data());
+  const float* into_panels(const Tensor& factor, int64_t m, Buffer& memory) const {
+    float* panels = reinterpret_cast<float*>(memory.reserve(sizeof(float) * size_t(m * ((m + 15) / 16 * 16))));
+    inner_.into_panels(factor.as<float>(), m, panels);
+    return panels;
   }
 
   const Kernels& inner_;  // as it was when the factor was laid out
   int64_t group_;
   float scale_;
-  std::vector<float> kept_;
+  Buffer memory_;
+  const float* kept_ = nullptr;  // the factor, where it is a constant of the model
 };
 
 }  // namespace graphopt::hadamard_transform

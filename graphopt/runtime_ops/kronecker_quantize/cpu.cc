@@ -11,8 +11,8 @@ class KroneckerQuantize final : public Kernel {
 
   void compute(Call& call) override {
     const Tensor x = call.input(0), left = call.input(1), right = call.input(2);
-    std::vector<float> memory;
-    const Plan plan = product_.plan(Sizes(x, left, right), left, right, &memory);
+    Buffer memory;
+    const Plan plan = product_.plan(Sizes(x, left, right), left, right, memory);
     uint8_t* y = call.output<uint8_t>(0, x.shape);
     float* scales = call.output<float>(1, PerToken::scales(x.shape));
     const int64_t features = plan.a * plan.b;

@@ -10,8 +10,8 @@ class KroneckerTransform final : public Kernel {
 
   void compute(Call& call) override {
     const Tensor x = call.input(0), left = call.input(1), right = call.input(2);
-    std::vector<float> memory;
-    const Plan plan = product_.plan(Sizes(x, left, right), left, right, &memory);
+    Buffer memory;
+    const Plan plan = product_.plan(Sizes(x, left, right), left, right, memory);
     void* y = call.output(0, x.shape);
     product_.run(call, plan, x, y, [](int64_t, float*) {});
   }

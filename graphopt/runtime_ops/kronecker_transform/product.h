@@ -2,8 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 #include "operator.h"
 #include "sizes.h"
@@ -17,16 +17,15 @@ class Product {
     Tensor right;
     if (node.constant(2, &right)) {
       require_square(right, "right");
-      into_panels(right, &kept_);
+      kept_ = into_panels(right, memory_);
     }
   }
 
   const Kernels& inner() const { return inner_; }
 
   // The plan for a call. A matrix B that is no constant of the model is laid out in `memory`.
-  Plan plan(const Sizes& sizes, const Tensor& left, const Tensor& right, std::vector<float>* memory) const {
-    if (kept_.empty()) into_panels(right, memory);
-    return {sizes.a, sizes.b, left.as<float>(), kept_.empty() ? memory->data() : kept_.data()};
+  Plan plan(const Sizes& sizes, const Tensor& left, const Tensor& right, Buffer& memory) const {
+    return {sizes.a, sizes.b, left.as<float>(), kept_ != nullptr ? kept_ : into_panels(right, memory)};
   }
 
   // Transforms the tokens of x, and calls finish(token, y) where a token's y is there, of as many numbers as its x has.
@@ -75,23 +74,25 @@ class Product {
  private:
   static constexpr int64_t kTaskWork = 1 << 19;  // multiplications that are worth the call of a thread
   static constexpr int64_t kSplit = 2;           // from so many tokens on a thread takes a whole one
-  static constexpr int64_t kParts = 4;
+  static constexpr int64_t kParts = 2;
 
-  void into_panels(const Tensor& right, std::vector<float>* memory) const {
+  const float* into_panels(const Tensor& right, Buffer& memory) const {
     const int64_t b = right.dim(0);
-    memory->resize(size_t(b * ((b + 15) / 16 * 16)));
-    inner_.into_panels(right.as<float>(), b, memory->data());
+    float* panels = reinterpret_cast<float*>(memory.reserve(sizeof(float) * size_t(b * ((b + 15) / 16 * 16))));
+    inner_.into_panels(right.as<float>(), b, panels);
+    return panels;
   }
 
   // Of this thread: the scratch of a token, and its result.
   static float* memory(const Plan& plan) {
-    thread_local std::vector<float> memory;
-    memory.resize(std::max(memory.size(), size_t(scratch_size(plan.a, plan.b) + plan.a * plan.b)));
-    return memory.data();
+    thread_local Buffer memory;
+    const int64_t numbers = scratch_size(plan.a, plan.b) + plan.a * plan.b;
+    return reinterpret_cast<float*>(memory.reserve(sizeof(float) * size_t(numbers)));
   }
 
   const Kernels& inner_;  // as it was when B was laid out
-  std::vector<float> kept_;
+  Buffer memory_;
+  const float* kept_ = nullptr;  // B, where it is a constant of the model
 };
 
 }  // namespace graphopt::kronecker_transform
