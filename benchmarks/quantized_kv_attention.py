@@ -228,11 +228,13 @@ def measure(case: Case, names: list[str], options: argparse.Namespace) -> dict[s
         for name, run in runs.items():
             if SYSTEMS[name].kernel or len(times[name]) < 3:
                 times[name].append(run.time())
+    limits: dict[int, float] = {}
     found = {}
     for name, run in runs.items():
         size = 1 << max(20, int(run.bytes * run.count).bit_length())
-        limit = read_bandwidth(case.threads, size, 2) if case.new == 1 else 0.0
-        found[name] = Result(statistics.median(times[name]), run.bytes, limit)
+        if case.new == 1 and size not in limits:
+            limits[size] = read_bandwidth(case.threads, size)
+        found[name] = Result(statistics.median(times[name]), run.bytes, limits.get(size, 0.0))
     return found
 
 
