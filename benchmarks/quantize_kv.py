@@ -299,9 +299,9 @@ def tables(rows: dict[str, Row], options: argparse.Namespace) -> list[str]:
     if options.pasts:
         lines += [
             "",
-            f"Decoding with {options.threads} threads, medians of {options.rounds} rounds of {options.new_tokens} tokens "
-            "in turn: tokens per second, and time and CPU time over those of the float cache, ± the uncertainty of the "
-            "median. The machine had other work; CPU time shows that least.",
+            f"Decoding with {options.threads} threads, medians of {options.rounds} rounds of {options.new_tokens} "
+            "tokens in turn: tokens per second, and time and CPU time over those of the float cache, ± the uncertainty "
+            "of the median. Beside other work wall-clock time says little; look at the control, and at CPU time.",
             "",
             f"| | {' | '.join(f'after {past} | time | CPU time' for past in options.pasts)} |",
             f"|---|{'---|---|---|' * len(options.pasts)}",
