@@ -7,8 +7,9 @@
 All files are made by `graphopt optimize` from one export with the same assumptions. Perplexity, the mean divergence
 KL(original, variant) and how often the most probable token is the original's are over windows of 512 tokens of the
 evaluation text of `graphopt.models.texts`; static scales are calibrated on its calibration text. Bytes of the cache are
-those of the generator's buffers. For the speed each system reads a prompt once; then all decode in turn, a few tokens a
-round, in another order each round, the first one twice, which shows the noise. Caches are shared buffers.
+those of the generator's buffers. For the speed each system reads a prompt; then all decode in turn, a few tokens a
+round, in another order each round, the first one twice, which shows the noise. Caches are shared buffers. That is done
+in two sittings, in which the sessions are made in opposite order.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[v.name for v in VARIANTS], help="rows besides the float cache")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--pasts", type=int, nargs="*", default=[256, 1024, 4096], help="tokens in the cache")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--new-tokens", type=int, default=8, help="tokens of one round")
+    parser.add_argument("--rounds", type=int, default=11, help="rounds of each of two sittings")
+    parser.add_argument("--new-tokens", type=int, default=4, help="tokens of one round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run with the same options measured")
     parser.add_argument("--page", type=Path, help="write the tables there")
@@ -246,32 +247,33 @@ def time_decoding(
 ) -> None:
     """Fill in the speed with `past` tokens in the cache, and that of the float cache once more as the control."""
     names = [*files, CONTROL]
-    running = []
-    for name in names:
-        generator = Generator(files.get(name, files[FLOAT]), sess_options=session_options(options.threads))
-        decoding = generator.start(1, past + options.new_tokens * (options.rounds + 1))
-        logits = generator.prefill(decoding, ids[None, :past])
-        running.append([decoding, logits.argmax(-1)[:, None]])
     wall: list[list[float]] = [[] for _ in names]
     cpu: list[list[float]] = [[] for _ in names]
-    for number in range(options.rounds + 1):
-        for index in np.random.default_rng(number).permutation(len(names)).tolist():
-            decoding, token = running[index]
-            begin, begin_cpu = time.perf_counter(), time.process_time()
-            for _ in range(options.new_tokens):
-                token = decoding.feed(token)[:, -1].argmax(-1)[:, None]
-            if number:
-                wall[index].append(time.perf_counter() - begin)
-                cpu[index].append(time.process_time() - begin_cpu)
-            running[index][1] = token
+    # Of the sessions of a process the later ones run faster, whatever they are: each is made both early and late.
+    for order in (range(len(names)), reversed(range(len(names)))):
+        running: dict[int, list[Any]] = {}
+        for index in order:
+            generator = Generator(files.get(names[index], files[FLOAT]), sess_options=session_options(options.threads))
+            decoding = generator.start(1, past + options.new_tokens * (options.rounds + 1))
+            running[index] = [decoding, generator.prefill(decoding, ids[None, :past]).argmax(-1)[:, None]]
+        for number in range(options.rounds + 1):
+            for index in np.random.default_rng(number).permutation(len(names)).tolist():
+                decoding, token = running[index]
+                begin, begin_cpu = time.perf_counter(), time.process_time()
+                for _ in range(options.new_tokens):
+                    token = decoding.feed(token)[:, -1].argmax(-1)[:, None]
+                if number:
+                    wall[index].append(time.perf_counter() - begin)
+                    cpu[index].append(time.process_time() - begin_cpu)
+                running[index][1] = token
+        del running, decoding, generator
+        release_memory()
     for index, name in enumerate(names):
         ratio, work = Ratio.of(wall[index], wall[0]), Ratio.of(cpu[index], cpu[0])
         speed = options.new_tokens / statistics.median(wall[index])
         numbers = (speed, ratio.median, ratio.uncertainty, work.median, work.uncertainty)
         rows.setdefault(name, Row()).speeds[past] = numbers
         print(f"{name} after {past}: {speed:.1f} tokens/s, time {ratio.median:.2f}, CPU {work.median:.2f}", flush=True)
-    running.clear()
-    release_memory()
 
 
 CONTROL = f"{FLOAT} (control)"
@@ -299,7 +301,7 @@ def tables(rows: dict[str, Row], options: argparse.Namespace) -> list[str]:
     if options.pasts:
         lines += [
             "",
-            f"Decoding with {options.threads} threads, medians of {options.rounds} rounds of {options.new_tokens} "
+            f"Decoding with {options.threads} threads, medians of {2 * options.rounds} rounds of {options.new_tokens} "
             "tokens in turn: tokens per second, and time and CPU time over those of the float cache, ± the uncertainty "
             "of the median. Beside other work wall-clock time says little; look at the control, and at CPU time.",
             "",
