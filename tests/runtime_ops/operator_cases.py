@@ -19,7 +19,9 @@ ISAS = ("generic", "avx2", "avx512")
 """The sets of instructions that inner loops are compiled for, on x86-64."""
 
 
-def node_model(name: str, inputs: Sequence[Any], attributes: Mapping[str, Any], opset: int = 21) -> bytes:
+def node_model(
+    name: str, inputs: Sequence[Any], attributes: Mapping[str, Any], opset: int = 21, fixed: bool = False
+) -> bytes:
     """A model of one node.
 
     Args:
@@ -27,6 +29,7 @@ def node_model(name: str, inputs: Sequence[Any], attributes: Mapping[str, Any], 
         inputs: An array each, or None where it is left out; the model's inputs are called "input0", ... with open sizes.
         attributes: The node's attributes; defaults are added.
         opset: Of the standard operators.
+        fixed: Declare the sizes of the inputs, as a model's constants do.
     """
     operator = operators()[name]
     values: list[ir.Value | None] = []
@@ -35,7 +38,7 @@ def node_model(name: str, inputs: Sequence[Any], attributes: Mapping[str, Any], 
             values.append(None)
             continue
         dtype = ir.DataType.from_numpy(np.asarray(array).dtype)
-        shape = ir.Shape([None] * np.asarray(array).ndim)
+        shape = ir.Shape(np.asarray(array).shape if fixed else [None] * np.asarray(array).ndim)
         values.append(ir.Value(name=f"input{index}", type=ir.TensorType(dtype), shape=shape))
     made = [
         ir.AttrFloat32(key, value) if isinstance(value, float)

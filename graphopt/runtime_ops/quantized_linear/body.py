@@ -12,6 +12,17 @@ _domain = Opset(DOMAIN, VERSION)
 
 
 @script(_domain, default_opset=op)
+def Given(value, shape, default):
+    """A value of a shape; the default everywhere where it is the empty tensor.
+
+    A branch of an If would do, but ONNX Runtime infers the shapes of both, and refuses those that don't fit.
+    """
+    size = op.ReduceProd(shape, keepdims=1)
+    fill = op.Expand(op.CastLike(default, value), size)
+    return op.Reshape(op.Slice(op.Concat(op.Reshape(value, [-1]), fill, axis=0), [0], size), shape, allowzero=1)
+
+
+@script(_domain, default_opset=op)
 def Dequantized(packed, scales, zero_points, minimums, bits: int, block_size: int):
     """The weight [rows, blocks · block_size] as float32."""
     width = op.Constant(value_int=bits)
@@ -23,23 +34,20 @@ def Dequantized(packed, scales, zero_points, minimums, bits: int, block_size: in
     blocks = op.Shape(packed, start=1, end=2)
     block = op.Reshape(op.Constant(value_int=block_size), op.Constant(value_ints=[1]))
     parts = op.BitwiseAnd(op.BitShift(op.Unsqueeze(packed, [3]), shifts, direction="RIGHT"), mask)
-    numbers = op.Cast(op.Reshape(parts, op.Concat(rows, blocks, block, axis=0)), to=1)
+    numbers = op.Cast(op.Reshape(parts, op.Concat(rows, blocks, block, axis=0), allowzero=1), to=1)
     by_block = op.Concat(rows, blocks, [1], axis=0)
-    if op.Size(zero_points) == 0:
-        symmetric = op.Cast(op.Size(minimums) == 0, to=1)
-        zeros = op.Mul(op.Div(levels, op.Constant(value_float=2.0)), symmetric)
-    else:
-        bytes_of_row = op.Concat(rows, [-1], axis=0)
-        some = op.Unsqueeze(op.Reshape(zero_points, bytes_of_row), [2])
-        spread = op.BitwiseAnd(op.BitShift(some, shifts, direction="RIGHT"), mask)
-        cut = op.Slice(op.Reshape(spread, bytes_of_row), [0], blocks, [1])
-        zeros = op.Cast(op.Reshape(cut, by_block), to=1)
-    scaled = op.Mul(op.Sub(numbers, zeros), op.Reshape(op.Cast(scales, to=1), by_block))
-    if op.Size(minimums) == 0:
-        weight = op.Identity(scaled)
-    else:
-        weight = op.Add(scaled, op.Reshape(op.Cast(minimums, to=1), by_block))
-    return op.Reshape(weight, op.Concat(rows, op.Mul(blocks, block), axis=0))
+    # Zero points, unpacked; where there are none, the middle of the numbers, or zero beside minimums.
+    bytes_of_row = op.Div(op.Add(op.Mul(blocks, op.Reshape(width, [1])), [7]), [8])
+    stored = op.Unsqueeze(Given(zero_points, op.Concat(rows, bytes_of_row, axis=0), 0), [2])
+    spread = op.BitwiseAnd(op.BitShift(stored, shifts, direction="RIGHT"), mask)
+    in_row = op.Mul(bytes_of_row, op.Shape(shifts))
+    unpacked = op.Slice(op.Reshape(spread, op.Concat(rows, in_row, axis=0), allowzero=1), [0], blocks, [1])
+    symmetric = op.Cast(op.Size(minimums) == 0, to=1)
+    middle = op.Mul(op.Div(levels, op.Constant(value_float=2.0)), symmetric)
+    zeros = op.Where(op.Size(zero_points) == 0, middle, op.Unsqueeze(op.Cast(unpacked, to=1), [2]))
+    scaled = op.Mul(op.Sub(numbers, zeros), op.Reshape(op.Cast(scales, to=1), by_block, allowzero=1))
+    weight = op.Add(scaled, Given(op.Cast(minimums, to=1), by_block, 0.0))
+    return op.Reshape(weight, op.Concat(rows, op.Mul(blocks, block), axis=0), allowzero=1)
 
 
 @script(_domain, default_opset=op)
@@ -64,12 +72,10 @@ def Rounded(x, block_size: int, activation_bits: int):
 @script(_domain, default_opset=op)
 def Normalised(x, norm, epsilon: float):
     """Activations [..., K] over their root mean square, times the gains; as they are where there are no gains."""
-    if op.Size(norm) == 0:
-        y = op.Identity(x)
-    else:
-        squares = op.ReduceMean(op.Mul(x, x), [-1], keepdims=1)
-        y = op.Mul(op.Div(x, op.Sqrt(op.Add(squares, op.Constant(value_float=epsilon)))), norm)
-    return y
+    squares = op.ReduceMean(op.Mul(x, x), [-1], keepdims=1)
+    root = op.Sqrt(op.Add(squares, op.Constant(value_float=epsilon)))
+    width = op.Slice(op.Shape(x), [-1], [9223372036854775807])
+    return op.Where(op.Size(norm) == 0, x, op.Mul(op.Div(x, root), Given(norm, width, 1.0)))
 
 
 @script(_domain, default_opset=op)
@@ -81,16 +87,10 @@ def QuantizedLinear(
     rounded = Rounded(normal, block_size=block_size, activation_bits=activation_bits)
     matrix = Dequantized(weight, scales, zero_points, minimums, bits=bits, block_size=block_size)
     product = op.MatMul(rounded, op.Transpose(matrix, perm=[1, 0]))
-    if op.Size(bias) == 0:
-        biased = op.Identity(product)
-    else:
-        biased = op.Add(product, bias)
-    if op.Size(residual) == 0:
-        y = op.Identity(biased)
-    else:
-        y = op.Add(biased, op.Cast(residual, to=1))
+    biased = op.Add(product, Given(bias, op.Shape(matrix, start=0, end=1), 0.0))
+    y = op.Add(biased, Given(op.Cast(residual, to=1), op.Shape(product), 0.0))
     return op.CastLike(y, x)
 
 
 BODY = QuantizedLinear
-PARTS = (Dequantized, Rounded, Normalised)
+PARTS = (Dequantized, Rounded, Normalised, Given)

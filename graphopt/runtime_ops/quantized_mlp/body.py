@@ -7,7 +7,7 @@ from onnxscript import script
 from onnxscript.values import Opset
 
 from graphopt.runtime_ops.operator import DOMAIN, VERSION
-from graphopt.runtime_ops.quantized_linear.body import Dequantized, Normalised, Rounded
+from graphopt.runtime_ops.quantized_linear.body import Dequantized, Given, Normalised, Rounded
 
 
 @script(Opset(DOMAIN, VERSION), default_opset=op)
@@ -47,4 +47,4 @@ def QuantizedMlp(
 
 
 BODY = QuantizedMlp
-PARTS = (Dequantized, Rounded, Normalised, Activated)
+PARTS = (Dequantized, Rounded, Normalised, Given, Activated)

@@ -229,7 +229,7 @@ def test_a_second_time_changes_nothing(tmp_path: Path) -> None:
 
 def test_other_inputs(tmp_path: Path) -> None:
     build = Build(weights(tmp_path, Type.Q4_1))
-    with pytest.raises(UsageError, match="inputs can't be 'int4'; use int8, int8x2, float32"):
+    with pytest.raises(UsageError, match="inputs can't be 'int4'; use int16, int8, int8x2, float32"):
         keep_quantized(build.model(), build.made, inputs="int4")
 
 
