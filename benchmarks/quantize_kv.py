@@ -336,6 +336,7 @@ graphopt optimize model.onnx --recipe kv4 --assume max-length=8192
   scale for each channel, symmetric, from 8 windows of another text (`quantize-kv: {{operator: contrib}}` behind
   group-query-attention, and `--calibration`).
 - The bytes at 4096 tokens count the ring of unquantized tokens, which a longer context outweighs.
+- Windows of 512 tokens end with 32 to 63 unquantized ones, so short texts lose less than long ones.
 """
 
 
