@@ -124,6 +124,8 @@ class Chain:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
+        # Else the threads of the session whose turn it was spin on for a while, on the cores of the next one's.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.form == "own":
             options.register_custom_ops_library(str(library_path()))
         if self.form == "body":  # with its weights unpacked at each run, as where they don't fit unpacked
