@@ -24,7 +24,7 @@ def fuzzer() -> Path:
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             pytest.skip(f"the fuzzer can't be built: there is no {tool}")
-    # Libraries that other tests import name a C compiler as CXX, which doesn't link C++.
+    # Not with a compiler that something else has named in the environment: CXX=gcc was met, which doesn't link C++.
     clean = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "CFLAGS", "CXXFLAGS")}
     done = subprocess.run(["make", "fuzzer"], cwd=ROOT, capture_output=True, text=True, check=False, env=clean)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
