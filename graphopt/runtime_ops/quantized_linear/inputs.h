@@ -18,8 +18,7 @@ class Inputs {
   explicit Inputs(const Node& node) : format(node), epsilon(node.number("epsilon")) {
     // Weights are checked once where they are constants, as they nearly always are.
     Tensor found[kResidual];
-    constant_ = true;
-    for (size_t i = kNorm; i < kResidual; ++i) constant_ = node.constant(i, &found[i]) && constant_;
+    constant_ = constants(node, kNorm, kResidual, found);
     if (constant_) weights_ = take([&](size_t i) { return found[i]; });
   }
 
@@ -55,14 +54,11 @@ class Inputs {
   Weights take(const Get& input) const {
     Weights made;
     made.matrix = matrix(input, kWeight, format, "the weight");
-    const Tensor norm = input(kNorm), bias = input(kBias);
-    GRAPHOPT_REQUIRE(norm.size() == 0 || norm.size() == made.matrix.length,
-                     "the norm has %lld gains, and rows %lld numbers", (long long)norm.size(),
-                     (long long)made.matrix.length);
+    made.norm = gains(input(kNorm), made.matrix.length);
+    const Tensor bias = input(kBias);
     GRAPHOPT_REQUIRE(bias.size() == 0 || bias.size() == made.matrix.rows,
                      "the bias has %lld numbers, and the weight %lld rows", (long long)bias.size(),
                      (long long)made.matrix.rows);
-    if (norm.size() > 0) made.norm = norm.as<float>();
     if (bias.size() > 0) made.bias = bias.as<float>();
     return made;
   }
@@ -75,9 +71,7 @@ class Inputs {
 template <typename K>
 Operator linear_operator(const char* provider) {
   using T = ElementType;
-  // x and scales may each be float32 or float16.
-  const std::vector<T> x = {T::float32, T::float32, T::float16, T::float16};
-  const std::vector<T> scales = {T::float32, T::float16, T::float32, T::float16};
+  const std::vector<T> x = activation_types(), scales = scale_types();
   auto infer = [](Inference& inference) {
     Inference::Dims dims = inference.input(kX);
     if (dims.empty()) return;

@@ -86,4 +86,26 @@ inline int64_t rows_of_task(const Matrix& matrix, int64_t step) {
   return wanted < step ? step : wanted / step * step;
 }
 
+// The gains of a norm over rows of `length` numbers; null: there is no norm.
+inline const float* gains(const Tensor& norm, int64_t length) {
+  GRAPHOPT_REQUIRE(norm.size() == 0 || norm.size() == length, "the norm has %lld gains, and rows %lld numbers",
+                   (long long)norm.size(), (long long)length);
+  return norm.size() > 0 ? norm.as<float>() : nullptr;
+}
+
+// Whether inputs [first, last) of a node are all constants; those that are come to their places in `found`.
+inline bool constants(const Node& node, size_t first, size_t last, Tensor* found) {
+  bool all = true;
+  for (size_t i = first; i < last; ++i) all = node.constant(i, &found[i]) && all;
+  return all;
+}
+
+// x and scales may each be float32 or float16: the types of x, and those of the scales beside them.
+inline std::vector<ElementType> activation_types() {
+  return {ElementType::float32, ElementType::float32, ElementType::float16, ElementType::float16};
+}
+inline std::vector<ElementType> scale_types() {
+  return {ElementType::float32, ElementType::float16, ElementType::float32, ElementType::float16};
+}
+
 }  // namespace graphopt::quantized_linear

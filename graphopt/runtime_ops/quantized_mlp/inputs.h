@@ -5,9 +5,13 @@
 
 namespace graphopt::quantized_mlp {
 
+using quantized_linear::activation_types;
+using quantized_linear::constants;
 using quantized_linear::Format;
-using quantized_linear::Matrix;
+using quantized_linear::gains;
 using quantized_linear::matrix;
+using quantized_linear::Matrix;
+using quantized_linear::scale_types;
 
 enum Input : size_t { kX, kNorm, kGateUp, kDown = kGateUp + 4, kInputs = kDown + 4 };
 
@@ -22,8 +26,7 @@ class Inputs {
       : format(node), epsilon(node.number("epsilon")), activation(int(node.integer("activation"))) {
     GRAPHOPT_REQUIRE(activation >= 0 && activation <= 3, "activation is %d, and must be 0, 1, 2 or 3", activation);
     Tensor found[kInputs];
-    constant_ = true;
-    for (size_t i = kNorm; i < kInputs; ++i) constant_ = node.constant(i, &found[i]) && constant_;
+    constant_ = constants(node, kNorm, kInputs, found);
     if (constant_) weights_ = take([&](size_t i) { return found[i]; });
   }
 
@@ -49,15 +52,11 @@ class Inputs {
     Weights made;
     made.gate_up = matrix(input, kGateUp, format, "gate_up");
     made.down = matrix(input, kDown, format, "down");
-    const Tensor norm = input(kNorm);
     GRAPHOPT_REQUIRE(made.gate_up.rows == 2 * made.down.length && made.gate_up.length == made.down.rows,
                      "gate_up is %lld × %lld and down %lld × %lld; they don't fit each other",
                      (long long)made.gate_up.rows, (long long)made.gate_up.length, (long long)made.down.rows,
                      (long long)made.down.length);
-    GRAPHOPT_REQUIRE(norm.size() == 0 || norm.size() == made.gate_up.length,
-                     "the norm has %lld gains, and rows %lld numbers", (long long)norm.size(),
-                     (long long)made.gate_up.length);
-    if (norm.size() > 0) made.norm = norm.as<float>();
+    made.norm = gains(input(kNorm), made.gate_up.length);
     return made;
   }
 
@@ -69,9 +68,7 @@ class Inputs {
 template <typename K>
 Operator mlp_operator(const char* provider) {
   using T = ElementType;
-  // x and scales may each be float32 or float16.
-  const std::vector<T> x = {T::float32, T::float32, T::float16, T::float16};
-  const std::vector<T> scales = {T::float32, T::float16, T::float32, T::float16};
+  const std::vector<T> x = activation_types(), scales = scale_types();
   auto infer = [](Inference& inference) { inference.output(0, inference.type(kX), inference.input(kX)); };
   return {"QuantizedMlp",
           {{x},
