@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs library fuzzer sanitize zoo bench-attention attention-matrix export-matrix clean
+.PHONY: demo test check docs library fuzzer sanitize zoo bench-attention attention-matrix export-matrix operator-speed quantize-kv clean
 
 JOBS = $(shell nproc 2>/dev/null || echo 2)
 NATIVE = $(wildcard graphopt/runtime_ops/native/* graphopt/runtime_ops/*/*.cc graphopt/runtime_ops/*/*.h graphopt/runtime_ops/*/*.cu)
@@ -69,6 +69,18 @@ attention-matrix: $(VENV)/ready
 # are kept. Options: make export-matrix EXPORTS='--again graphopt --optimum venv/bin/python'
 export-matrix: $(VENV)/ready
 	$(BIN)/python benchmarks/export_matrix.py $(or $(EXPORTS),--page docs/export-matrix.md --json docs/export-matrix.json)
+
+# Our own operators' kernels beside ONNX Runtime's, into docs/operator-speed.md; about a quarter of an hour
+operator-speed: $(VENV)/ready library
+	$(BIN)/python benchmarks/quantized_kv_attention.py --page docs/operator-speed.md
+	$(BIN)/python benchmarks/codebook_matmul.py --all --page docs/operator-speed.md
+	$(BIN)/python benchmarks/transforms.py --half --page docs/operator-speed.md
+	$(BIN)/python benchmarks/cached_attention.py --page docs/operator-speed.md
+
+# A decoder with quantized caches, into docs/quantize-kv.md; about 40 minutes. Options: make quantize-kv KV='--resume'
+quantize-kv: $(VENV)/ready library
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,zoo]'
+	$(BIN)/python benchmarks/quantize_kv.py $(or $(KV),--page docs/quantize-kv.md)
 
 clean:
 	rm -rf demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,9 +3,9 @@
     python benchmarks/cached_attention.py [--rounds 21] [--threads 1 2] [--heads 9/3/64 32/8/128]
 
 For each shape both run in turn, round by round. Times are medians in microseconds, of the whole run of a model of one
-node; `ratio` is the median of the rounds' ratios of the operator's time to GroupQueryAttention's, and `limit` the time
-that the memory needs for the cache, by a plain copy's reading speed that is measured in the same process. So that a
-decode step finds its cache as it does in a model, outside of the processor's caches, several caches take turns.
+node; the ratio is the median of the rounds' ratios of the operator's time to GroupQueryAttention's. For one new token
+the share of the memory limit is that of the best way to read as many bytes as all caches have. So that a decode step
+finds its cache as it does in a model, outside of the processor's caches, several caches take turns.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+from measured_page import circumstances, put_tables
+from memory_limit import read_bandwidth
 
 from graphopt.runtime_ops import library_path, operators
 from graphopt.runtime_ops.operator import DOMAIN, add_body
 
+HEAD = (
+    "| heads | threads | past | new | GroupQueryAttention µs | CachedAttention µs | ratio | of the memory limit |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
 COLD_BYTES = 64 << 20
 """Bytes of all caches that take turns, about what a small model's weights push out of the processor's caches."""
 
@@ -103,17 +109,6 @@ def runner(
     return run
 
 
-def reading_speed() -> float:
-    """Bytes a second that one core reads."""
-    data = np.ones(32 << 20, np.float32)
-    found = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        data.max()
-        found.append(data.nbytes / (time.perf_counter() - begin))
-    return max(found)
-
-
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,15 +117,15 @@ def main() -> int:
     parser.add_argument("--heads", nargs="+", default=["9/3/64", "32/8/128"])
     parser.add_argument("--past", type=int, nargs="*", default=[32, 128, 540, 1024, 4096])
     parser.add_argument("--prompt", type=int, nargs="*", default=[128, 512])
+    parser.add_argument("--page", type=Path, help="put the table into this page, between its marks")
     args = parser.parse_args()
     if library_path() is None:
         print(f"{Path(__file__).name}: the library with the kernels isn't built; make library", file=sys.stderr)
         return 1
-    speed = reading_speed()
-    print(f"one core reads {speed / 1e9:.1f} GB/s")
-    print("heads     threads  past   new   GroupQueryAttention   CachedAttention   ratio   limit")
-    for text in args.heads:
-        heads, kv_heads, depth = (int(part) for part in text.split("/"))
+    text = f"{HEAD}\n"
+    print(HEAD)
+    for shape in args.heads:
+        heads, kv_heads, depth = (int(part) for part in shape.split("/"))
         sizes = (heads, kv_heads, depth)
         sources = [model(heads, kv_heads, depth, own) for own in (False, True)]
         for threads in args.threads:
@@ -146,10 +141,15 @@ def main() -> int:
                         times[0].append(pair[0])
                         times[1].append(pair[1])
                 ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
-                theirs, ours = (1e6 * statistics.median(t) for t in times)
-                limit = f"{1e6 * bytes_ / speed / threads:7.0f}" if new == 1 else "      -"
-                row = f"{text:9} {threads:7} {past:5} {new:5} {theirs:21.0f} {ours:17.0f} {ratio:7.2f} {limit}"
+                theirs, ours = (statistics.median(t) for t in times)
+                limit = bytes_ / read_bandwidth(threads, 2 * copies * bytes_)
+                share = f"{limit / ours:.0%}" if new == 1 else ""
+                row = f"| {shape} | {threads} | {past} | {new} | {1e6 * theirs:.0f} | {1e6 * ours:.0f} | {ratio:.2f} |"
+                row += f" {share} |"
                 print(row, flush=True)
+                text += row + "\n"
+    if args.page is not None:
+        put_tables(args.page, "cached-attention", f"{circumstances()}\n\n{text}")
     return 0
 
 

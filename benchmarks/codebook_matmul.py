@@ -2,7 +2,7 @@
 
     python benchmarks/codebook_matmul.py                                 SmolLM2's shapes, M = 1, 16, 128
     python benchmarks/codebook_matmul.py --shapes 4096x4096 --rows 1 --threads 1
-    python benchmarks/codebook_matmul.py --all --page table.md           7B shapes too, as a table in Markdown
+    python benchmarks/codebook_matmul.py --all --page docs/operator-speed.md     7B shapes too, into the page
 
 Every system is a model of as many equal nodes with weights of their own as make up --megabytes of 4-bit indices, so
 that weights come from where they come from in a model, and the session's own cost is shared. In each round all systems
@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+from measured_page import circumstances, put_tables
 from memory_limit import read_bandwidth
+from timed_session import timed_options
 
 from graphopt.runtime_ops import library_path, operators
 from graphopt.runtime_ops.codebook_matmul.packing import packed_size
@@ -132,9 +134,7 @@ def session(system: System, n: int, k: int, count: int, threads: int) -> tuple[o
         opset_imports={"": 21, "com.microsoft": 1}, name="g",
     )  # fmt: skip
     model = ir.Model(graph, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
+    options = timed_options(threads)
     if nodes[0].domain == DOMAIN:
         add_body(model, nodes[0].op_type)
         if system.kernels:
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="Systems whose names hold one of these, and the reference.")
     parser.add_argument("--megabytes", type=float, default=24.0, help="4-bit indices of all nodes together, at M = 1.")
     parser.add_argument("--seconds", type=float, default=3.0, help="Time for each shape.")
-    parser.add_argument("--page", type=Path, help="Where the tables are written.")
+    parser.add_argument("--page", type=Path, help="Put the tables into this page, between its marks.")
     options = parser.parse_args()
     names = [n for n in SYSTEMS if n == REFERENCE or not options.only or any(part in n for part in options.only)]
     results = {}
@@ -232,7 +232,7 @@ def main() -> None:
     page = table(results)
     print(page)
     if options.page:
-        options.page.write_text(page)
+        put_tables(options.page, "codebook-matmul", f"{circumstances()}\n\n{page}")
 
 
 if __name__ == "__main__":

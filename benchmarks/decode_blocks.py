@@ -30,7 +30,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
+from measured_page import put_tables
 from memory_limit import read_bandwidth
+from timed_session import timed_options
 
 from graphopt.runtime_ops import library_path, operators
 from graphopt.runtime_ops.operator import DOMAIN, add_body
@@ -121,11 +123,7 @@ class Chain:
 
     def runner(self, threads: int, tokens: int) -> Callable[[], float]:
         """A function that runs it once and gives the microseconds of a node."""
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4
-        # Else the threads of the session whose turn it was spin on for a while, on the cores of the next one's.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options = timed_options(threads)
         if self.form == "own":
             options.register_custom_ops_library(str(library_path()))
         if self.form == "body":  # with its weights unpacked at each run, as where they don't fit unpacked
@@ -271,15 +269,11 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
     if options.page:
-        text = options.page.read_text(encoding="utf-8")
         parts = {"operators": [HEAD, *map(line, found["operators"])]}
         parts["decoding"] = [DECODE_HEAD, *map(decode_line, found.get("decoding", []))]
         for name, lines in parts.items():
             if len(lines) > 1:
-                before, rest = text.split(f"<!-- {name} -->\n")
-                _, after = rest.split(f"<!-- end of {name} -->")
-                text = f"{before}<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- end of {name} -->{after}"
-        options.page.write_text(text, encoding="utf-8")
+                put_tables(options.page, name, "\n".join(lines))
     return 0
 
 

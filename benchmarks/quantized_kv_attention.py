@@ -3,7 +3,7 @@
     python benchmarks/quantized_kv_attention.py                                  one new token, both shapes, three pasts
     python benchmarks/quantized_kv_attention.py --shapes 32x8x128 --past 4096 --threads 1 --systems int8 "8 bits"
     python benchmarks/quantized_kv_attention.py --new 128 --past 0 1024          a prompt, or a piece of one
-    python benchmarks/quantized_kv_attention.py --page table.md                  as tables in Markdown
+    python benchmarks/quantized_kv_attention.py --page docs/operator-speed.md    into the page
 
 Every system is a model of as many equal nodes with caches of their own as a float cache of --megabytes allows, so that
 caches come from where they come from in a model, and the session's own cost is shared. Past and present are one buffer
@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+from measured_page import circumstances, put_tables
 from memory_limit import read_bandwidth
+from timed_session import timed_options
 
 from graphopt.runtime_ops import library_path, operators
 from graphopt.runtime_ops.operator import DOMAIN, add_body
@@ -109,9 +111,7 @@ class Run:
             opset_imports={"": 21, "com.microsoft": 1}, name="g",
         )  # fmt: skip
         model = ir.Model(graph, ir_version=10)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = case.threads
-        options.log_severity_level = 4
+        options = timed_options(case.threads)
         if not system.bits:
             add_body(model, "QuantizedKVAttention")
             if system.kernel:
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help="their names, or parts of them")
     parser.add_argument("--megabytes", type=float, default=128, help="of float caches, of all nodes of a session")
     parser.add_argument("--seconds", type=float, default=4, help="of rounds for each case")
-    parser.add_argument("--page", type=Path, help="a file for the tables")
+    parser.add_argument("--page", type=Path, help="put the tables into this page, between its marks")
     options = parser.parse_args()
     names = [name for name in SYSTEMS if any(part in name for part in options.systems)]
     results: dict[Case, dict[str, Result]] = {}
@@ -296,7 +296,7 @@ def main() -> None:
                 results[case] = measure(case, names, options)
                 print(table({case: results[case]}), flush=True)
     if options.page is not None:
-        options.page.write_text(table(results), encoding="utf-8")
+        put_tables(options.page, "quantized-kv-attention", f"{circumstances()}\n\n{table(results)}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/transforms.py                             sizes of SmolLM2 and of a 7B model, M = 1, 16, 128
     python benchmarks/transforms.py --features 4096 --rows 1 --threads 1 --seconds 2
-    python benchmarks/transforms.py --page docs/transforms.md   as a page in Markdown
+    python benchmarks/transforms.py --half --page docs/operator-speed.md    into the page
 
 Every system is a model of eight nodes with tokens of their own, so that the session's own cost is shared. In each round
 all systems run one after the other, once untimed and once timed. Besides each kernel and its body: for the Kronecker
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +25,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+from measured_page import circumstances, put_tables
 from memory_limit import read_bandwidth
+from timed_session import timed_options
 
 from graphopt.runtime_ops import library_path, operators
 from graphopt.runtime_ops.hadamard_transform.factors import hadamard_factor
@@ -153,9 +154,7 @@ def session(system: str, case: Case, features: int, threads: int) -> onnxruntime
     nodes = [node for part in parts for node in part]
     graph = ir.Graph(tokens, outputs, nodes=nodes, initializers=given, opset_imports={"": 21}, name="g")
     model = ir.Model(graph, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
+    options = timed_options(threads)
     if system in (KERNEL, BODY):
         add_body(model, case.operator)
         if system == KERNEL:
@@ -245,7 +244,7 @@ def main() -> None:
     parser.add_argument("--operators", nargs="+", default=[])
     parser.add_argument("--half", action="store_true", help="float16 too")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each line of a table")
-    parser.add_argument("--page", type=Path, help="write the tables there")
+    parser.add_argument("--page", type=Path, help="put the tables into this page, between its marks")
     options = parser.parse_args()
     rows = []
     for threads in options.threads:
@@ -259,12 +258,7 @@ def main() -> None:
     text = table(rows)
     print(text)
     if options.page:
-        head = (
-            "# Hadamard and Kronecker transforms\n\nMicroseconds of a node (median), and the time of others as a ratio "
-            "to the kernel's, round by round: above 1 the kernel is faster. Made by `python benchmarks/transforms.py "
-            f"--page docs/transforms.md` on {platform.machine()} with ONNX Runtime {onnxruntime.__version__}.\n\n"
-        )
-        options.page.write_text(head + text.rstrip() + "\n")
+        put_tables(options.page, "transforms", f"{circumstances()}\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import zoo_page
+from measured_page import processor
 from tools import PEERS, Tool, graphopt_tool, measure
 from zoo_models import ENTRIES, Entry
 
@@ -183,16 +184,11 @@ def environment(threads: int) -> dict[str, Any]:
     """What the figures depend on."""
     import onnxruntime
 
-    processor = platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        processor = names[0] if names else processor
     return {
         "date": time.strftime("%Y-%m-%d"),
         "onnxruntime": onnxruntime.__version__,
         "python": platform.python_version(),
-        "processor": processor,
+        "processor": processor(),
         "threads": threads,
     }
 

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kDirectRows = 2;          // rows of x up to which indices are looked up anew for each row,
 constexpr int64_t kByteRows = 4;            // and where x is in bytes
-constexpr int64_t kAloneWeights = 1 << 17;  // products that one thread is faster with alone
+constexpr int64_t kAloneWeights = 1 << 16;  // products that one thread is faster with alone
 constexpr int64_t kTaskWeights = 1 << 16;   // products that are worth a task
 constexpr int64_t kMostTasks = 64;
 constexpr int64_t kStrip = 16;          // rows of weights that are written out together,
