@@ -36,11 +36,11 @@ from graphopt.analysis.interleaved import NO_SPINNING
 from graphopt.calibration.text import tokenize
 from graphopt.errors import GraphoptError
 from graphopt.export.gguf import from_gguf, keep_quantized
-from graphopt.export.gguf.operators import Inputs
 from graphopt.graph.load import load
 from graphopt.graph.save import save
 from graphopt.models.catalogue import fetch
 from graphopt.models.texts import wikipedia
+from graphopt.runtime_ops.block_products import Inputs
 from graphopt.runtime_ops.generation import Generator
 from graphopt.runtime_ops.scoring import perplexity
 from graphopt.verification.decoding_speed import benchmark_decoding

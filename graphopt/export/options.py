@@ -10,8 +10,8 @@ from typing import Literal
 import onnx_ir as ir
 
 from graphopt.errors import UsageError
-from graphopt.export.gguf.operators import Inputs
 from graphopt.export.trace import Exporter
+from graphopt.runtime_ops.block_products import Inputs
 
 Verify = Literal["auto", "full", "layers", "none"]
 Finish = Callable[[ir.Model], ir.Model]

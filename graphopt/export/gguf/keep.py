@@ -10,11 +10,12 @@ from typing import get_args
 import onnx_ir as ir
 
 from graphopt.errors import UsageError
-from graphopt.export.gguf.operators import Inputs, Writer
+from graphopt.export.gguf.operators import Writer
 from graphopt.export.gguf.origin import Origins
 from graphopt.export.gguf.quantized import Rows
 from graphopt.export.gguf.weights import GGUFWeights
 from graphopt.graph.edits import Editor, opset
+from graphopt.runtime_ops.block_products import Inputs
 from graphopt.runtime_ops.operator import OLDEST_OPSET
 
 SMALL = 1 << 10

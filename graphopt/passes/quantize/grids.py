@@ -1,0 +1,184 @@
+"""Grids: to which numbers a weight may be rounded.
+
+A grid sees a block [N, m] of a weight of which each row is one group: it *fits* the group's parameters (scale, zero
+point or offset, codebook), then says for any number which code is nearest and what a code stands for. Roundings
+(`roundings`) decide which of the codes a weight gets; they ask for nothing else, so that every grid goes with each.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt.passes.quantize.quantized_weight import QuantizedWeight
+
+Array = npt.NDArray[Any]
+
+_STEPS = 20
+"""Ranges that the search of `UniformGrid(search=True)` tries, from the whole one down to `_SMALLEST` of it."""
+_SMALLEST = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """The parameters of one group in each of N rows; what a grid doesn't use is None.
+
+    Attributes:
+        scale: float32 [N], not 0; negative where that puts the number that is largest in magnitude on the grid.
+        zero_point: uint8 [N].
+        offset: float32 [N].
+        selector: uint8 [N].
+    """
+
+    scale: npt.NDArray[np.float32]
+    zero_point: npt.NDArray[np.uint8] | None = None
+    offset: npt.NDArray[np.float32] | None = None
+    selector: npt.NDArray[np.uint8] | None = None
+
+
+class Grid(abc.ABC):
+    """A set of numbers for each group.
+
+    Attributes:
+        bits: Bits of a code.
+        width: Numbers that one code stands for.
+    """
+
+    bits: int
+    width: ClassVar[int] = 1
+
+    @abc.abstractmethod
+    def fit(self, block: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None = None) -> Fit:
+        """The parameters of a group in each row.
+
+        Args:
+            block: [N, m], each row a group.
+            importance: [m], what a squared error of each column counts; None: all the same.
+        """
+
+    @abc.abstractmethod
+    def nearest(self, numbers: npt.NDArray[np.float32], fit: Fit) -> Array:
+        """Codes [N, m] of the grid's numbers that are nearest to `numbers` [N, m]."""
+
+    @abc.abstractmethod
+    def values(self, codes: Array, fit: Fit) -> npt.NDArray[np.float32]:
+        """What codes [N, m] stand for, float32 [N, m]."""
+
+    def levels(self) -> npt.NDArray[np.float32] | None:
+        """The codebooks [C, 2^bits, width]; None where a code is its own level."""
+        return None
+
+    def assemble(self, codes: Array, fits: Sequence[Fit], group_size: int, columns: int) -> QuantizedWeight:
+        """Codes and the parameters of all groups, in order, as a weight."""
+
+        def stacked(name: str) -> Any:
+            parts = [getattr(fit, name) for fit in fits]
+            return None if parts[0] is None else np.stack(parts, axis=1)
+
+        return QuantizedWeight(
+            codes,
+            self.bits,
+            group_size,
+            columns,
+            stacked("scale"),
+            zero_points=stacked("zero_point"),
+            offsets=stacked("offset"),
+            levels=self.levels(),
+            selectors=stacked("selector"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformGrid(Grid):
+    """Evenly spaced numbers: w = s (c - z), with c from 0 to 2^bits - 1.
+
+    Attributes:
+        bits: 2 to 8.
+        symmetric: z = 2^(bits - 1), so that 0 is a number of the grid and no zero points need be stored; the range is
+            that of the number that is largest in magnitude, whose sign is put where the grid reaches further.
+        floats: Without `symmetric`: the least number is m itself and not a multiple of the step, w = s c + m.
+        search: Shrink the range to where the squared error (weighed by importance) is least; else min and max.
+    """
+
+    bits: int = 4
+    symmetric: bool = True
+    floats: bool = False
+    search: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"integers have 2 to 8 bits here, not {self.bits}")
+        if self.symmetric and self.floats:
+            raise ValueError("a symmetric grid has no offsets")
+
+    def fit(self, block: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None = None) -> Fit:
+        """See the base."""
+        if not self.search:
+            return self._of_range(block, 1.0)
+        best: Fit | None = None
+        least = np.full(len(block), np.inf)
+        for share in np.linspace(1.0, _SMALLEST, _STEPS):
+            fit = self._of_range(block, float(share))
+            error = (self.values(self.nearest(block, fit), fit) - block) ** 2
+            total = error.sum(axis=1) if importance is None else error @ importance
+            better = total < least
+            least = np.where(better, total, least)
+            best = fit if best is None else _mixed(fit, best, better)
+        assert best is not None
+        return best
+
+    def _of_range(self, block: npt.NDArray[np.float32], share: float) -> Fit:
+        top = (1 << self.bits) - 1
+        if self.symmetric:
+            middle = 1 << (self.bits - 1)
+            far = np.take_along_axis(block, np.abs(block).argmax(axis=1)[:, None], axis=1)[:, 0]
+            # -2^(bits-1) is a number of the grid and +2^(bits-1) isn't: a negative step puts the largest there.
+            scale = -far / middle * share
+            return Fit(_nonzero(scale), np.full(len(block), middle, np.uint8))
+        low, high = block.min(axis=1), block.max(axis=1)
+        if self.floats:
+            centre, half = (low + high) / 2, (high - low) / 2 * share
+            return Fit(_nonzero(2 * half / top), offset=(centre - half).astype(np.float32))
+        least, most = np.minimum(low, 0) * share, np.maximum(high, 0) * share
+        step = _nonzero((most - least) / top)
+        return Fit(step, np.clip(np.rint(-least / step), 0, top).astype(np.uint8))
+
+    def nearest(self, numbers: npt.NDArray[np.float32], fit: Fit) -> Array:
+        """See the base."""
+        shifted: Array = numbers / fit.scale[:, None]
+        if fit.offset is not None:
+            shifted = (numbers - fit.offset[:, None]) / fit.scale[:, None]
+        elif fit.zero_point is not None:
+            shifted = shifted + fit.zero_point[:, None]
+        codes: Array = np.clip(np.rint(shifted), 0, (1 << self.bits) - 1).astype(np.uint8)
+        return codes
+
+    def values(self, codes: Array, fit: Fit) -> npt.NDArray[np.float32]:
+        """See the base."""
+        found: npt.NDArray[np.float32] = codes.astype(np.float32)
+        if fit.zero_point is not None:
+            found -= fit.zero_point[:, None]
+        found *= fit.scale[:, None]
+        if fit.offset is not None:
+            found += fit.offset[:, None]
+        return found
+
+
+def _nonzero(scale: Array) -> npt.NDArray[np.float32]:
+    """Steps that can be divided by: a group of zeros gets one of 1."""
+    return np.where(np.abs(scale) > np.finfo(np.float32).tiny, scale, 1).astype(np.float32)
+
+
+def _mixed(first: Fit, second: Fit, choose: Array) -> Fit:
+    """The first's parameters where `choose`, else the second's."""
+
+    def one(name: str) -> Any:
+        a, b = getattr(first, name), getattr(second, name)
+        return None if a is None else np.where(choose, a, b)
+
+    return Fit(one("scale"), one("zero_point"), one("offset"), one("selector"))
