@@ -1,0 +1,64 @@
+"""A file for tensors that are dear to make and together too large for memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import weakref
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+SMALL_BYTES = 1 << 14
+"""Tensors of fewer bytes stay in memory."""
+
+
+class Scratch:
+    """Puts tensors into one temporary file and gives them back memory-mapped.
+
+    The file lies where `tempfile` puts such files (`TMPDIR`) and lives as long as one of its tensors.
+    """
+
+    def __init__(self) -> None:
+        self._path = ""
+        self._size = 0
+
+    def keep(self, array: npt.NDArray[Any], name: str, dtype: ir.DataType | None = None) -> ir.TensorProtocol:
+        """The array as a tensor.
+
+        Args:
+            array: In C order; not needed any longer.
+            name: The tensor's name.
+            dtype: Its element type where NumPy's doesn't tell.
+        """
+        tensor = ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
+        if tensor.nbytes < SMALL_BYTES:
+            return tensor
+        if not self._path:
+            handle, self._path = tempfile.mkstemp(prefix="graphopt-", suffix=".data")
+            os.close(handle)
+            weakref.finalize(self, _remove, self._path)
+        self._size += -self._size % 64
+        with open(self._path, "r+b") as file:
+            file.seek(self._size)
+            tensor.tofile(file)
+        kept = ir.ExternalTensor(
+            os.path.basename(self._path),
+            self._size,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
+            base_dir=os.path.dirname(self._path),
+        )
+        kept.meta["graphopt.scratch"] = self
+        self._size += tensor.nbytes
+        return kept
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
