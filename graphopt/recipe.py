@@ -6,7 +6,8 @@
       - simplify-shapes: {max_elements: 64}
     assume: [no-left-padding]
 
-`assume:` may be left out; see `graphopt.graph.assumptions`.
+`assume:` may be left out; see `graphopt.graph.assumptions`. The steps of another recipe stand in a list as
+`- recipe: NAME`.
 
 `--recipe` takes such a file or the name of one that ships in `graphopt/models/recipes/`, and several joined by `+`,
 which run one behind the other: `exact+decode`.
@@ -138,13 +139,26 @@ def _from_data(data: Any, name: str, description: str) -> Recipe:
     assume = data.get("assume") or []
     if not isinstance(assume, list) or not all(isinstance(item, str) for item in assume):
         raise UsageError(f"`assume:` of the recipe {name} must be a list of names, such as [no-left-padding].")
-    return Recipe(name, tuple(_steps(data["passes"], name)), description, Assumptions.parse(assume))
+    steps: list[Step] = []
+    assumed = Assumptions.parse(assume)
+    for step in _steps(data["passes"], name):
+        if isinstance(step, Step):
+            steps.append(step)
+        else:
+            steps += step.steps
+            assumed |= step.assume
+    return Recipe(name, tuple(steps), description, assumed)
 
 
-def _steps(items: list[Any], name: str) -> Iterator[Step]:
+def _steps(items: list[Any], name: str) -> Iterator[Step | Recipe]:
     for number, item in enumerate(items, 1):
         if isinstance(item, str):
             yield Step(item)
+        elif isinstance(item, Mapping) and list(item) == ["recipe"]:
+            part = item["recipe"]
+            if not isinstance(part, str) or part == name:
+                raise UsageError(f"Entry {number} of the recipe {name} must name another recipe: `recipe: NAME`.")
+            yield _part(part, name)
         elif isinstance(item, Mapping) and len(item) == 1:
             ((key, options),) = item.items()
             options = {} if options is None else options
@@ -154,6 +168,18 @@ def _steps(items: list[Any], name: str) -> Iterator[Step]:
             yield Step(key, dict(options))
         else:
             raise UsageError(f"Entry {number} of the recipe {name} must be `name` or `name: {{option: value}}`.")
+
+
+def _part(part: str, name: str) -> Recipe:
+    """A recipe that stands in another.
+
+    Raises:
+        UsageError: It can't be read, or they stand in each other.
+    """
+    try:
+        return load(part)
+    except RecursionError:
+        raise UsageError(f"The recipe {name} leads back to itself through {part}.") from None
 
 
 def _opening_comment(text: str) -> str:

@@ -35,8 +35,13 @@ class Scratch:
             dtype: Its element type where NumPy's doesn't tell.
         """
         tensor = ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name)
-        if tensor.nbytes < SMALL_BYTES:
-            return tensor
+        return tensor if tensor.nbytes < SMALL_BYTES else self._written(tensor)
+
+    def array(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The array, memory-mapped where it is large."""
+        return array if array.nbytes < SMALL_BYTES else self._written(ir.Tensor(np.ascontiguousarray(array))).numpy()
+
+    def _written(self, tensor: ir.Tensor[Any]) -> ir.ExternalTensor:
         if not self._path:
             handle, self._path = tempfile.mkstemp(prefix="graphopt-", suffix=".data")
             os.close(handle)
@@ -51,7 +56,7 @@ class Scratch:
             tensor.nbytes,
             tensor.dtype,
             shape=ir.Shape(tensor.shape.numpy()),
-            name=name,
+            name=tensor.name or "",
             base_dir=os.path.dirname(self._path),
         )
         kept.meta["graphopt.scratch"] = self

@@ -1,0 +1,207 @@
+"""Packings: how a quantized weight is written into a graph, as bytes and as the operators that read them.
+
+| operator | what it carries |
+|---|---|
+| `MatMulNBits` (com.microsoft) | integers of 2, 4, 8 bits in blocks, zero points; float offsets by the sums of blocks |
+| `QuantizedLinear` (graphopt) | the same, float offsets at no cost, activations in 16 bits |
+| `CodebookMatMul` (graphopt) | all else: 3 bits, codebooks, outliers, rotated weights |
+| `DequantizeLinear` + `MatMul` | integers of 4 and 8 bits with zero points, on every runtime |
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.graph.edits import Editor
+from graphopt.graph.scratch import Scratch
+from graphopt.passes.quantize.quantized_weight import QuantizedWeight
+from graphopt.runtime_ops.block_products import BlockMatrix, BlockProducts
+
+Array = npt.NDArray[Any]
+Operator = Literal["contrib", "graphopt", "standard"]
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
+"""Numbers of a block in `MatMulNBits` and `QuantizedLinear`; a power of two."""
+_BLOCK_BITS = (2, 4, 8)
+
+
+class Unpackable(Exception):
+    """A quantized weight that no operator carries; the message says why."""
+
+
+def block_of(group_size: int, columns: int) -> int | None:
+    """The block size of a weight in groups: the group itself, or the largest that divides it; None: there is none.
+
+    A group larger than a block is written as several blocks with the same scale.
+    """
+    group = min(group_size, columns)
+    if columns % group:
+        return None
+    block = math.gcd(group, LARGEST_BLOCK)
+    return block if block >= SMALLEST_BLOCK else None
+
+
+def pack_numbers(codes: Array, bits: int, block: int) -> npt.NDArray[np.uint8]:
+    """Codes [N, K] as bytes [N, K / block, block · bits / 8], the first of a byte in its lowest bits."""
+    rows, columns = codes.shape
+    parts = codes.astype(np.uint8).reshape(rows, columns // block, -1, 8 // bits)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(parts << shifts, axis=-1)
+    return packed
+
+
+def pack_zero_points(zero_points: Array, bits: int) -> npt.NDArray[np.uint8]:
+    """Zero points [N, G] as bytes [N, ceil(G · bits / 8)]; places without a group are 0."""
+    each = 8 // bits
+    rows, groups = zero_points.shape
+    padded = np.zeros((rows, -(-groups // each) * each), np.uint8)
+    padded[:, :groups] = zero_points
+    return pack_numbers(padded, bits, padded.shape[1]).reshape(rows, -1)
+
+
+def stored(numbers: npt.NDArray[np.float32]) -> Array:
+    """Scales or offsets in half precision where that changes nothing, else as they are."""
+    with np.errstate(over="ignore"):
+        half = numbers.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), numbers) else numbers
+
+
+class Packer:
+    """Writes quantized weights and what reads them into the main graph, at the editor's site.
+
+    Args:
+        edit: The graph's editor.
+        operator: "contrib": `MatMulNBits` where it carries a weight; "graphopt": `QuantizedLinear`; "standard":
+            standard ONNX alone. What none of these carries goes to `CodebookMatMul`, whose body is standard ONNX.
+        level: The `accuracy_level` of `MatMulNBits`: 4 (activations in 8 bits) or 0 (float32).
+    """
+
+    def __init__(self, edit: Editor, operator: Operator, level: int) -> None:
+        self.edit, self.operator, self.level = edit, operator, level
+        self.products = BlockProducts(edit)
+        self._scratch = Scratch()
+
+    def matrix(self, weight: QuantizedWeight, name: str) -> BlockMatrix:
+        """A weight of integers in blocks as initializers.
+
+        Raises:
+            Unpackable: It isn't one.
+        """
+        block = block_of(weight.group_size, weight.columns)
+        if weight.bits not in _BLOCK_BITS or weight.levels is not None or weight.outliers is not None:
+            raise Unpackable(f"MatMulNBits has integers of 2, 4 or 8 bits, and this is {_kind(weight)}")
+        if block is None:
+            raise Unpackable(f"groups of {weight.group_size} of {weight.columns} numbers aren't made of blocks of 16")
+        repeat = min(weight.group_size, weight.columns) // block
+        zeros = None if weight.zero_points is None or weight.symmetric else weight.zero_points
+        offsets = weight.offsets
+        if weight.zero_points is None and offsets is None:  # a code is a level, and nothing is taken from it
+            offsets = np.zeros_like(weight.scales)
+        return BlockMatrix(
+            weight.bits,
+            block,
+            self._initializer(pack_numbers(weight.codes, weight.bits, block), f"{name}.integers"),
+            self._initializer(stored(np.repeat(weight.scales, repeat, axis=1)), f"{name}.scales"),
+            None
+            if zeros is None
+            else self._initializer(pack_zero_points(np.repeat(zeros, repeat, axis=1), weight.bits), f"{name}.zeros"),
+            None if offsets is None else self._initializer(self._minimums(weight, offsets, repeat), f"{name}.minimums"),
+        )
+
+    def multiply(self, x: ir.Value, matrix: BlockMatrix) -> ir.Value:
+        """The product of x with the transpose of a matrix, [..., N]."""
+        if self.operator == "graphopt":
+            return self.products.multiply(x, matrix, "int16")
+        return self.products.multiply(x, matrix, "int8" if self.level == 4 else "float32")
+
+    def dequantized(self, weight: QuantizedWeight, name: str) -> ir.Value:
+        """The weight [K, N] as a DequantizeLinear makes it, in the layout that ONNX Runtime fuses with a MatMul.
+
+        Raises:
+            Unpackable: Standard ONNX has no such numbers.
+        """
+        if weight.bits not in (4, 8) or weight.levels is not None or weight.outliers is not None or weight.hadamard:
+            raise Unpackable(f"DequantizeLinear has integers of 4 or 8 bits, and this is {_kind(weight)}")
+        if weight.offsets is not None:
+            raise Unpackable("DequantizeLinear has no float offsets")
+        if weight.columns % min(weight.group_size, weight.columns):
+            raise Unpackable("its rows don't end with a group")
+        dtype = ir.DataType.UINT4 if weight.bits == 4 else ir.DataType.UINT8
+        zeros = weight.zero_points if weight.zero_points is not None else np.zeros(weight.scales.shape, np.uint8)
+
+        def integers(array: Array, label: str) -> ir.Value:
+            turned = np.ascontiguousarray(array.T.astype(np.uint8)).astype(dtype.numpy())
+            return self.products.initializer(self._scratch.keep(turned, self.edit.names.fresh(label), dtype))
+
+        inputs = [
+            integers(weight.codes, f"{name}.integers"),
+            self._initializer(weight.scales.T.astype(np.float32), f"{name}.scales"),
+            integers(zeros, f"{name}.zeros"),
+        ]
+        block = min(weight.group_size, weight.columns)
+        return self.edit.op("DequantizeLinear", inputs, {"axis": 0, "block_size": block})
+
+    def _minimums(self, weight: QuantizedWeight, offsets: npt.NDArray[np.float32], repeat: int) -> Array:
+        """Offsets in the type of the scales."""
+        kind = stored(weight.scales).dtype
+        return np.repeat(offsets, repeat, axis=1).astype(kind)
+
+    def _initializer(self, array: Array, name: str) -> ir.Value:
+        return self.products.initializer(self._scratch.keep(array, self.edit.names.fresh(name)))
+
+
+def stacked(weights: list[QuantizedWeight]) -> QuantizedWeight | None:
+    """Weights of the same inputs as one, one below the other; None where they aren't of one kind."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+
+    def kind(weight: QuantizedWeight) -> tuple[Any, ...]:
+        present = tuple(getattr(weight, name) is None for name in ("zero_points", "offsets", "selectors", "outliers"))
+        shared = weight.levels is None or (first.levels is not None and np.array_equal(weight.levels, first.levels))
+        return (weight.bits, weight.group_size, weight.columns, weight.hadamard, weight.symmetric, present, shared)
+
+    if any(kind(weight) != kind(first) for weight in weights) or first.outliers is not None:
+        return None
+
+    def joined(name: str) -> Any:
+        parts = [getattr(weight, name) for weight in weights]
+        return None if parts[0] is None else np.concatenate(parts)
+
+    return QuantizedWeight(
+        joined("codes"),
+        first.bits,
+        first.group_size,
+        first.columns,
+        joined("scales"),
+        zero_points=joined("zero_points"),
+        offsets=joined("offsets"),
+        levels=first.levels,
+        selectors=joined("selectors"),
+        hadamard=first.hadamard,
+    )
+
+
+def packed_bytes(weight: QuantizedWeight) -> int:
+    """Bytes of a weight as it is stored: codes without gaps, scales and offsets, codebooks, outliers."""
+    total: int = weight.rows * -(-weight.codes.shape[1] * weight.bits // 8) + stored(weight.scales).nbytes
+    if weight.zero_points is not None and not weight.symmetric:
+        total += weight.rows * -(-weight.scales.shape[1] * weight.bits // 8)
+    if weight.offsets is not None:
+        total += stored(weight.offsets).nbytes
+    for extra in (weight.levels, weight.selectors):
+        total += 0 if extra is None else int(extra.nbytes)
+    if weight.outliers is not None:
+        total += weight.outliers.values.nbytes + weight.outliers.columns.nbytes + 4 * (weight.rows + 1)
+    return total
+
+
+def _kind(weight: QuantizedWeight) -> str:
+    if weight.levels is not None:
+        return f"a codebook of {weight.bits} bits"
+    return f"{weight.bits} bits{' with outliers' if weight.outliers is not None else ''}"
