@@ -10,7 +10,8 @@
 `- recipe: NAME`.
 
 `--recipe` takes such a file or the name of one that ships in `graphopt/models/recipes/`, and several joined by `+`,
-which run one behind the other: `exact+decode`.
+which run one behind the other: `exact+decode`. Where several are the recipe `canonical`, what compresses, and the
+recipe `lower`, they become one of that form: `rtn+kv8` compresses twice between the two.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe | None = No
     if "+" in name and not Path(name).is_file():
         parts = [load(part.strip()) for part in name.split("+")]
         assumed = Assumptions.parse([one for part in parts for one in part.assume.names])
-        return Recipe(name, tuple(step for part in parts for step in part.steps), parts[-1].description, assumed)
+        return Recipe(name, _joined(parts), parts[-1].description, assumed)
     if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
         try:
             text = Path(name).read_text(encoding="utf-8")
@@ -168,6 +169,29 @@ def _steps(items: list[Any], name: str) -> Iterator[Step | Recipe]:
             yield Step(key, dict(options))
         else:
             raise UsageError(f"Entry {number} of the recipe {name} must be `name` or `name: {{option: value}}`.")
+
+
+def _joined(parts: list[Recipe]) -> tuple[Step, ...]:
+    """The steps of several recipes: what stands between `canonical` and `lower` comes together, the rest behind it."""
+    first, last = load("canonical").steps, load("lower").steps
+
+    def end(steps: tuple[Step, ...]) -> int | None:
+        """Where `lower` begins in a recipe that opens with `canonical`."""
+        places = range(len(first), len(steps) - len(last) + 1) if steps[: len(first)] == first else ()
+        return next((i for i in places if steps[i : i + len(last)] == last), None)
+
+    ends = [end(part.steps) for part in parts]
+    if ends[0] is None:
+        return tuple(step for part in parts for step in part.steps)
+    between: list[Step] = []
+    behind: list[Step] = []
+    for part, place in zip(parts, ends, strict=True):
+        if place is None:
+            behind += part.steps
+        else:
+            between += part.steps[len(first) : place]
+            behind += part.steps[place + len(last) :]
+    return (*first, *between, *last, *behind)
 
 
 def _part(part: str, name: str) -> Recipe:

@@ -8,7 +8,7 @@ import pytest
 
 from graphopt.errors import UsageError
 from graphopt.passes import registry
-from graphopt.recipe import load, shipped
+from graphopt.recipe import Step, load, shipped
 
 
 def test_shipped_recipes_can_be_made() -> None:
@@ -85,3 +85,28 @@ def test_every_pass_is_described() -> None:
         assert cls.family, name
         assert cls.__doc__, name
         assert "When not to use it" in cls.__doc__, name
+
+
+def test_a_recipe_in_another(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("passes:\n  - recipe: canonical\n  - quantize-kv: {key_bits: 4}\nassume: [batch=1]\n")
+    recipe = load(file)
+    assert recipe.steps == (*load("canonical").steps, Step("quantize-kv", {"key_bits": 4}))
+    assert load("exact").steps == (*load("canonical").steps, *load("lower").steps)
+    file.write_text(f"passes:\n  - recipe: {file}\n")
+    with pytest.raises(UsageError, match="must name another recipe"):
+        load(str(file))
+    other = tmp_path / "other.yaml"
+    other.write_text(f"passes:\n  - recipe: {file}\n")
+    file.write_text(f"passes:\n  - recipe: {other}\n")
+    with pytest.raises(UsageError, match="leads back to itself"):
+        load(str(file))
+
+
+def test_joined_recipes_share_the_exact_ones() -> None:
+    first, last, decode = (load(name).steps for name in ("canonical", "lower", "decode"))
+    joined = load("rtn+kv8+decode")
+    between = (*load("rtn").steps[len(first) : -len(last)], *load("kv8").steps[len(first) : -len(last)])
+    assert joined.steps == (*first, *between, *last, *decode)
+    assert "no-left-padding" in joined.assume.names
+    assert load("decode+exact").steps == (*decode, *first, *last)
