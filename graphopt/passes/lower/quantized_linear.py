@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.algebra import attribute_int
+from graphopt.analysis.algebra import attribute_int, is_op
 from graphopt.graph.computed import concatenated, weight
 from graphopt.graph.computed import identity as identity_of
 from graphopt.graph.constants import constant_tensor
@@ -97,7 +97,7 @@ class QuantizedLinear(ShapeRulePass):
             return f"the operator's body needs opset {OLDEST_OPSET}"
         if any(attribute.is_ref() for attribute in node.attributes.values()):
             return "an attribute is set by the caller of its function"
-        x, given = node.inputs[0], dict(enumerate(node.inputs))
+        x, given = node.inputs[0], _given(node)
         if x is None or self.dtype(x) not in _TYPES:
             return "it computes in another type than float32 and float16"
         if given.get(4) is not None:
@@ -116,7 +116,7 @@ class QuantizedLinear(ShapeRulePass):
     def _product(self, node: ir.Node, edit: Editor) -> None:
         if self._obstacle(node, edit) is not None:
             return
-        given = dict(enumerate(node.inputs))
+        given = _given(node)
         x, packed, scales = (given[i] for i in range(3))
         assert x is not None
         assert packed is not None
@@ -312,6 +312,17 @@ class _Branch:
 
 def _is(node: ir.Node | None, op_type: str) -> bool:
     return node is not None and node.domain == DOMAIN and node.op_type == op_type
+
+
+def _given(node: ir.Node) -> dict[int, ir.Value | None]:
+    """The inputs of a MatMulNBits; scales that are kept in half precision and cast are the constant itself."""
+    given = dict(enumerate(node.inputs))
+    scales = given.get(2)
+    cast = None if scales is None else scales.producer()
+    if cast is not None and is_op(cast, "Cast") and constant_tensor(cast.inputs[0]) is not None:
+        if cast.inputs[0] is not None and cast.inputs[0].dtype in _TYPES:
+            given[2] = cast.inputs[0]
+    return given
 
 
 def _is_nothing(value: ir.Value | None) -> bool:
