@@ -20,7 +20,7 @@ import numpy.typing as npt
 from graphopt.errors import InputDataError, UsageError
 from graphopt.runtime_ops.generation import CHUNK, Generator
 from graphopt.runtime_ops.scoring import ROWS, log_sums, logits_of, text_windows
-from graphopt.verification.quality.metrics import Metric, Quality, mean
+from graphopt.verification.quality.metrics import Metric, Quality, counted, mean
 from graphopt.verification.session import release_memory
 
 Decoder: TypeAlias = str | os.PathLike[str] | Generator
@@ -180,7 +180,7 @@ def _quality(gathered: _Sums, windows: int, window: int) -> Quality:
             Metric("kl", "divergence from the original, nats", "lower", mean(gathered.divergence, scored)),
             Metric("top1", "same most probable token", "higher", mean(gathered.same, scored), scale="share"),
         ),
-        f"{scored:,} tokens in {windows} {'window' if windows == 1 else 'windows'} of {window}",
+        f"{counted(scored, 'token')} in {counted(windows, 'window')} of {window}",
     )  # fmt: skip
 
 

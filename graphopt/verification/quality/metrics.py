@@ -48,12 +48,14 @@ class Quality:
         metrics: The numbers.
         samples: How much data they are over, in words: "4,088 tokens in 8 windows of 512".
         notes: What a reader must know besides, a sentence each.
+        outputs: Of a generic judgement: the numbers of each output, by its name.
     """
 
     task: str
     metrics: tuple[Metric, ...]
     samples: str
     notes: tuple[str, ...] = ()
+    outputs: tuple[tuple[str, tuple[Metric, ...]], ...] = ()
 
     def __getitem__(self, name: str) -> float:
         """The candidate's number by its name; KeyError where there is none."""
@@ -73,9 +75,15 @@ class Quality:
             "metrics": [metric.to_dict() for metric in self.metrics],
             "samples": self.samples,
             "notes": list(self.notes),
+            "outputs": {name: [metric.to_dict() for metric in metrics] for name, metrics in self.outputs},
         }
 
 
 def mean(total: float, count: int) -> float:
     """The mean of so many numbers with that sum; NaN of none."""
     return total / count if count else math.nan
+
+
+def counted(number: int, noun: str, many: str = "") -> str:
+    """ "1 image", "12 images"."""
+    return f"{number:,} {noun if number == 1 else many or noun + 's'}"
