@@ -39,6 +39,7 @@ from graphopt.models.texts import wikipedia
 from graphopt.recipe import shipped
 from graphopt.runtime_ops.decoding import empty_shape
 from graphopt.runtime_ops.generation import Generator
+from graphopt.verification.quality.language import language_quality
 from graphopt.verification.session import release_memory
 
 WINDOW = 512
@@ -198,39 +199,20 @@ def recipe_of(variant: Variant) -> dict[str, Any]:
 
 def judge(files: dict[str, Path], results: Kept, ids: npt.NDArray[np.int64], threads: int) -> None:
     """Fill in perplexity, divergence, agreement and bytes."""
-    if all(name in results.rows for name in files):
+    missing = [name for name in files if name not in results.rows]
+    if not missing:
         return
-    windows = ids.reshape(-1, WINDOW)
-    kept: list[npt.NDArray[np.float32]] = []
-    for name, file in files.items():
-        if name in results.rows and name != FLOAT:
-            continue
-        generator = Generator(file, sess_options=session_options(threads))
-        total = divergence = same = 0.0
-        for index, window in enumerate(windows):
-            found = log_probabilities(generator, window)
-            if name == FLOAT:
-                kept.append(found)
-            expected = kept[index]
-            total -= float(found[np.arange(WINDOW - 1), window[1:]].sum(dtype=np.float64))
-            divergence += float((np.exp(expected) * (expected - found)).sum(dtype=np.float64))
-            same += int((expected.argmax(1) == found.argmax(1)).sum())
-        scored = len(windows) * (WINDOW - 1)
+    original = Generator(files[FLOAT], sess_options=session_options(threads))
+    for name in missing:
+        generator = Generator(files[name], sess_options=session_options(threads))
+        [found] = language_quality(original, [generator], ids, WINDOW)
         sizes = {tokens: cache_bytes(generator, tokens) for tokens in (512, 4096, 32768)}
-        row = Row(float(np.exp(total / scored)), divergence / scored, same / scored, sizes)
+        row = Row(found["ppl"], found["kl"], found["top1"], sizes)
         results.rows[name] = row
         results.write()
         print(f"{name}: perplexity {row.perplexity:.3f}, KL {row.kl:.5f}, same {row.agreement:.2%}", flush=True)
         del generator
         release_memory()
-
-
-def log_probabilities(generator: Generator, window: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """ln p of every token of the vocabulary after each token of a window but the last [tokens - 1, vocabulary]."""
-    logits = np.array(generator.start(1, WINDOW).feed(window[None])[0, :-1], np.float32)
-    logits -= logits.max(axis=1, keepdims=True)
-    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    return logits
 
 
 def cache_bytes(generator: Generator, tokens: int) -> int:

@@ -41,6 +41,12 @@ class VerificationError(GraphoptError):
     exit_code = 5
 
 
+class QualityError(GraphoptError):
+    """A model does its task worse than a floor allows."""
+
+    exit_code = 7
+
+
 class GraphoptWarning(UserWarning):
     """Something works, but not as well as it could; the CLI prints it as one sentence."""
 
