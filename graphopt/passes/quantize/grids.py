@@ -22,6 +22,7 @@ Array = npt.NDArray[Any]
 _STEPS = 20
 """Ranges that the search of `UniformGrid(search=True)` tries, from the whole one down to `_SMALLEST` of it."""
 _SMALLEST = 0.5
+_LEAST_HALF, _MOST_HALF = float(np.finfo(np.float16).tiny), float(np.finfo(np.float16).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +104,14 @@ class UniformGrid(Grid):
             that of the number that is largest in magnitude, whose sign is put where the grid reaches further.
         floats: Without `symmetric`: the least number is m itself and not a multiple of the step, w = s c + m.
         search: Shrink the range to where the squared error (weighed by importance) is least; else min and max.
+        half: Scales and offsets are numbers of float16, which is how they are stored, so that nothing is rounded again.
     """
 
     bits: int = 4
     symmetric: bool = True
     floats: bool = False
     search: bool = False
+    half: bool = True
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -139,14 +142,28 @@ class UniformGrid(Grid):
             far = np.take_along_axis(block, np.abs(block).argmax(axis=1)[:, None], axis=1)[:, 0]
             # -2^(bits-1) is a number of the grid and +2^(bits-1) isn't: a negative step puts the largest there.
             scale = -far / middle * share
-            return Fit(_nonzero(scale), np.full(len(block), middle, np.uint8))
+            return Fit(self._step(scale), np.full(len(block), middle, np.uint8))
         low, high = block.min(axis=1), block.max(axis=1)
         if self.floats:
             centre, half = (low + high) / 2, (high - low) / 2 * share
-            return Fit(_nonzero(2 * half / top), offset=(centre - half).astype(np.float32))
+            return Fit(self._step(2 * half / top), offset=self._stored(centre - half))
         least, most = np.minimum(low, 0) * share, np.maximum(high, 0) * share
-        step = _nonzero((most - least) / top)
+        step = self._step((most - least) / top)
         return Fit(step, np.clip(np.rint(-least / step), 0, top).astype(np.uint8))
+
+    def _step(self, scale: Array) -> npt.NDArray[np.float32]:
+        """Steps that can be divided by: a group of zeros gets one of 1."""
+        return self._stored(np.where(np.abs(scale) > np.finfo(np.float32).tiny, scale, 1))
+
+    def _stored(self, numbers: Array) -> npt.NDArray[np.float32]:
+        """Numbers as they are stored."""
+        if not self.half:
+            return numbers.astype(np.float32)
+        sizes = np.abs(numbers)
+        # What float16 holds with fewer than its 11 digits stays as it is; such a weight's scales are stored in float32.
+        fits = ((sizes >= _LEAST_HALF) & (sizes <= _MOST_HALF)) | (sizes == 0)
+        with np.errstate(over="ignore"):
+            return np.where(fits, numbers.astype(np.float16), numbers).astype(np.float32)
 
     def nearest(self, numbers: npt.NDArray[np.float32], fit: Fit) -> Array:
         """See the base."""
@@ -167,11 +184,6 @@ class UniformGrid(Grid):
         if fit.offset is not None:
             found += fit.offset[:, None]
         return found
-
-
-def _nonzero(scale: Array) -> npt.NDArray[np.float32]:
-    """Steps that can be divided by: a group of zeros gets one of 1."""
-    return np.where(np.abs(scale) > np.finfo(np.float32).tiny, scale, 1).astype(np.float32)
 
 
 def _mixed(first: Fit, second: Fit, choose: Array) -> Fit:
