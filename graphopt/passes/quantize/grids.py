@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,19 @@ class Grid(abc.ABC):
     """
 
     bits: int
-    width: ClassVar[int] = 1
+    width: int = 1
+
+    def for_weight(
+        self, weight: npt.NDArray[np.float32], group_size: int, importance: npt.NDArray[np.float32] | None = None
+    ) -> Grid:
+        """The grid for one matrix: this one, but for grids that all of a matrix has a say in, such as an exponent.
+
+        Args:
+            weight: [N, K].
+            group_size: Columns of a group.
+            importance: [K], as in `fit`.
+        """
+        return self
 
     @abc.abstractmethod
     def fit(self, block: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None = None) -> Fit:
@@ -131,7 +143,7 @@ class UniformGrid(Grid):
             total = error.sum(axis=1) if importance is None else error @ importance
             better = total < least
             least = np.where(better, total, least)
-            best = fit if best is None else _mixed(fit, best, better)
+            best = fit if best is None else mixed(fit, best, better)
         assert best is not None
         return best
 
@@ -142,28 +154,14 @@ class UniformGrid(Grid):
             far = np.take_along_axis(block, np.abs(block).argmax(axis=1)[:, None], axis=1)[:, 0]
             # -2^(bits-1) is a number of the grid and +2^(bits-1) isn't: a negative step puts the largest there.
             scale = -far / middle * share
-            return Fit(self._step(scale), np.full(len(block), middle, np.uint8))
+            return Fit(step_size(scale, self.half), np.full(len(block), middle, np.uint8))
         low, high = block.min(axis=1), block.max(axis=1)
         if self.floats:
             centre, half = (low + high) / 2, (high - low) / 2 * share
-            return Fit(self._step(2 * half / top), offset=self._stored(centre - half))
+            return Fit(step_size(2 * half / top, self.half), offset=stored(centre - half, self.half))
         least, most = np.minimum(low, 0) * share, np.maximum(high, 0) * share
-        step = self._step((most - least) / top)
+        step = step_size((most - least) / top, self.half)
         return Fit(step, np.clip(np.rint(-least / step), 0, top).astype(np.uint8))
-
-    def _step(self, scale: Array) -> npt.NDArray[np.float32]:
-        """Steps that can be divided by: a group of zeros gets one of 1."""
-        return self._stored(np.where(np.abs(scale) > np.finfo(np.float32).tiny, scale, 1))
-
-    def _stored(self, numbers: Array) -> npt.NDArray[np.float32]:
-        """Numbers as they are stored."""
-        if not self.half:
-            return numbers.astype(np.float32)
-        sizes = np.abs(numbers)
-        # What float16 holds with fewer than its 11 digits stays as it is; such a weight's scales are stored in float32.
-        fits = ((sizes >= _LEAST_HALF) & (sizes <= _MOST_HALF)) | (sizes == 0)
-        with np.errstate(over="ignore"):
-            return np.where(fits, numbers.astype(np.float16), numbers).astype(np.float32)
 
     def nearest(self, numbers: npt.NDArray[np.float32], fit: Fit) -> Array:
         """See the base."""
@@ -186,7 +184,23 @@ class UniformGrid(Grid):
         return found
 
 
-def _mixed(first: Fit, second: Fit, choose: Array) -> Fit:
+def step_size(scale: Array, half: bool) -> npt.NDArray[np.float32]:
+    """Scales as they are stored that can be divided by: a group of zeros gets one of 1."""
+    return stored(np.where(np.abs(scale) > np.finfo(np.float32).tiny, scale, 1), half)
+
+
+def stored(numbers: Array, half: bool) -> npt.NDArray[np.float32]:
+    """Scales or offsets as they are stored: with `half`, numbers of float16."""
+    if not half:
+        return numbers.astype(np.float32)
+    sizes = np.abs(numbers)
+    # What float16 holds with fewer than its 11 digits stays as it is; such a weight's scales are stored in float32.
+    fits = ((sizes >= _LEAST_HALF) & (sizes <= _MOST_HALF)) | (sizes == 0)
+    with np.errstate(over="ignore"):
+        return np.where(fits, numbers.astype(np.float16), numbers).astype(np.float32)
+
+
+def mixed(first: Fit, second: Fit, choose: Array) -> Fit:
     """The first's parameters where `choose`, else the second's."""
 
     def one(name: str) -> Any:
