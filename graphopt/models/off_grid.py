@@ -107,7 +107,9 @@ def off_grid(model: ir.Model, seed: int = 0) -> OffGrid:
         else:
             left.append(found)
     if not scaled:
-        raise ModelError("There is nothing to scale: no V → O of an attention and no up → down of a gated MLP is known.")
+        raise ModelError(
+            "There is nothing to scale: no V → O of an attention and no up → down of a gated MLP is known."
+        )
     return OffGrid(len(folded), tuple(scaled), tuple(left))
 
 
@@ -221,9 +223,7 @@ def _scale(pair: Pair, factors: npt.NDArray[np.float64], origin: tuple[int, ...]
     _multiply(reader.weight, 1 / factors[pair.channels], axis, ("off-grid reader", *origin))
 
 
-def _multiply(
-    value: ir.Value, factors: npt.NDArray[np.float64], axis: int, origin: tuple[str | int, ...]
-) -> None:
+def _multiply(value: ir.Value, factors: npt.NDArray[np.float64], axis: int, origin: tuple[str | int, ...]) -> None:
     """Make an initializer what it is times `factors` along `axis`, rounded once."""
     tensor = value.const_value
     assert tensor is not None
@@ -247,7 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="the .onnx file of a decoder")
     parser.add_argument("output", type=Path, help="the .onnx file to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--companions", type=Path, help="the folder of tokenizer.json and config.json; default: source's")
+    parser.add_argument(
+        "--companions", type=Path, help="the folder of tokenizer.json and config.json; default: source's"
+    )
     options = parser.parse_args(arguments)
     try:
         model = load(options.source)
@@ -262,7 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
             shutil.copy2(file, options.output.parent / name)
     for name, reason in done.left:
         print(f"left alone: {name}: {reason}")
-    print(f"{options.output}: {done.norms} norms folded, {len(done.pairs)} pairs of layers scaled (seed {options.seed})")
+    print(
+        f"{options.output}: {done.norms} norms folded, {len(done.pairs)} pairs of layers scaled (seed {options.seed})"
+    )
     return 0
 
 

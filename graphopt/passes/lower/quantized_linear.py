@@ -319,9 +319,9 @@ def _given(node: ir.Node) -> dict[int, ir.Value | None]:
     given = dict(enumerate(node.inputs))
     scales = given.get(2)
     cast = None if scales is None else scales.producer()
-    if cast is not None and is_op(cast, "Cast") and constant_tensor(cast.inputs[0]) is not None:
-        if cast.inputs[0] is not None and cast.inputs[0].dtype in _TYPES:
-            given[2] = cast.inputs[0]
+    kept = cast.inputs[0] if cast is not None and is_op(cast, "Cast") else None
+    if kept is not None and constant_tensor(kept) is not None and kept.dtype in _TYPES:
+        given[2] = kept
     return given
 
 

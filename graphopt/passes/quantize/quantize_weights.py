@@ -176,7 +176,7 @@ class QuantizeWeights(Pass):
         sites = group.sites
         first = sites[0]
         edit.at(first.node)
-        if first.role in _TABLES or first.shared:
+        if first.role == "embed" or first.shared:
             return self._write_table(first, group.bits, edit)
         weights = [self._quantize(site, group.bits) for site in sites]
         joined = stacked(weights)
