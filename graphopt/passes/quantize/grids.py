@@ -19,9 +19,11 @@ from graphopt.passes.quantize.quantized_weight import QuantizedWeight
 
 Array = npt.NDArray[Any]
 
-_STEPS = 20
-"""Ranges that the search of `UniformGrid(search=True)` tries, from the whole one down to `_SMALLEST` of it."""
-_SMALLEST = 0.5
+_SHARES = {True: np.linspace(1.0, 0.4, 8), False: np.linspace(1.0, 0.35, 5)}
+"""Shares of the range that `UniformGrid(search=True)` tries: of the one range of a symmetric grid, of either side of
+another, which are tried in all pairs."""
+_REFITS = 4
+"""How often that search then takes turns between the codes nearest to the weights and the step best for the codes."""
 _LEAST_HALF, _MOST_HALF = float(np.finfo(np.float16).tiny), float(np.finfo(np.float16).max)
 
 
@@ -115,7 +117,9 @@ class UniformGrid(Grid):
         symmetric: z = 2^(bits - 1), so that 0 is a number of the grid and no zero points need be stored; the range is
             that of the number that is largest in magnitude, whose sign is put where the grid reaches further.
         floats: Without `symmetric`: the least number is m itself and not a multiple of the step, w = s c + m.
-        search: Shrink the range to where the squared error (weighed by importance) is least; else min and max.
+        search: Make the squared error (weighed by importance) small: of ranges from the whole one down, cut on either
+            side, the best, then steps (and offsets) by least squares for fixed codes in turn with the nearest codes.
+            Never worse than `search=False`, which takes min and max.
         half: Scales and offsets are numbers of float16, which is how they are stored, so that nothing is rounded again.
     """
 
@@ -133,33 +137,73 @@ class UniformGrid(Grid):
 
     def fit(self, block: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None = None) -> Fit:
         """See the base."""
+        best = self._of_range(block, 1.0, 1.0)
         if not self.search:
-            return self._of_range(block, 1.0)
-        best: Fit | None = None
-        least = np.full(len(block), np.inf)
-        for share in np.linspace(1.0, _SMALLEST, _STEPS):
-            fit = self._of_range(block, float(share))
-            error = (self.values(self.nearest(block, fit), fit) - block) ** 2
-            total = error.sum(axis=1) if importance is None else error @ importance
-            better = total < least
-            least = np.where(better, total, least)
-            best = fit if best is None else mixed(fit, best, better)
-        assert best is not None
+            return best
+        least = self._error(block, best, importance)
+        shares = _SHARES[self.symmetric]
+        pairs = [(share, side) for share in shares for side in ((1.0, -1.0) if self.symmetric else shares)]
+        for turn in range(len(pairs) + _REFITS):
+            refit = turn >= len(pairs)
+            fit = self._refitted(block, best, importance) if refit else self._of_range(block, *pairs[turn])
+            error = self._error(block, fit, importance)
+            better = error < least
+            least, best = np.where(better, error, least), mixed(fit, best, better)
         return best
 
-    def _of_range(self, block: npt.NDArray[np.float32], share: float) -> Fit:
+    def _error(self, block: npt.NDArray[np.float32], fit: Fit, importance: Array | None) -> npt.NDArray[np.float32]:
+        """The squared error of each row, rounded to nearest, float32 [N]."""
+        inverse = 1 / fit.scale
+        zero: Any = fit.zero_point if fit.offset is None else -fit.offset * inverse
+        level = block * inverse[:, None]
+        level += zero[:, None]
+        wrong = np.rint(level)
+        np.clip(wrong, 0, (1 << self.bits) - 1, out=wrong)
+        wrong -= level
+        wrong *= wrong
+        total = wrong.sum(axis=1) if importance is None else wrong @ importance
+        return np.asarray(total * fit.scale**2, np.float32)
+
+    def _refitted(self, block: npt.NDArray[np.float32], fit: Fit, importance: Array | None) -> Fit:
+        """The step, and the offset or the zero point, by least squares for the codes nearest under `fit`."""
+        weights = np.ones(block.shape[1], np.float32) if importance is None else importance
+        level = self.nearest(block, fit).astype(np.float32)
+        offset, zero_point = fit.offset, fit.zero_point
+        if not self.symmetric:
+            share = weights / max(float(weights.sum()), 1e-30)
+            middle, mean = level @ share, block @ share
+            slope = self._ratio(
+                ((level - middle[:, None]) * (block - mean[:, None])) @ weights,
+                ((level - middle[:, None]) ** 2) @ weights,
+                fit.scale,
+            )
+            if self.floats:
+                return Fit(slope, offset=stored(mean - slope * middle, self.half))
+            zero_point = np.clip(np.rint(middle - mean / slope), 0, (1 << self.bits) - 1).astype(np.uint8)
+        assert zero_point is not None
+        level -= zero_point[:, None]
+        return Fit(self._ratio((level * block) @ weights, level**2 @ weights, fit.scale), zero_point, offset)
+
+    def _ratio(self, above: Array, below: Array, otherwise: Array) -> npt.NDArray[np.float32]:
+        """A step by least squares; `otherwise` where all codes are one."""
+        sure = (below > np.finfo(np.float32).tiny) & (np.abs(above) > np.finfo(np.float32).tiny)
+        return stored(np.where(sure, above / np.where(sure, below, 1), otherwise), self.half)
+
+    def _of_range(self, block: npt.NDArray[np.float32], below: float, above: float) -> Fit:
+        """The fit to a share of the range on either side; a symmetric one takes `below`, and the sign from `above`."""
         top = (1 << self.bits) - 1
         if self.symmetric:
             middle = 1 << (self.bits - 1)
             far = np.take_along_axis(block, np.abs(block).argmax(axis=1)[:, None], axis=1)[:, 0]
             # -2^(bits-1) is a number of the grid and +2^(bits-1) isn't: a negative step puts the largest there.
-            scale = -far / middle * share
-            return Fit(step_size(scale, self.half), np.full(len(block), middle, np.uint8))
+            scale = -far / middle if above > 0 else far / (middle - 1)
+            return Fit(step_size(scale * below, self.half), np.full(len(block), middle, np.uint8))
         low, high = block.min(axis=1), block.max(axis=1)
         if self.floats:
-            centre, half = (low + high) / 2, (high - low) / 2 * share
-            return Fit(step_size(2 * half / top, self.half), offset=stored(centre - half, self.half))
-        least, most = np.minimum(low, 0) * share, np.maximum(high, 0) * share
+            centre, half = (low + high) / 2, (high - low) / 2
+            step = step_size(half * (below + above) / top, self.half)
+            return Fit(step, offset=stored(centre - half * below, self.half))
+        least, most = np.minimum(low, 0) * below, np.maximum(high, 0) * above
         step = step_size((most - least) / top, self.half)
         return Fit(step, np.clip(np.rint(-least / step), 0, top).astype(np.uint8))
 
