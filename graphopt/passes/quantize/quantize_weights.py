@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,21 +10,28 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int
-from graphopt.analysis.attention_sites import attention_sites
+from graphopt.analysis.attention_sites import AttentionSite, attention_sites
 from graphopt.analysis.linear_sites import LinearSite, linear_sites
 from graphopt.analysis.shapes import infer
+from graphopt.calibration.request import Request
+from graphopt.calibration.statistics import SecondMoment
+from graphopt.graph.computed import computed
 from graphopt.graph.edits import Editor
 from graphopt.graph.scratch import Scratch
 from graphopt.passes.base import Guarantee, Pass
-from graphopt.passes.quantize.grids import Grid, UniformGrid
 from graphopt.passes.quantize.packing import Operator, Packer, Unpackable, packed_bytes, stacked
 from graphopt.passes.quantize.quantized_weight import QuantizedWeight
-from graphopt.passes.quantize.roundings import round_to_nearest
+from graphopt.passes.quantize.roundings import quantize
+from graphopt.passes.quantize.setting import Setting
+from graphopt.passes.quantize.token_weights import TokensOf
 from graphopt.runtime_ops.block_products import BlockMatrix
 from graphopt.runtime_ops.operator import OLDEST_OPSET
 
+Array = npt.NDArray[Any]
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _OPERATORS = ("contrib", "graphopt", "standard")
+_TOKENS = ("all", "linear", "received")
+_TOKEN_ROLES = ("k", "v", "kv", "qkv")
 _TABLES = ("embed", "head")
 SMALLEST = 1 << 10
 """Numbers of a matrix that is worth an operator of its own kind."""
@@ -36,16 +42,21 @@ class _Group:
     """Linear sites that read one value, and are written together where their weights are alike."""
 
     sites: list[LinearSite]
-    bits: int
+    setting: Setting
 
 
 class QuantizeWeights(Pass):
     """Keep the constant matrices of a model in a few bits, and compute with them so.
 
-        w ≈ s · (c − z),   0 ≤ c < 2ᵇ
+        w ≈ s · l(c) + m,   0 ≤ c < 2ᵇ
 
-    with a scale s for each group of neighbouring inputs of an output. What c a weight gets is a matter of the grid, of
-    how its range is chosen, and of the rounding; see docs/quantization.md for what each costs and saves.
+    with a scale s for each group of neighbouring inputs of an output, and levels l of a grid: integers, or the numbers
+    of a codebook. What code c a weight gets is a matter of the grid, of how its range is chosen, and of the rounding;
+    see docs/quantization.md for what each costs and saves.
+
+    Papers: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (`rounding: gptq`); COMQ: A
+    Backpropagation-Free Algorithm for Post-Training Quantization (`comq`); RSQ: Learning from Important Tokens Leads to
+    Better Quantized LLMs (`tokens`); EasyQuant: An Efficient Data-free Quantization Algorithm for LLMs (`outliers`).
 
     1. MatMul and Gemm with a constant matrix become `MatMulNBits`; with `operator: graphopt` graphopt's
        `QuantizedLinear`, which rounds activations to 16 bits; with `operator: standard` `DequantizeLinear` and MatMul.
@@ -53,18 +64,27 @@ class QuantizeWeights(Pass):
     2. Matrices that read one value (queries, keys and values; gate and up) become one, and a Split.
     3. The embedding and the head get `head_bits`: they cost more than all others at equal bits. Where they are one
        matrix it is stored once, and read by `GatherBlockQuantized` and by the head's operator.
+    4. `rounding: gptq` and its kin look at what a matrix multiplies, on the data of `--calibration`, layer by layer:
+       with `sequential` each layer sees what the quantized ones before it make.
+    5. `tokens` weighs the tokens by the attention that they receive, in the statistics of the `token_roles`: most of
+       all is received by the first token, which is one of many in a text, but counts in every sum over values.
 
     Weights are read, rounded and written one at a time.
 
-    **Options:** `bits` (default 4): 2 to 8; `group_size` (default 32): inputs that share a scale, 0 for all;
-    `symmetric` (default true): z is the middle; else it is stored too; `floats` (default false): s · c + m with a float
-    m in place of zero points; `search` (default true): ranges of least squared error, else the whole one; `head_bits`
-    (default 8): of the embedding and the head, 0: as they are; `operator` (default "contrib"): rule 1; `level` (default
-    4): `accuracy_level` of `MatMulNBits`: 4: activations are rounded to 8 bits in the weight's blocks, 0: they stay;
-    `exclude` (default none): roles that are left alone, such as `down` (see `graphopt inspect`).
+    **Options:** `bits` (default 4): 2 to 8; `group_size` (default 32): inputs that share a scale, 0 for all; `grid`
+    (default "int"): the numbers of the grid by name; `symmetric` (default true): the middle of the integers is 0; else
+    zero points are stored too; `floats` (default false): s · c + m with a float m in place of zero points; `search`
+    (default true): ranges of least squared error, else the whole one; `rounding` (default "nearest"): "nearest",
+    "gptq", "comq" or "gptq+comq"; `order` (default "activation"): in which GPTQ visits the inputs; `damping` (default
+    0.01): of the Hessian's mean diagonal; `outliers` (default 0): share of the weights that keep their precision;
+    `tokens` (default "all"): "all" alike, "linear" or "received": rule 5; `token_roles` (default k, v, kv, qkv);
+    `sequential` (default true): rule 4; `head_bits` (default 8): of the embedding and the head, 0: as they are;
+    `operator` (default "contrib"): rule 1; `level` (default 4): `accuracy_level` of `MatMulNBits`: 4: activations are
+    rounded to 8 bits in the weight's blocks, 0: they stay; `exclude` (default none): roles that are left alone, such as
+    `down` (see `graphopt inspect`); `sites` (default none): options of single weights, by the weight's name.
 
     **Needs:** float32 or float16; opset 18 for graphopt's operators, 21 for `standard`; canonical operators (the
-    recipe's passes before it). **Guarantees:** LOSSY.
+    recipe's passes before it); data for all roundings but nearest. **Guarantees:** LOSSY.
 
     **Left alone, with the reason:** matrices of subgraphs and functions; 1 × 1 convolutions; a Gemm that scales or
     transposes what it reads; matrices of fewer than 1,024 numbers; what no operator carries.
@@ -81,63 +101,87 @@ class QuantizeWeights(Pass):
         self,
         bits: int = 4,
         group_size: int = 32,
+        grid: str = "int",
         symmetric: bool = True,
         floats: bool = False,
         search: bool = True,
+        rounding: str = "nearest",
+        order: str = "activation",
+        damping: float = 0.01,
+        outliers: float = 0.0,
+        tokens: str = "all",
+        token_roles: list[str] | None = None,
+        sequential: bool = True,
         head_bits: int = 8,
         operator: str = "contrib",
         level: int = 4,
         exclude: list[str] | None = None,
+        sites: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        if not 2 <= bits <= 8 or (head_bits and not 2 <= head_bits <= 8):
-            raise ValueError(f"weights have 2 to 8 bits, not {bits} and {head_bits}")
-        if group_size < 0 or group_size % 8:
-            raise ValueError(f"group_size must be a multiple of 8, or 0 for whole rows, not {group_size}")
+        if head_bits and not 2 <= head_bits <= 8:
+            raise ValueError(f"the head has 2 to 8 bits, or 0 to stay, not {head_bits}")
         if operator not in _OPERATORS:
             raise ValueError(f"operator is one of {', '.join(_OPERATORS)}, not {operator!r}")
         if level not in (0, 4):
             raise ValueError(f"level is 0 or 4, not {level}")
-        self.bits, self.group_size, self.symmetric, self.floats = bits, group_size, symmetric, floats
-        self.search, self.head_bits, self.level = search, head_bits, level
+        if tokens not in _TOKENS:
+            raise ValueError(f"tokens is one of {', '.join(_TOKENS)}, not {tokens!r}")
+        self.setting = Setting(
+            bits, group_size, grid, symmetric, floats, search, rounding, order, damping, outliers  # type: ignore[arg-type]
+        )
+        self.tokens, self.sequential, self.head_bits, self.level = tokens, sequential, head_bits, level
+        self.token_roles = list(_TOKEN_ROLES if token_roles is None else token_roles)
         self.operator: Operator = operator  # type: ignore[assignment]
         self.exclude = list(exclude or ())
-        self._grid(bits)
+        self.sites_given = dict(sites or {})
+        self._own = {name: self.setting.with_options(options) for name, options in self.sites_given.items()}
+        if any(setting.calibrated for setting in (self.setting, *self._own.values())):
+            self.needs = ("second-moment",)
+
+    def option_values(self) -> dict[str, Any]:
+        """See the base."""
+        values = {**dataclasses.asdict(self.setting), **super().option_values(), "sites": self.sites_given}
+        return {name: values[name] for name in self.options() if name in values}
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
         edit = Editor(model)
-        sites = linear_sites(model, attention_sites(model, infer(model)))
-        groups = list(self._groups(model, sites, edit))
-        if not groups:
+        attention = attention_sites(model, infer(model))
+        sites = [site for site in linear_sites(model, attention) if self._taken(model, site, edit)]
+        if not sites:
             return False
         self._packer = Packer(edit, self.operator, self.level)
         self._scratch = Scratch()
-        self._written: dict[tuple[ir.Value, bool], BlockMatrix | QuantizedWeight] = {}
-        changed = False
-        for group in groups:
-            changed |= self._write(group, edit)
-        if changed and self.operator != "standard":
+        self._tables: dict[tuple[ir.Value, bool], BlockMatrix] = {}
+        try:
+            groups = list(self._groups(sites))
+            rounded = self._calibrated(model, groups, attention) if self.needs else {}
+            changed = [self._write(group, [rounded.get(site.node) for site in group.sites], edit) for group in groups]
+        finally:
+            del self._packer, self._scratch, self._tables
+        if any(changed) and self.operator != "standard":
             model.graph.opset_imports.setdefault("com.microsoft", 1)
-        return changed
+        return any(changed)
 
     # ---- what is quantized
 
-    def _groups(self, model: ir.Model, sites: list[LinearSite], edit: Editor) -> Iterator[_Group]:
-        """The sites to quantize: those that read one value together, in the order of the first of each."""
+    def _taken(self, model: ir.Model, site: LinearSite, edit: Editor) -> bool:
+        reason = self._obstacle(model, site, edit)
+        return reason is None or (bool(reason) and self.left(site.node, reason))
+
+    def _groups(self, sites: list[LinearSite]) -> list[_Group]:
+        """Sites that read one value together, in the order of the first of each."""
         found: dict[Any, _Group] = {}
         for site in sites:
-            reason = self._obstacle(model, site, edit)
-            if reason is not None:
-                if reason:
-                    self.left(site.node, reason)
-                continue
-            bits = self.head_bits if site.role in _TABLES else self.bits
+            setting = self._own.get(site.weight.name or "", self.setting)
+            if site.role in _TABLES and site.weight.name not in self._own:
+                setting = Setting(self.head_bits, setting.group_size)
             # What is read elsewhere too is written once, by itself.
             alone = site.role in _TABLES or bool(site.shared)
-            key = site.node if alone else (site.x, bits)
-            found.setdefault(key, _Group([], bits)).sites.append(site)
-        yield from found.values()
+            key = site.node if alone else (site.x, setting)
+            found.setdefault(key, _Group([], setting)).sites.append(site)
+        return list(found.values())
 
     def _obstacle(self, model: ir.Model, site: LinearSite, edit: Editor) -> str | None:
         """Why a site stays as it is ("": not worth a word); None: it doesn't."""
@@ -163,22 +207,61 @@ class QuantizeWeights(Pass):
 
     # ---- rounding
 
-    def _grid(self, bits: int) -> Grid:
-        return UniformGrid(bits, self.symmetric, self.floats, self.search)
-
-    def _quantize(self, site: LinearSite, bits: int) -> QuantizedWeight:
+    def _quantize(self, site: LinearSite, setting: Setting, hessian: Array | None = None) -> QuantizedWeight:
         weight = _rows(site)
-        return round_to_nearest(weight, self._grid(bits), self.group_size or weight.shape[1])
+        grid = setting.made()
+        if grid.width > 1:
+            raise Unpackable("its grid has vectors")
+        return quantize(
+            weight,
+            grid,
+            setting.group_size or weight.shape[1],
+            setting.rounding,
+            hessian=hessian,
+            importance=None if hessian is None else np.asarray(np.diag(hessian), np.float32),
+            damping=setting.damping,
+            order=setting.order,
+            outliers=setting.outliers,
+        )
+
+    def _calibrated(
+        self, model: ir.Model, groups: list[_Group], attention: list[AttentionSite]
+    ) -> dict[ir.Node, QuantizedWeight]:
+        """Round all that looks at data, layer by layer."""
+        assert self.calibration is not None
+        weights = TokensOf(model, attention, self.tokens, self.token_roles)
+        requests: dict[Request, list[tuple[LinearSite, Setting]]] = {}
+        for group in groups:
+            for site in group.sites:
+                if group.setting.calibrated and site.x is not None:
+                    request = Request(site.x, SecondMoment(), weights.of(site))
+                    requests.setdefault(request, []).append((site, group.setting))
+        found: dict[ir.Node, QuantizedWeight] = {}
+        for stage in self.calibration.stages(model, list(requests), sequential=self.sequential, grain="site"):
+            for request, summary in stage.summaries.items():
+                for site, setting in requests[request]:
+                    rounded = self._kept(self._quantize(site, setting, summary.array))
+                    found[site.node] = rounded
+                    if self.sequential:
+                        _give(site, rounded)
+        return found
+
+    def _kept(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """A weight whose large arrays lie in a file until it is packed."""
+        large = {name: getattr(weight, name) for name in ("codes", "scales", "zero_points", "offsets", "selectors")}
+        kept = {name: None if array is None else self._scratch.array(array) for name, array in large.items()}
+        return dataclasses.replace(weight, **kept)
 
     # ---- writing
 
-    def _write(self, group: _Group, edit: Editor) -> bool:
+    def _write(self, group: _Group, rounded: list[QuantizedWeight | None], edit: Editor) -> bool:
         sites = group.sites
         first = sites[0]
         edit.at(first.node)
         if first.role == "embed" or first.shared:
-            return self._write_table(first, group.bits, edit)
-        weights = [self._quantize(site, group.bits) for site in sites]
+            return self._write_table(first, rounded[0], group.setting, edit)
+        pairs = zip(sites, rounded, strict=True)
+        weights = [self._quantize(site, group.setting) if weight is None else weight for site, weight in pairs]
         joined = stacked(weights)
         if joined is None:
             done = [self._write_product([site], weight, edit) for site, weight in zip(sites, weights, strict=True)]
@@ -212,19 +295,16 @@ class QuantizeWeights(Pass):
             return edit.op("MatMul", [x, self._packer.dequantized(weight, name)])
         return self._packer.multiply(x, self._packer.matrix(weight, name))
 
-    def _write_table(self, site: LinearSite, bits: int, edit: Editor) -> bool:
+    def _write_table(self, site: LinearSite, weight: QuantizedWeight | None, setting: Setting, edit: Editor) -> bool:
         """A weight that is read in several places, or by rows: stored once, written at each."""
         name = site.weight.name or "weight"
         key = (site.weight, site.role == "embed" or site.orientation == "out,in")
-        if key not in self._written:
-            weight = self._quantize(site, bits)
+        if key not in self._tables:
             try:
-                self._written[key] = self._packer.matrix(weight, name)
+                self._tables[key] = self._packer.matrix(weight or self._quantize(site, setting), name)
             except Unpackable as error:
                 return self.left(site.node, str(error))
-            self._said_of = _said(weight, 1)
-        matrix = self._written[key]
-        assert isinstance(matrix, BlockMatrix)
+        matrix = self._tables[key]
         self.applied(site.node, f"{matrix.bits} bits in blocks of {matrix.block}, stored once")
         if site.role == "embed":
             indices = site.node.inputs[1]
@@ -254,6 +334,20 @@ def _rows(site: LinearSite) -> npt.NDArray[np.float32]:
     if site.role != "embed" and site.orientation == "in,out":
         array = array.T
     return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _give(site: LinearSite, rounded: QuantizedWeight) -> None:
+    """Let the float weight of a site be what it was rounded to, so that what follows sees that."""
+    old = site.weight.const_value
+    assert old is not None
+    turned = site.role != "embed" and site.orientation == "in,out"
+    dtype = old.dtype
+
+    def compute() -> ir.TensorProtocol:
+        array = rounded.dequantized()
+        return ir.tensor(np.ascontiguousarray(array.T if turned else array).astype(dtype.numpy()))
+
+    site.weight.const_value = computed(compute, dtype, old.shape.numpy(), site.weight.name)
 
 
 def _plain(gemm: ir.Node) -> bool:
