@@ -44,8 +44,8 @@ from graphopt.graph import load, save
 from graphopt.pass_manager import PassManager, RunReport
 from graphopt.recipe import Recipe
 from graphopt.recipe import load as load_recipe
+from graphopt.runtime_ops.memory_session import make_session, run
 from graphopt.verification.compare import compare
-from graphopt.verification.session import make_session, run
 
 VARIANTS = ("given", "integers", "constant", "dynamic")
 CONSTANT_INTEGERS = 64

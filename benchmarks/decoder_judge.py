@@ -28,9 +28,9 @@ from zoo_judge import SITTINGS, Ratios, size
 from graphopt.analysis.interleaved import NO_SPINNING, Interleaved, Ratio
 from graphopt.errors import GraphoptError, first_line
 from graphopt.runtime_ops.generation import Generator
+from graphopt.runtime_ops.memory_session import release_memory
 from graphopt.runtime_ops.scoring import perplexity
 from graphopt.runtime_ops.session import session
-from graphopt.verification.session import release_memory
 
 WARMUP_STEPS = 8
 

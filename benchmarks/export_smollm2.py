@@ -32,7 +32,7 @@ from graphopt.export.dependencies import quiet, require
 from graphopt.graph.load import load
 from graphopt.graph.save import save
 from graphopt.models.catalogue import fetch
-from graphopt.verification.session import make_session
+from graphopt.runtime_ops.memory_session import make_session
 
 
 def main() -> int:

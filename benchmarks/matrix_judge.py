@@ -23,7 +23,7 @@ from graphopt.graph import load
 from graphopt.graph.edits import nodes
 from graphopt.pass_manager import PassManager
 from graphopt.recipe import load as load_recipe
-from graphopt.verification.session import make_session
+from graphopt.runtime_ops.memory_session import make_session
 
 RAISE = "raise-attention"
 TOLERANCE = 1e-4

@@ -39,8 +39,8 @@ from graphopt.models.texts import wikipedia
 from graphopt.recipe import shipped
 from graphopt.runtime_ops.decoding import empty_shape
 from graphopt.runtime_ops.generation import Generator
+from graphopt.runtime_ops.memory_session import release_memory
 from graphopt.verification.quality.language import language_quality
-from graphopt.verification.session import release_memory
 
 WINDOW = 512
 ASSUMED = ("no-left-padding", "no-batched-chunks", "counted-positions", "max-length=8192")

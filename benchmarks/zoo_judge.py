@@ -24,7 +24,7 @@ from tools import model_files
 from graphopt.analysis.interleaved import Ratio
 from graphopt.errors import GraphoptError, first_line
 from graphopt.graph.edits import nodes
-from graphopt.verification.session import make_session, run
+from graphopt.runtime_ops.memory_session import make_session, run
 from graphopt.verification.timing import NO_SPINNING, benchmark
 from graphopt.verification.verifier import Verifier
 from graphopt.verification.workload import typical_feeds

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import onnx
 import onnx_ir as ir
@@ -18,7 +18,9 @@ from graphopt.analysis.profile import load as load_profile
 from graphopt.analysis.profile_cache import cached as cached_profile
 from graphopt.analysis.structure import structure
 from graphopt.analysis.target import TARGETS
-from graphopt.calibration.text import TextDataset
+from graphopt.calibration.calibration import Calibration, stage_cache
+from graphopt.calibration.data import Dataset
+from graphopt.calibration.text import generated_text
 from graphopt.errors import InputDataError, ModelError, UsageError, VerificationError
 from graphopt.graph import assumptions, load, session_settings
 from graphopt.graph import save as save_model
@@ -31,9 +33,9 @@ from graphopt.pass_manager import PassManager, Progress, VerifyMode
 from graphopt.recipe import Recipe
 from graphopt.recipe import load as load_recipe
 from graphopt.report.report import Report
+from graphopt.runtime_ops.memory_session import make_session
 from graphopt.verification.equivalence import verify as verify_models
 from graphopt.verification.probes import Probe, load_probes, make_probes
-from graphopt.verification.session import make_session
 from graphopt.verification.structure import check_structure, found_by_onnx, nan_weight
 from graphopt.verification.verifier import Verdict, Verifier
 
@@ -82,7 +84,7 @@ def optimize(
     *,
     verify: VerifyMode = "auto",
     inputs: Inputs | None = None,
-    calibration: TextDataset | None = None,
+    calibration: Dataset | Calibration | Literal["self"] | None = None,
     profile: Profile | str | os.PathLike[str] | None = None,
     assume: str | Sequence[str] = (),
     rename_kv: bool = False,
@@ -97,7 +99,8 @@ def optimize(
         target: What the result is for: "cpu", "cuda" or "portable".
         verify: "pass", "phase", "auto" or "none"; see `PassManager`.
         inputs: One array for each input, or an .npz file of them, used besides the generated probe inputs.
-        calibration: Text for passes that need data; see `graphopt.calibration.text.load_text`.
+        calibration: Data for passes that need it, see docs/calibration.md; or "self": text that a decoder writes.
+            What a data set was found to be like is kept in the user's cache; a `Calibration` says where, if at all.
         profile: What was measured of the target, which lowering then follows: a profile or its file, or "auto" for the
             one of this machine from the cache, if there is one (target cpu). None: safe defaults.
         assume: What may be taken for granted about inputs, besides what the recipe and the model say: names such as
@@ -111,7 +114,7 @@ def optimize(
         ModelError: The model is broken or ONNX Runtime can't run it.
         UsageError: An unknown recipe, pass, option, target or assumption; a profile that is none, or for another
             target; names for the cache of a model that has none.
-        InputDataError: `inputs` doesn't fit the model.
+        InputDataError: `inputs` or `calibration` doesn't fit the model.
         VerificationError: No probe input runs on the original.
     """
     if target not in TARGETS:
@@ -155,6 +158,14 @@ def optimize(
             unusable.extend(verifier.unusable)
         return verifier
 
+    if isinstance(calibration, str):
+        if calibration != "self":
+            raise UsageError(f'Calibration data is a data set, or "self", not {calibration!r}; load it first.')
+        if progress is not None:
+            progress("writing calibration data", 0, len(passes))
+        calibration = generated_text(model, seed=seed)
+    if isinstance(calibration, Dataset):
+        calibration = Calibration(calibration, cache=stage_cache(), progress=progress)
     source = describe_source(model)
     before = Counter(node.op_type for node in nodes(model))
     manager = PassManager(
@@ -185,6 +196,7 @@ def optimize(
         assumed=given,
         relied=assumptions.read(model),
         renamed=renamed,
+        calibration=None if calibration is None else calibration.to_dict(),
     )
     return Result(model, report)
 

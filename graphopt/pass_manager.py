@@ -13,7 +13,8 @@ from graphopt.analysis.cost import Counted
 from graphopt.analysis.profile import Profile
 from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.analysis.shapes.facts import KEPT_KEY, MADE_KEY
-from graphopt.calibration.text import TextDataset
+from graphopt.calibration.calibration import Calibration
+from graphopt.calibration.data import Dataset
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.graph.assumptions import ASSUMPTIONS_KEY, NOTHING, Assumptions, carried
 from graphopt.graph.edits import sort
@@ -57,7 +58,7 @@ class PassManager:
         verify: "none" compares nothing, "pass" verifies after every pass that changed something, "phase" after every
             run of passes of one family (and bisects to the guilty pass), "auto" chooses by what a verification costs.
         max_rounds: How often the pipeline is run at most; it stops when a round changes nothing.
-        calibration: Data for passes that name what they need of it; without it they are refused.
+        calibration: Data for passes that name what they need of it, or data with options; without it they are refused.
         profile: What was measured of the target, for passes that choose by it; None: their safe defaults.
         assumptions: What passes may take for granted about inputs, besides what the model already takes for granted.
         progress: Called before each pass.
@@ -70,7 +71,7 @@ class PassManager:
         verifier_of: Callable[[ir.Model], ModelVerifier] | None = Verifier,
         verify: VerifyMode = "auto",
         max_rounds: int = 4,
-        calibration: TextDataset | None = None,
+        calibration: Dataset | Calibration | None = None,
         profile: Profile | None = None,
         assumptions: Assumptions = NOTHING,
         progress: Progress | None = None,
@@ -80,13 +81,15 @@ class PassManager:
         if verify not in get_args(VerifyMode):
             raise UsageError(f"Verification has no mode {verify!r}; it has {', '.join(get_args(VerifyMode))}.")
         self.passes = list(passes)
+        given = Calibration(calibration) if isinstance(calibration, Dataset) else calibration
         for pass_ in self.passes:
             if isinstance(pass_, Pass):
                 pass_.profile = profile
             if isinstance(pass_, Pass) and pass_.needs:
-                if calibration is None:
+                if given is None:
                     raise UsageError(f"The pass {pass_.name!r} needs calibration data ({', '.join(pass_.needs)}).")
-                pass_.calibration = calibration
+                pass_.calibration = given
+        self._calibration = given
         self._verifier_of = verifier_of if verify != "none" else None
         self._verify = verify
         self._max_rounds = max_rounds
@@ -94,7 +97,14 @@ class PassManager:
         self._progress = progress
 
     def __call__(self, model: ir.Model) -> RunReport:
-        """Run the pipeline on `model` in place."""
+        """Run the pipeline on `model` in place.
+
+        Raises:
+            InputDataError: The calibration data doesn't fit the model.
+        """
+        if self._calibration is not None and any(getattr(pass_, "needs", ()) for pass_ in self.passes):
+            # A mistake in the data is told now; within a pass it would only cost that pass.
+            next(self._calibration.data.feeds(model), None)
         for pass_ in self.passes:
             if isinstance(pass_, Pass):
                 pass_.assumptions = self._assumptions | carried(model)

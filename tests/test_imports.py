@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "graph": ("errors",),
     "runtime_ops": ("graph", "errors"),
     "analysis": ("runtime_ops", "graph", "cache", "errors"),
-    "calibration": ("analysis", "runtime_ops", "graph", "errors"),
+    "calibration": ("analysis", "runtime_ops", "graph", "cache", "errors"),
     "verification": ("analysis", "runtime_ops", "graph", "errors"),
     "passes": ("calibration", "verification", "analysis", "runtime_ops", "graph", "errors"),
     "run_report": ("passes", "calibration", "verification", "analysis", "runtime_ops", "graph", "errors"),

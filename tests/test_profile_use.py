@@ -22,7 +22,7 @@ from graphopt.pass_manager import PassManager
 from graphopt.passes.base import Pass
 from graphopt.passes.lower.residual_sum import ResidualSum
 from graphopt.report.html import render_html
-from graphopt.verification.session import make_session
+from graphopt.runtime_ops.memory_session import make_session
 from graphopt.verification.timing import benchmark
 
 NUMBERS = ", ".join(["0.5"] * 128)

@@ -13,7 +13,7 @@ from graphopt.errors import UsageError, VerificationError, first_line
 from graphopt.export.dependencies import quiet, require
 from graphopt.export.dry_run import dry_run
 from graphopt.export.source import Reference, Source
-from graphopt.verification.session import register_kernels
+from graphopt.runtime_ops.memory_session import register_kernels
 
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 """Largest error allowed by the output's type (others as float32), relative to the largest magnitude of the output.

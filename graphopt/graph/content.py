@@ -52,6 +52,15 @@ def same_content(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
     )
 
 
+def digest_of(tensor: ir.TensorProtocol) -> bytes:
+    """A digest of the type, shape and contents of a tensor, read block by block."""
+    found = hashlib.blake2b(f"{tensor.dtype.name} {tensor.shape.numpy()}".encode(), digest_size=16)
+    data = _bytes(tensor)
+    for start in range(0, data.size, _BLOCK_BYTES):
+        found.update(data[start : start + _BLOCK_BYTES].data)
+    return found.digest()
+
+
 def _place(tensor: ir.TensorProtocol) -> tuple[str, int | None] | None:
     """Where a tensor lies on disk, if it does."""
     return (tensor.path, tensor.offset) if isinstance(tensor, ir.ExternalTensor) else None

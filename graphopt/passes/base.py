@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import onnx_ir as ir
 
 from graphopt.analysis.profile import Profile, preferred
-from graphopt.calibration.text import TextDataset
+from graphopt.calibration.calibration import Calibration
 from graphopt.graph.assumptions import NOTHING, Assumptions, Reliance, note
 from graphopt.graph.edits import Editor, walk
 from graphopt.graph.session_settings import request
@@ -59,8 +59,8 @@ class Pass(ir.passes.InPlacePass):
         guarantee: `Guarantee.EXACT` or `Guarantee.LOSSY`.
         bitwise: True where nothing but structure changes, so that results must be equal bit for bit.
         paper: Title of the source, or an empty string.
-        needs: Names of the calibration statistics that the pass asks the pass manager for; an instance may set it by
-            its options.
+        needs: What the pass reads of calibration data, such as "second-moment"; where it isn't empty the pass runs only
+            with data, as `self.calibration`. An instance may set it by its options.
         targets: The targets that the pass is for; empty: all. Elsewhere a recipe goes on without it.
     """
 
@@ -72,8 +72,8 @@ class Pass(ir.passes.InPlacePass):
     needs: tuple[str, ...] = ()
     targets: ClassVar[tuple[str, ...]] = ()
 
-    calibration: TextDataset | None = None
-    """Set by the pass manager on passes that name `needs`."""
+    calibration: Calibration | None = None
+    """Set by the pass manager on passes that name `needs`: data, and what runs a model on it piece by piece."""
     profile: Profile | None = None
     """Set by the pass manager: what was measured of the target; None: nothing, and the safe defaults hold."""
     assumptions: Assumptions = NOTHING

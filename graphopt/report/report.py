@@ -37,6 +37,8 @@ class Report:
         assumed: What the passes could take for granted about inputs.
         relied: What the result does take for granted.
         renamed: Inputs and outputs that got other names, name before to name now.
+        calibration: What the calibration data was, and its fingerprint, to tell it from data that judges the result;
+            None: there was none.
     """
 
     source: dict[str, Any]
@@ -55,6 +57,7 @@ class Report:
     assumed: Assumptions = NOTHING
     relied: list[Reliance] = dataclasses.field(default_factory=list)
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
 
     @property
     def ok(self) -> bool:
@@ -98,6 +101,7 @@ class Report:
             "session_settings": [{"setting": s, "value": v, "reason": r} for s, v, r in self.session_settings],
             "timing": self.timing,
             "renamed": self.renamed,
+            "calibration": self.calibration,
             "arguments": self.arguments,
         }
 

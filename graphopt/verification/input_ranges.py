@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from graphopt.graph.constants import constant_array, scalar
 from graphopt.graph.edits import subgraphs_of
-from graphopt.verification.skeleton import static_shape
+from graphopt.graph.skeleton import static_shape
 
 # Input slots through which an operator hands numbers on unchanged; None stands for all of them.
 _CARRIERS: dict[str, tuple[int, ...] | None] = {

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt.errors import ModelError
 from graphopt.graph.edits import inner_graphs, subgraphs_of, walk
-from graphopt.verification.skeleton import first_line, serialized, skeleton
+from graphopt.graph.skeleton import first_line, serialized, skeleton
 
 _STANDARD = ("", "ai.onnx", "ai.onnx.ml")
 _CHECKER = "onnx.checker: "

@@ -17,8 +17,8 @@ from graphopt.errors import ModelError, UsageError, VerificationError
 from graphopt.graph.load import load
 from graphopt.graph.session_settings import SessionSettings
 from graphopt.graph.session_settings import read as read_settings
-from graphopt.verification.session import make_session, release_memory, run
-from graphopt.verification.skeleton import first_line
+from graphopt.graph.skeleton import first_line
+from graphopt.runtime_ops.memory_session import make_session, release_memory, run
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from graphopt.errors import VerificationError
+from graphopt.graph.skeleton import first_line
+from graphopt.runtime_ops.memory_session import make_session, run
 from graphopt.verification.probes import Probe, resized
-from graphopt.verification.session import make_session, run
 from graphopt.verification.signature import Kind, Signature, signature
-from graphopt.verification.skeleton import first_line
 
 if TYPE_CHECKING:
     import onnxruntime

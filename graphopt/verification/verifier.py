@@ -16,12 +16,12 @@ from graphopt.graph.assumptions import Reliance, carried
 from graphopt.graph.assumptions import read as read_assumptions
 from graphopt.graph.edits import nodes
 from graphopt.graph.load import load
+from graphopt.graph.skeleton import first_line
+from graphopt.runtime_ops.memory_session import Optimizations, WeightStore, make_session, release_memory, run
 from graphopt.verification.codes import FLIPPED, code_outputs, settled
 from graphopt.verification.compare import TOLERANCES, OutputComparison, Tolerance, compare, finite
 from graphopt.verification.domain import Domain, Layout
 from graphopt.verification.probes import Probe, make_probes
-from graphopt.verification.session import Optimizations, WeightStore, make_session, release_memory, run
-from graphopt.verification.skeleton import first_line
 from graphopt.verification.usable import Runs, usable_probes
 
 MODES: tuple[Optimizations, ...] = ("none", "all")
@@ -37,7 +37,7 @@ class Checked:
     """One output of one run of the candidate.
 
     Attributes:
-        optimizations: "all" or "none", see `graphopt.verification.session`.
+        optimizations: "all" or "none", see `graphopt.runtime_ops.memory_session`.
         probe: Name of the probe.
         output: The comparison.
     """

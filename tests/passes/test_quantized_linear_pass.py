@@ -9,7 +9,7 @@ from exactness import op_types, parse_weighted, random_feeds
 
 from graphopt.passes.lower.quantized_linear import QuantizedLinear
 from graphopt.runtime_ops.library import library_path
-from graphopt.verification.session import make_session
+from graphopt.runtime_ops.memory_session import make_session
 
 pytestmark = pytest.mark.skipif(library_path() is None, reason="the library with the kernels isn't built")
 

@@ -18,8 +18,8 @@ import graphopt
 from graphopt.errors import GraphoptWarning, ModelError, UsageError
 from graphopt.graph.session_settings import request
 from graphopt.runtime_ops import library_path, operators
+from graphopt.runtime_ops.memory_session import make_session, run
 from graphopt.runtime_ops.operator import DOMAIN
-from graphopt.verification.session import make_session, run
 
 X = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
 ONE = helper.make_tensor("factor", TensorProto.FLOAT, [1, 1], [1.0])
@@ -216,7 +216,7 @@ def test_verification_runs_the_kernels(
 ) -> None:
     path = saved(tmp_path / "m.onnx")
     registered: list[Any] = []
-    monkeypatch.setattr("graphopt.verification.session.register", lambda *a: registered.append(a))
+    monkeypatch.setattr("graphopt.runtime_ops.memory_session.register", lambda *a: registered.append(a))
     make_session(ir.load(path) if in_memory else path, optimizations)
     assert len(registered) == 1
     monkeypatch.undo()

@@ -10,10 +10,12 @@ import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int
 from graphopt.calibration.cache_ranges import cache_ranges
+from graphopt.calibration.calibration import Calibration
 from graphopt.calibration.text import TextDataset
+from graphopt.errors import UsageError
 from graphopt.graph.edits import Editor
 from graphopt.graph.kv_interface import kv_interface
-from graphopt.verification.session import make_session
+from graphopt.runtime_ops.memory_session import make_session
 
 GROUP_QUERY = "com.microsoft::GroupQueryAttention"
 _KEY, _VALUE, _KEY_SCALE, _VALUE_SCALE = 3, 4, 12, 13
@@ -23,24 +25,28 @@ _QUANTIZED = (ir.DataType.INT8, ir.DataType.UINT8)
 class StaticCaches:
     """Gives the operators of a model caches of integers; one scale for each channel is calibrated on text."""
 
-    def __init__(self, model: ir.Model, edit: Editor, bits: int, data: TextDataset | None, windows: int) -> None:
+    def __init__(self, model: ir.Model, edit: Editor, bits: int, calibration: Calibration | None, windows: int) -> None:
         """Run the model on the text.
 
         Args:
             model: The model, with caches of floats still.
             edit: Its editor.
             bits: Of a number in the cache: 8, or 4 (two in a byte).
-            data: The text.
+            calibration: The text.
             windows: Windows of it that are looked at.
 
         Raises:
             ModelError, InputDataError: The model is no decoder, or doesn't run.
+            UsageError: The data is no text.
         """
         self._graph, self._edit, self._bits = model.graph, edit, bits
         self._ranges: dict[str, npt.NDArray[Any]] = {}
         sites = [node for node in model.graph if _is_site(node)]
         interface = kv_interface(model) if sites else None
-        if interface is not None and data is not None:
+        if interface is not None and calibration is not None:
+            data = calibration.data
+            if not isinstance(data, TextDataset):
+                raise UsageError("The scales of a quantized cache are calibrated on text: give a .txt or .jsonl file.")
             self._ranges = cache_ranges(make_session(model), interface, data, windows)
 
     def obstacle(self, node: ir.Node) -> str | None:

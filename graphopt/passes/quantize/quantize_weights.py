@@ -54,9 +54,10 @@ class QuantizeWeights(Pass):
     of a codebook. What code c a weight gets is a matter of the grid, of how its range is chosen, and of the rounding;
     see docs/quantization.md for what each costs and saves.
 
-    Papers: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (`rounding: gptq`); COMQ: A
-    Backpropagation-Free Algorithm for Post-Training Quantization (`comq`); RSQ: Learning from Important Tokens Leads to
-    Better Quantized LLMs (`tokens`); EasyQuant: An Efficient Data-free Quantization Algorithm for LLMs (`outliers`).
+    Papers: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (`rounding: gptq`);
+    COMQ: A Backpropagation-Free Algorithm for Post-Training Quantization (`comq`); RSQ: Learning from Important Tokens
+    Leads to Better Quantized LLMs (`tokens`); EasyQuant: An Efficient Data-free Quantization Algorithm for LLMs
+    (`outliers`).
 
     1. MatMul and Gemm with a constant matrix become `MatMulNBits`; with `operator: graphopt` graphopt's
        `QuantizedLinear`, which rounds activations to 16 bits; with `operator: standard` `DequantizeLinear` and MatMul.
@@ -127,9 +128,12 @@ class QuantizeWeights(Pass):
             raise ValueError(f"level is 0 or 4, not {level}")
         if tokens not in _TOKENS:
             raise ValueError(f"tokens is one of {', '.join(_TOKENS)}, not {tokens!r}")
-        self.setting = Setting(
-            bits, group_size, grid, symmetric, floats, search, rounding, order, damping, outliers  # type: ignore[arg-type]
-        )
+        self.setting = Setting().with_options(
+            {
+                "bits": bits, "group_size": group_size, "grid": grid, "symmetric": symmetric, "floats": floats,
+                "search": search, "rounding": rounding, "order": order, "damping": damping, "outliers": outliers,
+            }
+        )  # fmt: skip
         self.tokens, self.sequential, self.head_bits, self.level = tokens, sequential, head_bits, level
         self.token_roles = list(_TOKEN_ROLES if token_roles is None else token_roles)
         self.operator: Operator = operator  # type: ignore[assignment]
@@ -248,9 +252,9 @@ class QuantizeWeights(Pass):
 
     def _kept(self, weight: QuantizedWeight) -> QuantizedWeight:
         """A weight whose large arrays lie in a file until it is packed."""
-        large = {name: getattr(weight, name) for name in ("codes", "scales", "zero_points", "offsets", "selectors")}
-        kept = {name: None if array is None else self._scratch.array(array) for name, array in large.items()}
-        return dataclasses.replace(weight, **kept)
+        names = ("codes", "scales", "zero_points", "offsets", "selectors")
+        large: dict[str, Any] = {name: getattr(weight, name) for name in names if getattr(weight, name) is not None}
+        return dataclasses.replace(weight, **{name: self._scratch.array(array) for name, array in large.items()})
 
     # ---- writing
 

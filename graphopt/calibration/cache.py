@@ -1,0 +1,117 @@
+"""Finished stages on disk, found again by what they were made of.
+
+The key of a stage is a digest of the data, of all pieces before it with the weights they ran with, of the piece itself
+and of what is asked of it. So an interrupted run goes on where it stopped: its finished stages are read, and what
+crosses into the first unfinished one is made again by running the pieces before it once, without statistics. This holds
+for sequential runs too, as long as the caller makes the same weights of the same statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.calibration.data import digest
+from graphopt.calibration.statistics import Summary
+from graphopt.graph.content import digest_of
+from graphopt.graph.skeleton import skeleton
+
+Array = npt.NDArray[Any]
+
+FORMAT = "1"
+MOST_BYTES = 4 << 30
+"""What the cache may hold; beyond it, what was used longest ago is removed."""
+
+
+class StageCache:
+    """The stages of one run in a folder, in their order: `enter`, `load` or `save`, and `leave` for each."""
+
+    def __init__(self, folder: Path, fingerprint: str, most_bytes: int = MOST_BYTES) -> None:
+        """Use a folder, which is made at the first `save`.
+
+        Args:
+            folder: The folder.
+            fingerprint: Of the data.
+            most_bytes: What it may hold.
+        """
+        self._folder, self._most = folder, most_bytes
+        self._before = digest(FORMAT, fingerprint)
+        self._key = self._piece = ""
+
+    def enter(self, piece: ir.Model, requests: Sequence[str]) -> None:
+        """Go to the next stage: a piece with its weights, and what is asked of it."""
+        if self._key:
+            self._before = digest(self._before, self._piece)
+        self._piece = _content(piece)
+        self._key = digest(self._before, self._piece, *requests)
+
+    def leave(self, piece: ir.Model | None) -> None:
+        """Say with which weights the piece ran for those behind it, where that were others."""
+        if piece is not None:
+            self._piece = _content(piece)
+
+    def load(self) -> tuple[list[Summary], list[Array]] | None:
+        """The summaries, and the attentions received, of this stage; None where it isn't there."""
+        path = self._path
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                rows = json.loads(str(file["summaries"]))
+                summaries = [
+                    Summary({name: file[f"{i}.{name}"] for name in names}, count, weight, excluded)
+                    for i, (names, count, weight, excluded) in enumerate(rows)
+                ]
+                received = [file[f"received.{i}"] for i in range(int(file["received"]))]
+            os.utime(path)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None  # Not there, or not whole: it is made again.
+        return summaries, received
+
+    def save(self, summaries: Sequence[Summary], received: Sequence[Array]) -> None:
+        """Keep this stage. A disk that is full or read-only costs the cache, not the run."""
+        rows = [[list(s.arrays), s.rows, s.weight, s.excluded] for s in summaries]
+        arrays = {f"{i}.{name}": array for i, s in enumerate(summaries) for name, array in s.arrays.items()}
+        arrays |= {f"received.{i}": array for i, array in enumerate(received)}
+        path = self._path
+        temporary: str | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+                temporary = file.name
+                np.savez(file, summaries=np.asarray(json.dumps(rows)), received=np.asarray(len(received)), **arrays)
+            os.replace(temporary, path)
+            self._prune()
+        except OSError:
+            if temporary is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / f"{self._key}.npz"
+
+    def _prune(self) -> None:
+        files = sorted(self._folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)
+        total = sum(path.stat().st_size for path in files)
+        for path in files[:-1]:
+            if total <= self._most:
+                return
+            total -= path.stat().st_size
+            path.unlink(missing_ok=True)
+
+
+def _content(piece: ir.Model) -> str:
+    """A digest of a model and all its weights."""
+    proto, weights = skeleton(piece)
+    for weight in weights:
+        del weight.proto.external_data[:]
+    return digest(proto.SerializeToString(deterministic=True), *(digest_of(weight.tensor) for weight in weights))

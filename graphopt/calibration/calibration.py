@@ -1,0 +1,69 @@
+"""What a pass is given to calibrate with: data, how much memory it may take, and where finished stages are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.cache import cache_folder
+from graphopt.calibration.data import Dataset
+from graphopt.calibration.pieces import Grain
+from graphopt.calibration.request import Request
+from graphopt.calibration.stages import BUDGET_BYTES, PIECE_BYTES, Progress, Stage, stages
+from graphopt.calibration.statistics import Summary
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """Data, and how a model is run on it.
+
+    Attributes:
+        data: The samples.
+        piece_bytes: Weights and statistics of one piece of the model, unless one layer has more.
+        budget_bytes: Activations kept in memory between pieces; what is more goes to a temporary file.
+        threads: Threads within an operator; None leaves it to ONNX Runtime.
+        cache: A folder in which finished stages are kept and found again; None: nowhere. `stage_cache()` is the
+            user's.
+        progress: Called before each sample of each piece.
+    """
+
+    data: Dataset
+    piece_bytes: int = PIECE_BYTES
+    budget_bytes: int = BUDGET_BYTES
+    threads: int | None = None
+    cache: Path | None = None
+    progress: Progress | None = None
+
+    def stages(
+        self, model: ir.Model, requests: Sequence[Request], *, sequential: bool = False, grain: Grain = "layer"
+    ) -> Iterator[Stage]:
+        """Run a model piece by piece and give the statistics of each; see `graphopt.calibration.stages.stages`."""
+        return stages(
+            model,
+            requests,
+            self.data,
+            sequential=sequential,
+            grain=grain,
+            piece_bytes=self.piece_bytes,
+            budget_bytes=self.budget_bytes,
+            threads=self.threads,
+            cache=self.cache,
+            progress=self.progress,
+        )
+
+    def gather(self, model: ir.Model, requests: Sequence[Request]) -> dict[Request, Summary]:
+        """All statistics at once, from one run of the model as it is; only for those that are small."""
+        return {key: value for stage in self.stages(model, requests) for key, value in stage.summaries.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a report says of it."""
+        return {"data": self.data.description, "fingerprint": self.data.fingerprint}
+
+
+def stage_cache(cache: Path | str | None = None) -> Path:
+    """The folder of finished stages in the cache of the user; see `graphopt.cache.cache_folder`."""
+    return cache_folder(cache) / "calibration"
