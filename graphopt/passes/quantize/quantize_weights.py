@@ -252,9 +252,11 @@ class QuantizeWeights(Pass):
 
     def _kept(self, weight: QuantizedWeight) -> QuantizedWeight:
         """A weight whose large arrays lie in a file until it is packed."""
-        names = ("codes", "scales", "zero_points", "offsets", "selectors")
-        large: dict[str, Any] = {name: getattr(weight, name) for name in names if getattr(weight, name) is not None}
-        return dataclasses.replace(weight, **{name: self._scratch.array(array) for name, array in large.items()})
+        changes: dict[str, Any] = {}
+        for name in ("codes", "scales", "zero_points", "offsets", "selectors"):
+            if (array := getattr(weight, name)) is not None:
+                changes[name] = self._scratch.array(array)
+        return dataclasses.replace(weight, **changes)
 
     # ---- writing
 
