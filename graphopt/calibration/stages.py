@@ -315,7 +315,8 @@ class _Run:
         valid = self.valid[sample]
         if valid is None:
             valid = np.ones(self.sizes[sample], dtype=np.bool_)
-        return (valid / np.maximum(valid.sum(axis=1, keepdims=True), 1))[:, None].astype(np.float32)
+        shares = valid / np.maximum(valid.sum(axis=1, keepdims=True), 1)
+        return np.asarray(shares[:, None], dtype=np.float32)
 
     def _keep(self, index: int, sample: int, outputs: Mapping[str, Array]) -> None:
         for value in self.pieces[index].made:
@@ -341,7 +342,7 @@ class _Run:
 def _by_position(arrays: Sequence[Array]) -> Array:
     """The mean over rows of arrays [batch, tokens], as far as all of them go."""
     length = min(array.shape[1] for array in arrays)
-    return np.concatenate([array[:, :length] for array in arrays]).mean(axis=0, dtype=np.float64)
+    return np.asarray(np.concatenate([array[:, :length] for array in arrays]).mean(axis=0, dtype=np.float64))
 
 
 def _name_all(model: ir.Model) -> None:
