@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from graphopt.errors import InputDataError, UsageError, first_line
 
 Array = npt.NDArray[Any]
 Fit = Literal["stretch", "crop", "pad"]
-"""How an image of other proportions becomes one of the model's size: stretched, cut at the centre, or with grey borders."""
+"""How an image of other proportions becomes one of the model's size: stretched, cut at the centre, or grey around."""
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy"})
 BORDER = 114
@@ -158,13 +159,13 @@ def resized(pixels: Array, size: tuple[int, int], fit: Fit = "stretch") -> Array
     image = np.einsum("pw,owc->opc", columns, image, optimize=True)
     if fit == "crop":
         top, left = (inner[0] - size[0]) // 2, (inner[1] - size[1]) // 2
-        return image[top : top + size[0], left : left + size[1]]
+        return np.asarray(image[top : top + size[0], left : left + size[1]])
     if fit == "pad":
         whole = np.full((*size, image.shape[2]), BORDER, dtype=np.float32)
         top, left = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
         whole[top : top + inner[0], left : left + inner[1]] = image
         return whole
-    return image
+    return np.asarray(image)
 
 
 @functools.lru_cache(maxsize=64)
@@ -182,12 +183,11 @@ def _read(path: Path) -> Array:
         if path.suffix.lower() == ".npy":
             return np.asarray(np.load(path, allow_pickle=False))
         try:
-            from PIL import Image
+            pillow = importlib.import_module("PIL.Image")
         except ImportError as error:
-            raise UsageError(
-                f"Reading {path.name} needs the package pillow; install it, or give .npy files."
-            ) from error
-        with Image.open(path) as image:
+            message = f"Reading {path.name} needs the package pillow; install it, or give .npy files."
+            raise UsageError(message) from error
+        with pillow.open(path) as image:
             return np.asarray(image.convert("L" if image.mode in ("1", "L", "I", "F") else "RGB"))
     except (OSError, ValueError) as error:
         raise InputDataError(f"{path} can't be read as an image: {first_line(error)}.") from error

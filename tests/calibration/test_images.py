@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
+import types
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -103,14 +103,7 @@ def test_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
 
 def test_without_pillow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "0.png").write_bytes(b"\x89PNG")
-    real = builtins.__import__
-
-    def importing(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "PIL":
-            raise ImportError
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", importing)
+    monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(UsageError, match="needs the package pillow"):
         next(ImageFolder(folder).feeds(classifier()))
 
@@ -133,11 +126,7 @@ class Image:
 
 def test_files_that_pillow_reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a stand-in: Pillow is no dependency."""
-    import sys
-    import types
-
     (folder / "0.png").write_bytes(b"\x89PNG")
-    package = types.ModuleType("PIL")
-    package.Image = types.SimpleNamespace(open=lambda path: Image())  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "PIL", package)
+    monkeypatch.setitem(sys.modules, "PIL", types.ModuleType("PIL"))
+    monkeypatch.setitem(sys.modules, "PIL.Image", types.SimpleNamespace(open=lambda path: Image()))
     np.testing.assert_allclose(next(ImageFolder(folder).feeds(classifier()))["image"], 1, rtol=1e-6)
