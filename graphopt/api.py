@@ -20,7 +20,7 @@ from graphopt.analysis.structure import structure
 from graphopt.analysis.target import TARGETS
 from graphopt.calibration.calibration import Calibration, stage_cache
 from graphopt.calibration.data import Dataset
-from graphopt.calibration.text import generated_text
+from graphopt.calibration.sources import SELF, load_data
 from graphopt.errors import InputDataError, ModelError, UsageError, VerificationError
 from graphopt.graph import assumptions, load, session_settings
 from graphopt.graph import save as save_model
@@ -159,11 +159,11 @@ def optimize(
         return verifier
 
     if isinstance(calibration, str):
-        if calibration != "self":
+        if calibration != SELF:
             raise UsageError(f'Calibration data is a data set, or "self", not {calibration!r}; load it first.')
         if progress is not None:
             progress("writing calibration data", 0, len(passes))
-        calibration = generated_text(model, seed=seed)
+        calibration = load_data(SELF, model, seed=seed)
     if isinstance(calibration, Dataset):
         calibration = Calibration(calibration, cache=stage_cache(), progress=progress)
     source = describe_source(model)

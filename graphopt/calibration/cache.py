@@ -81,13 +81,14 @@ class StageCache:
         rows = [[list(s.arrays), s.rows, s.weight, s.excluded] for s in summaries]
         arrays = {f"{i}.{name}": array for i, s in enumerate(summaries) for name, array in s.arrays.items()}
         arrays |= {f"received.{i}": array for i, array in enumerate(received)}
+        arrays |= {"summaries": np.asarray(json.dumps(rows)), "received": np.asarray(len(received))}
         path = self._path
         temporary: str | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
                 temporary = file.name
-                np.savez(file, summaries=np.asarray(json.dumps(rows)), received=np.asarray(len(received)), **arrays)
+                np.savez(file, **arrays)  # type: ignore[arg-type]
             os.replace(temporary, path)
             self._prune()
         except OSError:

@@ -221,7 +221,7 @@ def digest(*parts: str | bytes | Array) -> str:
             head, body = f"{part.dtype.str} {part.dtype.name} {part.shape}".encode(), np.ascontiguousarray(part)
             if part.dtype == object:
                 body = np.frombuffer(repr(part.tolist()).encode(), np.uint8)
-            data: bytes | memoryview = memoryview(body.reshape(-1).view(np.uint8))
+            data = body.reshape(-1).view(np.uint8).tobytes()
         else:
             head, data = b"text", part.encode() if isinstance(part, str) else part
         found.update(f"{len(head)} {len(data)} ".encode() + head)

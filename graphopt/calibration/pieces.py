@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import onnx_ir as ir
@@ -27,7 +27,7 @@ _UNKNOWN_BYTES = 1 << 26
 _NEVER = math.inf
 _NEAR = 8
 """Cuts on either side that one is compared with."""
-_SLACK = 1.2
+_SLACK = 1.1
 """How much more may cross than over the narrowest cut nearby."""
 _WEIGHT_ELEMENTS = 4096
 """Constants from this size on are weights, which aren't read again in every piece."""
@@ -67,6 +67,7 @@ def cut(
     wanted: Mapping[ir.Value, int],
     together: Iterable[tuple[ir.Value, ir.Value]] = (),
     *,
+    empty: Collection[str] = (),
     limit_bytes: int | None,
     grain: Grain = "layer",
 ) -> list[Piece]:
@@ -76,6 +77,7 @@ def cut(
         model: The model, its nodes in order.
         wanted: The observed values of the main graph, each with the bytes that observing it takes.
         together: Pairs of values that must be made in one piece.
+        empty: Inputs that hold nothing, such as the cache of a decoder before its first token.
         limit_bytes: What weights and statistics of one piece may take together, except that a piece is never cut up
             further than `grain` says; None: as many pieces as possible, each with an observed value at least.
         grain: How finely it may be cut.
@@ -83,11 +85,12 @@ def cut(
     flow = Flow(model)
     at = {value: flow.place(value) for value in wanted}
     end = max(at.values(), default=-1) + 1
-    costs = flow.costs(end)
+    costs = flow.costs(end, empty)
+    forbidden: set[int] = set()
     for first, second in together:
         low, high = sorted((flow.place(first), flow.place(second)))
-        costs[low:high] = [_NEVER] * (high - low)
-    ends = _ends(flow, costs, sorted(set(at.values())), end, grain)
+        forbidden.update(range(low, high))
+    ends = _ends(flow, costs, forbidden, sorted(set(at.values())), end, grain)
     bytes_at: dict[int, int] = {}
     for value, count in wanted.items():
         bytes_at[at[value]] = bytes_at.get(at[value], 0) + count
@@ -166,27 +169,31 @@ class Flow:
             return self._position[node]
         if not self._first_use:
             for index, user in enumerate(self.order):
-                for used in self._behind(user):
-                    self._first_use.setdefault(used, index)
+                self._note(user, index, self._first_use)
         return self._first_use.get(value, 0)
 
-    def _behind(self, node: ir.Node) -> list[ir.Value]:
-        """The values that aren't carried that a node reads, and what they are made of."""
-        found: dict[ir.Value, None] = {}
-        pending = [v for v in reads(node) if v in self._free and v not in self._first_use]
+    def _note(self, node: ir.Node, index: int, places: dict[ir.Value, int]) -> None:
+        """Enter into `places` the values that aren't carried that a node reads, and what they are made of."""
+        pending = [v for v in reads(node) if v in self._free]
         while pending:
             value = pending.pop()
-            if value in found or value in self._first_use:
-                continue
-            found[value] = None
-            maker = value.producer()
-            if maker is not None:
-                pending += [v for v in reads(maker) if v in self._free]
-        return list(found)
+            if value not in places:
+                places[value] = index
+                maker = value.producer()
+                if maker is not None:
+                    pending += [v for v in reads(maker) if v in self._free]
 
-    def costs(self, end: int) -> list[float]:
-        """About how many bytes cross the cut behind each of the first `end` carried nodes."""
+    def costs(self, end: int, empty: Collection[str] = ()) -> list[float]:
+        """About how many bytes cross the cut behind each of the first `end` carried nodes, inputs of the model
+        included, but those that are `empty`."""
         changes = [0.0] * (end + 1)
+        last_use: dict[ir.Value, int] = {}
+        for index in reversed(range(end)):
+            self._note(self.order[index], index, last_use)
+        for value, last in last_use.items():
+            if value.producer() is None and value.name not in empty:
+                changes[0] += self._bytes(value)
+                changes[last] -= self._bytes(value)
         forbidden = [0] * (end + 1)
         for value, users in self._last.items():
             maker = value.producer()
@@ -246,25 +253,25 @@ class Flow:
         return maker is not None and maker.domain == "" and maker.op_type.startswith(_NO_TENSORS)
 
 
-def _ends(flow: Flow, costs: Sequence[float], wanted: list[int], end: int, grain: Grain) -> list[int]:
+def _ends(
+    flow: Flow, costs: Sequence[float], forbidden: Collection[int], wanted: list[int], end: int, grain: Grain
+) -> list[int]:
     """The last place of each piece, as finely as `grain` allows."""
     if end == 0:
         return []
     anchors = wanted
     if grain == "layer":
         anchors = sorted({*wanted, *(index for index in range(end) if flow.is_anchor(index))})
-    gaps: list[tuple[float, int]] = []
-    for first, second in itertools.pairwise(anchors):
-        cost, place = min((costs[place], place) for place in range(first, second))
-        if cost < _NEVER:
-            gaps.append((cost, place))
-    if grain == "layer":
-        gaps = [
-            gap
-            for index, gap in enumerate(gaps)
-            if gap[0] <= _SLACK * min(cost for cost, _ in gaps[max(0, index - _NEAR) : index + _NEAR + 1])
-        ]
-    return [place for _, place in gaps] + [end - 1]
+    gaps = list(itertools.pairwise(anchors))
+    narrowest = [min(costs[first:second]) for first, second in gaps]
+    found = []
+    for index, (first, second) in enumerate(gaps):
+        near = min(narrowest[max(0, index - _NEAR) : index + _NEAR + 1])
+        most = _SLACK * near if grain == "layer" else _NEVER
+        places = [place for place in range(first, second) if place not in forbidden and costs[place] <= most]
+        if places and costs[best := min(places, key=costs.__getitem__)] < _NEVER:
+            found.append(best)
+    return [*found, end - 1]
 
 
 def _merged(flow: Flow, ends: list[int], observed: Mapping[int, int], limit: int | None) -> list[int]:

@@ -46,7 +46,7 @@ class TokenWeights:
         else:
             low, high = np.nanmin(seen, axis=1, keepdims=True), np.nanmax(seen, axis=1, keepdims=True)
             weights = self.floor + (1 - self.floor) * (seen - low) / np.maximum(high - low, 1e-30)
-        return np.nan_to_num(weights)
+        return np.asarray(np.nan_to_num(weights), dtype=np.float64)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,8 @@ from graphopt.calibration.pieces import Grain, Piece, cut
 from graphopt.calibration.request import Request, TokenWeights, rows_of
 from graphopt.calibration.statistics import Accumulator, Summary
 from graphopt.calibration.token_feeds import TokenAxes
-from graphopt.errors import GraphoptError, InputDataError, UsageError, first_line
+from graphopt.errors import GraphoptError, InputDataError, UsageError
+from graphopt.graph.skeleton import first_line
 from graphopt.runtime_ops.memory_session import WeightStore, make_session, run
 
 Array = npt.NDArray[Any]
@@ -153,7 +154,9 @@ class _Run:
             if request.weights is not None:
                 together.append((value, request.weights.attention.outputs[0]))
         limit = None if self.sequential else piece_bytes
-        self.pieces = cut(self.model, sizes, together, limit_bytes=limit, grain=grain)
+        first = next(self.data.feeds(self.model), {})
+        empty = {name for name, array in first.items() if array.size == 0}
+        self.pieces = cut(self.model, sizes, together, empty=empty, limit_bytes=limit, grain=grain)
         inputs: set[str] = set()
         for piece in reversed(self.pieces):
             self.later.insert(0, set(inputs))
@@ -315,7 +318,8 @@ class _Run:
         valid = self.valid[sample]
         if valid is None:
             valid = np.ones(self.sizes[sample], dtype=np.bool_)
-        return (valid / np.maximum(valid.sum(axis=1, keepdims=True), 1))[:, None].astype(np.float32)
+        shares = valid / np.maximum(valid.sum(axis=1, keepdims=True), 1)
+        return np.asarray(shares[:, None], dtype=np.float32)
 
     def _keep(self, index: int, sample: int, outputs: Mapping[str, Array]) -> None:
         for value in self.pieces[index].made:
@@ -341,7 +345,7 @@ class _Run:
 def _by_position(arrays: Sequence[Array]) -> Array:
     """The mean over rows of arrays [batch, tokens], as far as all of them go."""
     length = min(array.shape[1] for array in arrays)
-    return np.concatenate([array[:, :length] for array in arrays]).mean(axis=0, dtype=np.float64)
+    return np.asarray(np.concatenate([array[:, :length] for array in arrays]).mean(axis=0, dtype=np.float64))
 
 
 def _name_all(model: ir.Model) -> None:

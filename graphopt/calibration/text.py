@@ -1,4 +1,4 @@
-"""Text as calibration data: files of plain text or JSON lines, or what the model writes itself, in windows of tokens."""
+"""Text as calibration data: files of plain text or JSON lines, or what the model writes itself, in windows."""
 
 from __future__ import annotations
 

@@ -49,8 +49,15 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
 @click.option("--verify", type=click.Choice(["auto", "pass", "phase", "none"]), default="auto", show_default=True,
               help="After each pass, after each phase, whichever is cheap, or never.")  # fmt: skip
 @inputs_option(instead=False)
-@click.option("--calibration", type=MODEL, metavar="FILE", help="Text (.txt or .jsonl) for passes that need data.")
+@click.option("--calibration", metavar="DATA", help="For passes that need data: text (.txt, .jsonl), arrays (.npz), "
+              "a folder of images, or self: what a decoder writes.")  # fmt: skip
 @click.option("--tokenizer", type=MODEL, metavar="FOLDER", help="Folder of the tokenizer.json for that text.")
+@click.option("--calibration-samples", "samples", type=click.IntRange(min=1), metavar="N",
+              help="Windows, samples or images at most  [default: 128; of self 64]")  # fmt: skip
+@click.option("--calibration-window", "window", type=click.IntRange(min=2), metavar="N",
+              help="Tokens of a window of text  [default: decoder 512, encoder 128, self 256]")  # fmt: skip
+@click.option("--image-values", type=click.Choice(["unit", "signed", "imagenet", "raw"]),
+              help="What the model takes for pixels of calibration images  [default: unit, 0 to 1]")  # fmt: skip
 @click.option(
     "--profile", metavar="FILE|none", help="Target profile to lower by  [default: this machine's, if it was measured]"
 )
@@ -73,8 +80,11 @@ def command(
     target: str,
     verify: str,
     inputs: Path | None,
-    calibration: Path | None,
+    calibration: str | None,
     tokenizer: Path | None,
+    samples: int | None,
+    window: int | None,
+    image_values: str | None,
     profile: str | None,
     assume: tuple[str, ...],
     seed: int,
@@ -89,7 +99,8 @@ def command(
     """Run a recipe of passes on MODEL; verify what each pass did; write the result and say what changed."""
     from graphopt.analysis.profile_cache import cached_path
     from graphopt.api import optimize
-    from graphopt.calibration.text import load_text
+    from graphopt.calibration.sources import load_data
+    from graphopt.graph.load import load
     from graphopt.graph.save import same_file
     from graphopt.report.terminal import print_report
 
@@ -114,10 +125,27 @@ def command(
         if destination.exists() and not force:
             raise UsageError(f"{destination} exists; give another output, or --force to overwrite it.")
     shard_bytes = parse_size(shard_size)
-    if tokenizer is not None and calibration is None:
-        raise UsageError("--tokenizer is for the text of --calibration; give both.")
-    data_set = None if calibration is None else load_text(calibration, tokenizer)
+    about_data = {
+        "--tokenizer": tokenizer,
+        "--calibration-samples": samples,
+        "--calibration-window": window,
+        "--image-values": image_values,
+    }
+    if calibration is None and (needless := [option for option, value in about_data.items() if value is not None]):
+        raise UsageError(f"{needless[0]} is for the data of --calibration; give both.")
     with progress(as_json) as bar:
+        data_set = None
+        if calibration is not None:
+            bar("reading calibration data", 0, 1)
+            data_set = load_data(
+                calibration,
+                load(model),
+                tokenizer=tokenizer,
+                samples=samples,
+                window=window,
+                images=image_values or "unit",
+                seed=seed,
+            )
         result = optimize(
             model,
             recipe,
@@ -148,7 +176,7 @@ def command(
 
             bar("timing", 0, 1)
             result.report.timing = benchmark_models([model, destination], inputs=inputs, seed=seed).to_dict()
-    given = {"--verify": verify, "--inputs": inputs, "--calibration": calibration, "--tokenizer": tokenizer}
+    given = {"--verify": verify, "--inputs": inputs, "--calibration": calibration, **about_data}
     # Without an option the result depends on whether this machine was measured.
     if target == "cpu":
         used = "none" if result.report.profile is None else profile or cached_path()
