@@ -37,6 +37,7 @@ class Report:
         assumed: What the passes could take for granted about inputs.
         relied: What the result does take for granted.
         renamed: Inputs and outputs that got other names, name before to name now.
+        quality: How well the result does its task beside the original, where that was judged.
     """
 
     source: dict[str, Any]
@@ -55,6 +56,7 @@ class Report:
     assumed: Assumptions = NOTHING
     relied: list[Reliance] = dataclasses.field(default_factory=list)
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
+    quality: dict[str, Any] | None = None
 
     @property
     def ok(self) -> bool:
@@ -97,6 +99,7 @@ class Report:
             "skipped_probes": self.skipped_probes,
             "session_settings": [{"setting": s, "value": v, "reason": r} for s, v, r in self.session_settings],
             "timing": self.timing,
+            "quality": self.quality,
             "renamed": self.renamed,
             "arguments": self.arguments,
         }
