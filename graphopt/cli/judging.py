@@ -25,7 +25,8 @@ TASKS = ("language", "embedding", "classification", "detection", "recognition", 
 
 
 def quality_options(command: F) -> F:
-    """The options of judging; their values come as `quality`, `task`, `floor`, `quality_samples`, `ignore_spaces`."""
+    """The options of judging; their values come as `quality`, `task`, `floor`, `quality_samples`,
+    `score_threshold`, `ignore_spaces`."""
     data = 'Judge the result on held-out data: text (.txt, .jsonl), arrays (.npz), or "wikipedia", a built-in text.'
     options = [
         click.option("--quality", metavar="FILE", help=data),
@@ -39,6 +40,10 @@ def quality_options(command: F) -> F:
         click.option(
             "--quality-samples", type=click.IntRange(min=1), metavar="N",
             help="Judge on the first N windows of text, texts or samples  [default: all]",
+        ),
+        click.option(
+            "--score-threshold", type=click.FloatRange(0, 1), metavar="SCORE",
+            help="Score from which a detector sees something  [default: 0.25]",
         ),
         click.option("--ignore-spaces", is_flag=True, help="Leave spaces out where a recogniser's texts are compared."),
     ]  # fmt: skip
@@ -83,11 +88,14 @@ class Judge:
     @property
     def arguments(self) -> list[str]:
         """The command line arguments that ask for this."""
+        from graphopt.verification.quality.detection import THRESHOLD
+
         options = self.evaluation.options
         found = ["--quality", self.evaluation.data.name]
         found += [] if options.task is None else ["--task", options.task]
         found += [part for floor in self.floors for part in ("--floor", floor.text)]
         found += [] if options.samples is None else ["--quality-samples", str(options.samples)]
+        found += [] if options.threshold == THRESHOLD else ["--score-threshold", str(options.threshold)]
         return [*found, *(["--ignore-spaces"] if options.ignore_spaces else [])]
 
 
@@ -100,6 +108,7 @@ def judge_of(
     task: Any,
     floor: Sequence[str],
     quality_samples: int | None,
+    score_threshold: float | None,
     ignore_spaces: bool,
 ) -> Judge | None:
     """What the options ask for; None: no judging. Mistakes are told before the work.
@@ -112,6 +121,7 @@ def judge_of(
         task: See `quality_options`.
         floor: See there.
         quality_samples: See there.
+        score_threshold: See there.
         ignore_spaces: See there.
 
     Raises:
@@ -119,13 +129,17 @@ def judge_of(
         InputDataError: The data can't be read, doesn't fit, or is calibrated with.
         ModelError: The model can't be loaded.
     """
-    given = {"--task": task, "--floor": floor, "--quality-samples": quality_samples, "--ignore-spaces": ignore_spaces}
+    given = {
+        "--task": task, "--floor": floor, "--quality-samples": quality_samples, "--score-threshold": score_threshold,
+        "--ignore-spaces": ignore_spaces,
+    }  # fmt: skip
     if quality is None:
-        if alone := [name for name, value in given.items() if value]:
+        if alone := [name for name, value in given.items() if value not in (None, (), False)]:
             raise UsageError(f"{alone[0]} is for judging on data; give that with --quality.")
         return None
     from graphopt.evaluation.data import load_evaluation
     from graphopt.evaluation.judging import Options, prepare
+    from graphopt.verification.quality.detection import THRESHOLD
     from graphopt.verification.quality.floors import parse_floors
 
     parse_floors(floor)
@@ -135,7 +149,10 @@ def judge_of(
         data = built_in()
     else:
         raise InputDataError(f'{quality} doesn\'t exist; --quality takes a file, or "{BUILT_IN}" for a built-in text.')
-    options = Options(task=task, tokenizer=tokenizer, samples=quality_samples, ignore_spaces=ignore_spaces)
+    options = Options(
+        task=task, tokenizer=tokenizer, samples=quality_samples, ignore_spaces=ignore_spaces,
+        threshold=THRESHOLD if score_threshold is None else score_threshold,
+    )  # fmt: skip
     evaluation = prepare(model, data, options, calibration)
     return Judge(evaluation, parse_floors(floor, evaluation.metrics))
 

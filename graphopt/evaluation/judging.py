@@ -18,7 +18,7 @@ from graphopt.evaluation.feeds import array_batches, encoder_feeds
 from graphopt.graph.load import load
 from graphopt.runtime_ops.scoring import text_windows
 from graphopt.verification.quality.classification import ClassificationMeasure
-from graphopt.verification.quality.detection import DetectionMeasure
+from graphopt.verification.quality.detection import THRESHOLD, DetectionMeasure
 from graphopt.verification.quality.embedding import EmbeddingMeasure
 from graphopt.verification.quality.floors import METRICS
 from graphopt.verification.quality.generic import GenericMeasure
@@ -49,6 +49,7 @@ class Options:
         samples: Judge on so many windows, texts or samples from the beginning; None: all.
         window: Tokens of one window of a text.
         ignore_spaces: Leave spaces out where texts are compared.
+        threshold: Score from which a detector sees something.
         threads: Threads within an operator; 0: all cores.
     """
 
@@ -57,6 +58,7 @@ class Options:
     samples: int | None = None
     window: int = WINDOW
     ignore_spaces: bool = False
+    threshold: float = THRESHOLD
     threads: int = 0
 
 
@@ -113,7 +115,7 @@ class Evaluation:
         if guess.task == "generic":
             return GenericMeasure()
         if guess.task == "detection":
-            return DetectionMeasure(classes=guess.classes)
+            return DetectionMeasure(classes=guess.classes, threshold=self.options.threshold)
         assert guess.output is not None
         if guess.task == "embedding":
             return EmbeddingMeasure(guess.output, guess.mask)
