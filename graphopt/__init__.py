@@ -20,6 +20,7 @@ _PLACES = {
     "optimize": "graphopt.api",
     "verify": "graphopt.api",
     "inspect": "graphopt.api",
+    "evaluate": "graphopt.evaluation.judging",
     "Result": "graphopt.api",
     "PassManager": "graphopt.pass_manager",
     "Pass": "graphopt.passes.base",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from graphopt.api import optimize as optimize
     from graphopt.api import verify as verify
     from graphopt.errors import GraphoptError as GraphoptError
+    from graphopt.evaluation.judging import evaluate as evaluate
     from graphopt.export import export_model as export_model
     from graphopt.export.serving_package import package as package
     from graphopt.graph import load as load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -64,11 +64,13 @@ class Result:
         shard_bytes: int | None = None,
         in_place: bool = False,
         progress: SaveProgress | None = None,
+        accept: Callable[[Path], None] | None = None,
     ) -> list[Path]:
         """Write the model (see `graphopt.graph.save.save`) and note its size in the report."""
         files = save_model(
-            self.model, path, external_data=external_data, shard_bytes=shard_bytes, in_place=in_place, progress=progress
-        )
+            self.model, path, external_data=external_data, shard_bytes=shard_bytes, in_place=in_place,
+            progress=progress, accept=accept,
+        )  # fmt: skip
         self.report.output = {
             "path": str(path),
             "bytes": sum(f.stat().st_size for f in files),

@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "errors",
     ),
     "recipe": ("passes", "errors", "graph"),
+    "evaluation": ("calibration", "verification", "analysis", "runtime_ops", "graph", "errors"),
     "search": (
         "recipe",
         "pass_manager",

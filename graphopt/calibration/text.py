@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,40 @@ def _read(path: Path) -> str:
             raise InputDataError(f"Line {number} of {path} has no string under {', '.join(map(repr, TEXT_KEYS))}.")
         texts.append(found)
     return "\n\n".join(texts)
+
+
+def tokenize_each(texts: Sequence[str], tokenizer: str | os.PathLike[str], longest: int) -> list[npt.NDArray[np.int64]]:
+    """The token ids of texts of their own, with the special tokens that an encoder wants around each.
+
+    Args:
+        texts: The texts.
+        tokenizer: A folder with a `tokenizer.json`, or that file.
+        longest: Tokens of a text that are kept, special ones included.
+
+    Raises:
+        UsageError: The package that reads tokenizers is missing.
+        InputDataError: The tokenizer can't be read.
+    """
+    reader = _tokenizer(Path(tokenizer))
+    reader.enable_truncation(longest)
+    return [np.asarray(encoding.ids, dtype=np.int64) for encoding in reader.encode_batch(list(texts))]
+
+
+def read_texts(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The texts of a .jsonl file, a row each, with what stands beside them; else the lines of a file that aren't empty.
+
+    Returns:
+        For each text a dictionary that has it under "text".
+
+    Raises:
+        InputDataError: The file can't be read, or has another form.
+    """
+    path = Path(path)
+    text = _read(path)
+    if path.suffix != ".jsonl":
+        return [{"text": line.strip()} for line in text.splitlines() if line.strip()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [{**row, "text": next(row[k] for k in TEXT_KEYS if isinstance(row.get(k), str))} for row in rows]
 
 
 def _tokenizer(path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,7 +22,8 @@ from graphopt.cli.console import (
     seed_option,
     write_text,
 )  # fmt: skip
-from graphopt.errors import UsageError
+from graphopt.cli.judging import judge_of, quality_options
+from graphopt.errors import QualityError, UsageError
 
 ROLLED_BACK = 6
 """Exit code: the output is good, but a pass broke its promise and was taken back."""
@@ -35,10 +37,11 @@ Examples:
   graphopt optimize model.onnx --recipe clean --verify phase
   graphopt optimize model.onnx --inputs real.npz --json > report.json
   graphopt optimize decoder.onnx --assume no-left-padding --assume max-length=2048
+  graphopt optimize decoder.onnx --recipe kv4 --quality held-out.txt --floor ppl=+2% --floor 'kl<=0.05'
 
 \b
 Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing to compare on;
-6 done, but a pass failed its verification and was taken back."""
+6 done, but a pass failed its verification and was taken back; 7 a --floor was missed: nothing was written."""
 )
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=OUTPUT, help="File of the result  [default: model.opt.onnx for model.onnx]")
@@ -51,7 +54,7 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
 @inputs_option(instead=False)
 @click.option("--calibration", metavar="DATA", help="For passes that need data: text (.txt, .jsonl), arrays (.npz), "
               "a folder of images, or self: what a decoder writes.")  # fmt: skip
-@click.option("--tokenizer", type=MODEL, metavar="FOLDER", help="Folder of the tokenizer.json for that text.")
+@click.option("--tokenizer", type=MODEL, metavar="FOLDER", help="Folder of the tokenizer.json for text.")
 @click.option("--calibration-samples", "samples", type=click.IntRange(min=1), metavar="N",
               help="Windows, samples or images at most  [default: 128; of self 64]")  # fmt: skip
 @click.option("--calibration-window", "window", type=click.IntRange(min=2), metavar="N",
@@ -70,6 +73,7 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
 @click.option("--bench", is_flag=True, help="Time the result against the original.")
 @click.option("--rename-kv-cache", "rename_kv", is_flag=True,
               help="Name a decoder's inputs and outputs by convention: past_key_values.0.key, ...")  # fmt: skip
+@quality_options
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @json_option
 def command(
@@ -95,6 +99,7 @@ def command(
     rename_kv: bool,
     force: bool,
     as_json: bool,
+    **judging: Any,
 ) -> None:
     """Run a recipe of passes on MODEL; verify what each pass did; write the result and say what changed."""
     from graphopt.analysis.profile_cache import cached_path
@@ -103,6 +108,7 @@ def command(
     from graphopt.graph.load import load
     from graphopt.graph.save import same_file
     from graphopt.report.terminal import print_report
+    from graphopt.verification.quality.floors import require_floors
 
     if in_place and output is not None:
         raise UsageError("Give either --in-place or an output, not both.")
@@ -125,14 +131,12 @@ def command(
         if destination.exists() and not force:
             raise UsageError(f"{destination} exists; give another output, or --force to overwrite it.")
     shard_bytes = parse_size(shard_size)
-    about_data = {
-        "--tokenizer": tokenizer,
-        "--calibration-samples": samples,
-        "--calibration-window": window,
-        "--image-values": image_values,
-    }
+    about_data = {"--calibration-samples": samples, "--calibration-window": window, "--image-values": image_values}
     if calibration is None and (needless := [option for option, value in about_data.items() if value is not None]):
         raise UsageError(f"{needless[0]} is for the data of --calibration; give both.")
+    if tokenizer is not None and calibration is None and judging["quality"] is None:
+        raise UsageError("--tokenizer is for the text of --calibration or --quality; give one of them.")
+    failure: QualityError | None = None
     with progress(as_json) as bar:
         data_set = None
         if calibration is not None:
@@ -146,6 +150,7 @@ def command(
                 images=image_values or "unit",
                 seed=seed,
             )
+        judge = judge_of(model, tokenizer, data_set, **judging)
         result = optimize(
             model,
             recipe,
@@ -159,24 +164,36 @@ def command(
             seed=seed,
             progress=bar,
         )
-        result.save(
-            destination,
-            external_data=external_data,
-            shard_bytes=shard_bytes,
-            in_place=in_place,
-            progress=lambda done, count: bar("saving", done, count),
-        )
+
+        def accept(written: Path) -> None:
+            """Judge the file while it can still be thrown away."""
+            if judge is not None:
+                result.report.quality, missed = judge.judge(written, bar)
+                require_floors(missed, f"; {destination} was not written")
+
+        try:
+            result.save(
+                destination,
+                external_data=external_data,
+                shard_bytes=shard_bytes,
+                in_place=in_place,
+                progress=lambda done, count: bar("saving", done, count),
+                accept=accept,
+            )
+        except QualityError as error:
+            failure = error
         beside = destination.parent / "config.json"
-        if (model.parent / "config.json").is_file() and not beside.exists():
+        if failure is None and (model.parent / "config.json").is_file() and not beside.exists():
             from graphopt.export.packaging import carry
 
             carry(model, destination)  # An exported folder stays one that other runtimes can load.
-        if bench and not in_place:
+        if failure is None and bench and not in_place:
             from graphopt.verification.workload import benchmark_models
 
             bar("timing", 0, 1)
             result.report.timing = benchmark_models([model, destination], inputs=inputs, seed=seed).to_dict()
-    given = {"--verify": verify, "--inputs": inputs, "--calibration": calibration, **about_data}
+    given: dict[str, Any] = {"--verify": verify, "--inputs": inputs, "--calibration": calibration, "--tokenizer": tokenizer}
+    given |= about_data
     # Without an option the result depends on whether this machine was measured.
     if target == "cpu":
         used = "none" if result.report.profile is None else profile or cached_path()
@@ -184,6 +201,7 @@ def command(
     given |= {"--shard-size": shard_size}
     result.report.arguments = [str(part) for pair in given.items() if pair[1] is not None for part in pair]
     result.report.arguments += [part for name in assume for part in ("--assume", name)]
+    result.report.arguments += [] if judge is None else judge.arguments
     if rename_kv:
         result.report.arguments.append("--rename-kv-cache")
     if external_data is not None:
@@ -199,6 +217,8 @@ def command(
         print_report(data, out())
         if report_path is not None:
             out().print(f"Report: {report_path}", markup=False, soft_wrap=True)
+    if failure is not None:
+        raise failure
     if not result.report.ok:
         sys.exit(ROLLED_BACK)
 

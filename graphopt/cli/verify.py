@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from graphopt.cli.console import MODEL, exit_with, inputs_option, json_option, out, print_json, progress, seed_option
-from graphopt.errors import VerificationError
+from graphopt.cli.judging import judge_of, quality_options
+from graphopt.errors import UsageError, VerificationError
 
 
 @click.command(
@@ -15,21 +17,49 @@ from graphopt.errors import VerificationError
 Examples:
   graphopt verify model.onnx model.opt.onnx
   graphopt verify model.onnx model.opt.onnx --inputs real.npz --json
+  graphopt verify decoder.onnx decoder.int4.onnx --quality held-out.txt --floor ppl=+5%
 
 \b
-Exit codes: 0 equal within the tolerances; 5 different, or not comparable."""
+Exit codes: 0 equal within the tolerances; 5 different, or not comparable; with --quality 0 judged, and 7 a
+--floor was missed."""
 )
 @click.argument("reference", type=MODEL)
 @click.argument("candidate", type=MODEL)
 @inputs_option(instead=True)
 @seed_option
+@click.option("--tokenizer", type=MODEL, metavar="FOLDER", help="Folder of the tokenizer.json for text.")
+@quality_options
 @json_option
-def command(reference: Path, candidate: Path, inputs: Path | None, seed: int, as_json: bool) -> None:
+def command(
+    reference: Path,
+    candidate: Path,
+    inputs: Path | None,
+    seed: int,
+    tokenizer: Path | None,
+    as_json: bool,
+    **judging: Any,
+) -> None:
     """Run REFERENCE and CANDIDATE on probe inputs, with and without ONNX Runtime's optimizations, and compare them
-    where what they take for granted about inputs holds."""
+    where what they take for granted about inputs holds. With --quality, judge instead how well CANDIDATE still does
+    the task of REFERENCE."""
     from graphopt.api import verify
-    from graphopt.report.terminal import print_verdict
+    from graphopt.report.terminal import print_quality, print_verdict
+    from graphopt.verification.quality.floors import require_floors
 
+    if judging["quality"] is not None and inputs is not None:
+        raise UsageError("--quality brings its own data; --inputs doesn't go with it.")
+    if judging["quality"] is None and tokenizer is not None:
+        raise UsageError("--tokenizer is for the text of --quality; give both.")
+    judge = judge_of(reference, tokenizer, **judging)
+    if judge is not None:
+        with progress(as_json) as bar:
+            quality, missed = judge.judge(candidate, bar)
+        if as_json:
+            print_json(quality)
+        else:
+            print_quality(quality, out())
+        require_floors(missed)
+        return
     with progress(as_json) as bar:
         bar("comparing", 0, 1)
         verdict = verify(reference, candidate, inputs=inputs, seed=seed)

@@ -36,6 +36,7 @@ def save(
     shard_bytes: int | None = None,
     in_place: bool = False,
     progress: Progress | None = None,
+    accept: Callable[[Path], None] | None = None,
 ) -> list[Path]:
     """Write a model so that at every moment there is either the old output or the new one, whole.
 
@@ -52,6 +53,8 @@ def save(
         shard_bytes: Split external data into files of at most this many bytes.
         in_place: Allow `path` to be the file that the model was loaded from.
         progress: Called after each tensor.
+        accept: Called with the written .onnx file, weights beside it, before it takes its place; what this raises
+            leaves everything as it was, and nothing of the new model.
 
     Returns:
         The files written, the .onnx file first.
@@ -87,6 +90,8 @@ def save(
                 shutil.copymode(path, folder / path.name)
             for file in written:
                 _synchronize(file)
+            if accept is not None:
+                accept(folder / path.name)
             replaced = _referenced_files(path)
             for file in written:
                 if file.name != path.name:

@@ -39,6 +39,7 @@ class Report:
         renamed: Inputs and outputs that got other names, name before to name now.
         calibration: What the calibration data was, and its fingerprint, to tell it from data that judges the result;
             None: there was none.
+        quality: How well the result does its task beside the original, where that was judged.
     """
 
     source: dict[str, Any]
@@ -58,6 +59,7 @@ class Report:
     relied: list[Reliance] = dataclasses.field(default_factory=list)
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
     calibration: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
 
     @property
     def ok(self) -> bool:
@@ -100,6 +102,7 @@ class Report:
             "skipped_probes": self.skipped_probes,
             "session_settings": [{"setting": s, "value": v, "reason": r} for s, v, r in self.session_settings],
             "timing": self.timing,
+            "quality": self.quality,
             "renamed": self.renamed,
             "calibration": self.calibration,
             "arguments": self.arguments,

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graphopt.report import measured, units
+from graphopt.report.quality_lines import missed_floors, quality_headline
 
 Data = Mapping[str, Any]
 
@@ -123,6 +124,10 @@ def headline(report: Data) -> str:
             break
     if speed := measured.speed(report.get("timing")):
         parts.append(speed)
+    if quality := quality_headline(report.get("quality")):
+        parts.append(quality)
+    if missed_floors(report.get("quality")):
+        parts.append("a floor was missed and nothing written")
     verdict = report.get("verification")
     if verdict:
         loss = f" but for the loss of {' and '.join(names)}" if (names := lossy(report)) else ""
@@ -304,7 +309,7 @@ def _options(options: Data) -> str:
 
 def checks(report: Data) -> list[tuple[str, str]]:
     """The state of the result as (good, warn or bad; words): what a reader must know before trusting it."""
-    found = []
+    found = [("bad", f"Floor missed: {sentence}") for sentence in missed_floors(report.get("quality"))]
     verdict = report.get("verification")
     if verdict and verdict.get("ok"):
         found.append(("good", "Verified but for lossy passes" if lossy(report) else "Verified against the original"))

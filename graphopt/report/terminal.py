@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.report import measured, summary, units
+from graphopt.report.quality_lines import HEADERS, missed_floors, quality_notes, quality_rows
 from graphopt.report.structure_lines import structure_lines
 from graphopt.report.summary import Condition, Effect, LeftGroup
 
@@ -44,6 +45,9 @@ def print_report(report: Data, console: Console) -> None:
         printer.line(sentence)
     _print_passes(report, printer)
     _print_verification(report, printer)
+    if report.get("quality"):
+        printer.heading("Quality, size and speed" if report.get("timing") else "Quality and size")
+        _print_quality_body(report.get("quality"), report.get("timing"), printer)
     if report.get("timing"):
         printer.heading("Speed")
         _print_timing_body(report["timing"], printer)
@@ -141,6 +145,11 @@ def print_verdict(data: Data, console: Console) -> None:
     printer.more(len(shown) - TOP_ROWS, "--json has all")
     for m in [m for m in shown if m.note][:TOP_ROWS]:
         printer.bullet(f"{m.output} on {m.probe}: {m.note}", style="red")
+
+
+def print_quality(data: Data, console: Console) -> None:
+    """Print what `graphopt verify --quality` measured."""
+    _print_quality_body(data, None, _Printer(console))
 
 
 def print_timing(data: Data, console: Console) -> None:
@@ -244,6 +253,17 @@ def _print_verification(report: Data, printer: _Printer) -> None:
         printer.line(
             f"{probes} left out, as the original fails on them: {first.get('name')}: {first.get('reason')}", style="dim"
         )
+
+
+def _print_quality_body(quality: Data | None, timing: Data | None, printer: _Printer) -> None:
+    rows = quality_rows(quality, timing)
+    width = len(HEADERS) if any(row.floor for row in rows) else len(HEADERS) - 1
+    styles = ["bold red" if row.missed else "" for row in rows]
+    printer.table(HEADERS[:width], [row.cells[:width] for row in rows], right=(1, 2, 3), styles=styles)
+    for sentence in missed_floors(quality):
+        printer.bullet(f"Floor missed: {sentence}", style="bold red")
+    for note in quality_notes(quality):
+        printer.line(note, style="dim")
 
 
 def _print_notes(notes: Sequence[str], printer: _Printer) -> None:

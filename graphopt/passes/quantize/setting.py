@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from graphopt.passes.quantize.gptq import Order
 from graphopt.passes.quantize.grid_names import make_grid
 from graphopt.passes.quantize.grids import Grid
-from graphopt.passes.quantize.roundings import Order, Rounding
+from graphopt.passes.quantize.roundings import Rounding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,7 +147,7 @@ def parse_floor(text: str) -> Floor:
         return Floor(name, number, better, "none", text.strip())
     if not has_reference:
         raise UsageError(
-            f"{text!r}: {name} compares with the original already, so it has no change; leave out the {match['change']}."
+            f"{text!r}: {name} compares with the original already and has no change; leave out the {match['change']}."
         )
     number = number if match["change"] == "+" else -number
     # A percentage of a share is points of it: accuracy=-1% is one point less.
@@ -155,18 +155,22 @@ def parse_floor(text: str) -> Floor:
     return Floor(name, number, better, "relative" if relative else "absolute", text.strip())
 
 
-def parse_floors(texts: Iterable[str], task: str | None = None) -> list[Floor]:
-    """Floors as users write them, of a task if it is known.
+def parse_floors(texts: Iterable[str], metrics: Sequence[str] | None = None) -> list[Floor]:
+    """Floors as users write them.
+
+    Args:
+        texts: The floors.
+        metrics: What will be measured, where that is known.
 
     Raises:
-        UsageError: One can't be read, the task doesn't have its metric, or one metric has two.
+        UsageError: One can't be read, its metric isn't measured, or one metric has two.
     """
     floors = [parse_floor(text) for text in texts]
     for index, floor in enumerate(floors):
-        if task is not None and floor.name not in METRICS[task]:
+        if metrics is not None and floor.name not in metrics:
             raise UsageError(
-                f"{floor.text!r}: a {task} model has no metric {floor.name!r}; it has {', '.join(METRICS[task])} (see "
-                "--task)."
+                f"{floor.text!r}: {floor.name} can't be told for this task from this data; what can is "
+                f"{', '.join(metrics)}."
             )
         if any(other.name == floor.name for other in floors[:index]):
             raise UsageError(f"There are two floors for {floor.name}; give one.")
@@ -174,25 +178,8 @@ def parse_floors(texts: Iterable[str], task: str | None = None) -> list[Floor]:
 
 
 def missed_floors(quality: Quality, floors: Sequence[Floor]) -> list[Missed]:
-    """The floors that a candidate doesn't reach.
-
-    Raises:
-        UsageError: A floor for a metric that wasn't measured on this data.
-    """
-    missed = []
-    for floor in floors:
-        try:
-            metric = quality.metric(floor.name)
-        except KeyError:
-            measured = ", ".join(m.name for m in quality.metrics)
-            raise UsageError(
-                f"{floor.text!r}: {floor.name} can't be told from this data; what can is {measured}."
-            ) from None
-        if floor.change != "none" and metric.reference is None:
-            raise UsageError(f"{floor.text!r}: {floor.name} of the original can't be told from this data.")
-        if not floor.held(metric):
-            missed.append(Missed(floor, metric))
-    return missed
+    """The floors that a candidate doesn't reach; each must be for a metric that it has (see `parse_floors`)."""
+    return [Missed(floor, metric) for floor in floors if not floor.held(metric := quality.metric(floor.name))]
 
 
 def require_floors(missed: Sequence[Missed], consequence: str = "") -> None:
@@ -203,9 +190,11 @@ def require_floors(missed: Sequence[Missed], consequence: str = "") -> None:
 
 
 def shown(value: float, scale: Scale = "number") -> str:
-    """A metric's number in words: four significant digits, or a percentage."""
+    """A metric's number in words: four significant digits, or a percentage with as many as tell it from 100 %."""
     if not math.isfinite(value):
-        return "infinite" if value == math.inf else "no number" if math.isnan(value) else str(value)
+        return "no number" if math.isnan(value) else "infinite"
     if scale == "share":
-        return f"{100 * value:.4g} %" if abs(value) < 0.99 or value == 1 else f"{100 * value:.5g} %"
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{100 * value:.{3 if 0.99 <= value < 1 else 2}f} %"
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:#.4g}"

@@ -34,8 +34,8 @@ def refuse_shared_text(evaluation: npt.NDArray[np.int64], calibration: npt.NDArr
     if len(shared):
         tokens = int((np.diff(shared, prepend=shared[0] - run).clip(max=run)).sum())
         raise InputDataError(
-            f"The text to judge with shares {tokens:,} of its {len(evaluation):,} tokens with the calibration text (the "
-            f"first at token {int(shared[0]):,}), so its numbers would flatter the model; give text that was held out."
+            f"The text to judge with shares {tokens:,} of its {len(evaluation):,} tokens with the calibration text, "
+            f"from token {int(shared[0]):,} on, so its numbers would flatter the model; give text that was held out."
         )
 
 

@@ -1,0 +1,1 @@
+"""Judging models on data: `data` reads it, `feeds` makes a model's inputs of it, `judging` measures candidates."""
