@@ -97,7 +97,7 @@ def off_grid(model: ir.Model, seed: int = 0) -> OffGrid:
     sites = linear_sites(model, attention)
     folded = [site for site in folding.sites if site.outcome == "applied"]
     left = [(site.node, site.detail) for site in folding.sites if site.outcome == "left"]
-    scaled = []
+    scaled: list[tuple[str, str]] = []
     for found in pairs(sites, attention):
         if isinstance(found, Pair):
             rng = np.random.default_rng((seed, len(scaled)))
@@ -107,7 +107,9 @@ def off_grid(model: ir.Model, seed: int = 0) -> OffGrid:
         else:
             left.append(found)
     if not scaled:
-        raise ModelError("There is nothing to scale: no V → O of an attention and no up → down of a gated MLP is known.")
+        raise ModelError(
+            "There is nothing to scale: no V → O of an attention and no up → down of a gated MLP is known."
+        )
     return OffGrid(len(folded), tuple(scaled), tuple(left))
 
 
@@ -211,7 +213,7 @@ def _biases(site: LinearSite) -> Iterable[ir.Value]:
 
 
 def _scale(pair: Pair, factors: npt.NDArray[np.float64], origin: tuple[int, ...]) -> None:
-    """Multiply the outputs of the writer by `factors` [writer's outputs], and the inputs of the reader by 1 over them."""
+    """Multiply the writer's outputs by `factors` [outputs], and what reads them by 1 over these."""
     writer, reader = pair.writer, pair.reader
     axis = -1 if writer.orientation == "in,out" else 0
     _multiply(writer.weight, factors, axis, ("off-grid writer", *origin))
@@ -221,9 +223,7 @@ def _scale(pair: Pair, factors: npt.NDArray[np.float64], origin: tuple[int, ...]
     _multiply(reader.weight, 1 / factors[pair.channels], axis, ("off-grid reader", *origin))
 
 
-def _multiply(
-    value: ir.Value, factors: npt.NDArray[np.float64], axis: int, origin: tuple[str | int, ...]
-) -> None:
+def _multiply(value: ir.Value, factors: npt.NDArray[np.float64], axis: int, origin: tuple[str | int, ...]) -> None:
     """Make an initializer what it is times `factors` along `axis`, rounded once."""
     tensor = value.const_value
     assert tensor is not None
@@ -247,7 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="the .onnx file of a decoder")
     parser.add_argument("output", type=Path, help="the .onnx file to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--companions", type=Path, help="the folder of tokenizer.json and config.json; default: source's")
+    parser.add_argument(
+        "--companions", type=Path, help="the folder of tokenizer.json and config.json; default: source's"
+    )
     options = parser.parse_args(arguments)
     try:
         model = load(options.source)
@@ -262,7 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
             shutil.copy2(file, options.output.parent / name)
     for name, reason in done.left:
         print(f"left alone: {name}: {reason}")
-    print(f"{options.output}: {done.norms} norms folded, {len(done.pairs)} pairs of layers scaled (seed {options.seed})")
+    print(
+        f"{options.output}: {done.norms} norms folded, {len(done.pairs)} pairs of layers scaled (seed {options.seed})"
+    )
     return 0
 
 
