@@ -97,7 +97,7 @@ def off_grid(model: ir.Model, seed: int = 0) -> OffGrid:
     sites = linear_sites(model, attention)
     folded = [site for site in folding.sites if site.outcome == "applied"]
     left = [(site.node, site.detail) for site in folding.sites if site.outcome == "left"]
-    scaled = []
+    scaled: list[tuple[str, str]] = []
     for found in pairs(sites, attention):
         if isinstance(found, Pair):
             rng = np.random.default_rng((seed, len(scaled)))
@@ -213,7 +213,7 @@ def _biases(site: LinearSite) -> Iterable[ir.Value]:
 
 
 def _scale(pair: Pair, factors: npt.NDArray[np.float64], origin: tuple[int, ...]) -> None:
-    """Multiply the outputs of the writer by `factors` [writer's outputs], and the inputs of the reader by 1 over them."""
+    """Multiply the writer's outputs by `factors` [outputs], and what reads them by 1 over these."""
     writer, reader = pair.writer, pair.reader
     axis = -1 if writer.orientation == "in,out" else 0
     _multiply(writer.weight, factors, axis, ("off-grid writer", *origin))
