@@ -2,9 +2,9 @@
 
     x W = (x / s) (s W)
 
-1/s goes into what makes x: the gain and bias of a normalization, or the output channels of the layers before, where only
-operators lie between that a scale commutes with: V → O through the attention (query heads that share keys and values
-share the factors too), up → down through the product with the gate, fc1 → fc2 through a ReLU.
+1/s goes into what makes x: the gain and bias of a normalization, or the output channels of the layers before, where
+only operators lie between that a scale commutes with: V → O through the attention (query heads that share keys and
+values share the factors too), up → down through the product with the gate, fc1 → fc2 through a ReLU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
+from graphopt.analysis.algebra import attribute_int
 from graphopt.analysis.attention_sites import attention_sites
 from graphopt.analysis.linear_sites import LinearSite, Role, linear_sites
 from graphopt.analysis.shapes import ShapeFacts
@@ -48,6 +50,11 @@ class ReaderGroup:
         """The readers as they are now, with the Adds of their biases."""
         found = [layer for node in self.readers if isinstance(layer := layer_of(node), Layer)]
         return [dataclasses.replace(layer, add=bias_behind(layer)) for layer in found]
+
+    def weights(self) -> Iterator[npt.NDArray[np.float32]]:
+        """The weights of the readers as they are now, [N, K] each, one at a time."""
+        for layer in self.layers():
+            yield rows_of(layer)
 
     @property
     def label(self) -> str:
@@ -141,6 +148,17 @@ class ChannelFolds:
         return ChannelFold(place[roots], len(used), takers, walk.linear, walk.cached)
 
 
+def rows_of(layer: Layer) -> npt.NDArray[np.float32]:
+    """The weight of a MatMul or Gemm, float32 [N, K]. Don't write into it."""
+    array = layer.weight.numpy().astype(np.float32, copy=False)
+    return array if outputs_first(layer) else array.T
+
+
+def outputs_first(layer: Layer) -> bool:
+    """Whether the weight of a MatMul or Gemm is stored as [N, K]."""
+    return layer.node.op_type == "Gemm" and attribute_int(layer.node, "transB", 0) == 1
+
+
 def scale(group: ReaderGroup, fold: ChannelFold, factors: Numbers, facts: ShapeFacts, edit: Editor) -> str | None:
     """Multiply the channels that the readers of a group take by factors, and divide what makes them by the same.
 
@@ -166,11 +184,11 @@ def scale(group: ReaderGroup, fold: ChannelFold, factors: Numbers, facts: ShapeF
     constants: list[tuple[ir.Node, int, Numbers]] = []
     for taker in fold.takers:
         numbers = inverse[taker.numbers]
-        layer = layer_of(taker.node) if taker.index < 0 else ""
-        if isinstance(layer, Layer):
+        made = layer_of(taker.node) if taker.index < 0 else ""
+        if isinstance(made, Layer):
             shape = facts.shape(taker.node.outputs[0])
-            affine = Affine(numbers, np.zeros(1), layer.channel_axis)
-            change = into_output(layer, affine, None if shape is None else len(shape), 0)
+            affine = Affine(numbers, np.zeros(1), made.channel_axis)
+            change = into_output(made, affine, None if shape is None else len(shape), 0)
             if isinstance(change, str):
                 return change
             changes.append(change)

@@ -1,0 +1,170 @@
+"""awq-scales: channels that matter are scaled up before weights are rounded, and some ranges are clipped."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.graph.computed import identity, weight
+from graphopt.graph.edits import Editor
+from graphopt.passes.fold.centring import set_constant
+from graphopt.passes.fold.layers import Layer, Numbers
+from graphopt.passes.quantize.channel_folds import ChannelFold, ReaderGroup, outputs_first, rows_of
+from graphopt.passes.quantize.grids import Grid, UniformGrid
+from graphopt.passes.quantize.roundings import round_to_nearest
+from graphopt.passes.quantize.scale_channels import ScaleChannels, Statistics
+
+Array = npt.NDArray[np.float32]
+
+_SHARES = np.linspace(1, 0.5, 10, endpoint=False)
+"""Parts of a group's range that clipping tries."""
+_UNCLIPPED = ("q", "k", "qkv")
+"""Roles whose output goes through a product with itself, of which the error of the layer says little."""
+
+
+class AwqScales(ScaleChannels):
+    """Scale up the channels of weights that meet large activations, and divide the activations by the same, exactly.
+
+        x W = (x / s) (s W)        s_j = mean|x_j|^α / sqrt(max s · min s)
+
+    Rounding s W with the same step and dividing by s afterwards makes the error of channel j smaller by s_j, at the
+    cost of the others in its group where s_j W sets a larger step. α is searched: 0, 1/20, ..., 19/20.
+
+    Paper: AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration.
+
+    1. A group is all MatMul and Gemm nodes with constant weights that read one value (q, k, v; gate, up), with one s.
+       α is what gives the group the least error, Σ tr((Ŵ − W) H (Ŵ − W)ᵀ) with H = E[xᵀx] and Ŵ = Q(s W) / s, which is
+       the mean squared error of the outputs; no activations are kept. α = 0 is no scale, so it never gets worse by it.
+    2. 1/s goes into what makes x: gain and bias of a normalization; the output channels of V for O, through the
+       attention, where query heads share the factors of the head of keys and values that they read; those of up for
+       down, through the product with the gate; those of fc1 for fc2 through a ReLU.
+    3. With `clip`, each group of each row of the scaled weights is clipped to the part of its range (1 to 0.5) that
+       gives the least error of this group alone; q and k are not, as in the paper's code.
+
+    Differs from the paper's code in that q, k and v are judged by their own outputs, not by that of the attention, and
+    in that scales of single groups and errors come from second moments instead of stored activations.
+
+    **Options:** `bits` (2 to 8, default 4), `group_size` (columns, default 128; 0: a whole row), `symmetric` (boolean,
+    default False): the grid to be rounded to afterwards. `steps` (default 20): values of α. `clip` (boolean, default
+    True): rule 3, which changes the function by itself. `head` (boolean, default False): scale the output layer too.
+
+    **Needs:** calibration data (mean magnitude and second moments of what each group reads). **Guarantees:** LOSSY.
+    Without `clip` outputs are the same up to the rounding of the new weights, but where V → O is scaled the cache of a
+    decoder holds scaled values, so caches of the original can't be continued.
+
+    **Left alone, with the reason:** a value that something else than linear layers reads (post-norm networks, whose
+    residual addition reads what the norm gives out); activations that a scale doesn't commute with (GELU before fc2);
+    weights that another node reads too, such as an output layer tied to the embedding.
+
+    **When not to use it:** without quantizing the weights afterwards, to the same grid.
+    """
+
+    name: ClassVar[str] = "awq-scales"
+    paper: ClassVar[str] = "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration"
+    needs = ("mean_abs", "second_moment")
+
+    def __init__(
+        self,
+        bits: int = 4,
+        group_size: int = 128,
+        symmetric: bool = False,
+        steps: int = 20,
+        clip: bool = True,
+        head: bool = False,
+    ) -> None:
+        super().__init__()
+        if group_size < 0 or steps < 1:
+            raise ValueError("group_size can't be negative, and steps must be positive")
+        self.grid: Grid = UniformGrid(bits, symmetric)
+        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        self.steps, self.clip, self.head = steps, clip, head
+
+    def factors(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> tuple[Numbers, str]:
+        """See the class."""
+        mean = fold.pooled(statistics["mean_abs"].astype(np.float64))
+        mean = np.maximum(mean, mean.max() * 1e-6) if mean.any() else np.ones(fold.count)
+        candidates = []
+        for step in range(self.steps):
+            factors = mean ** (step / self.steps)
+            candidates.append(factors / np.sqrt(factors.max() * factors.min()))
+        errors = np.zeros(self.steps)
+        for rows in group.weights():
+            for step, factors in enumerate(candidates):
+                channels = fold.spread(factors).astype(np.float32)
+                rounded = self._rounded(rows * channels) / channels
+                errors[step] += output_error(rounded - rows, statistics["second_moment"])
+        best = int(errors.argmin())
+        share = errors[best] / errors[0] if errors[0] else 1.0
+        return candidates[best], f"α = {best / self.steps:.2f}, {share:.3g} of the error without"
+
+    def refine(self, group: ReaderGroup, channels: Numbers, statistics: Statistics, edit: Editor) -> str:
+        """Rule 3."""
+        if not self.clip:
+            return ""
+        hessian = (statistics["second_moment"] / np.outer(channels, channels)).astype(np.float32)
+        clipped = total = 0
+        for layer, role in zip(group.layers(), group.roles, strict=True):
+            if role in _UNCLIPPED:
+                continue
+            limits = self._limits(rows_of(layer), hessian)
+            total += limits.size
+            clipped += int(np.isfinite(limits).sum())
+            if np.isfinite(limits).any():
+                _clip(layer, limits, self._size(group.channels), edit)
+        return f", {clipped / total:.0%} of ranges clipped" if total else ""
+
+    def _size(self, columns: int) -> int:
+        return self.group_size or columns
+
+    def _rounded(self, rows: Array) -> Array:
+        return round_to_nearest(rows, self.grid, self._size(rows.shape[1])).dequantized()
+
+    def _limits(self, rows: Array, hessian: Array) -> Array:
+        """What the magnitude of each group of each row is clipped to, [N, G]; infinite where nothing is gained."""
+        size, found = self._size(rows.shape[1]), []
+        for start in range(0, rows.shape[1], size):
+            block, part = rows[:, start : start + size], hessian[start : start + size, start : start + size]
+            largest = np.abs(block).max(axis=1)
+            limit = np.full(len(block), np.inf, np.float32)
+            least = np.full(len(block), np.inf)
+            for share in _SHARES:
+                bound = (largest * share)[:, None]
+                cut = np.clip(block, -bound, bound)
+                error = round_to_nearest(cut, self.grid, size).dequantized() - block
+                errors = np.einsum("nk,nk->n", error @ part, error)
+                if share < 1:
+                    limit = np.where(errors < least, bound[:, 0], limit)
+                least = np.minimum(errors, least)
+            found.append(limit)
+        return np.stack(found, axis=1)
+
+
+def output_error(error: Array, hessian: Array) -> float:
+    """tr(E H Eᵀ): the expected squared error of a layer's outputs, summed over them.
+
+    Args:
+        error: Ŵ − W, [N, K].
+        hessian: H = E[xᵀx], [K, K].
+    """
+    return float(np.einsum("nk,nk->", error @ hessian, error, dtype=np.float64))
+
+
+def _clip(layer: Layer, limits: Array, size: int, edit: Editor) -> None:
+    """Clip the weight of a layer to limits [N, G] of its groups of `size` columns."""
+    tensor, value = layer.weight, layer.node.inputs[1]
+    assert value is not None
+
+    def compute() -> ir.TensorProtocol:
+        bounds = np.repeat(limits, size, axis=1)[:, : layer.inputs]
+        bounds = bounds if outputs_first(layer) else bounds.T
+        array = tensor.numpy()
+        bounds = bounds.astype(array.dtype)
+        return ir.tensor(np.clip(array, -bounds, bounds), dtype=tensor.dtype, name=tensor.name)
+
+    origin = ("clipped", identity(tensor), hashlib.blake2b(np.ascontiguousarray(limits).tobytes()).digest(), size)
+    clipped = weight(compute, tensor.dtype, tensor.shape.numpy(), tensor.name, origin)
+    set_constant(value, [(layer.node, 1)], clipped, edit)
