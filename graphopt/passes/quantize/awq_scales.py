@@ -15,7 +15,6 @@ from graphopt.passes.fold.centring import set_constant
 from graphopt.passes.fold.layers import Layer, Numbers
 from graphopt.passes.quantize.channel_folds import ChannelFold, ReaderGroup, outputs_first, rows_of
 from graphopt.passes.quantize.grids import Grid, UniformGrid
-from graphopt.passes.quantize.roundings import round_to_nearest
 from graphopt.passes.quantize.scale_channels import ScaleChannels, Statistics
 
 Array = npt.NDArray[np.float32]
@@ -49,7 +48,8 @@ class AwqScales(ScaleChannels):
     in that scales of single groups and errors come from second moments instead of stored activations.
 
     **Options:** `bits` (2 to 8, default 4), `group_size` (columns, default 128; 0: a whole row), `symmetric` (boolean,
-    default False): the grid to be rounded to afterwards. `steps` (default 20): values of α. `clip` (boolean, default
+    default False): the grid to be rounded to afterwards. `steps` (default 20): values of α. `rows` (default 512): of
+    how many rows of each weight, evenly spread, the search looks at the error; 0: of all. `clip` (boolean, default
     True): rule 3, which changes the function by itself. `head` (boolean, default False): scale the output layer too.
 
     **Needs:** calibration data (mean magnitude and second moments of what each group reads). **Guarantees:** LOSSY.
@@ -73,15 +73,16 @@ class AwqScales(ScaleChannels):
         group_size: int = 128,
         symmetric: bool = False,
         steps: int = 20,
+        rows: int = 512,
         clip: bool = True,
         head: bool = False,
     ) -> None:
         super().__init__()
-        if group_size < 0 or steps < 1:
-            raise ValueError("group_size can't be negative, and steps must be positive")
+        if group_size < 0 or rows < 0 or steps < 1:
+            raise ValueError("group_size and rows can't be negative, and steps must be positive")
         self.grid: Grid = UniformGrid(bits, symmetric)
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
-        self.steps, self.clip, self.head = steps, clip, head
+        self.steps, self.rows, self.clip, self.head = steps, rows, clip, head
 
     def factors(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> tuple[Numbers, str]:
         """See the class."""
@@ -92,7 +93,8 @@ class AwqScales(ScaleChannels):
             factors = mean ** (step / self.steps)
             candidates.append(factors / np.sqrt(factors.max() * factors.min()))
         errors = np.zeros(self.steps)
-        for rows in group.weights():
+        for whole in group.weights():
+            rows = whole[:: -(-len(whole) // self.rows)] if self.rows else whole
             for step, factors in enumerate(candidates):
                 channels = fold.spread(factors).astype(np.float32)
                 rounded = self._rounded(rows * channels) / channels
@@ -121,7 +123,13 @@ class AwqScales(ScaleChannels):
         return self.group_size or columns
 
     def _rounded(self, rows: Array) -> Array:
-        return round_to_nearest(rows, self.grid, self._size(rows.shape[1])).dequantized()
+        """What round-to-nearest makes of rows, without the codes."""
+        found = np.empty(rows.shape, np.float32)
+        for start in range(0, rows.shape[1], self._size(rows.shape[1])):
+            block = rows[:, start : start + self._size(rows.shape[1])]
+            fit = self.grid.fit(block)
+            found[:, start : start + block.shape[1]] = self.grid.values(self.grid.nearest(block, fit), fit)
+        return found
 
     def _limits(self, rows: Array, hessian: Array) -> Array:
         """What the magnitude of each group of each row is clipped to, [N, G]; infinite where nothing is gained."""
@@ -134,7 +142,7 @@ class AwqScales(ScaleChannels):
             for share in _SHARES:
                 bound = (largest * share)[:, None]
                 cut = np.clip(block, -bound, bound)
-                error = round_to_nearest(cut, self.grid, size).dequantized() - block
+                error = self._rounded(cut) - block
                 errors = np.einsum("nk,nk->n", error @ part, error)
                 if share < 1:
                     limit = np.where(errors < least, bound[:, 0], limit)

@@ -72,6 +72,7 @@ class ChannelFold:
         takers: What takes their inverses; its numbers are of the same kind.
         linear: Whether any linear map that moves channels of neighbouring numbers together could go the same way.
         cached: Whether a cache of values of earlier tokens holds scaled ones from then on.
+        depth: Channels of one head, where an attention lies between; else 0.
     """
 
     numbers: FactorNumbers
@@ -79,6 +80,7 @@ class ChannelFold:
     takers: list[Taker]
     linear: bool
     cached: bool
+    depth: int
 
     def pooled(self, values: Numbers, largest: bool = False) -> Numbers:
         """One number for each factor: the mean (or the largest) of those of its channels, [count], in float64."""
@@ -145,7 +147,7 @@ class ChannelFolds:
         place = np.full(walk.ties.pinned + 1, len(used))
         place[used] = np.arange(len(used))
         takers = [dataclasses.replace(t, numbers=place[walk.ties.roots(t.numbers)]) for t in walk.takers]
-        return ChannelFold(place[roots], len(used), takers, walk.linear, walk.cached)
+        return ChannelFold(place[roots], len(used), takers, walk.linear, walk.cached, walk.depth)
 
 
 def rows_of(layer: Layer) -> npt.NDArray[np.float32]:

@@ -65,6 +65,7 @@ class ChannelWalk:
         linear: Whether nothing on the way depends on the factors' being factors: any linear map of the channels would
             go the same way, as far as they are moved together.
         cached: Whether the contents of a cache change.
+        depth: Channels of one head, where an attention lies on the way; else 0.
     """
 
     def __init__(self, facts: ShapeFacts, caches: frozenset[str]) -> None:
@@ -73,6 +74,7 @@ class ChannelWalk:
         self.takers: list[Taker] = []
         self.linear = True
         self.cached = False
+        self.depth = 0
         self._steps = 0
 
     def start(self, value: ir.Value, channels: int, readers: Sequence[ir.Node]) -> Numbers:
@@ -191,6 +193,7 @@ class ChannelWalk:
         elif is_product(node) and node.op_type == "MatMul":
             if numbers.ndim < 2 or numbers.shape[-2] > 1 or node.inputs[1] is None:
                 raise Refused(f"the factors don't lie along the columns of {_label(node)}")
+            self.depth = numbers.shape[-1]
             self._take(node.inputs[1], self._to(node.inputs[1], numbers), {(node, 1)})
         else:
             raise Refused(_stops(node))
@@ -213,6 +216,7 @@ class ChannelWalk:
         depth = numbers.shape[-1] if numbers.ndim == 4 else numbers.shape[-1] // heads
         if numbers.ndim == 4 and (numbers.shape[2] > 1 or numbers.shape[0] > 1):
             raise Refused(f"the factors don't lie along the heads of {_label(node)}")
+        self.depth = depth
         full = np.broadcast_to(numbers, (1, heads, 1, depth)) if numbers.ndim == 4 else numbers
         grouped = self.ties.along(full.reshape(own, heads // own, depth), 1)
         if old is not None:
