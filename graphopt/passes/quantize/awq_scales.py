@@ -12,14 +12,14 @@ import onnx_ir as ir
 from graphopt.graph.computed import identity, weight
 from graphopt.graph.edits import Editor
 from graphopt.passes.fold.centring import set_constant
-from graphopt.passes.fold.layers import Layer, Numbers
-from graphopt.passes.quantize.channel_folds import ChannelFold, ReaderGroup, outputs_first, rows_of
+from graphopt.passes.fold.layers import Layer
+from graphopt.passes.quantize.channel_folds import ChannelFold, ReaderGroup, outputs_first
 from graphopt.passes.quantize.grids import Grid, UniformGrid
-from graphopt.passes.quantize.scale_channels import ScaleChannels, Statistics
+from graphopt.passes.quantize.scale_channels import ScaleChannels, ScalePlan, Statistics
 
 Array = npt.NDArray[np.float32]
 
-_SHARES = np.linspace(1, 0.5, 10, endpoint=False)
+_SHARES = np.linspace(1, 0.5, 10, endpoint=False, dtype=np.float32)
 """Parts of a group's range that clipping tries."""
 _UNCLIPPED = ("q", "k", "qkv")
 """Roles whose output goes through a product with itself, of which the error of the layer says little."""
@@ -84,8 +84,9 @@ class AwqScales(ScaleChannels):
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         self.steps, self.rows, self.clip, self.head = steps, rows, clip, head
 
-    def factors(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> tuple[Numbers, str]:
+    def plan(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> ScalePlan:
         """See the class."""
+        hessian = statistics["second_moment"].astype(np.float32, copy=False)
         mean = fold.pooled(statistics["mean_abs"].astype(np.float64))
         mean = np.maximum(mean, mean.max() * 1e-6) if mean.any() else np.ones(fold.count)
         candidates = []
@@ -97,27 +98,26 @@ class AwqScales(ScaleChannels):
             rows = whole[:: -(-len(whole) // self.rows)] if self.rows else whole
             for step, factors in enumerate(candidates):
                 channels = fold.spread(factors).astype(np.float32)
-                rounded = self._rounded(rows * channels) / channels
-                errors[step] += output_error(rounded - rows, statistics["second_moment"])
+                errors[step] += output_error(self._rounded(rows * channels) / channels - rows, hessian)
         best = int(errors.argmin())
         share = errors[best] / errors[0] if errors[0] else 1.0
-        return candidates[best], f"α = {best / self.steps:.2f}, {share:.3g} of the error without"
-
-    def refine(self, group: ReaderGroup, channels: Numbers, statistics: Statistics, edit: Editor) -> str:
-        """Rule 3."""
+        detail = f"α = {best / self.steps:.2f}, {share:.3g} of the error without"
         if not self.clip:
-            return ""
-        hessian = (statistics["second_moment"] / np.outer(channels, channels)).astype(np.float32)
-        clipped = total = 0
-        for layer, role in zip(group.layers(), group.roles, strict=True):
-            if role in _UNCLIPPED:
-                continue
-            limits = self._limits(rows_of(layer), hessian)
-            total += limits.size
-            clipped += int(np.isfinite(limits).sum())
-            if np.isfinite(limits).any():
-                _clip(layer, limits, self._size(group.channels), edit)
-        return f", {clipped / total:.0%} of ranges clipped" if total else ""
+            return ScalePlan(candidates[best], detail)
+        channels = fold.spread(candidates[best]).astype(np.float32)
+        shares = [
+            None if role in _UNCLIPPED else self._shares(rows * channels, hessian / np.outer(channels, channels))
+            for rows, role in zip(group.weights(), group.roles, strict=True)
+        ]
+        known = [part for part in shares if part is not None]
+        clipped = sum(int((part < 1).sum()) for part in known) / max(1, sum(part.size for part in known))
+        return ScalePlan(candidates[best], f"{detail}, {clipped:.0%} of ranges clipped" if known else detail, shares)
+
+    def finish(self, group: ReaderGroup, plan: ScalePlan, edit: Editor) -> None:
+        """Rule 3."""
+        for layer, shares in zip(group.layers(), plan.shares, strict=False):
+            if shares is not None and (shares < 1).any():
+                _clip(layer, shares, self._size(group.channels), edit)
 
     def _size(self, columns: int) -> int:
         return self.group_size or columns
@@ -131,23 +131,19 @@ class AwqScales(ScaleChannels):
             found[:, start : start + block.shape[1]] = self.grid.values(self.grid.nearest(block, fit), fit)
         return found
 
-    def _limits(self, rows: Array, hessian: Array) -> Array:
-        """What the magnitude of each group of each row is clipped to, [N, G]; infinite where nothing is gained."""
+    def _shares(self, rows: Array, hessian: Array) -> Array:
+        """The part of its range that each group of each row should keep, [N, G]."""
         size, found = self._size(rows.shape[1]), []
         for start in range(0, rows.shape[1], size):
             block, part = rows[:, start : start + size], hessian[start : start + size, start : start + size]
             largest = np.abs(block).max(axis=1)
-            limit = np.full(len(block), np.inf, np.float32)
-            least = np.full(len(block), np.inf)
+            kept, least = np.ones(len(block), np.float32), np.full(len(block), np.inf)
             for share in _SHARES:
                 bound = (largest * share)[:, None]
-                cut = np.clip(block, -bound, bound)
-                error = self._rounded(cut) - block
+                error = self._rounded(np.clip(block, -bound, bound)) - block
                 errors = np.einsum("nk,nk->n", error @ part, error)
-                if share < 1:
-                    limit = np.where(errors < least, bound[:, 0], limit)
-                least = np.minimum(errors, least)
-            found.append(limit)
+                kept, least = np.where(errors < least, share, kept), np.minimum(errors, least)
+            found.append(kept)
         return np.stack(found, axis=1)
 
 
@@ -161,18 +157,22 @@ def output_error(error: Array, hessian: Array) -> float:
     return float(np.einsum("nk,nk->", error @ hessian, error, dtype=np.float64))
 
 
-def _clip(layer: Layer, limits: Array, size: int, edit: Editor) -> None:
-    """Clip the weight of a layer to limits [N, G] of its groups of `size` columns."""
+def _clip(layer: Layer, shares: Array, size: int, edit: Editor) -> None:
+    """Clip each group of `size` columns of each row to a part of its range, [N, G]."""
     tensor, value = layer.weight, layer.node.inputs[1]
     assert value is not None
 
     def compute() -> ir.TensorProtocol:
-        bounds = np.repeat(limits, size, axis=1)[:, : layer.inputs]
-        bounds = bounds if outputs_first(layer) else bounds.T
         array = tensor.numpy()
-        bounds = bounds.astype(array.dtype)
-        return ir.tensor(np.clip(array, -bounds, bounds), dtype=tensor.dtype, name=tensor.name)
+        rows = array if outputs_first(layer) else array.T
+        clipped = np.empty_like(rows)
+        for group, start in enumerate(range(0, rows.shape[1], size)):
+            block = rows[:, start : start + size]
+            bound = np.abs(block).max(axis=1) * shares[:, group].astype(array.dtype)
+            clipped[:, start : start + size] = np.clip(block, -bound[:, None], bound[:, None])
+        clipped = clipped if outputs_first(layer) else clipped.T
+        return ir.tensor(np.ascontiguousarray(clipped), dtype=tensor.dtype, name=tensor.name)
 
-    origin = ("clipped", identity(tensor), hashlib.blake2b(np.ascontiguousarray(limits).tobytes()).digest(), size)
+    origin = ("clipped", identity(tensor), hashlib.blake2b(np.ascontiguousarray(shares).tobytes()).digest(), size)
     clipped = weight(compute, tensor.dtype, tensor.shape.numpy(), tensor.name, origin)
     set_constant(value, [(layer.node, 1)], clipped, edit)

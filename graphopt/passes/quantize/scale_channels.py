@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -21,10 +23,26 @@ Source = Callable[[ir.Model, Sequence[ir.Value], Sequence[str]], Iterator[Statis
 """Gives the statistics of these names of each value of a model, in the order of the values."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ScalePlan:
+    """What is done to a group.
+
+    Attributes:
+        factors: By number, [count], positive.
+        detail: What to say of them.
+        shares: For each reader the part of its range that each group of each row keeps, [N, G]; None: all of it.
+    """
+
+    factors: Numbers
+    detail: str
+    shares: Sequence[npt.NDArray[np.float32] | None] = ()
+
+
 class ScaleChannels(Pass):
     """Finds the groups and where their factors go; a subclass says which factors.
 
     Attributes:
+        head: Whether the output layer is scaled too.
         source: What gives the statistics.
     """
 
@@ -51,29 +69,33 @@ class ScaleChannels(Pass):
                 found.append((group, fold))
         if not found:
             return False
-        values = [group.x for group, _ in found]
-        changed = False
-        for (group, fold), statistics in zip(found, self._gather(model, values), strict=True):
-            factors, detail = self.factors(group, fold, statistics)
-            reason = scale(group, fold, factors, facts, edit)
+        # The model isn't touched before the last statistics are there: it is still being run on the data.
+        plans = [
+            self.plan(group, fold, statistics)
+            for (group, fold), statistics in zip(found, self._gather(model, [g.x for g, _ in found]), strict=True)
+        ]
+        changed: list[tuple[ReaderGroup, ScalePlan]] = []
+        for (group, fold), plan in zip(found, plans, strict=True):
+            reason = scale(group, fold, plan.factors, facts, edit)
             if reason is not None:
                 self.left(group.readers[0], f"{group.label}: {reason}")
                 continue
-            changed = True
-            detail += self.refine(group, fold.spread(factors), statistics, edit)
+            changed.append((group, plan))
             for node in group.readers:
                 node.meta[self.name] = True
-            self.applied(group.readers[0], f"{group.label}: {detail}" + "; scales its cache" * fold.cached)
-        return changed
+            self.applied(group.readers[0], f"{group.label}: {plan.detail}" + "; its cache is scaled too" * fold.cached)
+        # A layer may be scaled for what it reads and for what it makes: both come first.
+        for group, plan in changed:
+            self.finish(group, plan, edit)
+        return bool(changed)
 
     def _gather(self, model: ir.Model, values: Sequence[ir.Value]) -> Iterator[Statistics]:
         assert self.source is not None
         return self.source(model, values, self.needs)
 
     @abc.abstractmethod
-    def factors(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> tuple[Numbers, str]:
-        """The factors of a group by number, [count], positive, and what to say of them."""
+    def plan(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> ScalePlan:
+        """The factors of a group. The model must be left as it is."""
 
-    def refine(self, group: ReaderGroup, channels: Numbers, statistics: Statistics, edit: Editor) -> str:
-        """What else is done to the weights of a group once they are scaled by `channels` [K], and what to say of it."""
-        return ""
+    def finish(self, group: ReaderGroup, plan: ScalePlan, edit: Editor) -> None:
+        """What else is done to the weights of a group when all are scaled."""

@@ -6,9 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from graphopt.passes.fold.layers import Numbers
 from graphopt.passes.quantize.channel_folds import ChannelFold, ReaderGroup
-from graphopt.passes.quantize.scale_channels import ScaleChannels, Statistics
+from graphopt.passes.quantize.scale_channels import ScaleChannels, ScalePlan, Statistics
 
 
 class SmoothQuant(ScaleChannels):
@@ -53,7 +52,7 @@ class SmoothQuant(ScaleChannels):
             raise ValueError(f"alpha lies between 0 and 1, not at {alpha}")
         self.alpha, self.head = alpha, head
 
-    def factors(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> tuple[Numbers, str]:
+    def plan(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> ScalePlan:
         """See the class."""
         largest = np.zeros(group.channels)
         for weight in group.weights():
@@ -65,4 +64,4 @@ class SmoothQuant(ScaleChannels):
         activations, weights = np.where(known, activations, 1), np.where(known, weights, 1)
         factors = activations**self.alpha / weights ** (1 - self.alpha)
         before, after = activations.max(), (activations / factors).max()
-        return factors, f"largest activation {before:.3g} → {after:.3g}"
+        return ScalePlan(factors, f"largest activation {before:.3g} → {after:.3g}")
