@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graphopt.calibration.statistics import MeanAbs, SecondMoment, Statistic
 from graphopt.graph.computed import identity, weight
 from graphopt.graph.edits import Editor
 from graphopt.passes.fold.centring import set_constant
 from graphopt.passes.fold.layers import Layer
 from graphopt.passes.quantize.channel_folds import ChannelFold, ReaderGroup, outputs_first
-from graphopt.passes.quantize.grids import Grid, UniformGrid
+from graphopt.passes.quantize.grid_names import make_grid
 from graphopt.passes.quantize.scale_channels import ScaleChannels, ScalePlan, Statistics
 
 Array = npt.NDArray[np.float32]
@@ -47,10 +48,12 @@ class AwqScales(ScaleChannels):
     Differs from the paper's code in that q, k and v are judged by their own outputs, not by that of the attention, and
     in that scales of single groups and errors come from second moments instead of stored activations.
 
-    **Options:** `bits` (2 to 8, default 4), `group_size` (columns, default 128; 0: a whole row), `symmetric` (boolean,
-    default False): the grid to be rounded to afterwards. `steps` (default 20): values of α. `rows` (default 512): of
-    how many rows of each weight, evenly spread, the search looks at the error; 0: of all. `clip` (boolean, default
-    True): rule 3, which changes the function by itself. `head` (boolean, default False): scale the output layer too.
+    **Options:** `bits` (default 4), `group_size` (columns, default 32; 0: a whole row), `grid` (default "int"),
+    `symmetric` (boolean, default True), `floats` (boolean, default False): the grid that weights are rounded to
+    afterwards, as in quantize-weights, with ranges that aren't searched. `steps` (default 20): values of α. `rows`
+    (default 512): of how many rows of each weight, evenly spread, the search looks at the error; 0: of all. `clip`
+    (boolean, default True): rule 3, which changes the function by itself. `head` (boolean, default False): scale the
+    output layer too.
 
     **Needs:** calibration data (mean magnitude and second moments of what each group reads). **Guarantees:** LOSSY.
     Without `clip` outputs are the same up to the rounding of the new weights, but where V → O is scaled the cache of a
@@ -65,13 +68,16 @@ class AwqScales(ScaleChannels):
 
     name: ClassVar[str] = "awq-scales"
     paper: ClassVar[str] = "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration"
-    needs = ("mean_abs", "second_moment")
+    statistics: ClassVar[tuple[Statistic, ...]] = (MeanAbs(), SecondMoment())
+    needs = ("mean-abs", "second-moment")
 
     def __init__(
         self,
         bits: int = 4,
-        group_size: int = 128,
-        symmetric: bool = False,
+        group_size: int = 32,
+        grid: str = "int",
+        symmetric: bool = True,
+        floats: bool = False,
         steps: int = 20,
         rows: int = 512,
         clip: bool = True,
@@ -80,14 +86,15 @@ class AwqScales(ScaleChannels):
         super().__init__()
         if group_size < 0 or rows < 0 or steps < 1:
             raise ValueError("group_size and rows can't be negative, and steps must be positive")
-        self.grid: Grid = UniformGrid(bits, symmetric)
-        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        self.bits, self.group_size, self.grid = bits, group_size, grid
+        self.symmetric, self.floats = symmetric, floats
+        self._numbers = make_grid(grid, bits, symmetric, floats, search=False)
         self.steps, self.rows, self.clip, self.head = steps, rows, clip, head
 
     def plan(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> ScalePlan:
         """See the class."""
-        hessian = statistics["second_moment"].astype(np.float32, copy=False)
-        mean = fold.pooled(statistics["mean_abs"].astype(np.float64))
+        hessian = statistics[SecondMoment()].astype(np.float32, copy=False)
+        mean = fold.pooled(statistics[MeanAbs()].astype(np.float64))
         mean = np.maximum(mean, mean.max() * 1e-6) if mean.any() else np.ones(fold.count)
         candidates = []
         for step in range(self.steps):
@@ -127,8 +134,8 @@ class AwqScales(ScaleChannels):
         found = np.empty(rows.shape, np.float32)
         for start in range(0, rows.shape[1], self._size(rows.shape[1])):
             block = rows[:, start : start + self._size(rows.shape[1])]
-            fit = self.grid.fit(block)
-            found[:, start : start + block.shape[1]] = self.grid.values(self.grid.nearest(block, fit), fit)
+            fit = self._numbers.fit(block)
+            found[:, start : start + block.shape[1]] = self._numbers.values(self._numbers.nearest(block, fit), fit)
         return found
 
     def _shares(self, rows: Array, hessian: Array) -> Array:

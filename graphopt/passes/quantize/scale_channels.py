@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,15 +12,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.shapes import infer
+from graphopt.calibration.request import Request
+from graphopt.calibration.statistics import Statistic
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.fold.layers import Numbers
 from graphopt.passes.quantize.channel_folds import ChannelFold, ChannelFolds, ReaderGroup, scale
 
-Statistics = Mapping[str, npt.NDArray[Any]]
-"""Arrays over the channels of one value: "mean_abs" [K], "absmax" [K], "second_moment" [K, K]."""
-Source = Callable[[ir.Model, Sequence[ir.Value], Sequence[str]], Iterator[Statistics]]
-"""Gives the statistics of these names of each value of a model, in the order of the values."""
+Statistics = Mapping[Statistic, npt.NDArray[Any]]
+"""What was found of the value that a group reads, by what was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,40 +42,28 @@ class ScaleChannels(Pass):
     """Finds the groups and where their factors go; a subclass says which factors.
 
     Attributes:
+        statistics: What a subclass has to know of the value that a group reads.
         head: Whether the output layer is scaled too.
-        source: What gives the statistics.
     """
 
     family: ClassVar[str] = "quantize"
     guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
+    statistics: ClassVar[tuple[Statistic, ...]]
     head: bool = False
-    source: Source | None = None
 
     def apply(self, model: ir.Model) -> bool:
         """Scale every group that can be."""
         facts, edit = infer(model), Editor(model)
-        folds = ChannelFolds(model, facts)
-        found: list[tuple[ReaderGroup, ChannelFold]] = []
-        for group in folds.groups():
-            if not isinstance(group, ReaderGroup):
-                self.left(group[0].node, group[1])
-                continue
-            if group.readers[0].meta.get(self.name) or (group.roles == ["head"] and not self.head):
-                continue  # a second run would scale what is scaled already
-            fold = folds.fold(group)
-            if isinstance(fold, str):
-                self.left(group.readers[0], f"{group.label}: {fold}")
-            else:
-                found.append((group, fold))
+        found = self._groups(ChannelFolds(model, facts))
         if not found:
             return False
-        # The model isn't touched before the last statistics are there: it is still being run on the data.
-        plans = [
-            self.plan(group, fold, statistics)
-            for (group, fold), statistics in zip(found, self._gather(model, [g.x for g, _ in found]), strict=True)
-        ]
+        plans = self._plans(model, found)
         changed: list[tuple[ReaderGroup, ScalePlan]] = []
-        for (group, fold), plan in zip(found, plans, strict=True):
+        for index, (group, fold) in enumerate(found):
+            plan = plans.get(index)
+            if plan is None:
+                self.left(group.readers[0], f"{group.label}: the data says nothing of what it reads")
+                continue
             reason = scale(group, fold, plan.factors, facts, edit)
             if reason is not None:
                 self.left(group.readers[0], f"{group.label}: {reason}")
@@ -89,13 +77,38 @@ class ScaleChannels(Pass):
             self.finish(group, plan, edit)
         return bool(changed)
 
-    def _gather(self, model: ir.Model, values: Sequence[ir.Value]) -> Iterator[Statistics]:
-        assert self.source is not None
-        return self.source(model, values, self.needs)
+    def _groups(self, folds: ChannelFolds) -> list[tuple[ReaderGroup, ChannelFold]]:
+        found = []
+        for group in folds.groups():
+            if not isinstance(group, ReaderGroup):
+                self.left(group[0].node, group[1])
+                continue
+            if group.readers[0].meta.get(self.name) or (group.roles == ["head"] and not self.head):
+                continue  # a second run would scale what is scaled already
+            fold = folds.fold(group)
+            if isinstance(fold, str):
+                self.left(group.readers[0], f"{group.label}: {fold}")
+            else:
+                found.append((group, fold))
+        return found
+
+    def _plans(self, model: ir.Model, found: Sequence[tuple[ReaderGroup, ChannelFold]]) -> dict[int, ScalePlan]:
+        """What is done to each group. The model is left as it is meanwhile, since it is being run on the data."""
+        assert self.calibration is not None
+        requests = {Request(group.x, kind): i for i, (group, _) in enumerate(found) for kind in self.statistics}
+        plans: dict[int, ScalePlan] = {}
+        for stage in self.calibration.stages(model, list(requests)):
+            gathered: dict[int, dict[Statistic, npt.NDArray[Any]]] = {}
+            for request, summary in stage.summaries.items():
+                if summary.rows:
+                    gathered.setdefault(requests[request], {})[request.statistic] = summary.array
+            for index, statistics in sorted(gathered.items()):
+                plans[index] = self.plan(*found[index], statistics)
+        return plans
 
     @abc.abstractmethod
     def plan(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> ScalePlan:
-        """The factors of a group. The model must be left as it is."""
+        """The factors of a group."""
 
     def finish(self, group: ReaderGroup, plan: ScalePlan, edit: Editor) -> None:
         """What else is done to the weights of a group when all are scaled."""

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from graphopt.calibration.statistics import AbsMax, Statistic
 from graphopt.passes.quantize.channel_folds import ChannelFold, ReaderGroup
 from graphopt.passes.quantize.scale_channels import ScaleChannels, ScalePlan, Statistics
 
@@ -44,6 +45,7 @@ class SmoothQuant(ScaleChannels):
 
     name: ClassVar[str] = "smooth-quant"
     paper: ClassVar[str] = "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models"
+    statistics: ClassVar[tuple[Statistic, ...]] = (AbsMax(per_channel=True),)
     needs = ("absmax",)
 
     def __init__(self, alpha: float = 0.5, head: bool = False) -> None:
@@ -57,7 +59,7 @@ class SmoothQuant(ScaleChannels):
         largest = np.zeros(group.channels)
         for weight in group.weights():
             np.maximum(largest, np.abs(weight).max(axis=0), out=largest)
-        activations = fold.pooled(statistics["absmax"].astype(np.float64), largest=True)
+        activations = fold.pooled(statistics[AbsMax(per_channel=True)].astype(np.float64), largest=True)
         weights = fold.pooled(largest, largest=True)
         # A channel that is always 0, or that nothing reads, needs no factor.
         known = (activations > 0) & (weights > 0)
