@@ -25,7 +25,7 @@ COPIED_BYTES = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
-class _Use:
+class Use:
     """A constant as one node reads it, and the axis of it (from the end) that runs over the features."""
 
     node: ir.Node
@@ -44,7 +44,7 @@ class Plan:
     """
 
     space: FeatureSpace
-    constants: dict[ir.Value, list[_Use]]
+    constants: dict[ir.Value, list[Use]]
     at_run_time: list[Writer]
 
 
@@ -52,7 +52,7 @@ def plan_centring(space: FeatureSpace) -> Plan | str:
     """How the writers of `space` can be made to write centred vectors, or why one can't."""
     plan = Plan(space, {}, [])
     for writer in space.writers:
-        uses = _uses(writer)
+        uses = constants_of(writer)
         if isinstance(uses, str):
             return uses
         if uses is None:
@@ -133,22 +133,22 @@ def centred(tensor: ir.TensorProtocol, axis: int) -> ir.TensorProtocol:
     return weight(compute, tensor.dtype, tensor.shape.numpy(), tensor.name, ("centred", axis, identity(tensor)))
 
 
-def _uses(writer: Writer) -> list[_Use] | str | None:
+def constants_of(writer: Writer) -> list[Use] | str | None:
     """The constants that make the vectors of `writer`; None where none do, a reason where they can't be centred."""
     node = writer.node
     if node is None or writer.kind in ("input", "norm", "other"):
         return None
     if writer.kind == "constant":
-        uses = [_Use(node, writer.index, writer.axis)]
+        uses = [Use(node, writer.index, writer.axis)]
     elif writer.kind == "conv":
         if attribute_int(node, "group", 1) != 1:
             return f"Conv {node.name!r} is grouped: the mean over its output channels is no grouped convolution"
-        uses = [_Use(node, 1, -len(node.inputs[1].shape or ()))] if node.inputs[1] is not None else []
-        uses += [_Use(node, 2, -1)] if len(node.inputs) > 2 and node.inputs[2] is not None else []
+        uses = [Use(node, 1, -len(node.inputs[1].shape or ()))] if node.inputs[1] is not None else []
+        uses += [Use(node, 2, -1)] if len(node.inputs) > 2 and node.inputs[2] is not None else []
     else:
         transposed = is_op(node, "Gemm") and attribute_int(node, "transB", 0) == 1
-        uses = [_Use(node, 1, -2 if transposed else -1)]
-        uses += [_Use(node, 2, -1)] if len(node.inputs) > 2 and node.inputs[2] is not None else []
+        uses = [Use(node, 1, -2 if transposed else -1)]
+        uses += [Use(node, 2, -1)] if len(node.inputs) > 2 and node.inputs[2] is not None else []
     for use in uses:
         value = node.inputs[use.index]
         tensor = constant_tensor(value)
