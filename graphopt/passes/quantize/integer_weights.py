@@ -26,9 +26,9 @@ class SignedGrid(UniformGrid):
 
     bits: int = 8
 
-    def _of_range(self, block: npt.NDArray[np.float32], share: float) -> Fit:
+    def _of_range(self, block: npt.NDArray[np.float32], below: float, above: float) -> Fit:
         middle = 1 << (self.bits - 1)
-        step = np.abs(block).max(axis=1, initial=0) * share / (middle - 1)
+        step = np.abs(block).max(axis=1, initial=0) * below / (middle - 1)
         step = np.where(step > np.finfo(np.float32).tiny, step, 1).astype(np.float32)
         return Fit(step, np.full(len(block), middle, np.uint8))
 
