@@ -84,6 +84,7 @@ def optimize(
     recipe: Recipe | str | os.PathLike[str] | dict[str, Any] | None = None,
     target: str = "cpu",
     *,
+    options: Sequence[str] = (),
     verify: VerifyMode = "auto",
     inputs: Inputs | None = None,
     calibration: Dataset | Calibration | Literal["self"] | None = None,
@@ -99,6 +100,7 @@ def optimize(
         model_or_path: An `onnx_ir` model, which is rewritten in place, an `onnx` one, which isn't, or a path.
         recipe: A recipe, its file, the name of one that ships, or parsed YAML; None: every exact pass.
         target: What the result is for: "cpu", "cuda" or "portable".
+        options: Options of the recipe's passes, as "bits=3" or "quantize-weights.bits=3".
         verify: "pass", "phase", "auto" or "none"; see `PassManager`.
         inputs: One array for each input, or an .npz file of them, used besides the generated probe inputs.
         calibration: Data for passes that need it, see docs/calibration.md; or "self": text that a decoder writes.
@@ -121,7 +123,7 @@ def optimize(
     """
     if target not in TARGETS:
         raise UsageError(f"There is no target {target!r}; the targets are {', '.join(TARGETS)}.")
-    chosen = load_recipe(recipe)
+    chosen = load_recipe(recipe).with_options(options)
     passes = chosen.passes(target)
     if calibration is not None and not any(getattr(p, "needs", ()) for p in passes):
         raise UsageError(f"No pass of the recipe {chosen.name} needs calibration data; leave it out.")

@@ -20,7 +20,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import yaml
 from graphopt.errors import UsageError
 from graphopt.graph.assumptions import NOTHING, Assumptions
 from graphopt.passes import registry
+from graphopt.passes.base import Pass
 
 DEFAULT = "exact"
 
@@ -73,10 +74,49 @@ class Recipe:
             p for p in made if target is None or not getattr(p, "targets", ()) or target in getattr(p, "targets", ())
         ]
 
+    def with_options(self, assignments: Sequence[str]) -> Recipe:
+        """The recipe with options changed, given as `option=value`, for all of its passes that have that option, or
+        `pass.option=value`; a value is YAML.
+
+        Raises:
+            UsageError: Not of that form, or no pass of the recipe has the option.
+        """
+        steps = list(self.steps)
+        for text in assignments:
+            name, sign, value = text.partition("=")
+            pass_, _, option = name.strip().rpartition(".")
+            option = option.replace("-", "_")
+            if not sign or not option:
+                raise UsageError(f"{text!r} sets no option; write option=value or pass.option=value, such as bits=3.")
+            try:
+                given = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise UsageError(f"The value of {text!r} can't be read: {' '.join(str(error).split())}.") from error
+            found = [
+                i
+                for i, step in enumerate(steps)
+                if (not pass_ or step.name == pass_) and option in _options_of(step.name)
+            ]
+            if not found:
+                where = f"the pass {pass_!r}" if pass_ else "no pass"
+                raise UsageError(
+                    f"{option!r} can't be set: {where} of the recipe {self.name} "
+                    f"{'has no such option, or is not in it' if pass_ else 'has such an option'}."
+                )
+            for i in found:
+                steps[i] = Step(steps[i].name, {**steps[i].options, option: given})
+        return dataclasses.replace(self, steps=tuple(steps))
+
     def to_data(self) -> dict[str, Any]:
         """The recipe as YAML would hold it."""
         data: dict[str, Any] = {"passes": [step.to_data() for step in self.steps]}
         return {**data, "assume": list(self.assume.names)} if self.assume else data
+
+
+def _options_of(name: str) -> frozenset[str]:
+    """The names of a pass's options; none where it isn't one of graphopt's."""
+    found = registry.find(name)
+    return frozenset(found.options()) if issubclass(found, Pass) else frozenset()
 
 
 def shipped() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,19 @@ def test_joined_recipes_share_the_exact_ones() -> None:
     assert joined.steps == (*first, *between, *last, *decode)
     assert "no-left-padding" in joined.assume.names
     assert load("decode+exact").steps == (*decode, *first, *last)
+
+
+def test_options_of_a_recipe() -> None:
+    recipe = load("rtn").with_options(["bits=3", "quantize-weights.exclude=[down]"])
+    (step,) = [step for step in recipe.steps if step.name == "quantize-weights"]
+    assert step.options == {"bits": 3, "exclude": ["down"]}
+    for text, why in [
+        ("bits", "sets no option"),
+        ("colour=red", "no pass of the recipe rtn has such an option"),
+        ("gelu.bits=3", "'gelu' of the recipe rtn has no such option, or is not in it"),
+        ("bits=[", "can't be read"),
+    ]:
+        with pytest.raises(UsageError, match=re.escape(why)):
+            load("rtn").with_options([text])
+    with pytest.raises(UsageError, match="weights have 2 to 8 bits, not 9"):
+        load("rtn").with_options(["bits=9"]).passes()

@@ -36,6 +36,7 @@ Examples:
   graphopt optimize model.onnx -o fast/model.onnx --report report.html --bench
   graphopt optimize model.onnx --recipe clean --verify phase
   graphopt optimize model.onnx --inputs real.npz --json > report.json
+  graphopt optimize model.onnx --recipe rtn --set bits=8 --set group_size=128
   graphopt optimize decoder.onnx --assume no-left-padding --assume max-length=2048
   graphopt optimize decoder.onnx --recipe kv4 --quality held-out.txt --floor ppl=+2% --floor 'kl<=0.05'
 
@@ -47,6 +48,8 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
 @click.option("-o", "--output", type=OUTPUT, help="File of the result  [default: model.opt.onnx for model.onnx]")
 @click.option("--in-place", is_flag=True, help="Replace the input, atomically.")
 @click.option("--recipe", metavar="NAME|FILE", help="A recipe that ships, or a YAML file  [default: exact]")
+@click.option("--set", "options", multiple=True, metavar="OPTION=VALUE",
+              help="An option of the recipe's passes: bits=3, or quantize-weights.bits=3.")  # fmt: skip
 @click.option("--target", type=click.Choice(["cpu", "cuda", "portable"]), default="cpu", show_default=True,
               help="What the result runs on.")  # fmt: skip
 @click.option("--verify", type=click.Choice(["auto", "pass", "phase", "none"]), default="auto", show_default=True,
@@ -81,6 +84,7 @@ def command(
     output: Path | None,
     in_place: bool,
     recipe: str | None,
+    options: tuple[str, ...],
     target: str,
     verify: str,
     inputs: Path | None,
@@ -155,6 +159,7 @@ def command(
             model,
             recipe,
             target,
+            options=options,
             verify=verify,  # type: ignore[arg-type]
             inputs=inputs,
             calibration=data_set,
@@ -192,7 +197,12 @@ def command(
 
             bar("timing", 0, 1)
             result.report.timing = benchmark_models([model, destination], inputs=inputs, seed=seed).to_dict()
-    given: dict[str, Any] = {"--verify": verify, "--inputs": inputs, "--calibration": calibration, "--tokenizer": tokenizer}
+    given: dict[str, Any] = {
+        "--verify": verify,
+        "--inputs": inputs,
+        "--calibration": calibration,
+        "--tokenizer": tokenizer,
+    }
     given |= about_data
     # Without an option the result depends on whether this machine was measured.
     if target == "cpu":
@@ -200,6 +210,7 @@ def command(
         given["--profile"] = used
     given |= {"--shard-size": shard_size}
     result.report.arguments = [str(part) for pair in given.items() if pair[1] is not None for part in pair]
+    result.report.arguments += [part for text in options for part in ("--set", text)]
     result.report.arguments += [part for name in assume for part in ("--assume", name)]
     result.report.arguments += [] if judge is None else judge.arguments
     if rename_kv:

@@ -131,7 +131,9 @@ class QuantizeDynamic(Pass):
         for site in sites:
             if site.node in taken and (other := _other_reader(site.weight, taken)) is not None:
                 del taken[site.node]
-                self.left(site.node, f"its weight is read by {other.op_type} {other.name!r} too, which keeps the floats")
+                self.left(
+                    site.node, f"its weight is read by {other.op_type} {other.name!r} too, which keeps the floats"
+                )
         groups: dict[tuple[ir.Value, bool], list[_Plan]] = defaultdict(list)
         for one in taken.values():
             if isinstance(one, _Plan):
