@@ -1,0 +1,1 @@
+"""Search: what each part of a model gets under a budget."""

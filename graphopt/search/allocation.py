@@ -1,0 +1,179 @@
+"""Allocation: one choice for each item, so that the loss is least under a budget of cost.
+
+Items are sites of a model, choices what may be done to each (a grid, bits, a rank, a sparsity), costs what the budget
+counts (bytes, seconds), losses what the choice costs in quality. Losses add up: by the linearity theorem (Pushing the
+Limits of Large Language Model Quantization via the Linearity Theorem) the loss of a model is, for small errors, a sum
+over layers of a sensitivity times the layer's squared error; for others it is an assumption to be measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt.errors import UsageError
+
+UNITS = 8192
+"""Parts that a budget is counted in: the allocation may use less than the whole by one part for each item at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One thing that can be done to an item.
+
+    Attributes:
+        name: What it is called.
+        cost: What it takes of the budget, not negative.
+        loss: What it costs in quality; may be negative.
+    """
+
+    name: str
+    cost: float
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Something for which one of several things is chosen."""
+
+    name: str
+    choices: tuple[Choice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """What was chosen.
+
+    Attributes:
+        chosen: The choice of each item, in their order.
+    """
+
+    chosen: tuple[Choice, ...]
+
+    @property
+    def cost(self) -> float:
+        """The sum of their costs."""
+        return math.fsum(choice.cost for choice in self.chosen)
+
+    @property
+    def loss(self) -> float:
+        """The sum of their losses."""
+        return math.fsum(choice.loss for choice in self.chosen)
+
+
+def allocate(items: Sequence[Item], budget: float, units: int = UNITS) -> Allocation:
+    """The choices of least loss whose costs together are at most `budget`.
+
+    By dynamic programming over the items and what is spent, in `units` equal parts of what the budget leaves beyond the
+    cheapest choices. Costs are rounded up to parts, so that the budget always holds; with costs that are multiples of
+    a part the result is the best there is. Memory and time grow with items × units.
+
+    Args:
+        items: What to choose for.
+        budget: The most that the costs may sum to.
+        units: Parts.
+
+    Raises:
+        UsageError: No item, an item without choices, a cost that is negative or no number, or a budget that the
+            cheapest choices exceed.
+    """
+    _check(items)
+    least = [min(choice.cost for choice in item.choices) for item in items]
+    room = budget - math.fsum(least)
+    if room < -1e-9 * max(1.0, abs(budget)):
+        raise UsageError(
+            f"The budget of {budget:g} is less than the {math.fsum(least):g} that the cheapest choices take."
+        )
+    room = max(room, 0.0)
+    kept = [_undominated(item) for item in items]
+    part = room / units if room else 1.0
+    best: npt.NDArray[np.float64] = np.zeros(units + 1)
+    picks: list[npt.NDArray[np.int16]] = []
+    for item, floor in zip(kept, least, strict=True):
+        found = np.full(units + 1, np.inf)
+        pick = np.zeros(units + 1, np.int16)
+        for index, choice in enumerate(item):
+            extra = choice.cost - floor
+            # What is over a whole number of parts by rounding of floats alone is that number.
+            step = 0 if extra <= 0 else math.ceil(extra / part - 1e-9) if room else units + 1
+            if step > units:
+                continue
+            loss = np.full(units + 1, np.inf)
+            loss[step:] = best[: units + 1 - step] + choice.loss
+            better = loss < found
+            found[better], pick[better] = loss[better], index
+        best = found
+        picks.append(pick)
+    spent = units
+    chosen: list[Choice] = []
+    for item, floor, pick in zip(reversed(kept), reversed(least), reversed(picks), strict=True):
+        choice = item[int(pick[spent])]
+        chosen.append(choice)
+        if choice.cost > floor:
+            spent -= math.ceil((choice.cost - floor) / part - 1e-9)
+    return Allocation(tuple(reversed(chosen)))
+
+
+def frontier(items: Sequence[Item]) -> list[Allocation]:
+    """Allocations of falling loss and rising cost, from the cheapest choices on: each is the best for its own cost.
+
+    Beginning with the cheapest, the step that buys most for its cost is taken again and again, along the lower convex
+    hull of each item. No allocation of the same cost has less loss; budgets between two of them are for `allocate`.
+
+    Raises:
+        UsageError: As `allocate`.
+    """
+    _check(items)
+    hulls = [_hull(_undominated(item)) for item in items]
+    steps = sorted(
+        (
+            ((after.loss - before.loss) / (after.cost - before.cost), number, place)
+            for number, hull in enumerate(hulls)
+            for place, (before, after) in enumerate(itertools.pairwise(hull))
+        ),
+    )
+    at = [hull[0] for hull in hulls]
+    found = [Allocation(tuple(at))]
+    for _, number, place in steps:
+        at[number] = hulls[number][place + 1]
+        found.append(Allocation(tuple(at)))
+    return found
+
+
+def _undominated(item: Item) -> list[Choice]:
+    """An item's choices by rising cost and falling loss; of equal ones the first."""
+    kept: list[Choice] = []
+    for choice in sorted(item.choices, key=lambda choice: (choice.cost, choice.loss)):
+        if not kept or choice.loss < kept[-1].loss:
+            kept.append(choice)
+    return kept
+
+
+def _hull(choices: Sequence[Choice]) -> list[Choice]:
+    """The lower convex hull of choices by rising cost and falling loss."""
+    hull: list[Choice] = []
+    for choice in choices:
+        while len(hull) > 1 and _turns_down(hull[-2], hull[-1], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _turns_down(a: Choice, b: Choice, c: Choice) -> bool:
+    return (b.loss - a.loss) * (c.cost - b.cost) >= (c.loss - b.loss) * (b.cost - a.cost)
+
+
+def _check(items: Sequence[Item]) -> None:
+    if not items:
+        raise UsageError("There is nothing to allocate.")
+    for item in items:
+        if not item.choices:
+            raise UsageError(f"There is no choice for {item.name!r}.")
+        for choice in item.choices:
+            if not math.isfinite(choice.cost) or choice.cost < 0 or math.isnan(choice.loss):
+                raise UsageError(f"The choice {choice.name!r} of {item.name!r} has no usable cost or loss.")

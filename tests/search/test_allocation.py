@@ -1,0 +1,91 @@
+"""Allocation under a budget: as good as trying everything, and never beyond the budget."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphopt.errors import UsageError
+from graphopt.search.allocation import Allocation, Choice, Item, allocate, frontier
+
+WHOLE = st.integers(0, 12)
+CHOICES = st.lists(st.tuples(WHOLE, WHOLE), min_size=1, max_size=4)
+ITEMS = st.lists(CHOICES, min_size=1, max_size=5)
+
+
+def items_of(drawn: list[list[tuple[int, int]]]) -> list[Item]:
+    return [
+        Item(f"site{n}", tuple(Choice(f"{cost} for {loss}", cost, loss) for cost, loss in choices))
+        for n, choices in enumerate(drawn)
+    ]
+
+
+def every(items: list[Item]) -> list[Allocation]:
+    return [Allocation(chosen) for chosen in itertools.product(*(item.choices for item in items))]
+
+
+@given(ITEMS, st.integers(0, 60))
+def test_it_is_the_best_there_is(drawn: list[list[tuple[int, int]]], budget: int) -> None:
+    items = items_of(drawn)
+    possible = [one for one in every(items) if one.cost <= budget]
+    if not possible:
+        with pytest.raises(UsageError, match="less than the"):
+            allocate(items, budget)
+        return
+    # Whole costs are multiples of a part where there is a part for each.
+    least = sum(min(choice.cost for choice in item.choices) for item in items)
+    found = allocate(items, budget, units=max(1, round(budget - least)))
+    assert found.cost <= budget
+    assert found.loss == min(one.loss for one in possible)
+    assert all(choice in item.choices for choice, item in zip(found.chosen, items, strict=True))
+
+
+@given(ITEMS, st.floats(0, 60), st.integers(1, 50))
+def test_the_budget_always_holds(drawn: list[list[tuple[int, int]]], budget: float, units: int) -> None:
+    items = items_of(drawn)
+    try:
+        found = allocate(items, budget, units=units)
+    except UsageError:
+        assert min(one.cost for one in every(items)) > budget
+        return
+    assert found.cost <= budget * (1 + 1e-9) + 1e-9
+    cheapest = min(every(items), key=lambda one: (one.cost, one.loss))
+    assert found.loss <= cheapest.loss or found.cost > cheapest.cost
+
+
+@given(ITEMS)
+def test_the_frontier_is_of_the_best(drawn: list[list[tuple[int, int]]]) -> None:
+    items = items_of(drawn)
+    found = frontier(items)
+    for earlier, later in itertools.pairwise(found):
+        assert later.cost > earlier.cost
+        assert later.loss < earlier.loss
+    for one in found:
+        assert one.loss == min(other.loss for other in every(items) if other.cost <= one.cost)
+    assert found[-1].loss == min(one.loss for one in every(items))
+
+
+def test_more_budget_is_never_worse() -> None:
+    items = items_of([[(1, 9), (2, 5), (4, 1)], [(1, 7), (3, 2)], [(2, 4), (5, 0)]])
+    losses = [allocate(items, budget).loss for budget in range(4, 13)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("items", "why"),
+    [
+        ([], "nothing to allocate"),
+        ([Item("a", ())], "no choice for 'a'"),
+        ([Item("a", (Choice("b", -1, 0),))], "no usable cost"),
+        ([Item("a", (Choice("b", 1, math.nan),))], "no usable cost"),
+    ],
+)
+def test_mistakes(items: list[Item], why: str) -> None:
+    for function in (lambda: allocate(items, 1), lambda: frontier(items)):
+        with pytest.raises(UsageError, match=why):
+            function()
