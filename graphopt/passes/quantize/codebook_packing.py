@@ -1,0 +1,155 @@
+"""A quantized weight as the constant inputs of CodebookMatMul."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt.passes.quantize.quantized_weight import Array, Outliers, QuantizedWeight
+from graphopt.runtime_ops.codebook_matmul.packing import pack_indices
+
+_NONE = np.zeros(0, np.uint8)
+_BOOKS = 256
+"""Codebooks that a byte selects from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookInputs:
+    """What a node of CodebookMatMul is given beside x, in the operator's order; what has no use is empty.
+
+    Attributes:
+        indices: uint8 [N, ceil(ceil(K / p) · bits / 8)].
+        codebooks: float32 [C, 2^bits, 1, p].
+        scales: float32 or float16 [N, G].
+        selectors: uint8 [N, G] or [0].
+        outlier_rows: int32 [N + 1] or [0].
+        outlier_columns: int32 [outliers].
+        outlier_values: float32 [outliers].
+        bias: Of x's type, [0]; a bias of the layer takes its place.
+        attributes: columns, bits, group_size.
+        rotation: 0, or the group size of the HadamardTransform that x goes through before the node.
+    """
+
+    indices: npt.NDArray[np.uint8]
+    codebooks: npt.NDArray[np.float32]
+    scales: Array
+    selectors: npt.NDArray[np.uint8]
+    outlier_rows: npt.NDArray[np.int32]
+    outlier_columns: npt.NDArray[np.int32]
+    outlier_values: npt.NDArray[np.float32]
+    bias: Array
+    attributes: dict[str, int]
+    rotation: int
+
+    def arrays(self) -> list[Array]:
+        """The eight inputs behind x."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        return [getattr(self, name) for name in fields[: fields.index("attributes")]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all inputs."""
+        return sum(array.nbytes for array in self.arrays())
+
+
+def codebook_inputs(weight: QuantizedWeight, scale_dtype: Any = np.float16, dtype: Any = np.float32) -> CodebookInputs:
+    """The inputs of a CodebookMatMul that multiplies by a weight (rotated, where that one is).
+
+    - Weights with codebooks keep them. Integers become one codebook, of the integers less their zero point; where zero
+      points differ, there is a codebook for each of them and the groups select.
+    - The result is that of `weight.dequantized()` but for the rounding of the scales, which are kept in float32 where
+      `scale_dtype` has no number within 0.1 % of one of them.
+
+    Args:
+        weight: What every grid makes, but for float offsets, which no codebook times a scale can be.
+        scale_dtype: float16 or float32.
+        dtype: Of x.
+
+    Raises:
+        ValueError: The weight has float offsets or is transposed, or a vector of its codebooks lies in two groups.
+    """
+    if weight.transposed:
+        raise ValueError("CodebookMatMul has groups along the inputs, and the weight's go along the outputs")
+    if weight.offsets is not None:
+        raise ValueError("CodebookMatMul has no float offsets; zero points or symmetric integers can be packed")
+    width = weight.width
+    group_size = weight.group_size
+    if group_size >= weight.columns:
+        group_size = -(-weight.columns // width) * width
+    if group_size % width:
+        raise ValueError(f"a group of {group_size} columns isn't a multiple of {width}, the numbers that share a code")
+    codebooks, selectors = _codebooks(weight)
+    rows, columns, values = _compressed(weight.outliers, weight.rows)
+    return CodebookInputs(
+        pack_indices(weight.codes, weight.bits),
+        codebooks[:, :, None],
+        _scales(weight.scales, scale_dtype),
+        _NONE if selectors is None else selectors,
+        rows,
+        columns,
+        values,
+        np.zeros(0, dtype),
+        {"columns": weight.columns, "bits": weight.bits, "group_size": group_size},
+        weight.hadamard,
+    )
+
+
+def slow_reason(weight: QuantizedWeight) -> str | None:
+    """Why the CPU's kernels for single rows of x don't serve a weight; None: they do.
+
+    A weight with a reason is written out piece by piece and multiplied, which takes as long as float32 weights do.
+    """
+    width, grouped = weight.width, weight.group_size < weight.columns
+    if width > 1:
+        return None if width in (2, 4, 8) else f"kernels of vectors have 2, 4 or 8 numbers, not {width}"
+    if not 2 <= weight.bits <= 4:
+        return f"kernels of single numbers have 2 to 4 bits, not {weight.bits}"
+    selected = weight.selectors is not None or _mixed_zero_points(weight)
+    if grouped and selected and weight.group_size % 128:
+        return f"groups that select a codebook have a multiple of 128 columns, not {weight.group_size}"
+    if grouped and weight.group_size % 8:
+        return f"groups have a multiple of 8 columns, not {weight.group_size}"
+    return None
+
+
+def _mixed_zero_points(weight: QuantizedWeight) -> bool:
+    points = weight.zero_points
+    return points is not None and weight.levels is None and bool((points != points.flat[0]).any())
+
+
+def _codebooks(weight: QuantizedWeight) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8] | None]:
+    """Codebooks [C, 2^bits, width] and selectors; only codebooks that a group selects."""
+    if weight.levels is not None:
+        if weight.selectors is None:
+            return weight.levels[:1], None
+        used, selectors = np.unique(weight.selectors, return_inverse=True)
+        books = weight.levels[used]
+    else:
+        integers = np.arange(1 << weight.bits, dtype=np.float32)
+        points = np.zeros(weight.scales.shape, np.uint8) if weight.zero_points is None else weight.zero_points
+        used, selectors = np.unique(points, return_inverse=True)
+        books = (integers - used.astype(np.float32)[:, None])[:, :, None]
+    assert len(books) <= _BOOKS
+    if len(books) == 1:
+        return books, None
+    return books, selectors.reshape(weight.scales.shape).astype(np.uint8)
+
+
+def _scales(scales: npt.NDArray[np.float32], dtype: Any) -> Array:
+    with np.errstate(over="ignore"):
+        short = scales.astype(dtype)
+    near = np.abs(short.astype(np.float32) - scales) <= 1e-3 * np.abs(scales)
+    return short if near.all() else scales.astype(np.float32)
+
+
+def _compressed(
+    outliers: Outliers | None, rows: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Outliers in compressed rows."""
+    if outliers is None or not len(outliers.values):
+        return np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
+    starts = np.searchsorted(outliers.rows, np.arange(rows + 1)).astype(np.int32)
+    return starts, outliers.columns.astype(np.int32), outliers.values.astype(np.float32)
