@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt.cache import cache_folder
-from graphopt.calibration.data import Dataset
+from graphopt.calibration.data import Dataset, Feeds
 from graphopt.calibration.pieces import Grain
 from graphopt.calibration.request import Request
 from graphopt.calibration.stages import BUDGET_BYTES, PIECE_BYTES, Progress, Stage, stages
@@ -54,6 +54,10 @@ class Calibration:
             cache=self.cache,
             progress=self.progress,
         )
+
+    def feeds(self, model: ir.Model) -> Iterator[Feeds]:
+        """The inputs of a model for each sample, for a pass that runs it in a way of its own."""
+        return self.data.feeds(model)
 
     def gather(self, model: ir.Model, requests: Sequence[Request]) -> dict[Request, Summary]:
         """All statistics at once, from one run of the model as it is; only for those that are small."""

@@ -76,7 +76,8 @@ def cut(
     Args:
         model: The model, its nodes in order.
         wanted: The observed values of the main graph, each with the bytes that observing it takes.
-        together: Pairs of values that must be made in one piece.
+        together: Pairs of a value and one that is made behind it, in the same piece; a pair of the other order is as
+            good as none, but both of any are made.
         empty: Inputs that hold nothing, such as the cache of a decoder before its first token.
         limit_bytes: What weights and statistics of one piece may take together, except that a piece is never cut up
             further than `grain` says; None: as many pieces as possible, each with an observed value at least.
@@ -84,12 +85,12 @@ def cut(
     """
     flow = Flow(model)
     at = {value: flow.place(value) for value in wanted}
-    end = max(at.values(), default=-1) + 1
+    pairs = [(flow.place(first), flow.place(second)) for first, second in together]
+    end = max([*at.values(), *(second for _, second in pairs)], default=-1) + 1
     costs = flow.costs(end, empty)
     forbidden: set[int] = set()
-    for first, second in together:
-        low, high = sorted((flow.place(first), flow.place(second)))
-        forbidden.update(range(low, high))
+    for first, second in pairs:
+        forbidden.update(range(first, second))
     ends = _ends(flow, costs, forbidden, sorted(set(at.values())), end, grain)
     bytes_at: dict[int, int] = {}
     for value, count in wanted.items():

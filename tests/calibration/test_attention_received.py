@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -106,6 +108,44 @@ def test_grouped_heads_with_a_cache_and_a_mask(padded: bool, form: str) -> None:
     # The node itself is as it was.
     assert len(attention.outputs) == 3
     assert "qk_matmul_output_mode" not in attention.attributes
+
+
+def test_the_output_of_an_attention_sees_what_changed_before_it(tmp_path: Path) -> None:
+    """In a sequential run by sites, also where it goes on after an interruption."""
+    data = feeds(True)
+
+    def run(stop: int | None) -> tuple[ir.Model, list[np.ndarray]]:
+        model = fused()
+        attention = value(model, "a").producer()
+        assert attention is not None
+        by = TokenWeights(attention, "received")
+        requests = [Request(value(model, name), SecondMoment(), by) for name in ("x", "a")]
+        found = []
+        for stage in stages(model, requests, ArrayDataset(data), sequential=True, grain="site", cache=tmp_path):
+            assert stage.count == 2
+            assert len(stage.received) == (stage.index == 0)
+            found += [summary.array for summary in stage.summaries.values()]
+            if stage.index == stop:
+                break
+            for name in ("wq", "wk", "wv") if stage.index == 0 else ():
+                weight = model.graph.initializers[name]
+                assert weight.const_value is not None
+                weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1.5))
+        return model, found
+
+    model, found = run(None)
+    total, weight = np.zeros((12, 12)), 0.0
+    for array, seen, feed in zip(activations(model, data, ["a"])["a"], received(model, data), data, strict=True):
+        for row, s, kept in zip(array, seen, feed["attention_mask"] != 0, strict=True):
+            r = s[kept] / s[kept].mean()
+            total += (row[kept].astype(np.float64) * r[:, None]).T @ row[kept]
+            weight += r.sum()
+    np.testing.assert_allclose(found[1], total / weight, rtol=1e-4, atol=1e-5)
+    for path in tmp_path.glob("*.npz"):
+        path.unlink()
+    run(0)
+    _, again = run(None)
+    np.testing.assert_array_equal(again, found)
 
 
 def test_a_spelled_out_attention_without_tokens() -> None:

@@ -114,13 +114,13 @@ def test_memory_does_not_grow_with_the_layers() -> None:
     for layers in (3, 30):
         model = residual(layers)
         requests = [Request(value(model, f"t{i}"), SecondMoment()) for i in range(layers)]
-        run = _Run(model, requests, DATA, False, 0, None, None)
+        run = _Run(model, requests, DATA, budget_bytes=0)
         run.plan("layer", 1)
         for _ in run.stages():
             pass
         assert len(run.pieces) == layers
-        peaks.append(run.carried.peak_bytes)
-        run.close()
+        peaks.append(run.samples.carried.peak_bytes)
+        run.samples.close()
     sample = FEEDS[0]["x"].nbytes
     assert peaks[0] == peaks[1] <= (2 * len(FEEDS) + 1) * sample
 
@@ -175,7 +175,7 @@ def test_shared_tables_masks_and_tied_weights() -> None:
     names = ["x0", "x1", "x2", "x3", "mask", "c"]
     requests = {name: Request(value(model, name), MeanVariance()) for name in names}
     found = {}
-    run = _Run(model, list(requests.values()), ArrayDataset(feeds), False, 1 << 20, None, None)
+    run = _Run(model, list(requests.values()), ArrayDataset(feeds))
     run.plan("layer", 1)
     for stage in run.stages():
         found.update(stage.summaries)
