@@ -56,8 +56,10 @@ def encoder_feeds(model: ir.Model, ids: npt.NDArray[np.int64], name: str) -> dic
     types = [v for v in own if re.search("type|segment", v.name or "", re.IGNORECASE)]
     roles = InputRoles.read([v for v in own if v not in types])
     if roles.token_ids is None or roles.others:
-        what = f"the input {roles.others[0]!r}" if roles.others else "its inputs"
-        raise InputDataError(f"{name} is text, which doesn't tell {what}; give an .npz file with an array for each.")
+        why = "and no input of the model takes tokens"
+        if roles.token_ids is not None:
+            why = f"which doesn't tell the input {roles.others[0]!r}"
+        raise InputDataError(f"{name} is text, {why}; give an .npz file with an array for each input.")
     row = ids[None]
     made = {
         roles.token_ids: row,
