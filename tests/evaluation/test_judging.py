@@ -102,11 +102,11 @@ def test_sentences(tokenizer: Path, tmp_path: Path) -> None:
     [found] = evaluate(path, [path], tmp_path / "text.txt")
     assert found.samples == "3 samples, 3 pairs"
     assert found["spearman"] == pytest.approx(1)
-    feeds = prepare(path, tmp_path / "text.txt").batches
+    feeds = list(prepare(path, tmp_path / "text.txt").batches)
     assert [batch["input_ids"].tolist() for batch in feeds] == [[[1, 4, 5, 6, 2]], [[1, 7, 8, 2]], [[1, 9, 2]]]
     assert feeds[0]["attention_mask"].tolist() == [[1] * 5]
     assert feeds[0]["token_type_ids"].tolist() == [[0] * 5]
-    assert len(prepare(path, tmp_path / "text.txt", Options(samples=2)).batches) == 2
+    assert len(list(prepare(path, tmp_path / "text.txt", Options(samples=2)).batches)) == 2
 
 
 def test_rows_with_labels(tokenizer: Path, tmp_path: Path) -> None:
