@@ -190,6 +190,23 @@ def test_tolerances_are_those_in_force() -> None:
     assert "\n".join(rows) in (DOCS / "verification.md").read_text()
 
 
+def test_metrics_are_those_that_are_measured() -> None:
+    from graphopt.verification.quality.floors import METRICS, parse_floor
+
+    text = (DOCS / "quality.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| `(\w+)` \| (\w+) \|", text, re.MULTILINE)
+    assert rows == [
+        (task, name, better) for task, metrics in METRICS.items() for name, (better, _, _) in metrics.items()
+    ]
+    table = text[text.index("| floor | meaning |") :]
+    floors = [
+        floor for row in re.findall(r"^\| (`.*) \|", table, re.MULTILINE) for floor in re.findall(r"`([^`]+)`", row)
+    ]
+    assert len(floors) == 6
+    for floor in floors:
+        parse_floor(floor)
+
+
 def test_recipes_and_exit_codes_of_the_guide_exist() -> None:
     from graphopt import errors, recipe
 

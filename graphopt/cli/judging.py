@@ -134,7 +134,7 @@ def judge_of(
         "--ignore-spaces": ignore_spaces,
     }  # fmt: skip
     if quality is None:
-        if alone := [name for name, value in given.items() if value not in (None, (), False)]:
+        if alone := [name for name, value in given.items() if value is not None and value is not False and value != ()]:
             raise UsageError(f"{alone[0]} is for judging on data; give that with --quality.")
         return None
     from graphopt.evaluation.data import load_evaluation

@@ -63,6 +63,10 @@ def load_evaluation(path: str | os.PathLike[str]) -> EvaluationData:
     if file.is_dir():
         raise InputDataError(f"{file} is a folder; give a file of text (.txt, .jsonl) or of arrays (.npz).")
     rows = read_texts(file)
+    if any("\0" in row["text"] for row in rows):
+        raise InputDataError(
+            f"{file} can't be read as text: it holds bytes of something else; give .txt, .jsonl or .npz."
+        )
     if not rows:
         raise InputDataError(f"There is no text in {file}.")
     told = [row.get("label") for row in rows]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,30 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.errors import InputDataError
-from graphopt.evaluation.data import LABELS, TEXTS, EvaluationData
+from graphopt.evaluation.data import LABELS, TEXTS, EvaluationData, Samples
 from graphopt.graph.input_roles import InputRoles
 from graphopt.verification.probes import load_probes
 from graphopt.verification.quality.runs import Batch
 
 BATCH = 8
 """Samples that run together where the model's batch is free."""
+
+
+class Fed:
+    """What a data set feeds a model, made anew at every pass over it, so that it never lies in memory as a whole.
+
+    Args:
+        samples: The data set.
+        model: The model.
+        limit: Feeds that are used at most; None: all.
+    """
+
+    def __init__(self, samples: Samples, model: ir.Model, limit: int | None = None) -> None:
+        self._samples, self._model, self._limit = samples, model, limit
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The feeds."""
+        return itertools.islice(self._samples.feeds(self._model), self._limit)
 
 
 def array_batches(data: EvaluationData, model: ir.Model, samples: int | None) -> list[Batch]:
@@ -56,8 +75,10 @@ def encoder_feeds(model: ir.Model, ids: npt.NDArray[np.int64], name: str) -> dic
     types = [v for v in own if re.search("type|segment", v.name or "", re.IGNORECASE)]
     roles = InputRoles.read([v for v in own if v not in types])
     if roles.token_ids is None or roles.others:
-        what = f"the input {roles.others[0]!r}" if roles.others else "its inputs"
-        raise InputDataError(f"{name} is text, which doesn't tell {what}; give an .npz file with an array for each.")
+        why = "and no input of the model takes tokens"
+        if roles.token_ids is not None:
+            why = f"which doesn't tell the input {roles.others[0]!r}"
+        raise InputDataError(f"{name} is text, {why}; give an .npz file with an array for each input.")
     row = ids[None]
     made = {
         roles.token_ids: row,

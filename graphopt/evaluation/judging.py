@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import onnx_ir as ir
 from graphopt.calibration.text import TextDataset, tokenize, tokenize_each
 from graphopt.errors import UsageError
 from graphopt.evaluation.data import EvaluationData, Samples, load_evaluation
-from graphopt.evaluation.feeds import array_batches, encoder_feeds
+from graphopt.evaluation.feeds import Fed, array_batches, encoder_feeds
 from graphopt.graph.load import load
 from graphopt.runtime_ops.scoring import text_windows
 from graphopt.verification.quality.classification import ClassificationMeasure
@@ -80,7 +80,7 @@ class Evaluation:
     options: Options
     guess: Guess
     token_ids: npt.NDArray[np.int64] | None
-    batches: Sequence[Batch]
+    batches: Iterable[Batch]
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -211,14 +211,10 @@ def _calibrated(calibration: TextDataset) -> npt.NDArray[np.int64]:
 def _batches(
     data: EvaluationData, model: ir.Model, options: Options, path: Path,
     calibration: TextDataset | Samples | None,
-) -> Sequence[Batch]:  # fmt: skip
+) -> Iterable[Batch]:  # fmt: skip
     """The feeds of the model, checked against what it was calibrated with."""
     if data.samples is not None:
-        batches: list[Batch] = []
-        for feeds in data.samples.feeds(model):
-            if len(batches) == options.samples:
-                break
-            batches.append(feeds)
+        batches: Iterable[Batch] = Fed(data.samples, model, options.samples)
     elif data.arrays is not None:
         batches = array_batches(data, model, options.samples)
     else:
