@@ -213,9 +213,7 @@ def judge(
             row = kept.rows[variant.name]
             row.perplexity, row.kl, row.top1 = quality["ppl"], quality["kl"], quality["top1"]
             kept.rows[FLOAT].perplexity = quality.metric("ppl").reference
-            print(
-                f"{variant.name}: perplexity {row.perplexity:.3f}, KL {row.kl:.4f}, same {row.top1:.2%}", flush=True
-            )
+            print(f"{variant.name}: perplexity {row.perplexity:.3f}, KL {row.kl:.4f}, same {row.top1:.2%}", flush=True)
         kept.write()
         del opened
         release_memory()
