@@ -204,10 +204,15 @@ def _numbers(shape: tuple[int, ...], rng: np.random.Generator) -> Iterator[bytes
             yield ((bits & 0x80FF) | 0x3C00).tobytes()
 
 
-def measure(command: list[str]) -> tuple[int, float, int, int]:
-    """Exit status, seconds, and peaks of anonymous and of resident memory in bytes, of a process."""
+def measure(command: list[str], **options: Any) -> tuple[int, float, int, int]:
+    """Exit status, seconds, and peaks of anonymous and of resident memory in bytes, of a process.
+
+    Args:
+        command: Its arguments.
+        **options: For `subprocess.Popen`.
+    """
     start = time.perf_counter()
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, **options)
     anonymous = resident = 0
     while process.poll() is None:
         try:

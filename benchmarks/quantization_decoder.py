@@ -1,4 +1,4 @@
-"""First part of `quantization.py`: off-grid SmolLM2 in few bits, what each method costs in quality, its size and speed."""
+"""First part of `quantization.py`: off-grid SmolLM2 in few bits, what each method costs in quality, size and speed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from export_smollm2 import export, load_module, save_tokenizer
 from memory_limit import read_bandwidth
-from quantization_peers import GENAI, LLAMA, ORT_HQQ, ORT_RTN, PEERS, make_peer, scorer, system
+from quantization_peers import GENAI, LLAMA, PEERS, make_peer, scorer, system
 from quantization_variants import (
     ACTIVATIONS,
     ASSUMED,
@@ -213,9 +213,7 @@ def judge(
             row = kept.rows[variant.name]
             row.perplexity, row.kl, row.top1 = quality["ppl"], quality["kl"], quality["top1"]
             kept.rows[FLOAT].perplexity = quality.metric("ppl").reference
-            print(
-                f"{variant.name}: perplexity {row.perplexity:.3f}, KL {row.kl:.4f}, same {row.top1:.2%}", flush=True
-            )
+            print(f"{variant.name}: perplexity {row.perplexity:.3f}, KL {row.kl:.4f}, same {row.top1:.2%}", flush=True)
         kept.write()
         del opened
         release_memory()

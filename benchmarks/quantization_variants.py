@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+from export_large import measure
 
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.passes import registry
@@ -153,7 +156,7 @@ def make(
         recipe: The recipe.
         assume: What it may take for granted.
         data: Calibration data for recipes that need it: {"tokens": file, "window": n, "samples": n} or
-            {"arrays": file, "batch": n}.
+            {"feeds": folder of .npz files}.
         threads: Threads of the process.
 
     Raises:
@@ -170,23 +173,24 @@ def make(
 
 
 def run(command: list[str], threads: int) -> dict[str, Any]:
-    """Run a worker, whose last line is JSON, with so many threads.
+    """Run a worker, whose last line is JSON, with so many threads; adds its `seconds` and the `peak` of its memory.
+
+    The peak is of anonymous memory: pages of mapped files go whenever the system needs them.
 
     Raises:
         GraphoptError: It failed; the message is its last line.
     """
-    import os
-
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    done = subprocess.run(
-        command, env={**os.environ, **dict.fromkeys(names, str(threads))}, capture_output=True, text=True, check=False
-    )
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    if done.returncode or not lines:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or lines or [f"code {done.returncode}"]
-        raise GraphoptError(said[-1].strip()[:300])
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
+    environment = {**os.environ, **dict.fromkeys(names, str(threads))}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as told:
+        code, seconds, anonymous, _ = measure(command, env=environment, stdout=out, stderr=told)
+        texts = []
+        for stream in (out, told):
+            stream.seek(0)
+            texts.append([line.strip() for line in stream.read().splitlines() if line.strip()])
+    if code or not texts[0]:
+        raise GraphoptError((texts[1] or texts[0] or [f"exit status {code}"])[-1][:300])
+    return {"left": {}, **json.loads(texts[0][-1]), "seconds": seconds, "peak": anonymous}
 
 
 def size(file: Path) -> int:
