@@ -19,8 +19,12 @@ import onnx_ir as ir
 
 from graphopt.graph.edits import Editor
 from graphopt.graph.scratch import Scratch
+from graphopt.passes.quantize.codebook_packing import codebook_inputs
+from graphopt.passes.quantize.compensation import LowRank
 from graphopt.passes.quantize.quantized_weight import QuantizedWeight
 from graphopt.runtime_ops.block_products import BlockMatrix, BlockProducts
+from graphopt.runtime_ops.hadamard_transform.factors import hadamard_factor
+from graphopt.runtime_ops.operator import DOMAIN, add_body, operators
 
 Array = npt.NDArray[Any]
 Operator = Literal["contrib", "graphopt", "standard"]
@@ -85,6 +89,7 @@ class Packer:
         self.edit, self.operator, self.level = edit, operator, level
         self.products = BlockProducts(edit)
         self._scratch = Scratch()
+        self._rotated: dict[tuple[ir.Value, int], ir.Value] = {}
 
     def matrix(self, weight: QuantizedWeight, name: str) -> BlockMatrix:
         """A weight of integers in blocks as initializers.
@@ -93,7 +98,7 @@ class Packer:
             Unpackable: It isn't one.
         """
         block = block_of(weight.group_size, weight.columns)
-        if weight.bits not in _BLOCK_BITS or weight.levels is not None or weight.outliers is not None:
+        if weight.bits not in _BLOCK_BITS or weight.levels is not None or weight.outliers or weight.transposed:
             raise Unpackable(f"MatMulNBits has integers of 2, 4 or 8 bits, and this is {_kind(weight)}")
         if block is None:
             raise Unpackable(f"groups of {weight.group_size} of {weight.columns} numbers aren't made of blocks of 16")
@@ -113,6 +118,22 @@ class Packer:
             None if offsets is None else self._initializer(self._minimums(weight, offsets, repeat), f"{name}.minimums"),
         )
 
+    def product(self, x: ir.Value, weight: QuantizedWeight, name: str) -> ir.Value:
+        """The product of x with the transpose of a weight, [..., N], by the first operator that carries the weight.
+
+        Raises:
+            Unpackable: None does.
+        """
+        if weight.transposed or self.operator == "standard":
+            try:
+                return self.edit.op("MatMul", [x, self.dequantized(weight, name)])
+            except Unpackable:
+                if weight.transposed or _in_blocks(weight):
+                    raise
+        elif _in_blocks(weight):
+            return self.multiply(self._rotate(x, weight.hadamard) if weight.hadamard else x, self.matrix(weight, name))
+        return self.codebook(x, weight, name)
+
     def multiply(self, x: ir.Value, matrix: BlockMatrix) -> ir.Value:
         """The product of x with the transpose of a matrix, [..., N]."""
         if self.operator == "graphopt":
@@ -120,7 +141,8 @@ class Packer:
         return self.products.multiply(x, matrix, "int8" if self.level == 4 else "float32")
 
     def dequantized(self, weight: QuantizedWeight, name: str) -> ir.Value:
-        """The weight [K, N] as a DequantizeLinear makes it, in the layout that ONNX Runtime fuses with a MatMul.
+        """The weight [K, N] as a DequantizeLinear makes it, in the layout that ONNX Runtime fuses with a MatMul; where
+        groups go along the outputs (`transposed`) it fuses nothing.
 
         Raises:
             Unpackable: Standard ONNX has no such numbers.
@@ -129,22 +151,62 @@ class Packer:
             raise Unpackable(f"DequantizeLinear has integers of 4 or 8 bits, and this is {_kind(weight)}")
         if weight.offsets is not None:
             raise Unpackable("DequantizeLinear has no float offsets")
-        if weight.columns % min(weight.group_size, weight.columns):
+        block = min(weight.group_size, weight.columns)
+        if weight.columns % block:
             raise Unpackable("its rows don't end with a group")
         dtype = ir.DataType.UINT4 if weight.bits == 4 else ir.DataType.UINT8
         zeros = weight.zero_points if weight.zero_points is not None else np.zeros(weight.scales.shape, np.uint8)
 
+        def turned(array: Array) -> Array:
+            return array if weight.transposed else np.ascontiguousarray(array.T)
+
         def integers(array: Array, label: str) -> ir.Value:
-            turned = np.ascontiguousarray(array.T.astype(np.uint8)).astype(dtype.numpy())
-            return self.products.initializer(self._scratch.keep(turned, self.edit.names.fresh(label), dtype))
+            numbers = turned(np.asarray(array, np.uint8)).astype(dtype.numpy())
+            return self.products.initializer(self._scratch.keep(numbers, self.edit.names.fresh(label), dtype))
 
         inputs = [
             integers(weight.codes, f"{name}.integers"),
-            self._initializer(weight.scales.T.astype(np.float32), f"{name}.scales"),
+            self._initializer(turned(weight.scales.astype(np.float32)), f"{name}.scales"),
             integers(zeros, f"{name}.zeros"),
         ]
-        block = min(weight.group_size, weight.columns)
-        return self.edit.op("DequantizeLinear", inputs, {"axis": 0, "block_size": block})
+        return self.edit.op("DequantizeLinear", inputs, {"axis": int(weight.transposed), "block_size": block})
+
+    def codebook(self, x: ir.Value, weight: QuantizedWeight, name: str) -> ir.Value:
+        """The product of x with the transpose of a weight by `CodebookMatMul`, behind the rotation of x.
+
+        Raises:
+            Unpackable: It doesn't carry the weight.
+        """
+        dtype = ir.DataType.FLOAT if x.dtype is None else x.dtype
+        try:
+            given = codebook_inputs(weight, dtype=dtype.numpy())
+        except ValueError as error:
+            raise Unpackable(str(error)) from error
+        if given.rotation:
+            x = self._rotate(x, given.rotation)
+        add_body(self.edit.model, "CodebookMatMul")
+        constants = [self._initializer(array, f"{name}.codebook") for array in given.arrays()]
+        attributes = operators()["CodebookMatMul"].attributes_of(**given.attributes)
+        return self.edit.op("CodebookMatMul", [x, *constants], attributes, domain=DOMAIN)
+
+    def with_branch(self, product: ir.Value, x: ir.Value, branch: LowRank) -> ir.Value:
+        """A product, and what a branch of low rank makes of x: y + (x Aᵀ) Bᵀ."""
+        dtype = np.float32 if x.dtype is None else x.dtype.numpy()
+        a, b = (
+            self._initializer(np.ascontiguousarray(matrix.T).astype(dtype), name)
+            for matrix, name in ((branch.a, "branch.a"), (branch.b, "branch.b"))
+        )
+        return self.edit.op("Add", [product, self.edit.op("MatMul", [self.edit.op("MatMul", [x, a]), b])])
+
+    def _rotate(self, x: ir.Value, size: int) -> ir.Value:
+        """Each `size` features of x rotated, once for all that read it."""
+        if (x, size) not in self._rotated:
+            add_body(self.edit.model, "HadamardTransform")
+            factor = self.edit.constant(hadamard_factor(size), "factor")
+            attributes = operators()["HadamardTransform"].attributes_of(group_size=size, scale=size**-0.5)
+            made = self.edit.op("HadamardTransform", [x, factor], attributes, domain=DOMAIN, like=x)
+            self._rotated[x, size] = made
+        return self._rotated[x, size]
 
     def _minimums(self, weight: QuantizedWeight, offsets: npt.NDArray[np.float32], repeat: int) -> Array:
         """Offsets in the type of the scales."""
@@ -164,9 +226,10 @@ def stacked(weights: list[QuantizedWeight]) -> QuantizedWeight | None:
     def kind(weight: QuantizedWeight) -> tuple[Any, ...]:
         present = tuple(getattr(weight, name) is None for name in ("zero_points", "offsets", "selectors", "outliers"))
         shared = weight.levels is None or (first.levels is not None and np.array_equal(weight.levels, first.levels))
-        return (weight.bits, weight.group_size, weight.columns, weight.hadamard, weight.symmetric, present, shared)
+        sizes = (weight.bits, weight.group_size, weight.columns, weight.hadamard)
+        return (*sizes, weight.symmetric, weight.transposed, present, shared)
 
-    if any(kind(weight) != kind(first) for weight in weights) or first.outliers is not None:
+    if any(kind(weight) != kind(first) for weight in weights) or first.outliers is not None or first.transposed:
         return None
 
     def joined(name: str) -> Any:
@@ -185,6 +248,12 @@ def stacked(weights: list[QuantizedWeight]) -> QuantizedWeight | None:
         selectors=joined("selectors"),
         hadamard=first.hadamard,
     )
+
+
+def _in_blocks(weight: QuantizedWeight) -> bool:
+    """Whether `MatMulNBits` and its kin carry a weight."""
+    plain = weight.levels is None and weight.outliers is None and not weight.transposed
+    return plain and weight.bits in _BLOCK_BITS and block_of(weight.group_size, weight.columns) is not None
 
 
 def packed_bytes(weight: QuantizedWeight) -> int:

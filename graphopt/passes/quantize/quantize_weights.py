@@ -15,14 +15,14 @@ from graphopt.analysis.linear_sites import LinearSite, linear_sites
 from graphopt.analysis.shapes import infer
 from graphopt.calibration.request import Request
 from graphopt.calibration.statistics import SecondMoment
+from graphopt.errors import ModelError
 from graphopt.graph.computed import computed
 from graphopt.graph.edits import Editor
 from graphopt.graph.scratch import Scratch
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.quantize.packing import Operator, Packer, Unpackable, packed_bytes, stacked
 from graphopt.passes.quantize.quantized_weight import QuantizedWeight
-from graphopt.passes.quantize.roundings import quantize
-from graphopt.passes.quantize.setting import Setting
+from graphopt.passes.quantize.setting import Rounded, Setting
 from graphopt.passes.quantize.token_weights import TokensOf
 from graphopt.runtime_ops.block_products import BlockMatrix
 from graphopt.runtime_ops.operator import OLDEST_OPSET
@@ -57,7 +57,8 @@ class QuantizeWeights(Pass):
     Papers: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (`rounding: gptq`);
     COMQ: A Backpropagation-Free Algorithm for Post-Training Quantization (`comq`); RSQ: Learning from Important Tokens
     Leads to Better Quantized LLMs (`tokens`); EasyQuant: An Efficient Data-free Quantization Algorithm for LLMs
-    (`outliers`).
+    (`outliers`); EoRA: Training-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation
+    (`compensation`); Pushing the Limits of Large Language Model Quantization via the Linearity Theorem (`grid: higgs`).
 
     1. MatMul and Gemm with a constant matrix become `MatMulNBits`; with `operator: graphopt` graphopt's
        `QuantizedLinear`, which rounds activations to 16 bits; with `operator: standard` `DequantizeLinear` and MatMul.
@@ -75,14 +76,18 @@ class QuantizeWeights(Pass):
     **Options:** `bits` (default 4): 2 to 8; `group_size` (default 32): inputs that share a scale, 0 for all; `grid`
     (default "int"): the numbers of the grid by name; `symmetric` (default true): the middle of the integers is 0; else
     zero points are stored too; `floats` (default false): s · c + m with a float m in place of zero points; `search`
-    (default true): ranges of least squared error, else the whole one; `rounding` (default "nearest"): "nearest",
-    "gptq", "comq" or "gptq+comq"; `order` (default "activation"): in which GPTQ visits the inputs; `damping` (default
-    0.01): of the Hessian's mean diagonal; `outliers` (default 0): share of the weights that keep their precision;
-    `tokens` (default "all"): "all" alike, "linear" or "received": rule 5; `token_roles` (default k, v, kv, qkv);
-    `sequential` (default true): rule 4; `head_bits` (default 8): of the embedding and the head, 0: as they are;
-    `operator` (default "contrib"): rule 1; `level` (default 4): `accuracy_level` of `MatMulNBits`: 4: activations are
-    rounded to 8 bits in the weight's blocks, 0: they stay; `exclude` (default none): roles that are left alone, such as
-    `down` (see `graphopt inspect`); `sites` (default none): options of single weights, by the weight's name.
+    (default true): ranges of least squared error, else the whole one; `groups` (default "fixed"): of `group_size`;
+    "range": FineQuant's choice for each matrix; "axis": AdaDim's, along inputs or along outputs; `rounding` (default
+    "nearest"): "nearest", "gptq", "comq" or "gptq+comq"; `order` (default "activation"): in which GPTQ visits the
+    inputs; `damping` (default 0.01): of the Hessian's mean diagonal; `weighed` (default false): errors count by the
+    squares of their inputs where ranges are searched; `outliers` (default 0): share of the weights that keep their
+    precision; `compensation` (default "none"): a branch of low rank that takes some of the error: "lorc", or "eora",
+    which looks at data; `rank` (default 32): its rank; `tokens` (default "all"): "all" alike, "linear" or "received":
+    rule 5; `token_roles` (default k, v, kv, qkv); `sequential` (default true): rule 4; `head_bits` (default 8): of the
+    embedding and the head, 0: as they are; `operator` (default "contrib"): rule 1; `level` (default 4):
+    `accuracy_level` of `MatMulNBits`: 4: activations are rounded to 8 bits in the weight's blocks, 0: they stay;
+    `exclude` (default none): roles that are left alone, such as `down` (see `graphopt inspect`); `sites` (default
+    none): options of single weights, by the weight's name.
 
     **Needs:** float32 or float16; opset 18 for graphopt's operators, 21 for `standard`; canonical operators (the
     recipe's passes before it); data for all roundings but nearest. **Guarantees:** LOSSY.
@@ -106,10 +111,14 @@ class QuantizeWeights(Pass):
         symmetric: bool = True,
         floats: bool = False,
         search: bool = True,
+        groups: str = "fixed",
         rounding: str = "nearest",
         order: str = "activation",
         damping: float = 0.01,
+        weighed: bool = False,
         outliers: float = 0.0,
+        compensation: str = "none",
+        rank: int = 32,
         tokens: str = "all",
         token_roles: list[str] | None = None,
         sequential: bool = True,
@@ -131,7 +140,8 @@ class QuantizeWeights(Pass):
         self.setting = Setting().with_options(
             {
                 "bits": bits, "group_size": group_size, "grid": grid, "symmetric": symmetric, "floats": floats,
-                "search": search, "rounding": rounding, "order": order, "damping": damping, "outliers": outliers,
+                "search": search, "groups": groups, "rounding": rounding, "order": order, "damping": damping,
+                "weighed": weighed, "outliers": outliers, "compensation": compensation, "rank": rank,
             }
         )  # fmt: skip
         self.tokens, self.sequential, self.head_bits, self.level = tokens, sequential, head_bits, level
@@ -158,12 +168,13 @@ class QuantizeWeights(Pass):
         self._packer = Packer(edit, self.operator, self.level)
         self._scratch = Scratch()
         self._tables: dict[tuple[ir.Value, bool], BlockMatrix] = {}
+        self._floats: dict[ir.Value, ir.TensorProtocol | None] = {}
         try:
             groups = list(self._groups(sites))
             rounded = self._calibrated(model, groups, attention) if self.needs else {}
             changed = [self._write(group, [rounded.get(site.node) for site in group.sites], edit) for group in groups]
         finally:
-            del self._packer, self._scratch, self._tables
+            del self._packer, self._scratch, self._tables, self._floats
         if any(changed) and self.operator != "standard":
             model.graph.opset_imports.setdefault("com.microsoft", 1)
         return any(changed)
@@ -211,26 +222,9 @@ class QuantizeWeights(Pass):
 
     # ---- rounding
 
-    def _quantize(self, site: LinearSite, setting: Setting, hessian: Array | None = None) -> QuantizedWeight:
-        weight = _rows(site)
-        grid = setting.made()
-        if grid.width > 1:
-            raise Unpackable("its grid has vectors")
-        return quantize(
-            weight,
-            grid,
-            setting.group_size or weight.shape[1],
-            setting.rounding,
-            hessian=hessian,
-            importance=None if hessian is None else np.asarray(np.diag(hessian), np.float32),
-            damping=setting.damping,
-            order=setting.order,
-            outliers=setting.outliers,
-        )
-
     def _calibrated(
         self, model: ir.Model, groups: list[_Group], attention: list[AttentionSite]
-    ) -> dict[ir.Node, QuantizedWeight]:
+    ) -> dict[ir.Node, Rounded]:
         """Round all that looks at data, layer by layer."""
         assert self.calibration is not None
         weights = TokensOf(model, attention, self.tokens, self.token_roles)
@@ -240,74 +234,82 @@ class QuantizeWeights(Pass):
                 if group.setting.calibrated and site.x is not None:
                     request = Request(site.x, SecondMoment(), weights.of(site))
                     requests.setdefault(request, []).append((site, group.setting))
-        found: dict[ir.Node, QuantizedWeight] = {}
+        found: dict[ir.Node, Rounded] = {}
         for stage in self.calibration.stages(model, list(requests), sequential=self.sequential, grain="site"):
             for request, summary in stage.summaries.items():
                 for site, setting in requests[request]:
-                    rounded = self._kept(self._quantize(site, setting, summary.array))
+                    rounded = self._kept(self._round(site, setting, summary.array))
                     found[site.node] = rounded
                     if self.sequential:
+                        self._floats[site.weight] = site.weight.const_value
                         _give(site, rounded)
         return found
 
-    def _kept(self, weight: QuantizedWeight) -> QuantizedWeight:
+    @staticmethod
+    def _round(site: LinearSite, setting: Setting, hessian: Array | None = None) -> Rounded:
+        try:
+            return setting.round(_rows(site), hessian)
+        except ValueError as error:
+            raise ModelError(f"The weight {site.weight.name!r} can't be quantized: {error}.") from error
+
+    def _kept(self, rounded: Rounded) -> Rounded:
         """A weight whose large arrays lie in a file until it is packed."""
         changes: dict[str, Any] = {}
         for name in ("codes", "scales", "zero_points", "offsets", "selectors"):
-            if (array := getattr(weight, name)) is not None:
+            if (array := getattr(rounded.weight, name)) is not None:
                 changes[name] = self._scratch.array(array)
-        return dataclasses.replace(weight, **changes)
+        return dataclasses.replace(rounded, weight=dataclasses.replace(rounded.weight, **changes))
 
     # ---- writing
 
-    def _write(self, group: _Group, rounded: list[QuantizedWeight | None], edit: Editor) -> bool:
+    def _write(self, group: _Group, given: list[Rounded | None], edit: Editor) -> bool:
         sites = group.sites
-        first = sites[0]
-        edit.at(first.node)
-        if first.role == "embed" or first.shared:
-            return self._write_table(first, rounded[0], group.setting, edit)
-        pairs = zip(sites, rounded, strict=True)
-        weights = [self._quantize(site, group.setting) if weight is None else weight for site, weight in pairs]
-        joined = stacked(weights)
-        if joined is None:
-            done = [self._write_product([site], weight, edit) for site, weight in zip(sites, weights, strict=True)]
-            return any(done)
-        return self._write_product(sites, joined, edit)
+        if sites[0].role == "embed" or sites[0].shared:
+            return self._write_table(sites[0], given[0], group.setting, edit)
+        pairs = zip(sites, given, strict=True)
+        rounded = [self._round(site, group.setting) if one is None else one for site, one in pairs]
+        joined = stacked([one.weight for one in rounded])
+        if joined is not None:
+            return self._write_product(sites, joined, rounded, edit)
+        done = [self._write_product([s], one.weight, [one], edit) for s, one in zip(sites, rounded, strict=True)]
+        return any(done)
 
-    def _write_product(self, sites: list[LinearSite], weight: QuantizedWeight, edit: Editor) -> bool:
+    def _write_product(
+        self, sites: list[LinearSite], weight: QuantizedWeight, rounded: list[Rounded], edit: Editor
+    ) -> bool:
         first = sites[0]
         edit.at(first.node)
         x = first.node.inputs[0]
         assert x is not None
         mark = edit.made()
         try:
-            y = self._product(x, weight, first.weight.name or "weight", edit)
+            y = self._packer.product(x, weight, first.weight.name or "weight")
         except Unpackable as error:
             edit.discard(mark)
-            return any([self.left(site.node, str(error)) for site in sites])
+            for site in sites:
+                site.weight.const_value = self._floats.get(site.weight, site.weight.const_value)
+                self.left(site.node, str(error))
+            return False
         outputs = [y]
         if len(sites) > 1:
             widths = edit.constant(np.array([site.outputs for site in sites], np.int64), "widths")
             split = edit.op("Split", [y, widths], {"axis": -1}, outputs=len(sites)).producer()
             assert split is not None
             outputs = list(split.outputs)
-        for site, output in zip(sites, outputs, strict=True):
+        for site, output, one in zip(sites, outputs, rounded, strict=True):
             self.applied(site.node, _said(weight, len(sites)))
-            self._take_over(site, output, edit)
+            product = output if one.branch is None else self._packer.with_branch(output, x, one.branch)
+            self._take_over(site, product, edit)
         return True
 
-    def _product(self, x: ir.Value, weight: QuantizedWeight, name: str, edit: Editor) -> ir.Value:
-        if self.operator == "standard":
-            return edit.op("MatMul", [x, self._packer.dequantized(weight, name)])
-        return self._packer.multiply(x, self._packer.matrix(weight, name))
-
-    def _write_table(self, site: LinearSite, weight: QuantizedWeight | None, setting: Setting, edit: Editor) -> bool:
+    def _write_table(self, site: LinearSite, given: Rounded | None, setting: Setting, edit: Editor) -> bool:
         """A weight that is read in several places, or by rows: stored once, written at each."""
+        edit.at(site.node)
         name = site.weight.name or "weight"
         key = (site.weight, site.role == "embed" or site.orientation == "out,in")
         if key not in self._tables:
             try:
-                self._tables[key] = self._packer.matrix(weight or self._quantize(site, setting), name)
+                self._tables[key] = self._packer.matrix((given or self._round(site, setting)).weight, name)
             except Unpackable as error:
                 return self.left(site.node, str(error))
         matrix = self._tables[key]
@@ -342,7 +344,7 @@ def _rows(site: LinearSite) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
-def _give(site: LinearSite, rounded: QuantizedWeight) -> None:
+def _give(site: LinearSite, rounded: Rounded) -> None:
     """Let the float weight of a site be what it was rounded to, so that what follows sees that."""
     old = site.weight.const_value
     assert old is not None

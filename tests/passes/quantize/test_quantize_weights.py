@@ -144,17 +144,35 @@ def test_a_gemm_keeps_its_bias() -> None:
 
 @pytest.mark.parametrize("group_size", [16, 32, 64, 0, 8, 24])
 def test_groups(group_size: int) -> None:
-    """Whole rows are blocks with one scale; groups that no block divides stay float, with the reason."""
+    """Whole rows are blocks with one scale; groups that no block divides go to the codebook's operator."""
     model, pass_ = parse_weighted(ONE.replace("64", "192")), QuantizeWeights(group_size=group_size, level=0)
     w = weight_of(model, "w")
-    changed = pass_.call(model).modified
-    assert changed == (group_size not in (8, 24))
-    if not changed:
-        assert "aren't made of blocks of 16" in pass_.sites[-1].detail
-        return
+    assert pass_.call(model).modified
+    assert [node.op_type for node in uses(model)] == (["CodebookMatMul"] if group_size in (8, 24) else [])
     x = np.random.default_rng(3).standard_normal((2, 192)).astype(np.float32)
     want = np.abs(x @ rounded(w, group_size=group_size))
-    np.testing.assert_allclose(run(model, x=x), want, atol=1e-4 * np.abs(want).max())
+    np.testing.assert_allclose(run(model, x=x), want, atol=2e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 3}, {"bits": 3, "symmetric": False}, {"bits": 5}, {"grid": "nf4"}, {"grid": "fp4"}, {"grid": "nupes"},
+        {"grid": "bitmod"}, {"grid": "higgs"}, {"grid": "higgs", "bits": 2}, {"outliers": 0.01},
+        {"groups": "range"}, {"groups": "axis"}, {"compensation": "lorc", "rank": 4, "bits": 2},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("operator", ["contrib", "graphopt"])
+def test_every_setting_is_computed_with(options: dict[str, Any], operator: str) -> None:
+    model = parse_weighted(ONE.replace("64", "192"))
+    w = weight_of(model, "w")
+    pass_ = QuantizeWeights(operator=operator, level=0, **options)
+    assert pass_.call(model).modified
+    x = np.random.default_rng(3).standard_normal((3, 192)).astype(np.float32)
+    near = pass_.setting.round(np.ascontiguousarray(w.T)).dequantized()
+    want = np.abs(x @ near.T)
+    assert np.abs(run(model, x=x) - want).max() <= 2e-2 * np.abs(want).max()
+    assert not QuantizeWeights(operator=operator, level=0, **options).call(model).modified
 
 
 @pytest.mark.parametrize(
