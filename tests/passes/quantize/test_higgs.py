@@ -61,9 +61,10 @@ def test_vectors(width: int, count: int) -> None:
     sample = np.random.default_rng(8).standard_normal((400 * count, width)).astype(np.float32)
     nearest = nearest_vectors(sample, grid)
     means = np.stack([np.bincount(nearest, sample[:, i], count) for i in range(width)], 1)
-    means /= np.bincount(nearest, minlength=count)[:, None]
-    moved = np.sqrt(np.mean((means - grid) ** 2))
-    assert moved < 0.15 * np.sqrt(error)
+    held = np.bincount(nearest, minlength=count)
+    means /= held[:, None]
+    moved = np.average(np.mean((means - grid) ** 2, axis=1), weights=held)
+    assert moved < 0.01 * error
 
 
 def test_vectors_are_made_anew() -> None:
@@ -157,13 +158,17 @@ class TestOnRealWeights:
     @pytest.mark.parametrize("bits", [2, 3, 4])
     def test_pairs_are_better_than_single_numbers_and_these_than_nf(self, bits: int) -> None:
         weights = some_rows()
-        normal = {n: round_to_nearest(w, normal_float_grid(bits, search=True), 128) for n, w in weights.items()}
+        normal, searched = (
+            {n: round_to_nearest(w, normal_float_grid(bits, search=search), 128) for n, w in weights.items()}
+            for search in (False, True)
+        )
         nf, nf_bits = error_and_bits(weights, normal)
         single, single_bits = error_and_bits(weights, all_rounded(weights, bits=bits, width=1))
         pairs, pair_bits = error_and_bits(weights, all_rounded(weights, bits=bits))
         assert pair_bits == single_bits < nf_bits
         assert pairs < 0.95 * single
         assert single < nf
+        assert pairs < error_and_bits(weights, searched)[0]
         integers = {n: round_to_nearest(w, UniformGrid(bits, search=True), 128) for n, w in weights.items()}
         assert pairs < 0.75 * error_and_bits(weights, integers)[0]
 
@@ -187,7 +192,7 @@ class TestOnRealWeights:
         weights = some_rows()
         expected = gaussian_error(1, 4)
         plain = {name: round_higgs(w, width=1, rotation=0).dequantized() for name, w in weights.items()}
-        assert mean_error(weights, plain) > 2 * expected
+        assert mean_error(weights, plain) > 1.5 * expected
 
     @pytest.mark.parametrize("width", [1, 2])
     def test_a_search_takes_more_off_the_error(self, width: int) -> None:
