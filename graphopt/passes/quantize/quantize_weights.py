@@ -83,8 +83,8 @@ class QuantizeWeights(Pass):
     squares of their inputs where ranges are searched; `outliers` (default 0): share of the weights that keep their
     precision; `compensation` (default "none"): a branch of low rank that takes some of the error: "lorc", or "eora",
     which looks at data; `rank` (default 32): its rank; `tokens` (default "all"): "all" alike, "linear" or "received":
-    rule 5; `token_roles` (default k, v, kv, qkv); `sequential` (default true): rule 4; `head_bits` (default 8): of the
-    embedding and the head, 0: as they are; `operator` (default "contrib"): rule 1; `level` (default 4):
+    rule 5; `token_roles` (default k, v, kv, qkv; or all); `sequential` (default true): rule 4; `head_bits` (default 8):
+    of the embedding and the head, 0: as they are; `operator` (default "contrib"): rule 1; `level` (default 4):
     `accuracy_level` of `MatMulNBits`: 4: activations are rounded to 8 bits in the weight's blocks, 0: they stay;
     `exclude` (default none): roles that are left alone, such as `down` (see `graphopt inspect`); `sites` (default
     none): options of single weights, by the weight's name.

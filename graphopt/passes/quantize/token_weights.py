@@ -20,7 +20,7 @@ class TokensOf:
         model: The model.
         attention: Its attention sites.
         form: "all": all tokens alike; else the form of `TokenWeights`.
-        roles: The roles of linear sites that are weighted; others count all tokens alike.
+        roles: The roles of linear sites that are weighted, or "all"; others count all tokens alike.
     """
 
     def __init__(self, model: ir.Model, attention: Sequence[AttentionSite], form: str, roles: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ class TokensOf:
 
     def of(self, site: LinearSite) -> TokenWeights | None:
         """The weights for the input of a site; None: none."""
-        if self._form == "all" or site.role not in self._roles:
+        if self._form == "all" or not self._roles & {site.role, "all"}:
             return None
         near = self._next if site.role in ("q", "k", "v", "kv", "qkv") else self._last
         node = near.get(site.node)

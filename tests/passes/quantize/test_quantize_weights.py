@@ -164,7 +164,7 @@ def test_groups(group_size: int) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("operator", ["contrib", "graphopt"])
 def test_every_setting_is_computed_with(options: dict[str, Any], operator: str) -> None:
-    model = parse_weighted(ONE.replace("64", "192"))
+    model = parse_weighted(ONE.replace("64", "192").replace("48", "64"))
     w = weight_of(model, "w")
     pass_ = QuantizeWeights(operator=operator, level=0, **options)
     assert pass_.call(model).modified
