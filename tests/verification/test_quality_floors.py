@@ -82,6 +82,13 @@ def test_mistakes_of_several() -> None:
         parse_floors(["kl=1", "kl=2"])
 
 
+def test_a_metric_that_the_outputs_do_not_give() -> None:
+    with pytest.raises(
+        UsageError, match=r"'detections>=0\.9': detections can't be told of this model; what can is score"
+    ):
+        missed_floors(quality(score=1.0), parse_floors(["detections>=0.9"]))
+
+
 def test_missed_and_held() -> None:
     found = quality(ppl=(20.0, 19.0), kl=0.05, top1=0.975)
     assert missed_floors(found, parse_floors(["ppl=+6%", "kl<=0.05", "top1>=0.97"])) == []
