@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphopt.errors import QualityError, UsageError
@@ -18,6 +18,9 @@ from graphopt.verification.quality.floors import (
     require_floors,
 )
 from graphopt.verification.quality.metrics import Metric, Quality
+
+CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy machine is no failure."""
 
 
 def quality(**values: float | tuple[float, float]) -> Quality:
@@ -112,6 +115,7 @@ def test_nan_holds_no_floor() -> None:
         assert missed.sentence == f"{name} is no number where {name}=... was asked for"
 
 
+@CALM
 @given(st.floats(1e-6, 1e6))
 def test_equal_models_hold_a_change_of_nothing(value: float) -> None:
     for text in ("ppl=+0%", "ppl=+0", "ppl<=-0%"):
@@ -119,6 +123,7 @@ def test_equal_models_hold_a_change_of_nothing(value: float) -> None:
     assert missed_floors(quality(ppl=(value * 1.001, value)), [parse_floor("ppl=+0.05%")])
 
 
+@CALM
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_a_floor_is_its_inequality(value: float, bound: float) -> None:
     held = not missed_floors(quality(top1=value), [Floor("top1", bound, "higher", "none", "")])

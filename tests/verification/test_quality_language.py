@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tiny_decoders import HIDDEN, VOCABULARY, decoder
@@ -17,6 +17,10 @@ from graphopt.errors import InputDataError, ModelError, UsageError
 from graphopt.runtime_ops.generation import Generator
 from graphopt.runtime_ops.scoring import log_sums, perplexity, scores, text_windows
 from graphopt.verification.quality.language import Rows, divergence, language_quality
+
+CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy machine is no failure."""
+
 
 IDS = np.random.default_rng(1).integers(0, VOCABULARY, 48)
 
@@ -95,6 +99,7 @@ def test_a_broken_candidate_has_no_numbers(folder: Path) -> None:
     assert math.isnan(back["kl"])
 
 
+@CALM
 @given(arrays(np.float64, (2, 3, 5), elements=st.floats(-50, 50)))
 def test_divergence_is_never_negative(logits: np.ndarray) -> None:
     p, q = Rows.of(logits[0]), Rows.of(logits[1])
