@@ -33,16 +33,20 @@ class Printer:
         return Text(words.encode(encoding, "backslashreplace").decode(encoding), style=style)
 
     def line(self, words: str = "", style: str = "") -> None:
+        """A line, which wraps where the console is narrow."""
         self._console.print(self.text(words, style), soft_wrap=False)
 
     def title(self, words: str) -> None:
+        """The first line."""
         self.line(words, style="bold")
 
     def heading(self, words: str, style: str = "bold") -> None:
+        """A heading after an empty line."""
         self.line()
         self.line(words, style)
 
     def bullet(self, words: str, style: str = "") -> None:
+        """An entry of a list."""
         self.item("-", words, style=style)
 
     def item(self, mark: str, words: str, example: str = "", style: str = "") -> None:
