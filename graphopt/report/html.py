@@ -10,7 +10,7 @@ from typing import Any
 from graphopt.graph import session_code
 from graphopt.report import measured, summary, units
 from graphopt.report.markup import Cell, bars, code_block, definitions, details, label, name, number, table, text
-from graphopt.report.quality_lines import HEADERS, missed_floors, quality_notes, quality_rows
+from graphopt.report.quality_section import quality_section
 from graphopt.report.summary import Effect
 
 Data = Mapping[str, Any]
@@ -31,7 +31,7 @@ def render_html(report: Data) -> str:
     sections = [
         ("sizes", "Before and after", _sizes(report)),
         ("valid", "Valid only for", _conditions(report)),
-        ("quality", "Quality", _quality(report)),
+        ("quality", "Quality", quality_section(report)),
         ("speed", "Speed", _timing(report.get("timing"))),
         ("verification", "Verification", _verification(report)),
         ("passes", "Passes", _passes(report)),
@@ -117,19 +117,6 @@ def _conditions(report: Data) -> str:
     )
     headers = ["assumption", "holds where", "inputs that show it", "needed by"]
     return top + table("What the result takes for granted", headers, rows, sortable=False) + note
-
-
-def _quality(report: Data) -> str:
-    quality = report.get("quality")
-    found = quality_rows(quality, report.get("timing"))
-    if not found:
-        return ""
-    rows = [[label(row.label), *(number(cell) for cell in row.cells[1:4]), label(row.cells[4])] for row in found]
-    kinds = ["bad" if row.missed else "" for row in found]
-    missed = "".join(f'<p class="bad-text">Floor missed: {text(s)}.</p>' for s in missed_floors(quality))
-    caption = "The result beside the original at its task"
-    notes = "".join(f'<p class="soft">{text(note)}</p>' for note in quality_notes(quality))
-    return missed + table(caption, HEADERS, rows, row_kinds=kinds, sortable=False, kind="compact") + notes
 
 
 def _timing(timing: Data | None) -> str:

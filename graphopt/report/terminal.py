@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from graphopt.report import measured, summary, units
+from graphopt.report.printer import Printer
 from graphopt.report.quality_lines import HEADERS, missed_floors, quality_notes, quality_rows
 from graphopt.report.structure_lines import structure_lines
 from graphopt.report.summary import Condition, Effect, LeftGroup
@@ -22,15 +20,10 @@ TOP_GROUPS = 10
 TOP_ROWS = 12
 """Rows of other long tables that are printed."""
 
-NAME_COLUMNS = 12
-"""What a column with names has at least; a table that needs more than the terminal's width is wider than that."""
-
-_ASCII = str.maketrans({"→": "->", "−": "-", "×": "x", "–": "-", "…": "...", "µ": "u", "·": "-", "“": '"', "”": '"'})
-
 
 def print_report(report: Data, console: Console) -> None:
     """Print what `Report.to_dict()` holds."""
-    printer = _Printer(console)
+    printer = Printer(console)
     printer.title(summary.headline(report))
     source, output = (report.get("source") or {}).get("path"), (report.get("output") or {}).get("path")
     if source or output:
@@ -67,7 +60,7 @@ def print_report(report: Data, console: Console) -> None:
 
 def print_inspection(data: Data, console: Console) -> None:
     """Print what `graphopt.inspect` gives."""
-    printer = _Printer(console)
+    printer = Printer(console)
     printer.title(str(data.get("path") or "a model in memory"))
     opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in (data.get("opsets") or {}).items())
     facts = [f"IR {data.get('ir_version', units.MISSING)}", f"opset {opsets or units.MISSING}"]
@@ -128,7 +121,7 @@ def print_inspection(data: Data, console: Console) -> None:
 
 def print_verdict(data: Data, console: Console) -> None:
     """Print what `Verdict.to_dict()` holds."""
-    printer = _Printer(console)
+    printer = Printer(console)
     printer.line(_capital(measured.verdict_sentence(data)) + ".", style="bold green" if data.get("ok") else "bold red")
     for failure in measured.failures(data)[1:]:
         printer.bullet(failure, style="red")
@@ -149,17 +142,17 @@ def print_verdict(data: Data, console: Console) -> None:
 
 def print_quality(data: Data, console: Console) -> None:
     """Print what `graphopt verify --quality` measured."""
-    _print_quality_body(data, None, _Printer(console))
+    _print_quality_body(data, None, Printer(console))
 
 
 def print_timing(data: Data, console: Console) -> None:
     """Print what `BenchResult.to_dict()` holds."""
-    _print_timing_body(data, _Printer(console))
+    _print_timing_body(data, Printer(console))
 
 
 def print_generation(data: Data, console: Console) -> None:
     """Print what `graphopt bench --generate` measured."""
-    printer = _Printer(console)
+    printer = Printer(console)
     rows = []
     names = [row.label for row in measured.timing_rows(data)]
     for index, timing in enumerate([*data["models"], data["control"]]):
@@ -186,14 +179,14 @@ def print_generation(data: Data, console: Console) -> None:
 # ---- parts
 
 
-def _print_conditions(conditions: Sequence[Condition], printer: _Printer) -> None:
+def _print_conditions(conditions: Sequence[Condition], printer: Printer) -> None:
     if conditions:
         printer.heading("Valid only for (graphopt.session checks it)")
         for condition in conditions:
             printer.bullet(condition.sentence)
 
 
-def _print_passes(report: Data, printer: _Printer) -> None:
+def _print_passes(report: Data, printer: Printer) -> None:
     found = summary.effects(report)
     if not found:
         return
@@ -230,7 +223,7 @@ def _effect_row(e: Effect) -> list[str]:
     ]
 
 
-def _print_verification(report: Data, printer: _Printer) -> None:
+def _print_verification(report: Data, printer: Printer) -> None:
     verdict = report.get("verification")
     printer.heading("Verification")
     if not verdict:
@@ -255,7 +248,7 @@ def _print_verification(report: Data, printer: _Printer) -> None:
         )
 
 
-def _print_quality_body(quality: Data | None, timing: Data | None, printer: _Printer) -> None:
+def _print_quality_body(quality: Data | None, timing: Data | None, printer: Printer) -> None:
     rows = quality_rows(quality, timing)
     width = len(HEADERS) if any(row.floor for row in rows) else len(HEADERS) - 1
     styles = ["bold red" if row.missed else "" for row in rows]
@@ -266,14 +259,14 @@ def _print_quality_body(quality: Data | None, timing: Data | None, printer: _Pri
         printer.line(note, style="dim")
 
 
-def _print_notes(notes: Sequence[str], printer: _Printer) -> None:
+def _print_notes(notes: Sequence[str], printer: Printer) -> None:
     for note in notes[:TOP_ROWS]:
         printer.bullet(note)
     printer.more(len(notes) - TOP_ROWS, "--json has all")
 
 
 def _print_left(
-    groups: Sequence[LeftGroup], printer: _Printer, everything: str = "--json or the HTML report has all"
+    groups: Sequence[LeftGroup], printer: Printer, everything: str = "--json or the HTML report has all"
 ) -> None:
     if not groups:
         return
@@ -291,7 +284,7 @@ def _print_left(
         )
 
 
-def _print_settings(report: Data, printer: _Printer) -> None:
+def _print_settings(report: Data, printer: Printer) -> None:
     settings = report.get("session_settings") or []
     if not settings:
         return
@@ -300,7 +293,7 @@ def _print_settings(report: Data, printer: _Printer) -> None:
         printer.bullet(f"{setting.get('setting')} = {setting.get('value')}: {setting.get('reason')}")
 
 
-def _print_timing_body(timing: Data, printer: _Printer) -> None:
+def _print_timing_body(timing: Data, printer: Printer) -> None:
     rows = [
         [row.label, units.seconds(row.cpu), units.ratio(row.ratio), row.interval, units.seconds(row.wall)]
         for row in measured.timing_rows(timing)
@@ -311,7 +304,7 @@ def _print_timing_body(timing: Data, printer: _Printer) -> None:
         printer.line(line, style="dim")
 
 
-def _print_counts(title: str, counts: Mapping[str, int], printer: _Printer) -> None:
+def _print_counts(title: str, counts: Mapping[str, int], printer: Printer) -> None:
     if counts:
         printer.heading(title)
         printer.line(", ".join(f"{name} {units.count(number)}" for name, number in counts.items()))
@@ -336,73 +329,3 @@ def _mode(mode: str) -> str:
 
 def _capital(words: str) -> str:
     return words[:1].upper() + words[1:]
-
-
-class _Printer:
-    """Writes to a console without its markup, so that names from a model are printed as they are."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._ascii = console.options.ascii_only
-
-    def text(self, words: str, style: str = "") -> Text:
-        """Text that the console's encoding can hold; control characters, which could steer the terminal, are shown."""
-        if self._ascii:
-            words = words.translate(_ASCII)
-        words = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
-        encoding = "ascii" if self._ascii else "utf-8"
-        return Text(words.encode(encoding, "backslashreplace").decode(encoding), style=style)
-
-    def line(self, words: str = "", style: str = "") -> None:
-        self._console.print(self.text(words, style), soft_wrap=False)
-
-    def title(self, words: str) -> None:
-        self.line(words, style="bold")
-
-    def heading(self, words: str, style: str = "bold") -> None:
-        self.line()
-        self.line(words, style)
-
-    def bullet(self, words: str, style: str = "") -> None:
-        self.item("-", words, style=style)
-
-    def item(self, mark: str, words: str, example: str = "", style: str = "") -> None:
-        """A line with a mark before it; what doesn't fit goes on under the words."""
-        grid = Table.grid(padding=(0, 1, 0, 0))
-        grid.add_column(justify="right", min_width=4 if example else 1, no_wrap=True)
-        grid.add_column(overflow="fold")
-        grid.add_row(self.text(mark), self.text(words, style))
-        if example:
-            grid.add_row("", self.text(example, "dim"))
-        self._console.print(grid)
-
-    def more(self, number: int, where: str) -> None:
-        """Say how much isn't shown."""
-        if number > 0:
-            self.line(f"and {units.count(number)} more: {where}", style="dim")
-
-    def table(
-        self,
-        headers: Sequence[str],
-        rows: Sequence[Sequence[str]],
-        *,
-        right: Sequence[int] = (),
-        styles: Sequence[str] = (),
-    ) -> None:
-        """A table; columns in `right` hold numbers, the others wrap where the console is narrow."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="")
-        for index, header in enumerate(headers):
-            numeric = index in right
-            table.add_column(
-                self.text(header, "dim"),
-                justify="right" if numeric else "left",
-                no_wrap=numeric,
-                overflow="fold",
-            )
-        for index, row in enumerate(rows):
-            table.add_row(*[self.text(cell) for cell in row], style=styles[index] if index < len(styles) else None)
-        widest = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
-        needed = sum(2 + (w if i in right else min(w, NAME_COLUMNS)) for i, w in enumerate(widest))
-        if needed > self._console.width:
-            table.width = needed
-        self._console.print(table, crop=False)

@@ -217,3 +217,29 @@ def test_small_text_model(tmp_path: Path) -> None:
     files = save(load(source), tmp_path / "o.onnx")
     assert [n.op_type for n in onnx.load(files[0]).graph.node] == ["Add"]
     assert os.path.getsize(files[0]) < 1000
+
+
+@pytest.mark.parametrize("external_data", [False, True])
+def test_what_is_not_accepted_is_nowhere(tmp_path: Path, external_data: bool) -> None:
+    """The file is whole when it is shown, and gone where it is refused; an older one stays."""
+    weights = np.arange(4096, dtype=np.float32)
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[4096] x) => (float[4096] y) <float[1] w = {0}> { y = Add(x, w) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    model.graph.initializers["w"].const_value = ir.tensor(weights, name="w")
+    shown: list[Path] = []
+
+    def refuse(path: Path) -> None:
+        shown.append(path)
+        assert load(path).graph.initializers["w"].const_value.numpy().tolist() == weights.tolist()
+        raise UsageError("no")
+
+    target = tmp_path / "model.onnx"
+    target.write_bytes(b"older")
+    with pytest.raises(UsageError, match="no"):
+        save(model, target, external_data=external_data, accept=refuse)
+    assert target.read_bytes() == b"older"
+    assert sorted(tmp_path.iterdir()) == [target]
+    assert shown[0].parent != tmp_path
+    save(model, target, external_data=external_data, accept=shown.append)
+    assert load(target).graph.initializers["w"].const_value.numpy().tolist() == weights.tolist()

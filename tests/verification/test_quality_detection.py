@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -17,6 +17,10 @@ from graphopt.verification.quality.detection_outputs import corners, detection_h
 from graphopt.verification.quality.generic import cosine_of
 from graphopt.verification.quality.metrics import Quality
 from graphopt.verification.quality.runs import Array
+
+CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy machine is no failure."""
+
 
 CLASSES, ANCHORS = 3, 40
 FEEDS = {"image": np.zeros((1, 3, 8, 8))}
@@ -154,6 +158,7 @@ def test_the_number_of_classes_decides() -> None:
 BOX = arrays(np.float64, (2, 4), elements=st.floats(0, 50))
 
 
+@CALM
 @given(BOX)
 def test_overlap_is_a_share(pair: np.ndarray) -> None:
     a, b = (np.concatenate([np.minimum(x[:2], x[2:]), np.maximum(x[:2], x[2:])]) for x in pair)

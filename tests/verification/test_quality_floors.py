@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphopt.errors import QualityError, UsageError
@@ -18,6 +18,9 @@ from graphopt.verification.quality.floors import (
     require_floors,
 )
 from graphopt.verification.quality.metrics import Metric, Quality
+
+CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy machine is no failure."""
 
 
 def quality(**values: float | tuple[float, float]) -> Quality:
@@ -82,6 +85,13 @@ def test_mistakes_of_several() -> None:
         parse_floors(["kl=1", "kl=2"])
 
 
+def test_a_metric_that_the_outputs_do_not_give() -> None:
+    with pytest.raises(
+        UsageError, match=r"'detections>=0\.9': detections can't be told of this model; what can is score"
+    ):
+        missed_floors(quality(score=1.0), parse_floors(["detections>=0.9"]))
+
+
 def test_missed_and_held() -> None:
     found = quality(ppl=(20.0, 19.0), kl=0.05, top1=0.975)
     assert missed_floors(found, parse_floors(["ppl=+6%", "kl<=0.05", "top1>=0.97"])) == []
@@ -105,6 +115,7 @@ def test_nan_holds_no_floor() -> None:
         assert missed.sentence == f"{name} is no number where {name}=... was asked for"
 
 
+@CALM
 @given(st.floats(1e-6, 1e6))
 def test_equal_models_hold_a_change_of_nothing(value: float) -> None:
     for text in ("ppl=+0%", "ppl=+0", "ppl<=-0%"):
@@ -112,6 +123,7 @@ def test_equal_models_hold_a_change_of_nothing(value: float) -> None:
     assert missed_floors(quality(ppl=(value * 1.001, value)), [parse_floor("ppl=+0.05%")])
 
 
+@CALM
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_a_floor_is_its_inequality(value: float, bound: float) -> None:
     held = not missed_floors(quality(top1=value), [Floor("top1", bound, "higher", "none", "")])

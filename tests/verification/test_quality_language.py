@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tiny_decoders import HIDDEN, VOCABULARY, decoder
@@ -16,7 +16,11 @@ from tiny_decoders import HIDDEN, VOCABULARY, decoder
 from graphopt.errors import InputDataError, ModelError, UsageError
 from graphopt.runtime_ops.generation import Generator
 from graphopt.runtime_ops.scoring import log_sums, perplexity, scores, text_windows
-from graphopt.verification.quality.language import divergence, language_quality
+from graphopt.verification.quality.language import Rows, divergence, language_quality
+
+CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy machine is no failure."""
+
 
 IDS = np.random.default_rng(1).integers(0, VOCABULARY, 48)
 
@@ -50,7 +54,7 @@ def test_a_model_is_as_good_as_itself(folder: Path, kind: str) -> None:
     path = folder / f"{kind}.onnx"
     [found] = language_quality(path, [path], IDS, window=16)
     assert (found["kl"], found["top1"]) == (0.0, 1.0)
-    assert found["ppl"] == found.metric("ppl").reference == pytest.approx(perplexity(path, IDS, 16).value, rel=1e-12)
+    assert found["ppl"] == found.metric("ppl").reference == pytest.approx(perplexity(path, IDS, 16).value, rel=1e-6)
     assert found.samples == "45 tokens in 3 windows of 16"
 
 
@@ -68,9 +72,9 @@ def test_the_numbers_are_those_of_the_formulas(folder: Path) -> None:
         found = language_quality(paths[0], paths, IDS, 16, windows=2, together=together)
         for quality, ours in zip(found, logs, strict=True):
             following = np.concatenate([window[1:] for window in IDS[:32].reshape(2, 16)])
-            assert quality["ppl"] == pytest.approx(np.exp(-ours[np.arange(30), following].mean()), rel=1e-9)
+            assert quality["ppl"] == pytest.approx(np.exp(-ours[np.arange(30), following].mean()), rel=1e-6)
             kl = (np.exp(logs[0]) * (logs[0] - ours)).sum(axis=1).mean()
-            assert quality["kl"] == pytest.approx(kl, rel=1e-9, abs=1e-12)
+            assert quality["kl"] == pytest.approx(kl, rel=1e-5, abs=1e-8)
             assert quality["top1"] == (logs[0].argmax(1) == ours.argmax(1)).mean()
     same, noisy, noisier = found
     assert same["kl"] < noisy["kl"] < noisier["kl"]
@@ -95,23 +99,39 @@ def test_a_broken_candidate_has_no_numbers(folder: Path) -> None:
     assert math.isnan(back["kl"])
 
 
+@CALM
 @given(arrays(np.float64, (2, 3, 5), elements=st.floats(-50, 50)))
 def test_divergence_is_never_negative(logits: np.ndarray) -> None:
-    p, q = logits
-    rows = divergence(p, log_sums(p), q, log_sums(q))
+    p, q = Rows.of(logits[0]), Rows.of(logits[1])
+    rows = divergence(p, q)
     assert (rows >= 0).all()
-    assert (divergence(p, log_sums(p), p, log_sums(p)) == 0).all()
-    shifted = q + np.array([[1.0], [-20.0], [7.0]])  # the same distributions
-    assert np.allclose(divergence(p, log_sums(p), shifted, log_sums(shifted)), rows, atol=1e-9)
+    assert (divergence(p, p) == 0).all()
+    shifted = Rows.of(logits[1] + np.array([[1.0], [-20.0], [7.0]]))  # the same distributions
+    assert np.allclose(divergence(p, shifted), rows, atol=1e-9)
+    exact = (p.weights / p.totals[:, None] * (logits[0] - p.sums[:, None] - logits[1] + q.sums[:, None])).sum(axis=1)
+    assert np.allclose(rows, exact, atol=1e-9)
+    narrow = divergence(Rows.of(logits[0].astype(np.float32)), Rows.of(logits[1].astype(np.float32)))
+    assert np.allclose(narrow, rows, atol=1e-4)
+
+
+def test_a_small_divergence_survives_float32() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4, 50000)) * 3
+    # Far from 0 and shifted as a whole, which changes no distribution.
+    narrow = (logits + 30).astype(np.float32), (logits + rng.normal(size=logits.shape) * 1e-3 + 10).astype(np.float32)
+    exact = divergence(*(Rows.of(array.astype(np.float64)) for array in narrow))
+    assert (exact < 1e-6).all()
+    assert np.allclose(divergence(*map(Rows.of, narrow)), exact, atol=2e-8)
 
 
 def test_what_a_distribution_excludes() -> None:
-    p, q = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
-    assert divergence(p, log_sums(p), q, log_sums(q)) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
-    none = np.array([[0.0, -np.inf]])
-    assert divergence(none, log_sums(none), p, log_sums(p)) == pytest.approx(math.log(2))
-    assert divergence(p, log_sums(p), none, log_sums(none)) == math.inf
-    assert divergence(none, log_sums(none), none, log_sums(none)) == 0
+    p, q = Rows.of(np.log([[0.5, 0.5]])), Rows.of(np.log([[0.25, 0.75]]))
+    assert divergence(p, q) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    none = Rows.of(np.array([[0.0, -np.inf]]))
+    assert divergence(none, p) == pytest.approx(math.log(2))
+    assert divergence(p, none) == math.inf
+    assert divergence(none, none) == 0
+    assert np.isnan(divergence(Rows.of(np.array([[np.nan, 0.0]])), p)).all()
 
 
 def test_mistakes(folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -17,6 +17,10 @@ from graphopt.verification.quality.generic import GenericMeasure, cosine_of, rel
 from graphopt.verification.quality.metrics import Quality
 from graphopt.verification.quality.recognition import RecognitionMeasure, ctc, edits
 from graphopt.verification.quality.runs import Array, Measure
+
+CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy machine is no failure."""
+
 
 RNG = np.random.default_rng(0)
 
@@ -80,6 +84,7 @@ def test_broken_embeddings_have_no_numbers() -> None:
     assert math.isnan(zero["spearman"])
 
 
+@CALM
 @given(st.lists(st.integers(-5, 5), min_size=3, max_size=20))
 def test_ranks_have_the_mean_of_ties(values: list[int]) -> None:
     array = np.array(values, dtype=np.float64)
@@ -87,6 +92,7 @@ def test_ranks_have_the_mean_of_ties(values: list[int]) -> None:
     assert ranked(array).tolist() == expected
 
 
+@CALM
 @given(arrays(np.float64, (2, 7), elements=st.floats(-100, 100), unique=True))
 def test_rank_correlation_only_sees_the_order(pair: np.ndarray) -> None:
     a, b = pair
@@ -145,6 +151,7 @@ def test_a_broken_classifier_is_never_right() -> None:
     assert math.isnan(found["score_error"])
 
 
+@CALM
 @given(arrays(np.float64, (2, 3, 4), elements=st.floats(-30, 30)))
 def test_score_agreement_is_a_share(logits: np.ndarray) -> None:
     found = judged(ClassificationMeasure("y", scores="logits"), (logits[0], logits[1]))
@@ -208,6 +215,7 @@ def test_repeated_letters() -> None:
     assert ctc(np.eye(3)[[1, 1, 0, 1, 2, 2, 1, 0, 0]], 0) == [1, 1, 2, 1]
 
 
+@CALM
 @given(st.text("abc", max_size=8), st.text("abc", max_size=8))
 def test_edits(a: str, b: str) -> None:
     table = [[max(i, j) if 0 in (i, j) else 0 for j in range(len(b) + 1)] for i in range(len(a) + 1)]

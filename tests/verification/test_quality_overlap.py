@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphopt.errors import InputDataError
 from graphopt.models.texts import wikipedia
 from graphopt.verification.quality.overlap import RUN, fingerprints, refuse_shared_samples, refuse_shared_text
+
+CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy machine is no failure."""
+
 
 RNG = np.random.default_rng(0)
 CALIBRATION = RNG.integers(0, 1000, 5000)
@@ -21,6 +25,7 @@ def test_texts_of_their_own_are_taken() -> None:
     refuse_shared_text(np.zeros(0, np.int64), CALIBRATION)
 
 
+@CALM
 @given(st.integers(0, 5000 - RUN), st.integers(0, 700), st.integers(RUN, 300))
 def test_a_shared_run_is_found_wherever_it_stands(begin: int, offset: int, length: int) -> None:
     own = np.random.default_rng(1).integers(1000, 2000, 1000)

@@ -22,6 +22,7 @@ REAL: dict[str, tuple[Task, str | None]] = {
     "magika": ("classification", "target_label"),
     "paraphrase-minilm": ("embedding", "onnx::Shape_422"),
     "silero-vad": ("generic", None),
+    "smart-turn": ("classification", "logits"),
     "ppocr-v4-det": ("generic", None),
 }
 
@@ -70,6 +71,14 @@ def test_texts() -> None:
     assert (pooled.task, pooled.output) == ("embedding", "sentence_embedding")
     scores = guessed(text.format("float[n, 8] logits", "logits = ReduceMax<axes = [1]>(h)"))
     assert (scores.task, scores.output) == ("classification", "logits")
+    # Scores of each token are no states to average.
+    assert guessed(text.format("float[n, s, 8] logits", "logits = Identity(h)")).task == "generic"
+
+
+def test_one_score() -> None:
+    sure = guessed("(float[n, 4] x) => (float[n, 1] y) { m = ReduceMax<axes = [1]>(x)  y = Sigmoid(m) }")
+    assert (sure.task, sure.reason) == ("classification", "one output of one score ('y')")
+    assert guessed("(float[n, 4] x) => (float[n, 1] y) { y = ReduceMax<axes = [1]>(x) }").task == "generic"
 
 
 def test_a_task_that_is_given() -> None:

@@ -178,8 +178,17 @@ def parse_floors(texts: Iterable[str], metrics: Sequence[str] | None = None) -> 
 
 
 def missed_floors(quality: Quality, floors: Sequence[Floor]) -> list[Missed]:
-    """The floors that a candidate doesn't reach; each must be for a metric that it has (see `parse_floors`)."""
-    return [Missed(floor, metric) for floor in floors if not floor.held(metric := quality.metric(floor.name))]
+    """The floors that a candidate doesn't reach.
+
+    Raises:
+        UsageError: A floor for a metric that the outputs of this model don't give.
+    """
+    measured = {metric.name: metric for metric in quality.metrics}
+    if unknown := [floor for floor in floors if floor.name not in measured]:
+        raise UsageError(
+            f"{unknown[0].text!r}: {unknown[0].name} can't be told of this model; what can is {', '.join(measured)}."
+        )
+    return [Missed(floor, measured[floor.name]) for floor in floors if not floor.held(measured[floor.name])]
 
 
 def require_floors(missed: Sequence[Missed], consequence: str = "") -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from graphopt.errors import InputDataError, UsageError
 from graphopt.runtime_ops.generation import CHUNK, Generator
-from graphopt.runtime_ops.scoring import ROWS, log_sums, logits_of, text_windows
+from graphopt.runtime_ops.scoring import ROWS, logits_of, text_windows
 from graphopt.verification.quality.metrics import Metric, Quality, counted, mean
 from graphopt.verification.session import release_memory
 
@@ -106,10 +106,8 @@ def _judge(
     runs = [logits_of(generator, ids, CHUNK) for generator in candidates]
     for begin, expected in logits_of(reference, ids, CHUNK):
         following = ids[begin + 1 : begin + len(expected) + 1]
-        kept: list[tuple[_Block, npt.NDArray[np.int64]]] = []
-        for first in range(0, len(following), ROWS):
-            targets = following[first : first + ROWS]
-            kept.append((_Block.of(expected[first : first + len(targets)]), targets))
+        places = range(0, len(following), ROWS)
+        blocks = [Rows.of(expected[first : min(first + ROWS, len(following))]) for first in places]
         for run, generator, gathered in zip(runs, candidates, sums, strict=True):
             _, logits = next(run)
             if logits.shape[-1] != expected.shape[-1]:
@@ -117,57 +115,69 @@ def _judge(
                     f"{generator.name} gives logits over {logits.shape[-1]} tokens, {reference.name} over "
                     f"{expected.shape[-1]}, so their distributions can't be compared."
                 )
-            for number, (block, targets) in enumerate(kept):
-                _add(gathered, block, logits[number * ROWS : number * ROWS + len(targets)], targets)
+            for first, block in zip(places, blocks, strict=True):
+                part = slice(first, first + len(block.logits))
+                _add(gathered, block, Rows.of(logits[part]), following[part])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Block:
-    """Some rows of the reference's logits [rows, vocabulary], in the type in which they came, and ln Σ exp of each."""
+class Rows:
+    """Distributions over a vocabulary, a row each.
+
+    Attributes:
+        logits: [rows, vocabulary], float32 or wider.
+        weights: exp(logits − the highest of the row), in the same type [rows, vocabulary].
+        totals: Sums of the weights [rows].
+        sums: ln Σ exp(logits) [rows].
+    """
 
     logits: npt.NDArray[Any]
+    weights: npt.NDArray[Any]
+    totals: npt.NDArray[np.float64]
     sums: npt.NDArray[np.float64]
-    best: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, logits: npt.NDArray[Any]) -> _Block:
-        return cls(logits, log_sums(logits.astype(np.float64)), logits.argmax(axis=1))
+    def of(cls, logits: npt.NDArray[Any]) -> Rows:
+        """The distributions of logits [rows, vocabulary]; NaN where these are no numbers."""
+        wide = logits if logits.dtype in (np.float32, np.float64) else logits.astype(np.float32)
+        highest = wide.max(axis=1)
+        with np.errstate(invalid="ignore"):
+            weights = np.exp(wide - highest[:, None])
+            totals = weights.sum(axis=1, dtype=np.float64)
+            return cls(wide, weights, totals, np.log(totals) + highest)
 
 
-def _add(gathered: _Sums, block: _Block, logits: npt.NDArray[Any], targets: npt.NDArray[np.int64]) -> None:
-    """Add some rows of a candidate's logits."""
-    expected, found = block.logits.astype(np.float64), logits.astype(np.float64)
-    sums, rows = log_sums(found), np.arange(len(targets))
-    gathered.losses += float((sums - found[rows, targets]).sum())
-    gathered.reference_losses += float((block.sums - expected[rows, targets]).sum())
-    gathered.same += int((block.best == found.argmax(axis=1)).sum())
+def _add(gathered: _Sums, expected: Rows, found: Rows, targets: npt.NDArray[np.int64]) -> None:
+    """Add some rows, after each of which a token came."""
+    rows = np.arange(len(targets))
+    gathered.losses += float((found.sums - found.logits[rows, targets]).sum())
+    gathered.reference_losses += float((expected.sums - expected.logits[rows, targets]).sum())
+    gathered.same += int((expected.logits.argmax(axis=1) == found.logits.argmax(axis=1)).sum())
     gathered.scored += len(targets)
-    gathered.divergence += float(divergence(expected, block.sums, found, sums).sum())
+    gathered.divergence += float(divergence(expected, found).sum())
 
 
-def divergence(
-    expected: npt.NDArray[np.float64],
-    expected_sums: npt.NDArray[np.float64],
-    found: npt.NDArray[np.float64],
-    found_sums: npt.NDArray[np.float64],
-) -> npt.NDArray[np.float64]:
+def divergence(p: Rows, q: Rows) -> npt.NDArray[np.float64]:
     """KL(p ‖ q) of each row, in nats: 0 where the logits are the same, infinite where q excludes what p allows.
 
-    Args:
-        expected: Logits of p [rows, vocabulary].
-        expected_sums: Their ln Σ exp [rows].
-        found: Logits of q [rows, vocabulary].
-        found_sums: Their ln Σ exp [rows].
+    It is the mean under p of the difference of the logits, less that of the ln Σ exp: differences of near numbers are
+    exact, so that little is lost in float32.
     """
     with np.errstate(invalid="ignore"):
-        likely = expected - expected_sums[:, None]
-        probabilities = np.exp(likely)
-        terms = probabilities * (likely - (found - found_sums[:, None]))
-    # What has no probability adds nothing, whatever the candidate thinks of it.
-    terms[probabilities == 0] = 0.0
-    # Rounding alone could make a sum negative; NaN stays.
-    rows: npt.NDArray[np.float64] = np.maximum(terms.sum(axis=1), 0.0)
-    return rows
+        differences = p.logits - q.logits
+        rows = _mean(p, differences, slice(None)) - (p.sums - q.sums)
+        if not np.isfinite(rows).all():
+            # What has no probability adds nothing, whatever the candidate thinks of it.
+            odd = np.flatnonzero(~np.isfinite(rows))
+            rows[odd] = _mean(p, np.where(p.weights[odd] == 0, 0, differences[odd]), odd) - (p.sums - q.sums)[odd]
+    # Not below 0 but for rounding; NaN stays.
+    return np.maximum(rows, 0.0)
+
+
+def _mean(p: Rows, values: npt.NDArray[Any], rows: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """The mean of values [rows, vocabulary] under p."""
+    products = np.einsum("ij,ij->i", p.weights[rows], values, dtype=np.float64)
+    return np.asarray(products / p.totals[rows], dtype=np.float64)
 
 
 def _quality(gathered: _Sums, windows: int, window: int) -> Quality:

@@ -101,11 +101,14 @@ def _from_graph(model: ir.Model, floats: list[ir.Value]) -> Guess:
             return Guess("classification", f"tokens as input and scores in {classifier.name!r}", classifier.name)
         if (embedder := _embedding(model, floats)) is not None:
             return embedder
-    if len(floats) == 1 and not recurrent and _rank(floats[0]) == 2 and (_last(floats[0]) or 0) > 1:
+    if len(floats) == 1 and not recurrent and _rank(floats[0]) == 2 and _last(floats[0]) is not None:
         output, maker = floats[0], _maker(floats[0])
         probable = maker is not None and maker.op_type in _PROBABLE
+        if _last(output) == 1 and not probable:
+            return Guess("generic", f"one number for each sample in {output.name!r}")
         if probable or _CLASSES.search(output.name or "") or (image and not _EMBEDDED.search(output.name or "")):
-            return Guess("classification", f"one output of {_last(output)} scores ({output.name!r})", output.name)
+            scores = "one score" if _last(output) == 1 else f"{_last(output)} scores"
+            return Guess("classification", f"one output of {scores} ({output.name!r})", output.name)
         if image:
             return Guess("embedding", f"one output called {output.name!r}", output.name)
     return Guess("generic", "nothing that tells another task")
@@ -126,7 +129,8 @@ def _detection(floats: list[ir.Value]) -> Guess | None:
 def _embedding(model: ir.Model, floats: list[ir.Value]) -> Guess | None:
     """An embedding by its name, hidden states, or what else has a vector for each sample."""
     own = [v for v in model.graph.inputs if not v.is_initializer()]
-    hidden = [v for v in floats if _rank(v) == 3]
+    # Scores of each token over a vocabulary, or over labels, are no states.
+    hidden = [v for v in floats if _rank(v) == 3 and not _CLASSES.search(v.name or "")]
     vectors = [v for v in floats if _rank(v) == 2]
     named = next((v for v in vectors if re.search("embed", v.name or "", re.IGNORECASE)), None)
     chosen = named or next(iter(hidden), None) or next(iter(vectors), None)
