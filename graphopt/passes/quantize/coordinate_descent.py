@@ -43,7 +43,8 @@ def coordinate_descent(
         weight: float32 [N, K].
         grid: What to round to, with one code a weight.
         group_size: Columns of a group; the last one may have fewer.
-        hessian: [K, K], symmetric, positive semidefinite. Columns that are all zero there keep their code.
+        hessian: [K, K], symmetric, positive semidefinite. Columns that are all zero there are rounded to
+            nearest.
         start: Where to begin, a rounding to the same grid and groups: to nearest, or GPTQ's. Its outliers take part
             as weights that may be any number.
         sweeps: How often every weight, and then every scale, is visited; it ends earlier if no code changes.
@@ -77,6 +78,8 @@ def coordinate_descent(
             _sweep_scales(grid, group_size, square, fits, codes, error, fixed)
         if not changed:
             break
+    for column in np.flatnonzero(np.diagonal(square) == 0):
+        codes[column] = grid.nearest(weight[:, column, None], fits[column // group_size])[:, 0]
     made = grid.assemble(np.ascontiguousarray(codes.T), fits, group_size, columns)
     if start.outliers is not None:
         made = with_outliers(made, weight - error.T - made.numbers(), fixed.T)

@@ -31,7 +31,7 @@ def gptq(
     hessian: Array,
     *,
     damping: float = 0.01,
-    order: Order = "activation",
+    order: Order = "groups",
     importance: Floats | None = None,
     kept: Mask | None = None,
 ) -> QuantizedWeight:
@@ -60,7 +60,8 @@ def gptq(
             original weights beforehand. "groups": groups by falling mean of H_jj, columns of a group alike. "natural":
             from the first to the last. In the latter two a grid is fitted when its group is reached, to the weights as
             the errors of all earlier groups have moved them.
-        importance: [K], what a squared error in each column counts when a grid is fitted; None: all the same.
+        importance: [K], what a squared error in each column counts when a grid is fitted; None: D_jj, which is what it
+            adds to the objective here.
         kept: [N, K], weights that keep their precision as outliers; each absorbs what the earlier errors would have it
             make up for.
 
@@ -72,7 +73,10 @@ def gptq(
     check_hessian(hessian, weight.shape[1])
     rows, columns = weight.shape
     visits = _visits(np.diagonal(hessian), order, group_size)
-    factor = _unit_factor(hessian, visits, damping)
+    factor, pivots = _unit_factor(hessian, visits, damping)
+    if importance is None:
+        importance = np.empty(columns, np.float32)
+        importance[visits] = pivots
     filled = weight if kept is None else without(weight, kept, group_size)
     fits: list[Fit | None] = [None] * -(-columns // group_size)
 
@@ -80,7 +84,7 @@ def gptq(
         own = slice(group * group_size, (group + 1) * group_size)
         if kept is not None:
             numbers = np.where(kept[:, own], filled[:, own], numbers)
-        fits[group] = grid.fit(np.ascontiguousarray(numbers), None if importance is None else importance[own])
+        fits[group] = grid.fit(np.ascontiguousarray(numbers), importance[own])
 
     if order == "activation":
         for group in range(len(fits)):
@@ -178,10 +182,11 @@ def _blocks(visits: Array, group_size: int, *, whole_groups: bool) -> Iterator[t
         start = stop
 
 
-def _unit_factor(hessian: Array, visits: Array, damping: float) -> Floats:
-    """R, unit upper triangular, float32 [K, K], of H + λ = R D Rᵀ in the order of the visits.
+def _unit_factor(hessian: Array, visits: Array, damping: float) -> tuple[Floats, Floats]:
+    """R, unit upper triangular, float32 [K, K], and D's diagonal over H's mean, float32 [K], of H + λ = R D Rᵀ.
 
-    λ starts at `damping` times the mean of the diagonal; columns that never fire get the mean there.
+    All in the order of the visits. λ starts at `damping` times the mean of the diagonal; columns that never fire get
+    the mean there.
     """
     diagonal = np.diagonal(hessian).astype(np.float64)[visits]
     mean = float(diagonal.mean()) or 1.0
@@ -190,8 +195,9 @@ def _unit_factor(hessian: Array, visits: Array, damping: float) -> Floats:
         work = hessian[np.ix_(visits, visits)].astype(np.float64)
         np.fill_diagonal(work, full)
         if _factor_in_place(work, _LEAST_PIVOT * full):
-            work /= np.diagonal(work).copy()
-            return np.triu(work.astype(np.float32))
+            roots = np.diagonal(work).copy()
+            work /= roots
+            return np.triu(work.astype(np.float32)), np.asarray(roots**2 / mean, np.float32)
         damping = max(10 * damping, 1e-6)
     raise ValueError("the Hessian can't be made positive definite, so it isn't a sum of squares")
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.passes.quantize.coordinate_descent import coordinate_descent
-from graphopt.passes.quantize.gptq import Order, gptq
+from graphopt.passes.quantize.gptq import Order, check_hessian, gptq
 from graphopt.passes.quantize.grids import Grid
 from graphopt.passes.quantize.outliers import Floats, Mask, largest, with_outliers, without
 from graphopt.passes.quantize.quantized_weight import QuantizedWeight
@@ -36,7 +36,7 @@ def quantize(
     hessian: Array | None = None,
     importance: Floats | None = None,
     damping: float = 0.01,
-    order: Order = "activation",
+    order: Order = "groups",
     sweeps: int = 3,
     outliers: float = 0.0,
 ) -> QuantizedWeight:
@@ -49,7 +49,8 @@ def quantize(
         rounding: "nearest" (`round_to_nearest`), "gptq" (`gptq`), "comq" (`coordinate_descent` from nearest), or
             "gptq+comq" (`coordinate_descent` from GPTQ's result).
         hessian: [K, K]; needed by all but "nearest".
-        importance: [K], what a squared error in each column counts when a grid is fitted. None: all the same.
+        importance: [K], what a squared error in each column counts when a grid is fitted. None: as H's diagonal says
+            for "comq", as `gptq` says for itself, and all the same for "nearest".
         damping: See `gptq`.
         order: See `gptq`.
         sweeps: See `coordinate_descent`.
@@ -75,6 +76,11 @@ def quantize(
     if hessian is None:
         raise ValueError(f'the rounding "{rounding}" needs a Hessian, which calibration gathers')
     if rounding == "comq":
+        if importance is None:
+            check_hessian(hessian, weight.shape[1])
+            # Not 0 anywhere: what never fires here may fire elsewhere.
+            diagonal = np.diagonal(hessian) / (float(np.diagonal(hessian).mean()) or 1.0)
+            importance = np.maximum(diagonal, 1e-6).astype(np.float32)
         start = round_to_nearest(weight, grid, group_size, importance, kept=kept)
     else:
         start = gptq(weight, grid, group_size, hessian, damping=damping, order=order, importance=importance, kept=kept)
