@@ -69,7 +69,6 @@ def test_pieces_are_cut_where_little_crosses() -> None:
     assert [v.name for v in pieces[-1].weights] == ["a3"]
     two = 2 * sum(v.const_value.nbytes for v in pieces[0].weights if v.const_value is not None)
     assert len(cut(model, wanted, limit_bytes=two)) == 2
-    assert len(cut(model, wanted, limit_bytes=two, together=[(value(model, "t0"), value(model, "t3"))])) == 1
 
 
 def test_a_sequential_run_sees_changed_weights_and_another_one_does_not() -> None:
