@@ -145,11 +145,7 @@ class _Run:
         """Cut the model."""
         sizes: dict[ir.Value, int] = {}
         for request in self.requests:
-            value, axis = request.value, request.channel_axis
-            known = value.shape is not None and -len(value.shape) <= axis < len(value.shape)
-            channels = value.shape[axis] if known and value.shape is not None else None
-            count = request.statistic.bytes(channels if isinstance(channels, int) else 1024)
-            sizes[value] = sizes.get(value, 0) + count
+            sizes[request.value] = sizes.get(request.value, 0) + request.bytes
         limit = None if self.sequential else piece_bytes
         by = {r: r.weights.attention for r in self.requests if r.weights is not None}
         ahead = [node.outputs[0] for node in by.values()]
@@ -252,6 +248,10 @@ class _Run:
     def _gather(self, sample: int, request: Request, accumulator: Accumulator, outputs: Mapping[str, Array]) -> None:
         name = request.value.name or ""
         array = outputs[name] if name in outputs else self.samples.carried.get(sample, name)
+        if request.patches is not None:
+            rows = request.patches.of(np.asarray(array))
+            accumulator.add(rows.reshape(-1, rows.shape[-1]))
+            return
         valid, weights = self.samples.valid[sample], None
         if request.weights is not None:
             received = self.samples.received[request.weights.attention][sample]

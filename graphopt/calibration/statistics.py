@@ -199,6 +199,30 @@ class SecondMoment(Statistic):
         return 12 * channels * channels
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows(Statistic):
+    """Some of the rows, each as probable as any other: "rows" [count or fewer, channels], float32, in their order.
+
+    Every row draws a number, and those of the smallest stay (reservoir sampling), so that nothing need be known of how
+    many there will be. Weights don't matter.
+
+    Attributes:
+        count: Rows that are kept at most.
+        seed: Of the draw.
+    """
+
+    count: int = 256
+    seed: int = 0
+
+    def accumulator(self) -> Accumulator:
+        """See the base."""
+        return _Rows(self.count, self.seed)
+
+    def bytes(self, channels: int) -> int:
+        """See the base."""
+        return 4 * self.count * channels
+
+
 def percentile(histogram: Summary, fraction: float) -> float:
     """The value below which `fraction` (0 to 1) of what a `Histogram` saw lies, linear within a bin.
 
@@ -336,3 +360,22 @@ class _SecondMoment(Accumulator):
         if self._sum is None:
             return {}
         return {"second_moment": (self._sum / (self.weight or 1.0)).astype(np.float32)}
+
+
+class _Rows(Accumulator):
+    def __init__(self, count: int, seed: int) -> None:
+        super().__init__()
+        self._count, self._random = count, np.random.default_rng(seed)
+        self._kept: Array | None = None
+        self._drawn = np.zeros(0)
+
+    def _take(self, block: Array, weights: Array | None) -> None:
+        drawn = np.concatenate([self._drawn, self._random.random(len(block))])
+        kept = np.sort(np.argsort(drawn, kind="stable")[: self._count])
+        old = 0 if self._kept is None else len(self._kept)
+        new = block[kept[kept >= old] - old]
+        self._kept = new.copy() if self._kept is None else np.concatenate([self._kept[kept[kept < old]], new])
+        self._drawn = drawn[kept]
+
+    def _arrays(self) -> dict[str, Array]:
+        return {} if self._kept is None else {"rows": self._kept}

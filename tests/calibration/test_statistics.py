@@ -15,6 +15,7 @@ from graphopt.calibration.statistics import (
     MeanAbs,
     MeanVariance,
     MinMax,
+    Rows,
     SecondMoment,
     Statistic,
     Summary,
@@ -100,6 +101,17 @@ def test_nothing_seen() -> None:
         assert not found.arrays
     with pytest.raises(ValueError, match="percentile"):
         percentile(gathered(Histogram(), []), 0.5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 299), max_size=5), st.integers(1, 400))
+def test_some_rows(cuts: list[int], count: int) -> None:
+    found = gathered(Rows(count, seed=1), np.split(DATA, sorted(set(cuts))))["rows"]
+    whole = gathered(Rows(count, seed=1), [DATA])["rows"]
+    np.testing.assert_array_equal(found, whole)
+    places = [int(np.flatnonzero((row == DATA).all(axis=1))[0]) for row in found]
+    assert places == sorted(set(places))
+    assert len(places) == min(count, 300)
 
 
 def test_a_variance_far_from_zero_keeps_its_digits() -> None:
