@@ -20,6 +20,8 @@ LARGEST = 1e30
 """What is at least as large stands for -inf in a mask, or is an overflow, and is counted as excluded."""
 _ROWS = 4096
 """Rows that are multiplied at once."""
+_COLUMNS = 512
+"""Columns of a second moment that are made at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,23 +345,38 @@ class _MeanVariance(Accumulator):
 
 
 class _SecondMoment(Accumulator):
+    """Only blocks on and above the diagonal are summed: that is half of the work, and what is made at once is small."""
+
     def __init__(self) -> None:
         super().__init__()
         self._sum: Array | None = None
 
     def _take(self, block: Array, weights: Array | None) -> None:
+        size = block.shape[1]
         if self._sum is None:
-            self._sum = np.zeros((block.shape[1], block.shape[1]))
+            self._sum = np.zeros((size, size))
         for start in range(0, len(block), _ROWS):
             rows = block[start : start + _ROWS]
             if weights is not None:
                 rows = rows * np.sqrt(weights[start : start + _ROWS, None]).astype(np.float32)
-            self._sum += rows.T @ rows
+            for first in range(0, size, _COLUMNS):
+                last = first + _COLUMNS
+                self._sum[first:last, first:] += rows[:, first:last].T @ rows[:, first:]
 
     def _arrays(self) -> dict[str, Array]:
         if self._sum is None:
             return {}
-        return {"second_moment": (self._sum / (self.weight or 1.0)).astype(np.float32)}
+        size = len(self._sum)
+        made = np.empty((size, size), dtype=np.float32)
+        for first in range(0, size, _COLUMNS):
+            last = first + _COLUMNS
+            mean = self._sum[first:last, first:] / (self.weight or 1.0)
+            # Within a block on the diagonal both halves were summed, and may differ in the last digit.
+            own = mean[:, : last - first]
+            mean[:, : last - first] = (own + own.T) / 2
+            made[first:last, first:] = mean
+            made[first:, first:last] = mean.T
+        return {"second_moment": made}
 
 
 class _Rows(Accumulator):

@@ -303,6 +303,18 @@ def test_what_cannot_be_observed() -> None:
     assert list(stages(model, [], DATA)) == []
 
 
+def test_inputs_with_defaults_keep_them() -> None:
+    model = residual(2)
+    model.graph.inputs.append(model.graph.initializers["b0"])
+    request = Request(value(model, "x1"), SecondMoment())
+    found = Calibration(DATA).gather(model, [request])[request]
+    np.testing.assert_allclose(found.array, moment(activations(residual(2), FEEDS, ["x1"])["x1"]), rtol=1e-5, atol=1e-6)
+    default = model.graph.initializers["b0"].const_value
+    assert default is not None
+    with pytest.raises(InputDataError, match="'b0' has a default"):
+        Calibration(ArrayDataset([{**FEEDS[0], "b0": default.numpy()}])).gather(model, [request])
+
+
 def test_data_that_does_not_run() -> None:
     model = residual(2)
     model.graph.inputs[0].shape = None

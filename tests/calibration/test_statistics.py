@@ -94,6 +94,13 @@ def test_what_is_not_finite_is_left_out_and_counted() -> None:
     assert gathered(AbsMax(), [np.full((2, 3), -np.inf)]).array == 0
 
 
+def test_a_wide_second_moment_is_symmetric() -> None:
+    block = np.random.default_rng(1).normal(size=(40, 1200)).astype(np.float32)
+    found = gathered(SecondMoment(), [block[:7], block[7:]]).array
+    np.testing.assert_array_equal(found, found.T)
+    np.testing.assert_allclose(found, block.T.astype(np.float64) @ block / 40, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_seen() -> None:
     for statistic in (AbsMax(), MinMax(), Histogram(), MeanAbs(), MeanVariance(), SecondMoment()):
         found = gathered(statistic, [np.zeros((0, 4), np.float32)])
