@@ -44,7 +44,7 @@ class Dataset(abc.ABC):
     @property
     def description(self) -> str:
         """What it is, in a few words."""
-        return f"{len(self)} samples"
+        return counted(len(self), "sample")
 
 
 class ArrayDataset(Dataset):
@@ -211,6 +211,11 @@ def fits(declared: ir.Shape, shape: Sequence[int]) -> bool:
     return len(declared) == len(shape) and all(
         not isinstance(size, int) or size < 0 or size == found for size, found in zip(declared, shape, strict=True)
     )
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def digest(*parts: str | bytes | Array) -> str:

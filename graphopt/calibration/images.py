@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.calibration.data import Dataset, Feeds, checked, digest
+from graphopt.calibration.data import Dataset, Feeds, checked, counted, digest
 from graphopt.errors import InputDataError, UsageError, first_line
 
 Array = npt.NDArray[Any]
@@ -89,7 +89,7 @@ class ImageFolder(Dataset):
     @property
     def description(self) -> str:
         """See the base."""
-        return f"{len(self)} images"
+        return counted(len(self), "image")
 
     def feeds(self, model: ir.Model) -> Iterator[Feeds]:
         """The one input of `model` for each image, [1, channels, height, width] or with the channels last.

@@ -65,7 +65,7 @@ class Piece:
 def cut(
     model: ir.Model,
     wanted: Mapping[ir.Value, int],
-    together: Iterable[tuple[ir.Value, ir.Value]] = (),
+    ahead: Iterable[ir.Value] = (),
     *,
     empty: Collection[str] = (),
     limit_bytes: int | None,
@@ -76,8 +76,7 @@ def cut(
     Args:
         model: The model, its nodes in order.
         wanted: The observed values of the main graph, each with the bytes that observing it takes.
-        together: Pairs of a value and one that is made behind it, in the same piece; a pair of the other order is as
-            good as none, but both of any are made.
+        ahead: Values that pieces may compute besides, although a later piece makes them: what that takes is carried.
         empty: Inputs that hold nothing, such as the cache of a decoder before its first token.
         limit_bytes: What weights and statistics of one piece may take together, except that a piece is never cut up
             further than `grain` says; None: as many pieces as possible, each with an observed value at least.
@@ -85,13 +84,10 @@ def cut(
     """
     flow = Flow(model)
     at = {value: flow.place(value) for value in wanted}
-    pairs = [(flow.place(first), flow.place(second)) for first, second in together]
-    end = max([*at.values(), *(second for _, second in pairs)], default=-1) + 1
+    last = max(at.values(), default=-1)
+    end = max([last, *(flow.place(value) for value in ahead)]) + 1
     costs = flow.costs(end, empty)
-    forbidden: set[int] = set()
-    for first, second in pairs:
-        forbidden.update(range(first, second))
-    ends = _ends(flow, costs, forbidden, sorted(set(at.values())), end, grain)
+    ends = _ends(flow, costs, sorted(set(at.values())), last + 1, grain)
     bytes_at: dict[int, int] = {}
     for value, count in wanted.items():
         bytes_at[at[value]] = bytes_at.get(at[value], 0) + count
@@ -254,9 +250,7 @@ class Flow:
         return maker is not None and maker.domain == "" and maker.op_type.startswith(_NO_TENSORS)
 
 
-def _ends(
-    flow: Flow, costs: Sequence[float], forbidden: Collection[int], wanted: list[int], end: int, grain: Grain
-) -> list[int]:
+def _ends(flow: Flow, costs: Sequence[float], wanted: list[int], end: int, grain: Grain) -> list[int]:
     """The last place of each piece, as finely as `grain` allows."""
     if end == 0:
         return []
@@ -269,8 +263,8 @@ def _ends(
     for index, (first, second) in enumerate(gaps):
         near = min(narrowest[max(0, index - _NEAR) : index + _NEAR + 1])
         most = _SLACK * near if grain == "layer" else _NEVER
-        places = [place for place in range(first, second) if place not in forbidden and costs[place] <= most]
-        if places and costs[best := min(places, key=costs.__getitem__)] < _NEVER:
+        best = min(range(first, second), key=costs.__getitem__)
+        if costs[best] <= most and costs[best] < _NEVER:
             found.append(best)
     return [*found, end - 1]
 

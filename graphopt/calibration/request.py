@@ -10,9 +10,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.calibration.data import digest
+from graphopt.calibration.patches import Patches
 from graphopt.calibration.statistics import Statistic
 from graphopt.errors import UsageError
 
+_CHANNELS = 1024
+"""What the number of channels is taken for where it isn't known."""
 Form = Literal["linear", "received"]
 """How attention becomes a weight; see `TokenWeights`."""
 
@@ -59,19 +62,30 @@ class Request:
         weights: Weights of its tokens; None: all count alike.
         channel_axis: The axis of its channels: -1 for tokens [batch, tokens, channels], 1 for images [batch, channels,
             height, width].
+        patches: Rows are the patches of a convolution on images [batch, channels, height, width]; `channel_axis` and
+            `weights` don't matter then. None: they are what lies along the axis of channels.
     """
 
     value: ir.Value
     statistic: Statistic
     weights: TokenWeights | None = None
     channel_axis: int = -1
+    patches: Patches | None = None
+
+    @property
+    def bytes(self) -> int:
+        """About how much memory gathering it takes."""
+        axis, shape = (1 if self.patches is not None else self.channel_axis), self.value.shape
+        size = shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
+        channels = size if isinstance(size, int) else _CHANNELS
+        return self.statistic.bytes(channels if self.patches is None else self.patches.columns(channels))
 
     @property
     def key(self) -> str:
         """What tells it from other requests on the same model."""
         by = self.weights
         weighted = "" if by is None else f"{by.attention.name} {by.form} {by.floor}"
-        return digest(self.value.name or "", repr(self.statistic), weighted, str(self.channel_axis))
+        return digest(self.value.name or "", repr(self.statistic), weighted, str(self.channel_axis), repr(self.patches))
 
 
 def rows_of(

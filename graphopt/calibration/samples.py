@@ -75,7 +75,12 @@ class Samples:
         """
         if self.valid:
             return
+        defaults = {value.name for value in self._model.graph.inputs if value.is_initializer()}
         for sample, feeds in enumerate(self._data.feeds(self._model)):
+            if given := defaults & set(feeds):
+                raise InputDataError(
+                    f"The input {next(iter(given))!r} has a default, which calibration uses; leave it out."
+                )
             self.valid.append(self.axes.valid(feeds))
             self.sizes.append(self.axes.sizes(feeds))
             for name, array in feeds.items():

@@ -135,36 +135,36 @@ class _Run:
         self.inputs_later: list[set[str]] = []
         """For each piece, the inputs of the model that later ones read."""
         self.shown: list[list[ir.Node]] = []
-        """For each piece, the attentions in it that are looked at."""
+        """For each piece, the attentions that are looked at."""
+        self.kept: list[list[ir.Node]] = []
+        """For each piece, those of them that lie in it: what they show is the same for all pieces behind it."""
         self.done = 0
         """Pieces that have run over all samples."""
 
     def plan(self, grain: Grain, piece_bytes: int) -> None:
         """Cut the model."""
         sizes: dict[ir.Value, int] = {}
-        together: list[tuple[ir.Value, ir.Value]] = []
         for request in self.requests:
-            value, axis = request.value, request.channel_axis
-            known = value.shape is not None and -len(value.shape) <= axis < len(value.shape)
-            channels = value.shape[axis] if known and value.shape is not None else None
-            count = request.statistic.bytes(channels if isinstance(channels, int) else 1024)
-            sizes[value] = sizes.get(value, 0) + count
-            if request.weights is not None:
-                together.append((value, request.weights.attention.outputs[0]))
+            sizes[request.value] = sizes.get(request.value, 0) + request.bytes
         limit = None if self.sequential else piece_bytes
-        self.pieces = cut(self.model, sizes, together, empty=self.samples.empty(), limit_bytes=limit, grain=grain)
-        attentions = dict.fromkeys(r.weights.attention for r in self.requests if r.weights is not None)
-        if elsewhere := set(attentions) - {node for piece in self.pieces for node in piece.nodes}:
-            name = next(iter(elsewhere)).name
-            raise ModelError(
-                f"How much attention tokens receive in {name!r} can't be seen: it isn't in the main graph."
-            )
-        inputs: set[str] = set()
-        for piece in reversed(self.pieces):
+        by = {r: r.weights.attention for r in self.requests if r.weights is not None}
+        ahead = [node.outputs[0] for node in by.values()]
+        if any(node.graph is not self.model.graph for node in by.values()):
+            raise ModelError("How much attention tokens receive can be seen in the main graph only.")
+        self.pieces = cut(self.model, sizes, ahead, empty=self.samples.empty(), limit_bytes=limit, grain=grain)
+        behind: set[ir.Node] = set()
+        for piece in self.pieces:
             own = set(piece.nodes)
-            self.shown.insert(0, [node for node in attentions if node in own])
+            # A piece may end before the attention by which it is weighted, and looks ahead then.
+            needed = [node for r, node in by.items() if r.value in piece.wanted and node not in behind]
+            self.kept.append(list(dict.fromkeys(node for node in by.values() if node in own)))
+            self.shown.append(list(dict.fromkeys([*needed, *self.kept[-1]])))
+            behind |= own
+        inputs: set[str] = set()
+        for index in reversed(range(len(self.pieces))):
+            piece = self.pieces[index]
             self.inputs_later.insert(0, set(inputs))
-            seen = [node.outputs[0] for node in self.shown[0]]
+            seen = [node.outputs[0] for node in self.shown[index]]
             read, _, _ = bounded([*piece.wanted, *piece.made, *seen], set(piece.entering))
             inputs |= {value.name or "" for value in read if value.is_graph_input()}
 
@@ -208,8 +208,9 @@ class _Run:
         """A piece with the weights that count now; unless `observed` it makes only what later pieces need."""
         piece = self.pieces[index]
         outputs = [*piece.wanted, *piece.made] if observed else piece.made
+        shown = self.shown[index] if observed else self.kept[index]
         padded = self.samples.axes.attention_mask is not None
-        return piece_model(self.model, piece, outputs, self.shown[index], self._used(), padded=padded)
+        return piece_model(self.model, piece, outputs, shown, self._used(), padded=padded)
 
     def _catch_up(self, index: int) -> None:
         """Make what enters a piece, where those before it were found in the cache."""
@@ -247,6 +248,10 @@ class _Run:
     def _gather(self, sample: int, request: Request, accumulator: Accumulator, outputs: Mapping[str, Array]) -> None:
         name = request.value.name or ""
         array = outputs[name] if name in outputs else self.samples.carried.get(sample, name)
+        if request.patches is not None:
+            rows = request.patches.of(np.asarray(array))
+            accumulator.add(rows.reshape(-1, rows.shape[-1]))
+            return
         valid, weights = self.samples.valid[sample], None
         if request.weights is not None:
             received = self.samples.received[request.weights.attention][sample]

@@ -20,6 +20,8 @@ LARGEST = 1e30
 """What is at least as large stands for -inf in a mask, or is an overflow, and is counted as excluded."""
 _ROWS = 4096
 """Rows that are multiplied at once."""
+_COLUMNS = 512
+"""Columns of a second moment that are made at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +201,30 @@ class SecondMoment(Statistic):
         return 12 * channels * channels
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows(Statistic):
+    """Some of the rows, each as probable as any other: "rows" [count or fewer, channels], float32, in their order.
+
+    Every row draws a number, and those of the smallest stay (reservoir sampling), so that nothing need be known of how
+    many there will be. Weights don't matter.
+
+    Attributes:
+        count: Rows that are kept at most.
+        seed: Of the draw.
+    """
+
+    count: int = 256
+    seed: int = 0
+
+    def accumulator(self) -> Accumulator:
+        """See the base."""
+        return _Rows(self.count, self.seed)
+
+    def bytes(self, channels: int) -> int:
+        """See the base."""
+        return 4 * self.count * channels
+
+
 def percentile(histogram: Summary, fraction: float) -> float:
     """The value below which `fraction` (0 to 1) of what a `Histogram` saw lies, linear within a bin.
 
@@ -319,20 +345,54 @@ class _MeanVariance(Accumulator):
 
 
 class _SecondMoment(Accumulator):
+    """Only blocks on and above the diagonal are summed: that is half of the work, and what is made at once is small."""
+
     def __init__(self) -> None:
         super().__init__()
         self._sum: Array | None = None
 
     def _take(self, block: Array, weights: Array | None) -> None:
+        size = block.shape[1]
         if self._sum is None:
-            self._sum = np.zeros((block.shape[1], block.shape[1]))
+            self._sum = np.zeros((size, size))
         for start in range(0, len(block), _ROWS):
             rows = block[start : start + _ROWS]
             if weights is not None:
                 rows = rows * np.sqrt(weights[start : start + _ROWS, None]).astype(np.float32)
-            self._sum += rows.T @ rows
+            for first in range(0, size, _COLUMNS):
+                last = first + _COLUMNS
+                self._sum[first:last, first:] += rows[:, first:last].T @ rows[:, first:]
 
     def _arrays(self) -> dict[str, Array]:
         if self._sum is None:
             return {}
-        return {"second_moment": (self._sum / (self.weight or 1.0)).astype(np.float32)}
+        size = len(self._sum)
+        made = np.empty((size, size), dtype=np.float32)
+        for first in range(0, size, _COLUMNS):
+            last = first + _COLUMNS
+            mean = self._sum[first:last, first:] / (self.weight or 1.0)
+            # Within a block on the diagonal both halves were summed, and may differ in the last digit.
+            own = mean[:, : last - first]
+            mean[:, : last - first] = (own + own.T) / 2
+            made[first:last, first:] = mean
+            made[first:, first:last] = mean.T
+        return {"second_moment": made}
+
+
+class _Rows(Accumulator):
+    def __init__(self, count: int, seed: int) -> None:
+        super().__init__()
+        self._count, self._random = count, np.random.default_rng(seed)
+        self._kept: Array | None = None
+        self._drawn = np.zeros(0)
+
+    def _take(self, block: Array, weights: Array | None) -> None:
+        drawn = np.concatenate([self._drawn, self._random.random(len(block))])
+        kept = np.sort(np.argsort(drawn, kind="stable")[: self._count])
+        old = 0 if self._kept is None else len(self._kept)
+        new = block[kept[kept >= old] - old]
+        self._kept = new.copy() if self._kept is None else np.concatenate([self._kept[kept[kept < old]], new])
+        self._drawn = drawn[kept]
+
+    def _arrays(self) -> dict[str, Array]:
+        return {} if self._kept is None else {"rows": self._kept}

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.calibration.data import Dataset, Feeds, digest
+from graphopt.calibration.data import Dataset, Feeds, counted, digest
 from graphopt.calibration.token_feeds import TokenInputs
 from graphopt.errors import InputDataError, ModelError, UsageError, first_line
 from graphopt.graph.kv_interface import kv_interface
@@ -63,7 +63,7 @@ class TextDataset(Dataset):
     @property
     def description(self) -> str:
         """See the base."""
-        return f"{len(self)} windows of {self.window} tokens"
+        return f"{counted(len(self), 'window')} of {counted(self.window, 'token')}"
 
     def feeds(self, model: ir.Model) -> Iterator[Feeds]:
         """The inputs for each window: ids, mask and positions, and an empty cache of a decoder; of an encoder ids with

@@ -374,6 +374,8 @@ def _reproduce(report: Data) -> str:
         machine = " ".join(str(platform.get(k, "")) for k in ("system", "machine")).strip()
         pairs += [("Python", str(platform.get("python", "–"))), ("platform", machine)]
     pairs.append(("lowered by", summary.followed(report)))
+    if data := summary.calibrated(report):
+        pairs.append(("calibrated on", data))
     recipe = str((report.get("recipe") or {}).get("name") or "recipe")
     return (
         code_block("Command", summary.command(report))

@@ -264,6 +264,14 @@ def followed(report: Data) -> str:
     return f"target profile {profile.get('id')} ({profile.get('description')})"
 
 
+def calibrated(report: Data) -> str:
+    """What the passes were calibrated with; "" where it was nothing."""
+    data = report.get("calibration")
+    if not isinstance(data, Mapping):
+        return ""
+    return f"{data.get('data')} (fingerprint {data.get('fingerprint')})"
+
+
 def command(report: Data) -> str:
     """The command line that makes the result again."""
     import shlex

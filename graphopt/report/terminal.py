@@ -56,6 +56,8 @@ def print_report(report: Data, console: Console) -> None:
         took += f", verification {units.seconds(report.get('verify_seconds'))}"
     printer.line(f"{took}.", style="dim")
     printer.line(f"Lowered by {summary.followed(report)}.", style="dim")
+    if data := summary.calibrated(report):
+        printer.line(f"Calibrated on {data}.", style="dim")
 
 
 def print_inspection(data: Data, console: Console) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from graphopt.calibration.request import Request
+from graphopt.calibration.statistics import AbsMax
 from graphopt.graph.load import normalize
+from graphopt.passes.base import Guarantee, Pass
 from graphopt.runtime_ops.memory_session import make_session, run
 
 HIDDEN, INNER = 8, 12
@@ -61,3 +64,21 @@ def activations(
         for name in names:
             found[name].append(outputs[name] if name in outputs else feed[name])
     return found
+
+
+class Observed(Pass):
+    """A pass that looks at what each MatMul multiplies, and changes nothing."""
+
+    name: ClassVar[str] = "observed"
+    family: ClassVar[str] = "test"
+    guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
+    needs: tuple[str, ...] = ("absmax",)
+
+    def apply(self, model: ir.Model) -> bool:
+        """See the base."""
+        assert self.calibration is not None
+        requests = {n: Request(n.inputs[0], AbsMax()) for n in model.graph if n.op_type == "MatMul" and n.inputs[0]}
+        found = self.calibration.gather(model, list(requests.values()))
+        for node, request in requests.items():
+            self.left(node, f"up to {float(found[request].array):.4f}")
+        return False

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from calibration.small_models import HIDDEN, activations, parse, residual, value
 from graphopt.calibration.calibration import Calibration
 from graphopt.calibration.data import ArrayDataset
+from graphopt.calibration.patches import Patches
 from graphopt.calibration.pieces import cut
 from graphopt.calibration.request import Request
 from graphopt.calibration.stages import Stage, _Run, stages
@@ -69,7 +70,6 @@ def test_pieces_are_cut_where_little_crosses() -> None:
     assert [v.name for v in pieces[-1].weights] == ["a3"]
     two = 2 * sum(v.const_value.nbytes for v in pieces[0].weights if v.const_value is not None)
     assert len(cut(model, wanted, limit_bytes=two)) == 2
-    assert len(cut(model, wanted, limit_bytes=two, together=[(value(model, "t0"), value(model, "t3"))])) == 1
 
 
 def test_a_sequential_run_sees_changed_weights_and_another_one_does_not() -> None:
@@ -258,6 +258,42 @@ def test_images_have_their_channels_in_front() -> None:
     np.testing.assert_array_equal(found.array, np.abs(feeds[0]["x"]).max(axis=(0, 2, 3)))
 
 
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        "pads = [1, 0, 2, 1], strides = [2, 1]",
+        "dilations = [2, 1]",
+        'auto_pad = "SAME_UPPER", strides = [2, 2]',
+        'auto_pad = "SAME_LOWER"',
+        'auto_pad = "VALID"',
+    ],
+)
+def test_patches_of_a_convolution(attributes: str) -> None:
+    rng = np.random.default_rng(6)
+    kernel = rng.normal(size=(4, 3, 2, 3)).astype(np.float32)
+    model = parse(f"g (float[b, 3, h, w] x) => (float[b, 4, i, j] y) {{ y = Conv<{attributes}>(x, k) }}", {"k": kernel})
+    node = value(model, "y").producer()
+    assert node is not None
+    patches = Patches.of_node(node)
+    assert patches is not None
+    feeds = [{"x": rng.normal(size=(2, 3, 7, 6)).astype(np.float32)} for _ in range(2)]
+    made = patches.of(feeds[0]["x"]) @ kernel.reshape(4, -1).T
+    np.testing.assert_allclose(made.transpose(0, 3, 1, 2), activations(model, feeds, ["y"])["y"][0], atol=1e-5)
+    request = Request(value(model, "x"), SecondMoment(), patches=patches)
+    found = Calibration(ArrayDataset(feeds)).gather(model, [request])[request]
+    np.testing.assert_allclose(found.array, moment([patches.of(one["x"]) for one in feeds]), rtol=1e-5, atol=1e-5)
+
+
+def test_no_patches() -> None:
+    model = residual(1)
+    assert Patches.of_node(next(iter(model.graph))) is None
+    model = parse(
+        "g (float[b, 4, h, w] x) => (float[b, 4, h, w] y) { y = Conv<group = 2>(x, k) }",
+        {"k": np.zeros((4, 2, 1, 1), np.float32)},
+    )
+    assert Patches.of_node(next(iter(model.graph))) is None
+
+
 def test_what_cannot_be_observed() -> None:
     model = residual(2)
     with pytest.raises(UsageError, match="'a0' can't be observed"):
@@ -265,6 +301,18 @@ def test_what_cannot_be_observed() -> None:
     with pytest.raises(UsageError, match="can't be observed"):
         list(stages(model, [Request(value(residual(2), "x1"), AbsMax())], DATA))
     assert list(stages(model, [], DATA)) == []
+
+
+def test_inputs_with_defaults_keep_them() -> None:
+    model = residual(2)
+    model.graph.inputs.append(model.graph.initializers["b0"])
+    request = Request(value(model, "x1"), SecondMoment())
+    found = Calibration(DATA).gather(model, [request])[request]
+    np.testing.assert_allclose(found.array, moment(activations(residual(2), FEEDS, ["x1"])["x1"]), rtol=1e-5, atol=1e-6)
+    default = model.graph.initializers["b0"].const_value
+    assert default is not None
+    with pytest.raises(InputDataError, match="'b0' has a default"):
+        Calibration(ArrayDataset([{**FEEDS[0], "b0": default.numpy()}])).gather(model, [request])
 
 
 def test_data_that_does_not_run() -> None:

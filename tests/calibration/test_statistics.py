@@ -15,6 +15,7 @@ from graphopt.calibration.statistics import (
     MeanAbs,
     MeanVariance,
     MinMax,
+    Rows,
     SecondMoment,
     Statistic,
     Summary,
@@ -93,6 +94,13 @@ def test_what_is_not_finite_is_left_out_and_counted() -> None:
     assert gathered(AbsMax(), [np.full((2, 3), -np.inf)]).array == 0
 
 
+def test_a_wide_second_moment_is_symmetric() -> None:
+    block = np.random.default_rng(1).normal(size=(40, 1200)).astype(np.float32)
+    found = gathered(SecondMoment(), [block[:7], block[7:]]).array
+    np.testing.assert_array_equal(found, found.T)
+    np.testing.assert_allclose(found, block.T.astype(np.float64) @ block / 40, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_seen() -> None:
     for statistic in (AbsMax(), MinMax(), Histogram(), MeanAbs(), MeanVariance(), SecondMoment()):
         found = gathered(statistic, [np.zeros((0, 4), np.float32)])
@@ -100,6 +108,17 @@ def test_nothing_seen() -> None:
         assert not found.arrays
     with pytest.raises(ValueError, match="percentile"):
         percentile(gathered(Histogram(), []), 0.5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 299), max_size=5), st.integers(1, 400))
+def test_some_rows(cuts: list[int], count: int) -> None:
+    found = gathered(Rows(count, seed=1), np.split(DATA, sorted(set(cuts))))["rows"]
+    whole = gathered(Rows(count, seed=1), [DATA])["rows"]
+    np.testing.assert_array_equal(found, whole)
+    places = [int(np.flatnonzero((row == DATA).all(axis=1))[0]) for row in found]
+    assert places == sorted(set(places))
+    assert len(places) == min(count, 300)
 
 
 def test_a_variance_far_from_zero_keeps_its_digits() -> None:

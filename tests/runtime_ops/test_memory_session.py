@@ -11,8 +11,8 @@ import pytest
 from graphopt.errors import ModelError, VerificationError
 from graphopt.graph.load import load
 from graphopt.graph.skeleton import skeleton
+from graphopt.runtime_ops import memory_session as session_module
 from graphopt.runtime_ops.memory_session import WeightStore, make_session, run
-from graphopt.verification import session as session_module
 
 
 def cast_model(dtype: ir.DataType, array: np.ndarray) -> ir.Model:
