@@ -39,7 +39,7 @@ def test_a_recipe_with_bits_and_groups() -> None:
     (step,) = [step for step in recipe.steps if step.name == "quantize-weights"]
     assert step.options == {"bits": 3, "group_size": 64, "symmetric": False}
     assert recipe.passes()
-    with pytest.raises(UsageError, match="has the option 'group_size'"):
+    with pytest.raises(UsageError, match="has the option 'bits'"):
         recipe_of("kv4", Setting(3, 64))
     with pytest.raises(UsageError, match="There is no recipe"):
         recipe_of("no-such-method", Setting(4, 32))
