@@ -23,7 +23,6 @@ from quantization_variants import (
     FLOAT,
     SETTINGS,
     Kind,
-    Setting,
     Variant,
     make,
     recipe_of,
@@ -106,7 +105,7 @@ class Kept:
 
 @dataclasses.dataclass
 class Inputs:
-    """What all rows are made of and judged by: the off-grid model, the graph that graphopt makes of it, and the texts."""
+    """What all rows are made of and judged by: the off-grid model, graphopt's float graph of it, and the texts."""
 
     source: Path
     optimized: Path

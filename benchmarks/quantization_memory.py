@@ -63,9 +63,9 @@ def measure(options: argparse.Namespace) -> list[str]:
             file.unlink()
         kept.write_text(json.dumps(rows, indent=1))
     text = [
-        f"A transformer of {size(source) / 1e9:.1f} GB with random weights, {SETTING}, {options.threads} threads; memory "
-        "is what the process held itself, without pages of mapped files. GPTQ saw "
-        f"{SAMPLES} samples of {TOKENS} vectors.",
+        f"A transformer of {size(source) / 1e9:.1f} GB with random weights, {SETTING}, {options.threads} threads. "
+        "Memory is what the process held itself, without pages of mapped files. "
+        f"GPTQ saw {SAMPLES} samples of {TOKENS} vectors.",
         "",
         "| system | seconds | peak memory, MB | counts | result, MB |",
         "|---|---|---|---|---|",

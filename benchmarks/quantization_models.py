@@ -41,6 +41,8 @@ from graphopt.verification.quality.runs import Measure, judge
 from graphopt.verification.quality.tasks import guess_task
 
 Feeds = dict[str, npt.NDArray[Any]]
+OPSET = 17
+"""That which ONNX Runtime's quantizer gets; older ones have no scales for each channel."""
 ORIGINAL = "as it is"
 PEER = "ONNX Runtime's quantizer"
 SHOWN = {
@@ -249,6 +251,7 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
                     made = make(source, target, recipe, data={"feeds": str(stored)}, threads=options.threads)
                     for reason, count in made["left"].items():
                         print(f"{case.name}, {way.name}: left {count}: {reason}", flush=True)
+            session(target, timed_options(1))
             files[way.name] = target
         except GraphoptError as error:
             shutil.rmtree(target.parent, ignore_errors=True)
@@ -325,13 +328,20 @@ def table(case: Case, result: dict[str, Any]) -> list[str]:
 
 def peer(kind: str, source: str, target: str, folder: str) -> None:
     """int8 weights per channel; activations measured on the calibration data or on the fly."""
+    import onnx
+    import onnx.version_converter
     from onnxruntime import quantization as ort
 
     if kind == "dynamic":
         ort.quantize_dynamic(source, target, per_channel=True, weight_type=ort.QuantType.QInt8)
         return
     prepared = str(Path(target).with_name("prepared.onnx"))
-    ort.quant_pre_process(source, prepared)
+    model = onnx.load(source)
+    if next(entry.version for entry in model.opset_import if not entry.domain) < OPSET:
+        model = onnx.version_converter.convert_version(model, OPSET)
+    onnx.save(model, prepared)
+    # Shapes with names that it can't relate end its symbolic inference.
+    ort.quant_pre_process(prepared, prepared, skip_symbolic_shape=True)
 
     class Reader(ort.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
