@@ -80,6 +80,10 @@ def numbers(model: ir.Model, name: str) -> Any:
     return tensor.numpy()
 
 
+def matrix_of(features: int, kind: Any, seed: int = 0) -> Any:
+    return random_rotation(features, kind, seed).matrix
+
+
 # ---- matrices
 
 
@@ -87,29 +91,30 @@ def numbers(model: ir.Model, name: str) -> Any:
 @settings(max_examples=30, deadline=None)
 def test_rotations_are_orthogonal(features: int, seed: int) -> None:
     for kind in ("hadamard", "orthogonal"):
-        matrix = random_rotation(features, kind, seed)  # type: ignore[arg-type]
+        matrix = matrix_of(features, kind, seed)
         np.testing.assert_allclose(matrix @ matrix.T, np.eye(features), atol=1e-13)
-        assert np.array_equal(matrix, random_rotation(features, kind, seed))  # type: ignore[arg-type]
+        assert np.array_equal(matrix, matrix_of(features, kind, seed))
 
 
 def test_a_hadamard_rotation_is_one_of_random_signs() -> None:
-    matrix = random_rotation(24, "hadamard", 3)
+    matrix = matrix_of(24, "hadamard", 3)
     np.testing.assert_allclose(np.abs(matrix), 24**-0.5)
     np.testing.assert_allclose(
         matrix / hadamard(24), np.broadcast_to(matrix[:, :1] / hadamard(24)[:, :1], (24, 24)), rtol=1e-6
     )
-    assert not np.array_equal(matrix, random_rotation(24, "hadamard", 4))
+    assert not np.array_equal(matrix, matrix_of(24, "hadamard", 4))
 
 
 def test_blocks_of_a_constant_are_rotated_alone() -> None:
     rng = np.random.default_rng(0)
-    array, matrix = rng.normal(size=(5, 12)), random_rotation(4, "orthogonal", 0)
-    found = rotated(ir.tensor(array), -1, matrix, [0, 2]).numpy()
+    array, rotation = rng.normal(size=(5, 12)), random_rotation(4, "orthogonal", 0)
+    matrix = rotation.matrix
+    found = rotated(ir.tensor(array), -1, rotation, [0, 2]).numpy()
     np.testing.assert_allclose(found[:, :4], array[:, :4] @ matrix)
     assert np.array_equal(found[:, 4:8], array[:, 4:8])
     np.testing.assert_allclose(found[:, 8:], array[:, 8:] @ matrix)
-    np.testing.assert_allclose(rotated(ir.tensor(array.T), -2, matrix, [0, 2]).numpy(), found.T)
-    np.testing.assert_allclose(rotated(ir.tensor(np.array(2.0)), -1, matrix).numpy(), np.full(4, 2.0) @ matrix)
+    np.testing.assert_allclose(rotated(ir.tensor(array.T), -2, rotation, [0, 2]).numpy(), found.T)
+    np.testing.assert_allclose(rotated(ir.tensor(np.array(2.0)), -1, rotation).numpy(), np.full(4, 2.0) @ matrix)
 
 
 # ---- the stream
@@ -124,7 +129,7 @@ def test_a_stream_is_rotated_in_its_constants(text: str, kind: str) -> None:
     assert_same(before, after)
     assert op_types(before) == op_types(after)
     assert len(after.graph.initializers) == len(before.graph.initializers)
-    matrix = random_rotation(24, kind, 1)  # type: ignore[arg-type]
+    matrix = matrix_of(24, kind, 1)
     np.testing.assert_allclose(numbers(after, "table"), numbers(before, "table") @ matrix)
     np.testing.assert_allclose(numbers(after, "gate"), matrix.T @ numbers(before, "gate"))
     np.testing.assert_allclose(numbers(after, "bias"), numbers(before, "bias") @ matrix)
@@ -147,7 +152,7 @@ def test_each_part_can_be_left_out() -> None:
 def test_every_head_is_rotated_by_itself() -> None:
     before = stream()
     after, _ = rotate(before, residual=False)
-    matrix = random_rotation(6, "hadamard", 0)
+    matrix = matrix_of(6, "hadamard", 0)
     np.testing.assert_allclose(numbers(after, "wv"), numbers(before, "wv") @ np.kron(np.eye(2), matrix))
     np.testing.assert_allclose(numbers(after, "wo"), np.kron(np.eye(4), matrix.T) @ numbers(before, "wo"))
 
@@ -212,7 +217,7 @@ def test_values_of_a_cache_are_rotated_with_the_new_ones(kind: Any) -> None:
     before = api.canonical(ir.from_proto(decoder(kind, layers=1)))
     after, said = rotate(before, residual=False)
     assert said == [("applied", "heads of 16 rotated, and its cache")]
-    matrix = random_rotation(16, "hadamard", 0).astype(np.float32)
+    matrix = matrix_of(16, "hadamard", 0).astype(np.float32)
     inputs = random_feeds(before, dims={"batch": 2, "sequence": 2, "past": 3, "total": 5})
     inputs["attention_mask"] = np.ones_like(inputs["attention_mask"])
     turned = {k: v @ matrix if k.endswith(".value") else v for k, v in inputs.items()}
