@@ -98,13 +98,19 @@ def centre(plan: Plan, edit: Editor, rewritten: Rewritten | None = None) -> None
         _centre_at_run_time(value, axis, edit)
 
 
-def set_constant(value: ir.Value, readers: list[tuple[ir.Node, int]], tensor: ir.TensorProtocol, edit: Editor) -> None:
-    """Let `readers` read `tensor` from now on, in place of the constant `value`."""
+def set_constant(
+    value: ir.Value,
+    readers: list[tuple[ir.Node, int]],
+    tensor: ir.TensorProtocol,
+    edit: Editor,
+    label: str = "centred",
+) -> None:
+    """Let `readers` read `tensor` from now on, in place of the constant `value`; `label` is for the name of a copy."""
     if value.is_initializer() and len(readers) == len(value.uses()) and not value.is_graph_output():
         value.const_value, value.shape = tensor, ir.Shape(tensor.shape.numpy())
         return
     edit.at(readers[0][0])
-    new = edit.constant(tensor, "centred")
+    new = edit.constant(tensor, label)
     for node, index in readers:
         edit.set_input(node, index, new)
 

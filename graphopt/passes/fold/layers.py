@@ -134,7 +134,7 @@ class Layer:
         """
         if (factor == 1).all():
             return None
-        others = self._sharers()
+        others = self.sharers()
         if len(others) > sharers:
             several = f"{len(others)} other nodes" if len(others) > 1 else f"{others[0].op_type} {others[0].name!r}"
             return f"the weights of {self.name} are shared with {several}"
@@ -153,9 +153,7 @@ class Layer:
             return f"the weights of {self.name} would lose precision in {dtype.name.lower()}"
         return None
 
-    # ---- parts
-
-    def _sharers(self) -> list[ir.Node]:
+    def sharers(self) -> list[ir.Node]:
         """The other nodes that read the weight."""
         value = self.node.inputs[1]
         assert value is not None
@@ -165,6 +163,8 @@ class Layer:
             assert base is not None
             found += [user for user, _ in base.uses() if user is not transpose]
         return found
+
+    # ---- parts
 
     @property
     def _dims(self) -> tuple[int, ...]:

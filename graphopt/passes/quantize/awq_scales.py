@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.calibration.statistics import MeanAbs, SecondMoment, Statistic
+from graphopt.analysis.attention_sites import attention_sites
+from graphopt.analysis.shapes import infer
+from graphopt.calibration.request import Request
+from graphopt.calibration.statistics import MeanAbs, SecondMoment
 from graphopt.graph.computed import identity, weight
 from graphopt.graph.edits import Editor
 from graphopt.passes.fold.centring import set_constant
@@ -17,11 +21,14 @@ from graphopt.passes.fold.layers import Layer
 from graphopt.passes.quantize.channel_folds import ChannelFold, ReaderGroup, outputs_first
 from graphopt.passes.quantize.grid_names import make_grid
 from graphopt.passes.quantize.scale_channels import ScaleChannels, ScalePlan, Statistics
+from graphopt.passes.quantize.token_weights import TokensOf
 
 Array = npt.NDArray[np.float32]
 
 _SHARES = np.linspace(1, 0.5, 10, endpoint=False, dtype=np.float32)
 """Parts of a group's range that clipping tries."""
+TOKENS = ("all", "linear", "received")
+TOKEN_ROLES = ("k", "v", "kv", "qkv")
 _UNCLIPPED = ("q", "k", "qkv")
 """Roles whose output goes through a product with itself, of which the error of the layer says little."""
 
@@ -42,7 +49,8 @@ class AwqScales(ScaleChannels):
     2. 1/s goes into what makes x: gain and bias of a normalization; the output channels of V for O, through the
        attention, where query heads share the factors of the head of keys and values that they read; those of up for
        down, through the product with the gate; those of fc1 for fc2 through a ReLU.
-    3. With `clip`, each group of each row of the scaled weights is clipped to the part of its range (1 to 0.5) that
+    3. `tokens` weighs tokens by the attention that they receive in the H of `token_roles`, as in quantize-weights.
+    4. With `clip`, each group of each row of the scaled weights is clipped to the part of its range (1 to 0.5) that
        gives the least error of this group alone; q and k are not, as in the paper's code.
 
     Differs from the paper's code in that q, k and v are judged by their own outputs, not by that of the attention, and
@@ -52,7 +60,8 @@ class AwqScales(ScaleChannels):
     `symmetric` (boolean, default True), `floats` (boolean, default False): the grid that weights are rounded to
     afterwards, as in quantize-weights, with ranges that aren't searched. `steps` (default 20): values of α. `rows`
     (default 512): of how many rows of each weight, evenly spread, the search looks at the error; 0: of all. `clip`
-    (boolean, default True): rule 3, which changes the function by itself. `head` (boolean, default False): scale the
+    (boolean, default True): rule 4, which changes the function by itself. `tokens` (default "all"): or "linear" or
+    "received"; `token_roles` (default k, v, kv, qkv): rule 3. `head` (boolean, default False): scale the
     output layer too.
 
     **Needs:** calibration data (mean magnitude and second moments of what each group reads). **Guarantees:** LOSSY.
@@ -68,7 +77,6 @@ class AwqScales(ScaleChannels):
 
     name: ClassVar[str] = "awq-scales"
     paper: ClassVar[str] = "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration"
-    statistics: ClassVar[tuple[Statistic, ...]] = (MeanAbs(), SecondMoment())
     needs = ("mean-abs", "second-moment")
 
     def __init__(
@@ -81,6 +89,8 @@ class AwqScales(ScaleChannels):
         steps: int = 20,
         rows: int = 512,
         clip: bool = True,
+        tokens: str = "all",
+        token_roles: list[str] | None = None,
         head: bool = False,
     ) -> None:
         super().__init__()
@@ -88,20 +98,37 @@ class AwqScales(ScaleChannels):
             raise ValueError("group_size and rows can't be negative, and steps must be positive")
         self.bits, self.group_size, self.grid = bits, group_size, grid
         self.symmetric, self.floats = symmetric, floats
+        if tokens not in TOKENS:
+            raise ValueError(f"tokens is one of {', '.join(TOKENS)}, not {tokens!r}")
+        self.tokens, self.token_roles = tokens, list(TOKEN_ROLES if token_roles is None else token_roles)
         self._numbers = make_grid(grid, bits, symmetric, floats, search=False)
         self.steps, self.rows, self.clip, self.head = steps, rows, clip, head
 
+    def apply(self, model: ir.Model) -> bool:
+        """See the class."""
+        attention = attention_sites(model, infer(model)) if self.tokens != "all" else []
+        self._weights = TokensOf(model, attention, self.tokens, self.token_roles)
+        try:
+            return super().apply(model)
+        finally:
+            del self._weights
+
+    def requests(self, group: ReaderGroup) -> Sequence[Request]:
+        """The mean magnitude, then the second moments for each reader."""
+        moments = [Request(group.x, SecondMoment(), self._weights.of(site)) for site in group.sites]
+        return [Request(group.x, MeanAbs()), *moments]
+
     def plan(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> ScalePlan:
         """See the class."""
-        hessian = statistics[SecondMoment()].astype(np.float32, copy=False)
-        mean = fold.pooled(statistics[MeanAbs()].astype(np.float64))
+        magnitude, *hessians = (statistics[request].astype(np.float32) for request in self.requests(group))
+        mean = fold.pooled(magnitude.astype(np.float64))
         mean = np.maximum(mean, mean.max() * 1e-6) if mean.any() else np.ones(fold.count)
         candidates = []
         for step in range(self.steps):
             factors = mean ** (step / self.steps)
             candidates.append(factors / np.sqrt(factors.max() * factors.min()))
         errors = np.zeros(self.steps)
-        for whole in group.weights():
+        for whole, hessian in zip(group.weights(), hessians, strict=True):
             rows = whole[:: -(-len(whole) // self.rows)] if self.rows else whole
             for step, factors in enumerate(candidates):
                 channels = fold.spread(factors).astype(np.float32)
@@ -114,14 +141,14 @@ class AwqScales(ScaleChannels):
         channels = fold.spread(candidates[best]).astype(np.float32)
         shares = [
             None if role in _UNCLIPPED else self._shares(rows * channels, hessian / np.outer(channels, channels))
-            for rows, role in zip(group.weights(), group.roles, strict=True)
+            for rows, hessian, role in zip(group.weights(), hessians, group.roles, strict=True)
         ]
         known = [part for part in shares if part is not None]
         clipped = sum(int((part < 1).sum()) for part in known) / max(1, sum(part.size for part in known))
         return ScalePlan(candidates[best], f"{detail}, {clipped:.0%} of ranges clipped" if known else detail, shares)
 
     def finish(self, group: ReaderGroup, plan: ScalePlan, edit: Editor) -> None:
-        """Rule 3."""
+        """Rule 4."""
         for layer, shares in zip(group.layers(), plan.shares, strict=False):
             if shares is not None and (shares < 1).any():
                 _clip(layer, shares, self._size(group.channels), edit)
@@ -182,4 +209,4 @@ def _clip(layer: Layer, shares: Array, size: int, edit: Editor) -> None:
 
     origin = ("clipped", identity(tensor), hashlib.blake2b(np.ascontiguousarray(shares).tobytes()).digest(), size)
     clipped = weight(compute, tensor.dtype, tensor.shape.numpy(), tensor.name, origin)
-    set_constant(value, [(layer.node, 1)], clipped, edit)
+    set_constant(value, [(layer.node, 1)], clipped, edit, "clipped")

@@ -25,7 +25,7 @@ from graphopt.graph.edits import Editor
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.passes.fold.centring import set_constant
 from graphopt.passes.fold.channel_affine import Affine, into_input, into_output, rounded_to
-from graphopt.passes.fold.layers import FLOATS, Layer, Numbers, bias_behind, layer_of
+from graphopt.passes.fold.layers import Layer, Numbers, bias_behind, layer_of
 from graphopt.passes.quantize.channel_walk import ChannelWalk, Refused, Taker
 from graphopt.passes.quantize.factor_numbers import Numbers as FactorNumbers
 
@@ -36,15 +36,26 @@ class ReaderGroup:
 
     Attributes:
         x: The value.
-        readers: The MatMul and Gemm nodes, in the order of the graph.
-        roles: The role of each.
-        channels: Input features K.
+        sites: The MatMul and Gemm nodes, in the order of the graph.
     """
 
     x: ir.Value
-    readers: list[ir.Node]
-    roles: list[Role]
-    channels: int
+    sites: list[LinearSite]
+
+    @property
+    def readers(self) -> list[ir.Node]:
+        """The nodes."""
+        return [site.node for site in self.sites]
+
+    @property
+    def roles(self) -> list[Role]:
+        """The role of each."""
+        return [site.role for site in self.sites]
+
+    @property
+    def channels(self) -> int:
+        """Input features K."""
+        return self.sites[0].inputs
 
     def layers(self) -> list[Layer]:
         """The readers as they are now, with the Adds of their biases."""
@@ -131,13 +142,13 @@ class ChannelFolds:
             elif any(node.graph is not first.node.graph for node in readers):
                 yield first, "its input is read in an inner graph too"
             else:
-                yield ReaderGroup(x, readers, [site.role for site in sites], first.inputs)
+                yield ReaderGroup(x, sites)
 
     def fold(self, group: ReaderGroup) -> ChannelFold | str:
         """Where factors of a group's channels go, or why nowhere."""
         for layer in group.layers():
-            if len((layer.node.inputs[1] or group.x).uses()) > 1 or layer.weight.dtype not in FLOATS:
-                return f"the weights of {layer.name} are shared, or no floats"
+            if others := layer.sharers():
+                return f"the weights of {layer.name} are shared with {others[0].op_type} {others[0].name!r}"
         walk = ChannelWalk(self.facts, self.caches)
         try:
             roots = walk.start(group.x, group.channels, group.readers)
@@ -207,7 +218,7 @@ def scale(group: ReaderGroup, fold: ChannelFold, factors: Numbers, facts: ShapeF
         value = node.inputs[index]
         assert value is not None
         assert tensor is not None
-        set_constant(value, [(node, index)], tensor, edit)
+        set_constant(value, [(node, index)], tensor, edit, "scaled")
     return None
 
 

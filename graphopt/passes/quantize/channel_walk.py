@@ -20,13 +20,12 @@ from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.constants import constant_array, is_constant
 from graphopt.passes.fold.layers import Layer, layer_of
 from graphopt.passes.fold.neighbours import is_product
-from graphopt.passes.quantize.factor_numbers import Numbers, Ties, regrouped
+from graphopt.passes.quantize.factor_numbers import PARTS, Numbers, Ties, places_of, regrouped
 
 _HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "Abs")
 """f(s·x) = s·f(x) for s > 0, number by number."""
 _COPIES = ("Identity", "Dropout", "Cast", "Neg")
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
-_PARTS = ("Slice", "Gather", "Split")
 _ATTENTIONS = {"Attention": ("q_num_heads", "kv_num_heads", 5), "GroupQueryAttention": ("num_heads", "kv_num_heads", 4)}
 """Fused attentions: names of the attributes with the numbers of heads, place of the old values among the inputs."""
 _LIMIT = 64
@@ -130,9 +129,11 @@ class ChannelWalk:
 
     def _spares(self, node: ir.Node, value: ir.Value, numbers: Numbers) -> bool:
         """Whether `node` reads none of the channels that get a factor."""
-        if not is_op(node, *_PARTS):
+        if not is_op(node, *PARTS):
             return False
-        for axis, places in (self._places(node, out) for out in node.outputs if out.uses() or out.is_graph_output()):
+        for axis, places in (
+            places_of(node, out, self.facts) for out in node.outputs if out.uses() or out.is_graph_output()
+        ):
             if places is None or axis is None or numbers.shape[axis] == 1:
                 return False
             if (self.ties.roots(numbers.take(places, axis=axis)) != self.ties.pinned).any():
@@ -182,7 +183,7 @@ class ChannelWalk:
             self._take(x, moved, {(node, 0)})
         elif is_op(node, "Expand", "Tile"):
             self._take(x, self._repeated(node, x, numbers), {(node, 0)})
-        elif is_op(node, *_PARTS):
+        elif is_op(node, *PARTS):
             self._take(x, self._in_whole(node, value, x, numbers), {(node, 0)})
         elif is_op(node, "Concat"):
             self._concatenated(node, numbers)
@@ -260,7 +261,7 @@ class ChannelWalk:
 
     def _in_whole(self, node: ir.Node, value: ir.Value, x: ir.Value, numbers: Numbers) -> Numbers:
         """Numbers of a part as those of what it is taken from."""
-        axis, places = self._places(node, value)
+        axis, places = places_of(node, value, self.facts)
         if axis is None:
             raise Refused(f"the channels can't be followed through {_label(node)}")
         scalar = numbers.ndim < self._rank(x)
@@ -285,39 +286,6 @@ class ChannelWalk:
                 self.ties.tie(whole[at], part)
             whole[at], seen[place] = part, True
         return whole
-
-    def _places(self, node: ir.Node, value: ir.Value) -> tuple[int | None, list[int] | None]:
-        """The axis along which a Slice, Gather or Split takes a part, and the places that `value` holds (None where the
-        axis has no known size); no axis where that can't be told."""
-        x = node.inputs[0]
-        rank = 0 if x is None else self._rank(x)
-        if x is None:
-            return None, None
-        if is_op(node, "Slice"):
-            given = [constant_array(v) for v in node.inputs[1:]]
-            if len(given) < 3 or any(a is None or a.size != 1 for a in given):
-                return None, None
-            start, end, axis, step = ([int(a.reshape(())) for a in given if a is not None] + [1])[:4]
-            if step != 1:
-                return None, None
-            axis %= rank
-            size = self._size(x, axis)
-            return axis, None if size is None else list(range(size))[start:end]
-        written = attribute_int(node, "axis", 0)
-        if written is None:
-            return None, None
-        axis, size = written % rank, self._size(x, written % rank)
-        if is_op(node, "Gather"):
-            array = constant_array(node.inputs[1])
-            if array is None or array.ndim > 1:
-                return (axis, None) if array is None and self._rank_of(node.inputs[1]) == 0 else (None, None)
-            return axis, None if size is None else [int(i) % size for i in array.reshape(-1)]
-        sizes = [self._size(out, axis) for out in node.outputs]
-        if any(n is None for n in sizes):
-            return axis, None
-        index = next(i for i, out in enumerate(node.outputs) if out is value)
-        start = sum(n for n in sizes[:index] if n is not None)
-        return axis, list(range(start, start + (sizes[index] or 0)))
 
     def _concatenated(self, node: ir.Node, numbers: Numbers) -> None:
         written = attribute_int(node, "axis", 0)
@@ -384,10 +352,6 @@ class ChannelWalk:
 
     def _rank(self, value: ir.Value) -> int:
         return len(self._shape(value))
-
-    def _rank_of(self, value: ir.Value | None) -> int | None:
-        shape = None if value is None else self.facts.shape(value)
-        return None if shape is None else len(shape)
 
     def _size(self, value: ir.Value, axis: int) -> int | None:
         return self._shape(value)[axis].value

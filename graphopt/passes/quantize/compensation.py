@@ -67,14 +67,15 @@ def low_rank(error: Array, rank: int, hessian: Array | None = None) -> LowRank:
         raise ValueError(f"a branch has a rank of at least 1, not {rank}")
     matrix = error.astype(np.float64)
     rows, columns = matrix.shape
-    weighed = matrix if hessian is None else matrix @ _root(hessian)
     # The eigenvectors of the smaller of both products: squares of singular values lose no digits that count here.
     if rows <= columns:
-        values, vectors = np.linalg.eigh(weighed @ weighed.T)
+        seen = matrix if hessian is None else matrix @ hessian.astype(np.float64)
+        values, vectors = np.linalg.eigh(seen @ matrix.T)
         left = vectors[:, ::-1][:, :rank]
     else:
-        values, vectors = np.linalg.eigh(weighed.T @ weighed)
-        left = weighed @ vectors[:, ::-1][:, :rank]
+        seen = matrix if hessian is None else matrix @ _root(hessian)
+        values, vectors = np.linalg.eigh(seen.T @ seen)
+        left = seen @ vectors[:, ::-1][:, :rank]
     largest = values[::-1][:rank]
     left = left[:, largest > max(float(values[-1]), 0) * 1e-12]
     if left.shape[1]:

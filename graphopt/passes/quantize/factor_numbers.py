@@ -1,4 +1,4 @@
-"""Numbers of factors: which elements of a value share a factor, and how a Reshape regroups them."""
+"""Numbers of factors: which elements of a value share a factor, how a Reshape regroups them, what a part holds."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
+from graphopt.analysis.algebra import attribute_int, is_op
 from graphopt.analysis.dims import Dim
+from graphopt.analysis.shapes import ShapeFacts
+from graphopt.graph.constants import constant_array
 
 Numbers = npt.NDArray[np.int64]
 """The number of the factor of every element of a value: of its rank, of length 1 along axes that don't matter."""
+PARTS = ("Slice", "Gather", "Split")
+"""What takes a part of a value along an axis."""
 
 
 class Ties:
@@ -101,3 +107,49 @@ def _solved(dims: Sequence[Dim], total: int) -> list[int] | None:
     if len(unknown) > 1 or (not unknown and rest != 1):
         return None
     return [rest if dim.value is None else dim.value for dim in dims]
+
+
+def places_of(node: ir.Node, value: ir.Value, facts: ShapeFacts) -> tuple[int | None, list[int] | None]:
+    """What an output of one of `PARTS` holds of its input.
+
+    Args:
+        node: The Slice, Gather or Split.
+        value: Its output.
+        facts: Shapes of the model.
+
+    Returns:
+        The axis of the input, from the front, and the places along it; no places where the axis has no known size or
+        the index isn't constant, and neither where it takes more than one axis or can't be told.
+    """
+    x = node.inputs[0]
+    shape = None if x is None else facts.shape(x)
+    if shape is None:
+        return None, None
+    if is_op(node, "Slice"):
+        given = [constant_array(v) for v in node.inputs[1:]]
+        known = [int(a.reshape(())) for a in given if a is not None and a.size == 1]
+        if len(given) < 3 or len(known) < len(given) or known[3:] not in ([], [1]):
+            return None, None
+        axis = known[2] % len(shape)
+        size = shape[axis].value
+        return axis, None if size is None else list(range(size))[known[0] : known[1]]
+    written = attribute_int(node, "axis", 0)
+    if written is None:
+        return None, None
+    axis = written % len(shape)
+    size = shape[axis].value
+    if is_op(node, "Gather"):
+        indices = None if node.inputs[1] is None else facts.shape(node.inputs[1])
+        array = constant_array(node.inputs[1])
+        if indices is None or len(indices) > 1:
+            return None, None
+        if size is None or array is None:
+            return axis, None
+        return axis, [int(i) % size for i in array.reshape(-1)]
+    sizes = [None if (s := facts.shape(out)) is None else s[axis].value for out in node.outputs]
+    lengths = [n for n in sizes if n is not None]
+    if len(lengths) < len(sizes):
+        return axis, None
+    index = next(i for i, out in enumerate(node.outputs) if out is value)
+    start = sum(lengths[:index])
+    return axis, list(range(start, start + lengths[index]))

@@ -20,12 +20,11 @@ from graphopt.passes.fold.layers import Layer, layer_of
 from graphopt.passes.quantize.channel_folds import ChannelFold, ChannelFolds, ReaderGroup, outputs_first
 from graphopt.passes.quantize.factor_numbers import Numbers as FactorNumbers
 from graphopt.passes.quantize.rotation_plan import RotationPlan, plan_rotation
-from graphopt.passes.quantize.rotations import KINDS, Kind, hadamard, random_rotation, rotated
+from graphopt.passes.quantize.rotations import KINDS, Kind, Rotation, hadamard, orthogonal, random_rotation, rotated
 from graphopt.runtime_ops.hadamard_transform.factors import hadamard_factor
 from graphopt.runtime_ops.operator import DOMAIN, OLDEST_OPSET, add_body, operators
 
 TRANSFORM = "HadamardTransform"
-Matrix = npt.NDArray[np.float64]
 
 
 class RotateResidual(Pass):
@@ -104,7 +103,7 @@ class RotateResidual(Pass):
                     changed |= self._down(group, edit)
         return changed
 
-    def _matrix(self, features: int) -> Matrix:
+    def _rotation(self, features: int) -> Rotation:
         kind: Kind = "hadamard" if self.kind == "hadamard" else "orthogonal"
         return random_rotation(features, kind, self.seed)
 
@@ -131,26 +130,26 @@ class RotateResidual(Pass):
         return changed
 
     def _rotate(self, plan: RotationPlan, facts: ShapeFacts, edit: Editor) -> None:
-        matrix = self._matrix(plan.space.size)
+        rotation = self._rotation(plan.space.size)
         for value, uses in plan.constants.items():
             tensor = constant_tensor(value)
             assert tensor is not None
-            set_constant(value, [(u.node, u.index) for u in uses], rotated(tensor, uses[0].axis, matrix), edit)
+            set_constant(value, [(u.node, u.index) for u in uses], rotated(tensor, uses[0].axis, rotation), edit)
         for value in plan.forth:
-            self._at_run_time(value, [(use.node, use.idx) for use in value.uses()], matrix, facts, edit)
+            self._at_run_time(value, [(use.node, use.idx) for use in value.uses()], rotation.matrix, facts, edit)
         back: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
         for node, index in plan.back:
             read = node.inputs[index]
             assert read is not None
             back.setdefault(read, []).append((node, index))
         for value, readers in back.items():
-            self._at_run_time(value, readers, matrix.T, facts, edit)
+            self._at_run_time(value, readers, rotation.matrix.T, facts, edit)
 
     def _at_run_time(
         self,
         value: ir.Value,
         readers: Sequence[tuple[ir.Node, int]],
-        matrix: Matrix,
+        matrix: npt.NDArray[np.float64],
         facts: ShapeFacts,
         edit: Editor,
     ) -> None:
@@ -181,16 +180,16 @@ class RotateResidual(Pass):
         own = _blocks(fold.numbers, fold)
         if own is None:
             return self.left(node, "its heads aren't rotated: the channels of a head don't lie side by side before O")
-        matrix = self._matrix(fold.depth)
+        rotation = self._rotation(fold.depth)
         for layer, blocks in places:
-            _turn(layer.node, 1, -2 if outputs_first(layer) else -1, matrix, blocks, edit)
+            _turn(layer.node, 1, -2 if outputs_first(layer) else -1, rotation, blocks, edit)
             if layer.add is not None:
                 index = next(i for i, v in enumerate(layer.add.inputs) if constant_tensor(v) is not None)
-                _turn(layer.add, index, -1, matrix, blocks, edit)
+                _turn(layer.add, index, -1, rotation, blocks, edit)
             elif len(layer.node.inputs) > 2 and layer.node.inputs[2] is not None:
-                _turn(layer.node, 2, -1, matrix, blocks, edit)
+                _turn(layer.node, 2, -1, rotation, blocks, edit)
         for layer in group.layers():
-            _turn(layer.node, 1, -1 if outputs_first(layer) else -2, matrix, own, edit)
+            _turn(layer.node, 1, -1 if outputs_first(layer) else -2, rotation, own, edit)
         node.meta[self.name] = True
         return self.applied(node, f"heads of {fold.depth} rotated" + ", and its cache" * fold.cached)
 
@@ -202,8 +201,8 @@ class RotateResidual(Pass):
             return self.left(node, f"{TRANSFORM} needs opset {OLDEST_OPSET}")
         layer, size = group.layers()[0], group.channels
         # The operator makes H x of x, here x Hᵀ of rows.
-        matrix = hadamard(size).astype(np.float64).T
-        _turn(node, 1, -1 if outputs_first(layer) else -2, np.asarray(np.linalg.inv(matrix).T, np.float64), None, edit)
+        rotation = Rotation(orthogonal(hadamard(size).astype(np.float64)).T)
+        _turn(node, 1, -1 if outputs_first(layer) else -2, rotation, None, edit)
         add_body(edit.model, TRANSFORM)
         edit.at(node)
         attributes = operators()[TRANSFORM].attributes_of(group_size=size, scale=size**-0.5)
@@ -225,10 +224,10 @@ def _blocks(numbers: FactorNumbers, fold: ChannelFold) -> list[int] | None:
     return heads if whole else None
 
 
-def _turn(node: ir.Node, index: int, axis: int, matrix: Matrix, blocks: list[int] | None, edit: Editor) -> None:
+def _turn(node: ir.Node, index: int, axis: int, rotation: Rotation, blocks: list[int] | None, edit: Editor) -> None:
     """Rotate blocks of a constant along an axis."""
     value = node.inputs[index]
     tensor = constant_tensor(value)
     assert value is not None
     assert tensor is not None
-    set_constant(value, [(node, index)], rotated(tensor, axis, matrix, blocks), edit)
+    set_constant(value, [(node, index)], rotated(tensor, axis, rotation, blocks), edit, "rotated")

@@ -33,6 +33,7 @@ class _Part:
         uses: Its constants.
         why: Why it is rotated at run time; None: it isn't.
         possible: Whether it can be rotated at run time.
+        norm: Whether it is a norm that reads the stream.
     """
 
     label: str
@@ -43,6 +44,7 @@ class _Part:
     uses: list[Use]
     why: str | None = None
     possible: bool = True
+    norm: bool = False
 
 
 @dataclasses.dataclass
@@ -96,6 +98,8 @@ def plan_rotation(space: FeatureSpace, facts: ShapeFacts, online: int) -> Rotati
             f"{len(waiting)} rotations would have to be computed at run time ({online} are allowed): "
             f"for example {waiting[0].label}: {waiting[0].why}"
         )
+    if len(waiting) > (turning := sum(part.norm and part.why is None for part in parts)):
+        return f"{len(waiting)} rotations would have to be computed at run time for {turning} norms that turn"
     constants: dict[ir.Value, list[Use]] = {}
     for part in parts:
         for use in part.uses:
@@ -112,7 +116,7 @@ def _reader(reader: Reader, facts: ShapeFacts) -> _Part | None:
     node = reader.node
     if node is None or reader.kind == "subgraph":
         return None
-    part = _Part(described(node), reader.value, reader.axis, True, (node, reader.index), [])
+    part = _Part(described(node), reader.value, reader.axis, True, (node, reader.index), [], norm=reader.kind == "norm")
     found = _of_norm(node, facts) if reader.kind == "norm" else _weight(node, reader)
     if isinstance(found, str):
         part.why = found

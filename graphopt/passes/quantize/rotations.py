@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Collection
@@ -36,7 +37,23 @@ def hadamard(features: int) -> npt.NDArray[np.float32]:
     return np.asarray(np.kron(matrix, factor) * features**-0.5, np.float32)
 
 
-def random_rotation(features: int, kind: Kind, seed: int) -> npt.NDArray[np.float64]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rotation:
+    """An orthogonal matrix.
+
+    Attributes:
+        matrix: Q, float64 [n, n].
+    """
+
+    matrix: npt.NDArray[np.float64]
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """Equal for equal matrices."""
+        return hashlib.blake2b(np.ascontiguousarray(self.matrix).tobytes()).digest()
+
+
+def random_rotation(features: int, kind: Kind, seed: int) -> Rotation:
     """A random orthogonal matrix Q, for x ↦ x Q.
 
     Args:
@@ -45,18 +62,18 @@ def random_rotation(features: int, kind: Kind, seed: int) -> npt.NDArray[np.floa
         seed: The same seed gives the same matrix.
 
     Returns:
-        [features, features], orthogonal to the last digits of float64.
+        Q, orthogonal to the last digits of float64.
     """
     rng = np.random.default_rng((seed, features))
     if kind == "hadamard":
         signs = np.where(rng.integers(0, 2, features), 1.0, -1.0)
-        return signs[:, None] * _orthogonal(hadamard(features).astype(np.float64))
+        return Rotation(signs[:, None] * orthogonal(hadamard(features).astype(np.float64)))
     matrix, upper = np.linalg.qr(rng.standard_normal((features, features)))
     # The signs make every rotation as likely as every other.
-    return np.asarray(matrix * np.sign(np.diag(upper)))
+    return Rotation(np.asarray(matrix * np.sign(np.diag(upper))))
 
 
-def _orthogonal(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def orthogonal(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The orthogonal matrix next to one that is orthogonal up to the rounding of float32 (two steps of Newton's)."""
     for _ in range(2):
         matrix = 1.5 * matrix - 0.5 * matrix @ matrix.T @ matrix
@@ -66,7 +83,7 @@ def _orthogonal(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def rotated(
     tensor: ir.TensorProtocol,
     axis: int,
-    matrix: npt.NDArray[np.float64],
+    rotation: Rotation,
     blocks: Collection[int] | None = None,
 ) -> ir.TensorProtocol:
     """A constant whose vectors v along an axis become v Q, in float64, rounded once; a large one when it is saved.
@@ -76,9 +93,10 @@ def rotated(
     Args:
         tensor: The constant.
         axis: The axis, from the end. Where a constant is broadcast along it, the result isn't.
-        matrix: Q [n, n]; the axis is as long, or holds several blocks of n that are rotated each.
+        rotation: Q [n, n]; the axis is as long, or holds several blocks of n that are rotated each.
         blocks: Which blocks are rotated; None: all.
     """
+    matrix = rotation.matrix
     n = len(matrix)
     shape = list(tensor.shape.numpy())
     if len(shape) < -axis:
@@ -103,5 +121,5 @@ def rotated(
         return ir.tensor(turned, dtype=tensor.dtype, name=tensor.name)
 
     which: tuple[Any, ...] = (None,) if blocks is None else tuple(blocks)
-    digest = hashlib.blake2b(np.ascontiguousarray(matrix).tobytes()).digest()
-    return weight(compute, tensor.dtype, shape, tensor.name, ("rotated", axis, digest, which, identity(tensor)))
+    origin = ("rotated", axis, rotation.digest, which, identity(tensor))
+    return weight(compute, tensor.dtype, shape, tensor.name, origin)

@@ -13,13 +13,12 @@ import onnx_ir as ir
 
 from graphopt.analysis.shapes import infer
 from graphopt.calibration.request import Request
-from graphopt.calibration.statistics import Statistic
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.fold.layers import Numbers
 from graphopt.passes.quantize.channel_folds import ChannelFold, ChannelFolds, ReaderGroup, scale
 
-Statistics = Mapping[Statistic, npt.NDArray[Any]]
+Statistics = Mapping[Request, npt.NDArray[Any]]
 """What was found of the value that a group reads, by what was asked for."""
 
 
@@ -42,13 +41,11 @@ class ScaleChannels(Pass):
     """Finds the groups and where their factors go; a subclass says which factors.
 
     Attributes:
-        statistics: What a subclass has to know of the value that a group reads.
         head: Whether the output layer is scaled too.
     """
 
     family: ClassVar[str] = "quantize"
     guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
-    statistics: ClassVar[tuple[Statistic, ...]]
     head: bool = False
 
     def apply(self, model: ir.Model) -> bool:
@@ -95,16 +92,20 @@ class ScaleChannels(Pass):
     def _plans(self, model: ir.Model, found: Sequence[tuple[ReaderGroup, ChannelFold]]) -> dict[int, ScalePlan]:
         """What is done to each group. The model is left as it is meanwhile, since it is being run on the data."""
         assert self.calibration is not None
-        requests = {Request(group.x, kind): i for i, (group, _) in enumerate(found) for kind in self.statistics}
+        asked = {request: i for i, (group, _) in enumerate(found) for request in self.requests(group)}
         plans: dict[int, ScalePlan] = {}
-        for stage in self.calibration.stages(model, list(requests)):
-            gathered: dict[int, dict[Statistic, npt.NDArray[Any]]] = {}
+        for stage in self.calibration.stages(model, list(asked)):
+            gathered: dict[int, dict[Request, npt.NDArray[Any]]] = {}
             for request, summary in stage.summaries.items():
                 if summary.rows:
-                    gathered.setdefault(requests[request], {})[request.statistic] = summary.array
+                    gathered.setdefault(asked[request], {})[request] = summary.array
             for index, statistics in sorted(gathered.items()):
                 plans[index] = self.plan(*found[index], statistics)
         return plans
+
+    @abc.abstractmethod
+    def requests(self, group: ReaderGroup) -> Sequence[Request]:
+        """What has to be known of the value that a group reads."""
 
     @abc.abstractmethod
     def plan(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> ScalePlan:

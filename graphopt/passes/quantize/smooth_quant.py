@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
-from graphopt.calibration.statistics import AbsMax, Statistic
+from graphopt.calibration.request import Request
+from graphopt.calibration.statistics import AbsMax
 from graphopt.passes.quantize.channel_folds import ChannelFold, ReaderGroup
 from graphopt.passes.quantize.scale_channels import ScaleChannels, ScalePlan, Statistics
 
@@ -45,7 +47,6 @@ class SmoothQuant(ScaleChannels):
 
     name: ClassVar[str] = "smooth-quant"
     paper: ClassVar[str] = "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models"
-    statistics: ClassVar[tuple[Statistic, ...]] = (AbsMax(per_channel=True),)
     needs = ("absmax",)
 
     def __init__(self, alpha: float = 0.5, head: bool = False) -> None:
@@ -54,12 +55,16 @@ class SmoothQuant(ScaleChannels):
             raise ValueError(f"alpha lies between 0 and 1, not at {alpha}")
         self.alpha, self.head = alpha, head
 
+    def requests(self, group: ReaderGroup) -> Sequence[Request]:
+        """See the base."""
+        return [Request(group.x, AbsMax(per_channel=True))]
+
     def plan(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> ScalePlan:
         """See the class."""
         largest = np.zeros(group.channels)
         for weight in group.weights():
             np.maximum(largest, np.abs(weight).max(axis=0), out=largest)
-        activations = fold.pooled(statistics[AbsMax(per_channel=True)].astype(np.float64), largest=True)
+        activations = fold.pooled(statistics[self.requests(group)[0]].astype(np.float64), largest=True)
         weights = fold.pooled(largest, largest=True)
         # A channel that is always 0, or that nothing reads, needs no factor.
         known = (activations > 0) & (weights > 0)
