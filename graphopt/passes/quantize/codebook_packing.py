@@ -12,8 +12,8 @@ from graphopt.passes.quantize.quantized_weight import Array, Outliers, Quantized
 from graphopt.runtime_ops.codebook_matmul.packing import pack_indices
 
 _NONE = np.zeros(0, np.uint8)
-_BOOKS = 256
-"""Codebooks that a byte selects from."""
+_LARGEST = 1 << 18
+"""Bytes of codebooks of combined codes; larger ones leave the cache, and are no longer small beside a weight."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,9 @@ def codebook_inputs(weight: QuantizedWeight, scale_dtype: Any = np.float16, dtyp
 
     - Weights with codebooks keep them. Integers become one codebook, of the integers less their zero point; where zero
       points differ, there is a codebook for each of them and the groups select.
+    - Where no fast kernel reads the codes, two, four or eight neighbouring ones that make 8 or 12 bits become one code,
+      of a codebook of all their combinations: the same bits, which take a quarter of the time to read. That codebook
+      depends on the grid alone, so weights with the same one can share it.
     - The result is that of `weight.dequantized()` but for the rounding of the scales, which are kept in float32 where
       `scale_dtype` has no number within 0.1 % of one of them.
 
@@ -75,49 +78,99 @@ def codebook_inputs(weight: QuantizedWeight, scale_dtype: Any = np.float16, dtyp
         raise ValueError("CodebookMatMul has groups along the inputs, and the weight's go along the outputs")
     if weight.offsets is not None:
         raise ValueError("CodebookMatMul has no float offsets; zero points or symmetric integers can be packed")
-    width = weight.width
+    if weight.group_size < weight.columns and weight.group_size % weight.width:
+        raise ValueError(
+            f"a group of {weight.group_size} columns isn't a multiple of {weight.width}, the numbers that share a code"
+        )
+    together = _together(weight)
+    width, bits = weight.width * together, weight.bits * together
     group_size = weight.group_size
     if group_size >= weight.columns:
         group_size = -(-weight.columns // width) * width
-    if group_size % width:
-        raise ValueError(f"a group of {group_size} columns isn't a multiple of {width}, the numbers that share a code")
     codebooks, selectors = _codebooks(weight)
     rows, columns, values = _compressed(weight.outliers, weight.rows)
     return CodebookInputs(
-        pack_indices(weight.codes, weight.bits),
-        codebooks[:, :, None],
+        pack_indices(_joined(weight.codes, weight.bits, together), bits),
+        _combined(codebooks, together)[:, :, None],
         _scales(weight.scales, scale_dtype),
         _NONE if selectors is None else selectors,
         rows,
         columns,
         values,
         np.zeros(0, dtype),
-        {"columns": weight.columns, "bits": weight.bits, "group_size": group_size},
+        {"columns": weight.columns, "bits": bits, "group_size": group_size},
         weight.hadamard,
     )
 
 
 def slow_reason(weight: QuantizedWeight) -> str | None:
-    """Why the CPU's kernels for single rows of x don't serve a weight; None: they do.
+    """Why the CPU's kernels for single rows of x don't serve a weight that is packed; None: they do.
 
-    A weight with a reason is written out piece by piece and multiplied, which takes as long as float32 weights do.
+    A weight with a reason takes as long as float32 weights do, or longer.
     """
-    width, grouped = weight.width, weight.group_size < weight.columns
-    if width > 1:
-        return None if width in (2, 4, 8) else f"kernels of vectors have 2, 4 or 8 numbers, not {width}"
+    if _together(weight) > 1:
+        return None
+    return _narrow_reason(weight) if weight.width == 1 else _vector_reason(weight.bits, weight.width)
+
+
+def _narrow_reason(weight: QuantizedWeight) -> str | None:
+    """Why the kernels of single numbers don't serve a weight."""
     if not 2 <= weight.bits <= 4:
         return f"kernels of single numbers have 2 to 4 bits, not {weight.bits}"
-    selected = weight.selectors is not None or _mixed_zero_points(weight)
-    if grouped and selected and weight.group_size % 128:
+    if weight.group_size >= weight.columns:
+        return None
+    if _selects(weight) and weight.group_size % 128:
         return f"groups that select a codebook have a multiple of 128 columns, not {weight.group_size}"
-    if grouped and weight.group_size % 8:
+    if weight.group_size % 8:
         return f"groups have a multiple of 8 columns, not {weight.group_size}"
     return None
 
 
-def _mixed_zero_points(weight: QuantizedWeight) -> bool:
-    points = weight.zero_points
-    return points is not None and weight.levels is None and bool((points != points.flat[0]).any())
+def _vector_reason(bits: int, width: int) -> str | None:
+    """Why the kernels of vectors don't serve indices of `bits` for `width` numbers."""
+    if width not in (2, 4, 8):
+        return f"kernels of vectors have 2, 4 or 8 numbers, not {width}"
+    return None if bits in (8, 12, 16) else f"kernels of vectors have indices of 8, 12 or 16 bits, not {bits}"
+
+
+def _together(weight: QuantizedWeight) -> int:
+    """How many neighbouring codes are packed as one: 1 where the kernels for the codes as they are serve."""
+    plain = _narrow_reason(weight) if weight.width == 1 else _vector_reason(weight.bits, weight.width)
+    if plain is None:
+        return 1
+    books = 1 if weight.levels is None else len(weight.levels)
+    if _selects(weight) and weight.zero_points is not None:
+        books = len(np.unique(weight.zero_points))
+    for together in (2, 4, 8):
+        bits, width = weight.bits * together, weight.width * together
+        fits = weight.group_size >= weight.columns or weight.group_size % width == 0
+        size = 4 * books * width << bits
+        if bits in (8, 12) and _vector_reason(bits, width) is None and fits and size <= _LARGEST:
+            return together
+    return 1
+
+
+def _joined(codes: Array, bits: int, together: int) -> Array:
+    """Codes [N, Q] as codes of `together` of them, the first in the lowest bits, [N, ceil(Q / together)]."""
+    if together == 1:
+        return codes
+    padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % together))).astype(np.uint16)
+    parts = padded.reshape(len(codes), -1, together) << (bits * np.arange(together, dtype=np.uint16))
+    return np.asarray(np.bitwise_or.reduce(parts, axis=-1))
+
+
+def _combined(books: npt.NDArray[np.float32], together: int) -> npt.NDArray[np.float32]:
+    """Codebooks [C, n, p] of single codes as those of `together`, [C, n^together, p · together]."""
+    count, entries, width = books.shape
+    at = np.arange(entries**together)[:, None] // entries ** np.arange(together) % entries
+    return np.ascontiguousarray(books[:, at].reshape(count, -1, width * together))
+
+
+def _selects(weight: QuantizedWeight) -> bool:
+    """Whether groups have different codebooks."""
+    if weight.levels is not None:
+        return weight.selectors is not None
+    return weight.zero_points is not None and bool((weight.zero_points != weight.zero_points.flat[0]).any())
 
 
 def _codebooks(weight: QuantizedWeight) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8] | None]:
@@ -132,7 +185,6 @@ def _codebooks(weight: QuantizedWeight) -> tuple[npt.NDArray[np.float32], npt.ND
         points = np.zeros(weight.scales.shape, np.uint8) if weight.zero_points is None else weight.zero_points
         used, selectors = np.unique(points, return_inverse=True)
         books = (integers - used.astype(np.float32)[:, None])[:, :, None]
-    assert len(books) <= _BOOKS
     if len(books) == 1:
         return books, None
     return books, selectors.reshape(weight.scales.shape).astype(np.uint8)

@@ -32,7 +32,7 @@ def group_size_by_range(
     Returns:
         One of `sizes` below K, or K.
     """
-    columns = weight.shape[1]
+    columns = int(weight.shape[1])
     best, least = columns, np.inf
     for size in sorted({*(size for size in sizes if size < columns), columns}, reverse=True):
         starts = np.arange(0, columns, size)
