@@ -27,7 +27,7 @@ TASKS = ("language", "embedding", "classification", "detection", "recognition", 
 def quality_options(command: F) -> F:
     """The options of judging; their values come as `quality`, `task`, `floor`, `quality_samples`,
     `score_threshold`, `ignore_spaces`."""
-    data = 'Judge the result on held-out data: text (.txt, .jsonl), arrays (.npz), or "wikipedia", a built-in text.'
+    data = 'Judge it on held-out data: text (.txt, .jsonl), arrays (.npz), images (a folder), or the text "wikipedia".'
     options = [
         click.option("--quality", metavar="FILE", help=data),
         click.option(
@@ -103,6 +103,7 @@ def judge_of(
     model: Path,
     tokenizer: Path | None,
     calibration: Dataset | None = None,
+    images: str | None = None,
     *,
     quality: str | None,
     task: Any,
@@ -117,6 +118,7 @@ def judge_of(
         model: The original.
         tokenizer: Folder of the tokenizer.json for text.
         calibration: What is calibrated with.
+        images: What the pixels of images become; None: 0 to 1.
         quality: As the options have it; and so on.
         task: See `quality_options`.
         floor: See there.
@@ -144,7 +146,7 @@ def judge_of(
 
     parse_floors(floor)
     if Path(quality).exists():
-        data = load_evaluation(quality)
+        data = load_evaluation(quality, images or "unit")
     elif quality == BUILT_IN:
         data = built_in()
     else:

@@ -63,7 +63,7 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
 @click.option("--calibration-window", "window", type=click.IntRange(min=2), metavar="N",
               help="Tokens of a window of text  [default: decoder 512, encoder 128, self 256]")  # fmt: skip
 @click.option("--image-values", type=click.Choice(["unit", "signed", "imagenet", "raw"]),
-              help="What the model takes for pixels of calibration images  [default: unit, 0 to 1]")  # fmt: skip
+              help="What the model takes for pixels of images  [default: unit, 0 to 1]")  # fmt: skip
 @click.option(
     "--profile", metavar="FILE|none", help="Target profile to lower by  [default: this machine's, if it was measured]"
 )
@@ -135,11 +135,13 @@ def command(
         if destination.exists() and not force:
             raise UsageError(f"{destination} exists; give another output, or --force to overwrite it.")
     shard_bytes = parse_size(shard_size)
-    about_data = {"--calibration-samples": samples, "--calibration-window": window, "--image-values": image_values}
+    about_data = {"--calibration-samples": samples, "--calibration-window": window}
     if calibration is None and (needless := [option for option, value in about_data.items() if value is not None]):
         raise UsageError(f"{needless[0]} is for the data of --calibration; give both.")
-    if tokenizer is not None and calibration is None and judging["quality"] is None:
-        raise UsageError("--tokenizer is for the text of --calibration or --quality; give one of them.")
+    about_both = {"--tokenizer": tokenizer, "--image-values": image_values}
+    needless = [option for option, value in about_both.items() if value is not None]
+    if needless and calibration is None and judging["quality"] is None:
+        raise UsageError(f"{needless[0]} is for the data of --calibration or --quality; give one of them.")
     failure: QualityError | None = None
     with progress(as_json) as bar:
         data_set = None
@@ -154,7 +156,7 @@ def command(
                 images=image_values or "unit",
                 seed=seed,
             )
-        judge = judge_of(model, tokenizer, data_set, **judging)
+        judge = judge_of(model, tokenizer, data_set, image_values, **judging)
         result = optimize(
             model,
             recipe,
@@ -201,9 +203,8 @@ def command(
         "--verify": verify,
         "--inputs": inputs,
         "--calibration": calibration,
-        "--tokenizer": tokenizer,
     }
-    given |= about_data
+    given |= about_data | about_both
     # Without an option the result depends on whether this machine was measured.
     if target == "cpu":
         used = "none" if result.report.profile is None else profile or cached_path()

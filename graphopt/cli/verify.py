@@ -28,6 +28,8 @@ Exit codes: 0 equal within the tolerances; 5 different, or not comparable; with 
 @inputs_option(instead=True)
 @seed_option
 @click.option("--tokenizer", type=MODEL, metavar="FOLDER", help="Folder of the tokenizer.json for text.")
+@click.option("--image-values", type=click.Choice(["unit", "signed", "imagenet", "raw"]),
+              help="What the model takes for pixels of images  [default: unit, 0 to 1]")  # fmt: skip
 @quality_options
 @json_option
 def command(
@@ -36,6 +38,7 @@ def command(
     inputs: Path | None,
     seed: int,
     tokenizer: Path | None,
+    image_values: str | None,
     as_json: bool,
     **judging: Any,
 ) -> None:
@@ -48,9 +51,10 @@ def command(
 
     if judging["quality"] is not None and inputs is not None:
         raise UsageError("--quality brings its own data; --inputs doesn't go with it.")
-    if judging["quality"] is None and tokenizer is not None:
-        raise UsageError("--tokenizer is for the text of --quality; give both.")
-    judge = judge_of(reference, tokenizer, **judging)
+    for option, value in (("--tokenizer", tokenizer), ("--image-values", image_values)):
+        if judging["quality"] is None and value is not None:
+            raise UsageError(f"{option} is for the data of --quality; give both.")
+    judge = judge_of(reference, tokenizer, images=image_values, **judging)
     if judge is not None:
         with progress(as_json) as bar:
             quality, missed = judge.judge(candidate, bar)

@@ -50,18 +50,25 @@ class EvaluationData:
     truths: tuple[str, ...] | None = None
 
 
-def load_evaluation(path: str | os.PathLike[str]) -> EvaluationData:
-    """Read evaluation data: text, .jsonl with a string under "text" (and a whole number under "label") in each line, or
-    .npz with an array for each input, and perhaps `labels` or `texts` of the samples.
+def load_evaluation(path: str | os.PathLike[str], images: str = "unit") -> EvaluationData:
+    """Read evaluation data: text, .jsonl with a string under "text" (and a whole number under "label") in each line,
+    .npz with an array for each input, and perhaps `labels` or `texts` of the samples, or a folder of images.
+
+    Args:
+        path: The file or folder.
+        images: What the pixels of images become; see `graphopt.calibration.images.VALUES`.
 
     Raises:
+        UsageError: Pixels can't become that.
         InputDataError: The file can't be read, or has none of these forms.
     """
     file = Path(path)
     if file.suffix == ".npz":
         return _arrays(file)
     if file.is_dir():
-        raise InputDataError(f"{file} is a folder; give a file of text (.txt, .jsonl) or of arrays (.npz).")
+        from graphopt.evaluation.images import image_data
+
+        return image_data(file, images)
     rows = read_texts(file)
     if any("\0" in row["text"] for row in rows):
         raise InputDataError(

@@ -172,5 +172,7 @@ def test_mistakes_are_told_before_the_work(
 def test_what_goes_with_what(run: Run, model: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.npz"
     assert "--inputs doesn't go with it" in run("verify", model, model, "--quality", data, "--inputs", data)[2]
-    assert "--tokenizer is for the text of --quality" in run("verify", model, model, "--tokenizer", tmp_path)[2]
+    assert "--tokenizer is for the data of --quality" in run("verify", model, model, "--tokenizer", tmp_path)[2]
     assert "--calibration or --quality" in run("optimize", model, "--tokenizer", tmp_path)[2]
+    assert "--image-values is for the data of --quality" in run("verify", model, model, "--image-values", "raw")[2]
+    assert "--calibration or --quality" in run("optimize", model, "--image-values", "raw")[2]

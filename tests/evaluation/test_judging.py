@@ -199,7 +199,7 @@ def test_candidates_that_cannot_be_judged(classifier: Path, tmp_path: Path) -> N
         ("bad.jsonl", "{", "isn't JSON"),
         ("none.txt", None, "can't be read"),
         ("none.npz", None, "can't be read"),
-        ("", None, "is a folder; give a file"),
+        ("", None, "There is no image in"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: str | None, sentence: str) -> None:
