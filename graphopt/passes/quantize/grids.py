@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ _SHARES = {True: np.linspace(1.0, 0.4, 8), False: np.linspace(1.0, 0.35, 5)}
 another, which are tried in all pairs."""
 _REFITS = 4
 """How often that search then takes turns between the codes nearest to the weights and the step best for the codes."""
+_LEAST_HALF, _MOST_HALF = float(np.finfo(np.float16).tiny), float(np.finfo(np.float16).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +50,24 @@ class Grid(abc.ABC):
     Attributes:
         bits: Bits of a code.
         width: Numbers that one code stands for.
+        half: Scales and offsets are numbers of float16, see `stored`.
     """
 
     bits: int
-    width: ClassVar[int] = 1
+    width: int = 1
+    half: bool = False
+
+    def for_weight(
+        self, weight: npt.NDArray[np.float32], group_size: int, importance: npt.NDArray[np.float32] | None = None
+    ) -> Grid:
+        """The grid for one matrix: this one, but for grids that all of a matrix has a say in, such as an exponent.
+
+        Args:
+            weight: [N, K].
+            group_size: Columns of a group.
+            importance: [K], as in `fit`.
+        """
+        return self
 
     @abc.abstractmethod
     def fit(self, block: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None = None) -> Fit:
@@ -107,12 +122,14 @@ class UniformGrid(Grid):
         search: Make the squared error (weighed by importance) small: of ranges from the whole one down, cut on either
             side, the best, then steps (and offsets) by least squares for fixed codes in turn with the nearest codes.
             Never worse than `search=False`, which takes min and max.
+        half: Scales and offsets are numbers of float16, which is how they are stored, so that nothing is rounded again.
     """
 
     bits: int = 4
     symmetric: bool = True
     floats: bool = False
     search: bool = False
+    half: bool = True
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -157,17 +174,22 @@ class UniformGrid(Grid):
         if not self.symmetric:
             share = weights / max(float(weights.sum()), 1e-30)
             middle, mean = level @ share, block @ share
-            slope = _ratio(
+            slope = self._ratio(
                 ((level - middle[:, None]) * (block - mean[:, None])) @ weights,
                 ((level - middle[:, None]) ** 2) @ weights,
                 fit.scale,
             )
             if self.floats:
-                return Fit(slope, offset=(mean - slope * middle).astype(np.float32))
+                return Fit(slope, offset=stored(mean - slope * middle, self.half))
             zero_point = np.clip(np.rint(middle - mean / slope), 0, (1 << self.bits) - 1).astype(np.uint8)
         assert zero_point is not None
         level -= zero_point[:, None]
-        return Fit(_ratio((level * block) @ weights, level**2 @ weights, fit.scale), zero_point, offset)
+        return Fit(self._ratio((level * block) @ weights, level**2 @ weights, fit.scale), zero_point, offset)
+
+    def _ratio(self, above: Array, below: Array, otherwise: Array) -> npt.NDArray[np.float32]:
+        """A step by least squares; `otherwise` where all codes are one."""
+        sure = (below > np.finfo(np.float32).tiny) & (np.abs(above) > np.finfo(np.float32).tiny)
+        return stored(np.where(sure, above / np.where(sure, below, 1), otherwise), self.half)
 
     def _of_range(self, block: npt.NDArray[np.float32], below: float, above: float) -> Fit:
         """The fit to a share of the range on either side; a symmetric one takes `below`, and the sign from `above`."""
@@ -177,14 +199,14 @@ class UniformGrid(Grid):
             far = np.take_along_axis(block, np.abs(block).argmax(axis=1)[:, None], axis=1)[:, 0]
             # -2^(bits-1) is a number of the grid and +2^(bits-1) isn't: a negative step puts the largest there.
             scale = -far / middle if above > 0 else far / (middle - 1)
-            return Fit(_nonzero(scale * below), np.full(len(block), middle, np.uint8))
+            return Fit(step_size(scale * below, self.half), np.full(len(block), middle, np.uint8))
         low, high = block.min(axis=1), block.max(axis=1)
         if self.floats:
             centre, half = (low + high) / 2, (high - low) / 2
-            step = _nonzero(half * (below + above) / top)
-            return Fit(step, offset=(centre - half * below).astype(np.float32))
+            step = step_size(half * (below + above) / top, self.half)
+            return Fit(step, offset=stored(centre - half * below, self.half))
         least, most = np.minimum(low, 0) * below, np.maximum(high, 0) * above
-        step = _nonzero((most - least) / top)
+        step = step_size((most - least) / top, self.half)
         return Fit(step, np.clip(np.rint(-least / step), 0, top).astype(np.uint8))
 
     def nearest(self, numbers: npt.NDArray[np.float32], fit: Fit) -> Array:
@@ -208,15 +230,20 @@ class UniformGrid(Grid):
         return found
 
 
-def _nonzero(scale: Array) -> npt.NDArray[np.float32]:
-    """Steps that can be divided by: a group of zeros gets one of 1."""
-    return np.where(np.abs(scale) > np.finfo(np.float32).tiny, scale, 1).astype(np.float32)
+def step_size(scale: Array, half: bool) -> npt.NDArray[np.float32]:
+    """Scales as they are stored that can be divided by: a group of zeros gets one of 1."""
+    return stored(np.where(np.abs(scale) > np.finfo(np.float32).tiny, scale, 1), half)
 
 
-def _ratio(above: Array, below: Array, otherwise: Array) -> npt.NDArray[np.float32]:
-    """A step by least squares; `otherwise` where all codes are one."""
-    sure = (below > np.finfo(np.float32).tiny) & (np.abs(above) > np.finfo(np.float32).tiny)
-    return np.where(sure, above / np.where(sure, below, 1), otherwise).astype(np.float32)
+def stored(numbers: Array, half: bool) -> npt.NDArray[np.float32]:
+    """Scales or offsets as they are stored: with `half`, numbers of float16."""
+    if not half:
+        return numbers.astype(np.float32)
+    sizes = np.abs(numbers)
+    # What float16 holds with fewer than its 11 digits stays as it is; such a weight's scales are stored in float32.
+    fits = ((sizes >= _LEAST_HALF) & (sizes <= _MOST_HALF)) | (sizes == 0)
+    with np.errstate(over="ignore"):
+        return np.where(fits, numbers.astype(np.float16), numbers).astype(np.float32)
 
 
 def mixed(first: Fit, second: Fit, choose: Array) -> Fit:

@@ -50,6 +50,8 @@ class QuantizedWeight:
         outliers: What is added to single weights.
         hadamard: 0, or the number of neighbouring columns that were rotated by an orthonormal Hadamard matrix H before
             they were rounded, so that x must be rotated alike: W xᵀ = (W Hᵀ)(H xᵀ).
+        transposed: All of the above is of Wᵀ, whose rows are the inputs: groups lie within an input and go along the
+            outputs. `dequantized` alone gives W.
     """
 
     codes: Array
@@ -63,6 +65,7 @@ class QuantizedWeight:
     selectors: npt.NDArray[np.uint8] | None = None
     outliers: Outliers | None = None
     hadamard: int = 0
+    transposed: bool = False
 
     @property
     def rows(self) -> int:
@@ -105,9 +108,12 @@ class QuantizedWeight:
         return found.astype(np.float32, copy=False)
 
     def dequantized(self) -> npt.NDArray[np.float32]:
-        """The weight that the model computes with, float32 [N, K], in the basis of the original one."""
+        """The weight that the model computes with, float32 [N, K], in the basis of the original one.
+
+        Where it is `transposed`, N is the number of columns here and K that of rows.
+        """
         found = self.numbers()
-        if not self.hadamard:
-            return found
-        blocks = found.reshape(self.rows, -1, self.hadamard)
-        return np.asarray((blocks @ hadamard(self.hadamard)).reshape(found.shape), np.float32)
+        if self.hadamard:
+            blocks = found.reshape(self.rows, -1, self.hadamard)
+            found = np.asarray((blocks @ hadamard(self.hadamard)).reshape(found.shape), np.float32)
+        return found.T if self.transposed else found
