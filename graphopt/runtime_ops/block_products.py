@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.graph.computed import weight
 from graphopt.graph.edits import Editor
 from graphopt.runtime_ops.operator import DOMAIN, add_body, operators
 
@@ -204,10 +205,24 @@ class BlockProducts:
 
     def _scales(self, matrix: BlockMatrix) -> ir.Value:
         """The scales as float32. A session makes constants of what is computed from constants when it is loaded."""
-        if matrix.scales is None:
-            half = matrix.stored_scales.dtype == ir.DataType.FLOAT16
-            matrix.scales = self.edit.op("Cast", [matrix.stored_scales], {"to": ir.DataType.FLOAT}) if half else None
-        return matrix.scales or matrix.stored_scales
+        stored = matrix.stored_scales
+        if matrix.scales is None and stored.dtype == ir.DataType.FLOAT16:
+            # With optimizations off nothing is made a constant, and MatMulNBits with 8 bits and scales that aren't
+            # constant gives zeros in ONNX Runtime 1.31.
+            constant = matrix.bits == 8 and stored.const_value is not None
+            matrix.scales = self._widened(stored) if constant else self.edit.op("Cast", [stored], {"to": 1})
+        return matrix.scales or stored
+
+    def _widened(self, stored: ir.Value) -> ir.Value:
+        """A constant in float16 as one in float32, in whose place it is where nothing else reads it."""
+        tensor = stored.const_value
+        assert tensor is not None
+        shape = tensor.shape.numpy()
+        made = weight(lambda: ir.tensor(tensor.numpy().astype(np.float32)), ir.DataType.FLOAT, shape)
+        made.name = self.edit.names.fresh(f"{stored.name}.float")
+        if not stored.uses() and stored.name is not None:
+            self.edit.model.graph.initializers.pop(stored.name, None)
+        return self.initializer(made)
 
     def _offsets(self, matrix: BlockMatrix) -> ir.Value | None:
         """What is added to s·(q - z), as float32 [blocks, rows]."""

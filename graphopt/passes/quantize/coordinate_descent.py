@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.passes.quantize.gptq import check_hessian, check_scalar
-from graphopt.passes.quantize.grids import Fit, Grid, mixed
+from graphopt.passes.quantize.grids import Fit, Grid, mixed, stored
 from graphopt.passes.quantize.outliers import Floats, Mask, with_outliers
 from graphopt.passes.quantize.quantized_weight import QuantizedWeight
 
@@ -143,10 +143,10 @@ def _sweep_scales(
             by = np.where(apart, (c * p - b * q) / det, by)
             shift = np.where(apart, (a * q - b * p) / det, shift)
         scale = fit.scale + by
-        scale = np.where((np.abs(scale) > np.finfo(np.float32).tiny) & (a > 0), scale, fit.scale).astype(np.float32)
-        moved = dataclasses.replace(fit, scale=scale)
+        scale = np.where((np.abs(scale) > np.finfo(np.float32).tiny) & (a > 0), scale, fit.scale)
+        moved = dataclasses.replace(fit, scale=stored(scale, grid.half))
         if fit.offset is not None:
-            moved = dataclasses.replace(moved, offset=(fit.offset + shift).astype(np.float32))
+            moved = dataclasses.replace(moved, offset=stored(fit.offset + shift, grid.half))
         step = np.where(fixed[own], 0, (grid.values(codes[own].T, fit) - grid.values(codes[own].T, moved)).T)
         better = (step * (local @ step + 2 * slope)).sum(axis=0) < 0
         fits[group] = mixed(moved, fit, better)

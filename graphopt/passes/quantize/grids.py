@@ -50,10 +50,12 @@ class Grid(abc.ABC):
     Attributes:
         bits: Bits of a code.
         width: Numbers that one code stands for.
+        half: Scales and offsets are numbers of float16, see `stored`.
     """
 
     bits: int
     width: int = 1
+    half: bool = False
 
     def for_weight(
         self, weight: npt.NDArray[np.float32], group_size: int, importance: npt.NDArray[np.float32] | None = None

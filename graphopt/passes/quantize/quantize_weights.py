@@ -78,7 +78,7 @@ class QuantizeWeights(Pass):
     zero points are stored too; `floats` (default false): s · c + m with a float m in place of zero points; `search`
     (default true): ranges of least squared error, else the whole one; `groups` (default "fixed"): of `group_size`;
     "range": FineQuant's choice for each matrix; "axis": AdaDim's, along inputs or along outputs; `rounding` (default
-    "nearest"): "nearest", "gptq", "comq" or "gptq+comq"; `order` (default "activation"): in which GPTQ visits the
+    "nearest"): "nearest", "gptq", "comq" or "gptq+comq"; `order` (default "groups"): in which GPTQ visits the
     inputs; `damping` (default 0.01): of the Hessian's mean diagonal; `weighed` (default false): errors count by the
     squares of their inputs where ranges are searched; `outliers` (default 0): share of the weights that keep their
     precision; `compensation` (default "none"): a branch of low rank that takes some of the error: "lorc", or "eora",
@@ -113,7 +113,7 @@ class QuantizeWeights(Pass):
         search: bool = True,
         groups: str = "fixed",
         rounding: str = "nearest",
-        order: str = "activation",
+        order: str = "groups",
         damping: float = 0.01,
         weighed: bool = False,
         outliers: float = 0.0,

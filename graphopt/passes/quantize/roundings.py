@@ -44,7 +44,7 @@ def quantize(
 
     Args:
         weight: float32 [N, K], finite.
-        grid: What to round to.
+        grid: What to round to; its `for_weight` is asked first.
         group_size: Columns of a group; the last one may have fewer; K or more: one group a row.
         rounding: "nearest" (`round_to_nearest`), "gptq" (`gptq`), "comq" (`coordinate_descent` from nearest), or
             "gptq+comq" (`coordinate_descent` from GPTQ's result).
@@ -71,6 +71,7 @@ def quantize(
     if importance is not None and importance.shape != (weight.shape[1],):
         raise ValueError(f"an importance of shape {list(importance.shape)} was given for {weight.shape[1]} columns")
     kept = largest(weight, outliers) if outliers else None
+    grid = grid.for_weight(weight, group_size, importance)
     if rounding == "nearest":
         return round_to_nearest(weight, grid, group_size, importance, kept=kept)
     if hessian is None:

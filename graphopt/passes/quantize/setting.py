@@ -53,7 +53,7 @@ class Setting:
     search: bool = True
     groups: Groups = "fixed"
     rounding: Rounding = "nearest"
-    order: Order = "activation"
+    order: Order = "groups"
     damping: float = 0.01
     weighed: bool = False
     outliers: float = 0.0
