@@ -11,15 +11,14 @@ import numpy.typing as npt
 
 from graphopt.passes.quantize.codebooks import Codebook, bitmod, minifloat, normal_float, power
 from graphopt.passes.quantize.gaussian_grids import lloyd_max
-from graphopt.passes.quantize.grids import Array, Fit, Grid, mixed, step_size
+from graphopt.passes.quantize.grids import Array, Fit, Grid, step_size
+from graphopt.passes.quantize.scale_search import best_fit, row_errors, searched_fit
 
 EXPONENTS = tuple(round(1 - 0.05 * step, 2) for step in range(13))
 """Exponents of NUPES among which the search finds the best: 1 to 0.4."""
 
 _SHARES = tuple(1 - 0.07 * step for step in range(11))
 """Ranges that a search tries, from the whole one down; 2 bits of normal numbers want 0.4 of it in large groups."""
-_REFINEMENTS = 2
-"""Least-squares steps behind a search; more of them take less than 1 % of the error."""
 _FEW = 16
 """So many numbers are found by as many comparisons, which takes a fifth of a binary search's time."""
 _ROWS = 256
@@ -76,44 +75,25 @@ class CodebookGrid(Grid):
             weights = None if importance is None else np.tile(importance[columns], len(rows)).reshape(-1, size)
             for index, book in enumerate(self.books):
                 grid = dataclasses.replace(self, books=(book,))
-                errors[index] += grid._errors(block, grid.fit(block, weights), weights).sum()
+                errors[index] += row_errors(grid, block, grid.fit(block, weights), weights).sum()
         return dataclasses.replace(self, books=(self.books[int(np.argmin(errors))],))
 
     def fit(self, block: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None = None) -> Fit:
         """See the base."""
-        if len(self.books) == 1:
-            return self._fit_book(block, 0, importance)
-        best: Fit | None = None
-        least = np.full(len(block), np.inf)
-        for index in range(len(self.books)):
-            best, least = self._better(block, self._fit_book(block, index, importance), best, least, importance)
-        assert best is not None
-        return best
+        books = (self._fit_book(block, index, importance) for index in range(len(self.books)))
+        return next(books) if len(self.books) == 1 else best_fit(self, block, books, importance)
 
     def _fit_book(self, block: npt.NDArray[np.float32], index: int, importance: Array | None) -> Fit:
         """The scales for one of the codebooks."""
-        book = self._levels[index]
         selector = np.full(len(block), index, np.uint8) if len(self.books) > 1 else None
-        whole = self._whole_range(block, book)
+        whole = self._whole_range(block, self._levels[index])
         if not self.search:
             return Fit(step_size(whole, self.half), selector=selector)
-        best: Fit | None = None
-        least = np.full(len(block), np.inf)
         # Numbers of variance 1 may want a larger scale than the root of the mean square.
         largest = 1.2 if self.root_mean_square else 1.0
-        for share in [share * sign for share in _SHARES for sign in self._signs(index)]:
-            fit = Fit(step_size(whole * share * largest, self.half), selector=selector)
-            best, least = self._better(block, fit, best, least, importance)
-        for _ in range(_REFINEMENTS):
-            assert best is not None
-            level = self.values(self.nearest(block, best), dataclasses.replace(best, scale=np.ones_like(best.scale)))
-            weighed = level if importance is None else level * importance
-            square = np.einsum("nm,nm->n", weighed, level)
-            scale = np.einsum("nm,nm->n", weighed, block) / np.where(square > 0, square, 1)
-            fit = Fit(np.where(square > 0, step_size(scale, self.half), best.scale), selector=selector)
-            best, least = self._better(block, fit, best, least, importance)
-        assert best is not None
-        return best
+        shares = [share * sign * largest for share in _SHARES for sign in self._signs(index)]
+        trials = (Fit(step_size(whole * share, self.half), selector=selector) for share in shares)
+        return searched_fit(self, block, trials, importance, self.half)
 
     def _whole_range(self, block: npt.NDArray[np.float32], book: Array) -> Array:
         if self.root_mean_square:
@@ -129,20 +109,6 @@ class CodebookGrid(Grid):
         if book[0] != -book[-1] or tuple(-number for number in book[::-1]) in self.books:
             return (1,)
         return (1, -1)
-
-    def _better(
-        self, block: npt.NDArray[np.float32], fit: Fit, best: Fit | None, least: Array, importance: Array | None
-    ) -> tuple[Fit, Array]:
-        """The better one of two fits in each row, and its error."""
-        total = self._errors(block, fit, importance)
-        better = total < least
-        return fit if best is None else mixed(fit, best, better), np.where(better, total, least)
-
-    def _errors(self, block: npt.NDArray[np.float32], fit: Fit, importance: Array | None) -> Array:
-        """The squared error of each row, float32 [N]."""
-        error = self.values(self.nearest(block, fit), fit) - block
-        total: Array = np.einsum("nm,nm->n", error, error if importance is None else error * importance)
-        return total
 
     def nearest(self, numbers: npt.NDArray[np.float32], fit: Fit) -> Array:
         """See the base. Between two numbers at the same distance the lower one is taken."""

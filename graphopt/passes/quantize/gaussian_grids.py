@@ -25,8 +25,8 @@ Array = npt.NDArray[Any]
 STORED = {(2, 16): 2, (2, 64): 3, (2, 256): 4, (4, 256): 2}
 """The stored grids: (numbers of a vector, vectors) and the bits of a weight."""
 _FILE = Path(__file__).with_suffix(".npz")
-_CHUNK = 1 << 14
-"""Vectors whose distances to all entries are in memory at once."""
+_PRODUCTS = 1 << 16
+"""Products of vectors and entries made at once; more of them leave the cache, and take up to 20 times as long."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -93,12 +93,14 @@ def gaussian_vectors(width: int, count: int) -> npt.NDArray[np.float32]:
 
 def nearest_vectors(vectors: Array, grid: npt.NDArray[np.float32]) -> Array:
     """The index of the nearest entry of a grid [n, p] for each of vectors [M, p], int64 [M]."""
+    # |x - c|² without |x|², which is the same for all entries: the greatest x·c - |c|²/2, as one product.
     halves = np.einsum("np,np->n", grid, grid) / 2
+    entries = np.concatenate([grid, -halves[:, None]], axis=1).T.astype(np.float32, order="C")
+    extended = np.concatenate([vectors, np.ones((len(vectors), 1))], axis=1, dtype=np.float32)
     found = np.empty(len(vectors), np.int64)
-    for start in range(0, len(vectors), _CHUNK):
-        part = vectors[start : start + _CHUNK]
-        # |x - c|² without |x|², which is the same for all entries.
-        found[start : start + _CHUNK] = (part @ grid.T - halves).argmax(axis=1)
+    rows = max(1, _PRODUCTS // len(grid))
+    for start in range(0, len(vectors), rows):
+        found[start : start + rows] = (extended[start : start + rows] @ entries).argmax(axis=1)
     return found
 
 
@@ -116,11 +118,13 @@ def optimal_vectors(width: int, count: int, seed: int = 0) -> tuple[npt.NDArray[
         The vectors, float32 [count, width], in lexical order, and the mean squared error of a number.
     """
     rng = np.random.default_rng(seed)
-    few = _spread_normal(256 * count, width)
+    few = _spread_normal(min(256 * count, 1 << 18), width)
     spread = math.sqrt((width + 2) / width)
-    begun = [_lloyd(spread * rng.standard_normal((count, width)), few, 100) for _ in range(8)]
+    # Large grids take long, and end nearly alike wherever they begin.
+    beginnings, steps = (8, 100) if count <= 256 else (2, 60)
+    begun = [_lloyd(spread * rng.standard_normal((count, width)), few, steps) for _ in range(beginnings)]
     best = min(begun, key=lambda made: made[1])[0]
-    made, error = _lloyd(best, _spread_normal(4096 * count, width), 100)
+    made, error = _lloyd(best, _spread_normal(min(4096 * count, 1 << 20), width), steps)
     return made[np.lexsort(made.T[::-1])], error
 
 

@@ -13,10 +13,11 @@ from graphopt.passes.quantize.grids import Array, Fit, Grid, step_size
 from graphopt.passes.quantize.quantized_weight import QuantizedWeight
 from graphopt.passes.quantize.rotations import hadamard
 from graphopt.passes.quantize.roundings import round_to_nearest
+from graphopt.passes.quantize.scale_search import searched_fit
 from graphopt.runtime_ops.hadamard_transform.factors import LARGEST, hadamard_matrix
 
-_REFINEMENTS = 2
-"""Least-squares steps of a search."""
+_SHARES = (0.8, 0.9, 1.0, 1.1, 1.2)
+"""Scales that a search tries, as parts of the root of the mean square."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class GaussianVectorGrid(Grid):
     Attributes:
         bits: Of a code: the grid has 2^bits vectors.
         width: Numbers of a vector, which divide the size of a group.
-        search: Fit scales to the codes that they give by least squares, a few times in turn.
+        search: Try scales around that one, then fit the best to the codes that it gives by least squares.
         half: Scales are numbers of float16.
     """
 
@@ -43,14 +44,8 @@ class GaussianVectorGrid(Grid):
     def fit(self, block: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None = None) -> Fit:
         """See the base."""
         mean = np.einsum("nm,nm->n", block, block) / max(block.shape[1], 1)
-        fit = Fit(step_size(np.sqrt(mean), self.half))
-        for _ in range(_REFINEMENTS if self.search else 0):
-            level = self._level(self.nearest(block, fit))[:, : block.shape[1]]
-            weighed = level if importance is None else level * importance
-            square = np.einsum("nm,nm->n", weighed, level)
-            scale = np.einsum("nm,nm->n", weighed, block) / np.where(square > 0, square, 1)
-            fit = Fit(np.where(square > 0, step_size(scale, self.half), fit.scale))
-        return fit
+        trials = (Fit(step_size(np.sqrt(mean) * share, self.half)) for share in (_SHARES if self.search else (1.0,)))
+        return searched_fit(self, block, trials, importance, self.half) if self.search else next(trials)
 
     def nearest(self, numbers: npt.NDArray[np.float32], fit: Fit) -> Array:
         """See the base: codes [N, ceil(m / width)]; what is missing of the last vector counts as 0."""
@@ -61,14 +56,12 @@ class GaussianVectorGrid(Grid):
 
     def values(self, codes: Array, fit: Fit) -> npt.NDArray[np.float32]:
         """See the base: [N, width · codes of a row]."""
-        return self._level(codes) * fit.scale[:, None]
+        level = gaussian_vectors(self.width, 1 << self.bits)[codes].reshape(len(codes), -1)
+        return level * fit.scale[:, None]
 
     def levels(self) -> npt.NDArray[np.float32]:
         """See the base."""
         return gaussian_vectors(self.width, 1 << self.bits)[None]
-
-    def _level(self, codes: Array) -> npt.NDArray[np.float32]:
-        return gaussian_vectors(self.width, 1 << self.bits)[codes].reshape(len(codes), -1)
 
 
 def round_higgs(
@@ -94,7 +87,7 @@ def round_higgs(
         group_size: Columns that share a scale, a multiple of `width`; None: those that are rotated together.
         rotation: Columns that are rotated together, of which `hadamard` knows a matrix; 0: none are; None: as
             `rotation_size` says.
-        search: Fit scales by least squares.
+        search: Fit scales by the least squared error, which pays in groups of fewer than 256 columns.
         half: Scales are numbers of float16.
 
     Raises:

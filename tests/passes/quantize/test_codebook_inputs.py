@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from smollm2_matrices import Floats, some_rows
 
 from graphopt.passes.quantize.codebook_packing import CodebookInputs, codebook_inputs, slow_reason
@@ -16,6 +18,7 @@ from graphopt.passes.quantize.grids import UniformGrid
 from graphopt.passes.quantize.higgs import round_higgs
 from graphopt.passes.quantize.quantized_weight import Outliers, QuantizedWeight
 from graphopt.passes.quantize.roundings import round_to_nearest
+from graphopt.runtime_ops.codebook_matmul.packing import unpack_indices
 from graphopt.runtime_ops.hadamard_transform.factors import hadamard_factor
 from tests.runtime_ops.operator_cases import judge
 
@@ -174,3 +177,39 @@ def test_what_the_operator_can_not_do() -> None:
     pairs = dataclasses.replace(round_higgs(weight, rotation=0), group_size=31)
     with pytest.raises(ValueError, match="31 columns isn't a multiple of 2"):
         codebook_inputs(pairs)
+
+
+@given(
+    bits=st.integers(1, 6),
+    width=st.sampled_from([1, 2, 3, 4]),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 70),
+    group=st.integers(1, 20),
+    books=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_bytes_hold_the_weight(
+    bits: int, width: int, rows: int, columns: int, group: int, books: int, seed: int
+) -> None:
+    """The indices of the bytes, looked up in the codebooks, whatever was packed together."""
+    rng = np.random.default_rng(seed)
+    group_size = group * width
+    groups = -(-columns // group_size)
+    weight = QuantizedWeight(
+        rng.integers(0, 1 << bits, (rows, -(-columns // width))).astype(np.uint8),
+        bits,
+        group_size,
+        columns,
+        rng.integers(1, 100, (rows, groups)).astype(np.float32),
+        levels=rng.standard_normal((books, 1 << bits, width)).astype(np.float32),
+        selectors=rng.integers(0, books, (rows, groups)).astype(np.uint8) if books > 1 else None,
+    )
+    packed = codebook_inputs(weight)
+    tile = packed.codebooks.shape[-1]
+    indices = unpack_indices(packed.indices, packed.attributes["bits"], -(-columns // tile))
+    assert packed.attributes["bits"] * weight.width == bits * tile
+    of_tile = np.arange(indices.shape[1]) * tile // packed.attributes["group_size"]
+    chosen = packed.selectors[:, of_tile] if packed.selectors.size else np.zeros_like(indices)
+    level = packed.codebooks[chosen, indices, 0].reshape(rows, -1)[:, :columns]
+    scales = packed.scales.astype(np.float32)[:, np.arange(columns) // packed.attributes["group_size"]]
+    np.testing.assert_array_equal(level * scales, weight.numbers())
