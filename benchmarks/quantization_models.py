@@ -47,7 +47,7 @@ ORIGINAL = "as it is"
 PEER = "ONNX Runtime's quantizer"
 SHOWN = {
     "spearman": "Spearman", "accuracy": "top-1", "top1": "same class", "score": "score agreement",
-    "score_error": "largest score error", "cer": "CER",
+    "score_error": "largest score error", "iou": "overlap of boxes", "detections": "detections of both", "cer": "CER",
 }  # fmt: skip
 
 
@@ -332,9 +332,6 @@ def peer(kind: str, source: str, target: str, folder: str) -> None:
     import onnx.version_converter
     from onnxruntime import quantization as ort
 
-    if kind == "dynamic":
-        ort.quantize_dynamic(source, target, per_channel=True, weight_type=ort.QuantType.QInt8)
-        return
     prepared = str(Path(target).with_name("prepared.onnx"))
     model = onnx.load(source)
     if next(entry.version for entry in model.opset_import if not entry.domain) < OPSET:
@@ -342,6 +339,11 @@ def peer(kind: str, source: str, target: str, folder: str) -> None:
     onnx.save(model, prepared)
     # Shapes with names that it can't relate end its symbolic inference.
     ort.quant_pre_process(prepared, prepared, skip_symbolic_shape=True)
+
+    if kind == "dynamic":
+        ort.quantize_dynamic(prepared, target, per_channel=True, weight_type=ort.QuantType.QInt8)
+        Path(prepared).unlink()
+        return
 
     class Reader(ort.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
