@@ -52,9 +52,10 @@ class RotateResidual(Pass):
        inverse: the products of gate and up have outliers of their own, which nothing linear makes.
 
     **Options:** `kind` (default "hadamard"): random signs and a Hadamard matrix of 2ᵏ·m rows (a random rotation of the
-    odd part where there is none), or "orthogonal". `seed` (default 0). `residual`, `heads` (boolean, default True),
-    `online_down` (boolean, default False): what is rotated. `online` (default 2): rotations of a stream that may be
-    computed when the model runs.
+    odd part where there is none), or "orthogonal": any rotation; `seed` (default 0): of the signs, or of the rotation;
+    `residual` (default true): rotate streams; `heads` (default true): rotate the heads of values; `online_down`
+    (default false): rotate before the last layer of each MLP, when the model runs; `online` (default 2): rotations of
+    a stream that may be computed when the model runs.
 
     **Needs:** for `online_down` opset 18. **Guarantees:** LOSSY by name only: outputs are the same up to rounding (each
     weight is turned in float64 and rounded once), but a cache of rotated values can't be continued from the original's.
