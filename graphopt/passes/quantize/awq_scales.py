@@ -56,13 +56,13 @@ class AwqScales(ScaleChannels):
     Differs from the paper's code in that q, k and v are judged by their own outputs, not by that of the attention, and
     in that scales of single groups and errors come from second moments instead of stored activations.
 
-    **Options:** `bits` (default 4), `group_size` (columns, default 32; 0: a whole row), `grid` (default "int"),
-    `symmetric` (boolean, default True), `floats` (boolean, default False): the grid that weights are rounded to
-    afterwards, as in quantize-weights, with ranges that aren't searched. `steps` (default 20): values of α. `rows`
-    (default 512): of how many rows of each weight, evenly spread, the search looks at the error; 0: of all. `clip`
-    (boolean, default True): rule 4, which changes the function by itself. `tokens` (default "all"): or "linear" or
-    "received"; `token_roles` (default k, v, kv, qkv): rule 3. `head` (boolean, default False): scale the
-    output layer too.
+    **Options:** `bits` (default 4): of a number of the grid that weights are rounded to afterwards, as in
+    quantize-weights; `group_size` (default 32): inputs that share a scale, 0 for all; `grid` (default "int"): the
+    numbers of the grid by name; `symmetric` (default true): the middle of the integers is 0; `floats` (default false):
+    s · c + m with a float m; `steps` (default 20): values of α; `rows` (default 512): of how many rows of each weight,
+    evenly spread, the search looks at the error, 0 for all; `clip` (default true): rule 4, which changes the function
+    by itself; `tokens` (default "all"): "all" alike, "linear" or "received": rule 3; `token_roles` (default none):
+    of the weights that rule 3 is for, by default k, v, kv and qkv; `head` (default false): scale the output layer too.
 
     **Needs:** calibration data (mean magnitude and second moments of what each group reads). **Guarantees:** LOSSY.
     Without `clip` outputs are the same up to the rounding of the new weights, but where V → O is scaled the cache of a
@@ -72,7 +72,8 @@ class AwqScales(ScaleChannels):
     residual addition reads what the norm gives out); activations that a scale doesn't commute with (GELU before fc2);
     weights that another node reads too, such as an output layer tied to the embedding.
 
-    **When not to use it:** without quantizing the weights afterwards, to the same grid.
+    **When not to use it:** without quantizing the weights afterwards, to the same grid; where ranges were clipped, with
+    `search` off.
     """
 
     name: ClassVar[str] = "awq-scales"

@@ -52,9 +52,10 @@ class RotateResidual(Pass):
        inverse: the products of gate and up have outliers of their own, which nothing linear makes.
 
     **Options:** `kind` (default "hadamard"): random signs and a Hadamard matrix of 2ᵏ·m rows (a random rotation of the
-    odd part where there is none), or "orthogonal". `seed` (default 0). `residual`, `heads` (boolean, default True),
-    `online_down` (boolean, default False): what is rotated. `online` (default 2): rotations of a stream that may be
-    computed when the model runs.
+    odd part where there is none), or "orthogonal": any rotation; `seed` (default 0): of the signs, or of the rotation;
+    `residual` (default true): rotate streams; `heads` (default true): rotate the heads of values; `online_down`
+    (default false): rotate before the last layer of each MLP, when the model runs; `online` (default 2): rotations of
+    a stream that may be computed when the model runs.
 
     **Needs:** for `online_down` opset 18. **Guarantees:** LOSSY by name only: outputs are the same up to rounding (each
     weight is turned in float64 and rounded once), but a cache of rotated values can't be continued from the original's.
@@ -88,19 +89,23 @@ class RotateResidual(Pass):
         self.residual, self.heads, self.online_down = residual, heads, online_down
 
     def apply(self, model: ir.Model) -> bool:
-        """See the class."""
+        """See the class. A second run does nothing: it would rotate what is rotated already."""
+        if model.graph.meta.get(self.name) == self.option_values():
+            return False
         edit, changed = Editor(model), False
         if self.residual:
             changed |= self._streams(model, infer(model), edit)
         if self.heads or self.online_down:
             folds = ChannelFolds(model, infer(model))
             for group in folds.groups():
-                if not isinstance(group, ReaderGroup) or group.readers[0].meta.get(self.name):
+                if not isinstance(group, ReaderGroup):
                     continue
                 if self.heads and group.roles == ["o"]:
                     changed |= self._heads(group, folds.fold(group), edit)
                 if self.online_down and group.roles in (["down"], ["fc2"]):
                     changed |= self._down(group, edit)
+        if changed:
+            model.graph.meta[self.name] = self.option_values()
         return changed
 
     def _rotation(self, features: int) -> Rotation:
@@ -114,15 +119,13 @@ class RotateResidual(Pass):
         changed = False
         for space in feature_spaces([(n.inputs[0], -1) for n in norms if n.inputs[0] is not None], facts):
             first = next((r.node for r in space.readers if r.kind == "norm" and r.node is not None), None)
-            if first is None or not space.adds or space.adds[0].meta.get(self.name):
+            if first is None or not space.adds:
                 continue
             plan = plan_rotation(space, facts, self.online)
             if isinstance(plan, str):
                 self.left(first, plan)
                 continue
             self._rotate(plan, facts, edit)
-            for add in space.adds:
-                add.meta[self.name] = True
             detail = f"{len(plan.constants)} constants of a stream of {space.size} features rotated"
             if plan.why:
                 detail += f", {len(plan.why)} rotations at run time ({'; '.join(plan.why)})"
@@ -190,7 +193,6 @@ class RotateResidual(Pass):
                 _turn(layer.node, 2, -1, rotation, blocks, edit)
         for layer in group.layers():
             _turn(layer.node, 1, -1 if outputs_first(layer) else -2, rotation, own, edit)
-        node.meta[self.name] = True
         return self.applied(node, f"heads of {fold.depth} rotated" + ", and its cache" * fold.cached)
 
     # ---- before the last layer of an MLP
@@ -209,7 +211,6 @@ class RotateResidual(Pass):
         factor = edit.constant(hadamard_factor(size), "factor")
         turned = edit.op(TRANSFORM, [group.x, factor], attributes, domain=DOMAIN, like=group.x)
         edit.set_input(node, 0, turned)
-        node.meta[self.name] = True
         return self.applied(node, f"a Hadamard transform of {size} features before it")
 
 

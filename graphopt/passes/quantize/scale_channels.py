@@ -49,7 +49,9 @@ class ScaleChannels(Pass):
     head: bool = False
 
     def apply(self, model: ir.Model) -> bool:
-        """Scale every group that can be."""
+        """Scale every group that can be, once: a second run would scale what is scaled already."""
+        if model.graph.meta.get(self.name) == self.option_values():
+            return False
         facts, edit = infer(model), Editor(model)
         found = self._groups(ChannelFolds(model, facts))
         if not found:
@@ -66,12 +68,12 @@ class ScaleChannels(Pass):
                 self.left(group.readers[0], f"{group.label}: {reason}")
                 continue
             changed.append((group, plan))
-            for node in group.readers:
-                node.meta[self.name] = True
             self.applied(group.readers[0], f"{group.label}: {plan.detail}" + "; its cache is scaled too" * fold.cached)
         # A layer may be scaled for what it reads and for what it makes: both come first.
         for group, plan in changed:
             self.finish(group, plan, edit)
+        if changed:
+            model.graph.meta[self.name] = self.option_values()
         return bool(changed)
 
     def _groups(self, folds: ChannelFolds) -> list[tuple[ReaderGroup, ChannelFold]]:
@@ -80,8 +82,8 @@ class ScaleChannels(Pass):
             if not isinstance(group, ReaderGroup):
                 self.left(group[0].node, group[1])
                 continue
-            if group.readers[0].meta.get(self.name) or (group.roles == ["head"] and not self.head):
-                continue  # a second run would scale what is scaled already
+            if group.roles == ["head"] and not self.head:
+                continue
             fold = folds.fold(group)
             if isinstance(fold, str):
                 self.left(group.readers[0], f"{group.label}: {fold}")

@@ -31,8 +31,8 @@ class SmoothQuant(ScaleChannels):
        down, through the product with the gate; those of fc1 for fc2 through a ReLU. Nothing is left to be computed.
     3. Channels that must share a factor take the largest of their activations and of their weights.
 
-    **Options:** `alpha` (0 to 1, default 0.5): how much of an outlier goes into the weights; 0.75 and more for
-    activations with extreme outliers. `head` (boolean, default False): scale the output layer too.
+    **Options:** `alpha` (default 0.5): from 0 to 1, how much of an outlier goes into the weights; 0.75 and more for
+    activations with extreme outliers; `head` (default false): scale the output layer too.
 
     **Needs:** calibration data (the largest magnitude of each channel). **Guarantees:** LOSSY by name only: outputs are
     the same up to the rounding of the new weights, but where V → O is scaled the cache of a decoder holds scaled

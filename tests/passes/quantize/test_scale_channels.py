@@ -164,6 +164,19 @@ def test_awq_on_real_weights(bits: int) -> None:
 
 
 @pytest.mark.real
+def test_tokens_count_by_the_attention_that_they_receive() -> None:
+    said = []
+    for tokens in ("all", "received"):
+        model = first_layers(1)
+        rule = AwqScales(3, 64, steps=10, rows=128, clip=False, tokens=tokens)
+        rule.calibration = calibration(1)
+        rule(model)
+        said.append([site.detail for site in rule.sites if site.outcome == "applied"])
+    assert said[0][0] != said[1][0], "of k and v"
+    assert said[0][1:] == said[1][1:], "of the others"
+
+
+@pytest.mark.real
 def test_smooth_quant_on_real_weights() -> None:
     before = first_layers(1)
     after = before.clone()
