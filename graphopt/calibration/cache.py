@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import tempfile
+import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from graphopt.graph.skeleton import skeleton
 Array = npt.NDArray[Any]
 
 FORMAT = "1"
+_UNFINISHED = ".tmp"
+_DAY_SECONDS = 86400
 MOST_BYTES = 4 << 30
 """What the cache may hold; beyond it, what was used longest ago is removed."""
 
@@ -86,7 +89,7 @@ class StageCache:
         temporary: str | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=_UNFINISHED, delete=False) as file:
                 temporary = file.name
                 np.savez(file, **arrays)  # type: ignore[arg-type]
             os.replace(temporary, path)
@@ -101,6 +104,9 @@ class StageCache:
         return self._folder / f"{self._key}.npz"
 
     def _prune(self) -> None:
+        for path in self._folder.glob(f"*{_UNFINISHED}"):
+            if time.time() - path.stat().st_mtime > _DAY_SECONDS:  # of a run that was killed while it wrote
+                path.unlink(missing_ok=True)
         files = sorted(self._folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)
         total = sum(path.stat().st_size for path in files)
         for path in files[:-1]:

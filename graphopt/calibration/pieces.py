@@ -95,7 +95,7 @@ def cut(
     pieces, begin = [], 0
     for stop in ends:
         entering = flow.crossing(begin - 1, end)
-        leaving = flow.crossing(stop, end)
+        leaving = flow.crossing(stop, end) if stop < last else ()
         old = set(entering)
         pieces.append(
             Piece(
@@ -222,15 +222,15 @@ class Flow:
             and any(stop < user < end for user in users)
         )
 
-    def weight_bytes(self, begin: int, stop: int) -> tuple[int, int]:
-        """Bytes of the weights that the nodes from place `begin` to `stop`, inclusive, read; and how many weights."""
+    def weight_bytes(self, begin: int, stop: int) -> int:
+        """Bytes of the weights that the nodes from place `begin` to `stop`, inclusive, read."""
         found = dict.fromkeys(w for node in self.order[begin : stop + 1] for w in self.weights[node])
         total = sum(w.const_value.nbytes for w in found if w.const_value is not None)
         for node in self.order[begin : stop + 1]:
             for graph in subgraphs_of(node):
                 for inner in (graph, *inner_graphs(graph)):
                     total += sum(v.const_value.nbytes for v in inner.initializers.values() if v.const_value is not None)
-        return total, len(found)
+        return total
 
     def is_anchor(self, index: int) -> bool:
         """Whether the node at a place reads a matrix."""
@@ -275,7 +275,7 @@ def _merged(flow: Flow, ends: list[int], observed: Mapping[int, int], limit: int
     begin, previous = 0, -1
     for stop in ends:
         if limit is not None:
-            total = flow.weight_bytes(begin, stop)[0] + sum(b for p, b in observed.items() if begin <= p <= stop)
+            total = flow.weight_bytes(begin, stop) + sum(b for p, b in observed.items() if begin <= p <= stop)
             full = total > limit and previous >= begin
         else:
             full = previous >= begin and any(begin <= place <= previous for place in observed)

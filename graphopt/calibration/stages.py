@@ -171,24 +171,8 @@ class _Run:
     def stages(self) -> Iterator[Stage]:
         """See the function."""
         for index, piece in enumerate(self.pieces):
-            requests = [r for r in self.requests if r.value in piece.wanted]
-            shown = self.shown[index]
-            submodel = self._piece_model(index, observed=True)
-            found = None
-            if self.cache is not None:
-                self.cache.enter(submodel, [r.key for r in requests])
-                found = self.cache.load()
-            if found is None:
-                self._catch_up(index)
-                summaries, received = self._observe(index, submodel, requests)
-                if self.cache is not None:
-                    self.cache.save([summaries[r] for r in requests], [received[node] for node in shown])
-            else:
-                summaries = dict(zip(requests, found[0], strict=True))
-                received = dict(zip(shown, found[1], strict=True))
             before = self._used()
-            del submodel  # and the tensors that only it holds
-            yield Stage(index, len(self.pieces), summaries, piece.weights, received)
+            yield self._stage(index)  # of which nothing is kept here
             now = self._used()
             changed = any(now.get(value) is not before.get(value) for value in piece.weights)
             if self.cache is not None and changed:
@@ -197,6 +181,25 @@ class _Run:
                 if changed:
                     self._forward(index)
                 self._settle(index)
+
+    def _stage(self, index: int) -> Stage:
+        """Run a piece, or find what it gave in the cache."""
+        piece, shown = self.pieces[index], self.shown[index]
+        requests = [r for r in self.requests if r.value in piece.wanted]
+        model = self._piece_model(index, observed=True)
+        found = None
+        if self.cache is not None:
+            self.cache.enter(model, [r.key for r in requests])
+            found = self.cache.load()
+        if found is None:
+            self._catch_up(index)
+            summaries, received = self._observe(index, model, requests)
+            if self.cache is not None:
+                self.cache.save([summaries[r] for r in requests], [received[node] for node in shown])
+        else:
+            summaries = dict(zip(requests, found[0], strict=True))
+            received = dict(zip(shown, found[1], strict=True))
+        return Stage(index, len(self.pieces), summaries, piece.weights, received)
 
     def _used(self) -> dict[ir.Value, ir.TensorProtocol]:
         """The weights that count."""
