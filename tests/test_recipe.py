@@ -116,7 +116,7 @@ def test_joined_recipes_share_the_exact_ones() -> None:
 def test_options_of_a_recipe() -> None:
     recipe = load("rtn").with_options(["bits=3", "quantize-weights.exclude=[down]"])
     (step,) = [step for step in recipe.steps if step.name == "quantize-weights"]
-    assert step.options == {"bits": 3, "exclude": ["down"]}
+    assert step.options == {"symmetric": False, "bits": 3, "exclude": ["down"]}
     for text, why in [
         ("bits", "sets no option"),
         ("colour=red", "no pass of the recipe rtn has such an option"),

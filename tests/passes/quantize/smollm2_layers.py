@@ -7,9 +7,9 @@ import functools
 import numpy as np
 import onnx
 import onnx_ir as ir
+
 from graphopt.calibration.calibration import Calibration
 from graphopt.calibration.data import ArrayDataset
-
 from graphopt.export.gguf.reader import read
 from graphopt.models.catalogue import fetch
 

@@ -9,12 +9,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from exactness import parse_weighted, reference_outputs
-from graphopt.calibration.request import Request
-from graphopt.calibration.statistics import MeanVariance, SecondMoment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from smollm2_layers import calibration, first_layers
 
+from graphopt.calibration.request import Request
+from graphopt.calibration.statistics import MeanVariance, SecondMoment
 from graphopt.graph.edits import Editor
 from graphopt.passes.quantize.compensation import (
     LowRank,

@@ -8,13 +8,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from exactness import parse_weighted
+from scaled_graphs import ATTENTION, HEAD, gated, numbers_of
+from smollm2_layers import calibration, first_layers, token_ids
+
 from graphopt.calibration.calibration import Calibration
 from graphopt.calibration.data import ArrayDataset
 from graphopt.calibration.request import Request
 from graphopt.calibration.statistics import AbsMax
-from scaled_graphs import ATTENTION, HEAD, gated, numbers_of
-from smollm2_layers import calibration, first_layers, token_ids
-
 from graphopt.passes.quantize.awq_scales import AwqScales, output_error
 from graphopt.passes.quantize.grids import UniformGrid
 from graphopt.passes.quantize.roundings import round_to_nearest
