@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from smollm2_matrices import Floats, mean_error, some_rows
 
@@ -116,6 +116,7 @@ def fits(grid: CodebookGrid, rows: int, rng: np.random.Generator) -> Fit:
 
 
 @pytest.mark.parametrize("name", GRIDS)
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 5), columns=st.integers(1, 9))
 def test_what_is_nearest(name: str, seed: int, rows: int, columns: int) -> None:
     rng = np.random.default_rng(seed)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from smollm2_matrices import Floats, some_rows
 
@@ -179,6 +179,7 @@ def test_what_the_operator_can_not_do() -> None:
         codebook_inputs(pairs)
 
 
+@settings(deadline=None)
 @given(
     bits=st.integers(1, 6),
     width=st.sampled_from([1, 2, 3, 4]),

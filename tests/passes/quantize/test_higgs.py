@@ -6,7 +6,7 @@ import statistics
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from smollm2_matrices import Floats, mean_error, some_rows
 
@@ -87,6 +87,7 @@ def test_no_such_grid() -> None:
         round_higgs(np.ones((2, 96), np.float32), group_size=33)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000))
 def test_rotation_sizes(columns: int) -> None:
     size = rotation_size(columns)
@@ -106,6 +107,7 @@ def test_sizes_of_rotations_of_models() -> None:
     assert {columns: rotation_size(columns) for columns in of} == of
 
 
+@settings(deadline=None)
 @given(st.sampled_from([4, 12, 64, 96, 100]), st.integers(0, 2**32 - 1))
 def test_a_rotation_keeps_the_product(columns: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -117,6 +119,7 @@ def test_a_rotation_keeps_the_product(columns: int, seed: int) -> None:
     )
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 4), st.integers(1, 21), st.sampled_from([(2, 4), (2, 6), (2, 8), (4, 8)]), st.integers(0, 2**32 - 1)
 )
