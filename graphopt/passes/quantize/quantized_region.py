@@ -61,7 +61,9 @@ class Region:
         return list(dict.fromkeys(v for node in (*self.layers, *self.between) for v in self.touched(node)))
 
 
-def region(layers: Iterable[ir.Node], graph: ir.Graph, refused: Callable[[ir.Node], bool]) -> Region:
+def region(
+    layers: Iterable[ir.Node], graph: ir.Graph, refused: Callable[[ir.Node], bool], last: Collection[ir.Node] = ()
+) -> Region:
     """The nodes to compute on codes: the layers, and what lies between two of them.
 
     A node joins where one of its inputs has codes anyway and something in the region reads what it makes; so nothing
@@ -71,6 +73,7 @@ def region(layers: Iterable[ir.Node], graph: ir.Graph, refused: Callable[[ir.Nod
         layers: Nodes with constant weights that are taken.
         graph: The main graph, in topological order.
         refused: Says of a node that it must not join.
+        last: Layers that aren't taken, before which a node joins nevertheless.
     """
     seeds = dict.fromkeys(layers)
     clamps: dict[ir.Node, ir.Node] = {}
@@ -93,7 +96,7 @@ def region(layers: Iterable[ir.Node], graph: ir.Graph, refused: Callable[[ir.Nod
     kept: dict[ir.Node, None] = {}
     for node in reversed(joined):
         readers = {use.node for out in (clamps.get(node) or node).outputs for use in out.uses()}
-        if any(reader in seeds or reader in kept for reader in readers):
+        if any(reader in seeds or reader in kept or reader in last for reader in readers):
             kept[node] = None
     between = {node: None for node in joined if node in kept}
     return Region(seeds, between, {k: v for k, v in clamps.items() if k in seeds or k in between})

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.analysis.algebra import attribute_int, is_op
+from graphopt.analysis.algebra import attribute_int, is_op, producer
 from graphopt.errors import UsageError
 from graphopt.graph.edits import Editor, opset
 from graphopt.passes.base import Guarantee, Pass
@@ -33,6 +33,7 @@ from graphopt.passes.quantize.value_ranges import LARGEST, METHODS, ValueRange, 
 OPSET = 13
 _LARGEST_BIAS = 2.0**30
 _LEAST_CHANNELS = 4
+_LOWEST = np.array(np.finfo(np.float32).min, np.float32)
 _FEW_LAYERS = 8
 """Below so many rule 4 would leave too little."""
 _LEAST_LEVELS = {"Concat": 64, "Add": 8}
@@ -123,15 +124,14 @@ class QuantizeStatic(Pass):
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
         layers = {node: layer for node in model.graph if (layer := self._layer(node, opset(model))) is not None}
-        if self.keep_last:
-            for node in last_layers(layers, model.graph):
-                if is_op(node, "Conv"):
-                    del layers[node]
-                    self.left(node, "it is one of the last layers, and keep_last is set")
+        last = [node for node in last_layers(layers, model.graph) if self.keep_last and is_op(node, "Conv")]
+        for node in last:
+            del layers[node]
+            self.left(node, "it is one of the last layers, and keep_last is set")
         if not layers:
             return False
         refused: dict[ir.Node, str] = {}
-        whole = region(layers, model.graph, self._excluded)
+        whole = region(layers, model.graph, self._excluded, last)
         seen = self._ranges(model, whole.values())
         for node in list(layers):
             if (why := _out_of_range(node, whole, seen)) is not None:
@@ -142,7 +142,7 @@ class QuantizeStatic(Pass):
             self.left(node, f"rounding what it reads and makes loses most of all {len(layers) + 1} layers")
         # What is refused may leave its neighbours without a reader in the region.
         while True:
-            found = region(layers, model.graph, lambda node: node in refused or self._excluded(node))
+            found = region(layers, model.graph, lambda node: node in refused or self._excluded(node), last)
             bad = {node: why for node in found.between if (why := _lost(node, found, seen)) is not None}
             if not bad:
                 break
@@ -343,9 +343,9 @@ class _Writer:
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         outs = self._found.outputs(node)
         made = edit.op(node.op_type, list(inputs), attributes, outputs=len(node.outputs), like=node.outputs[0])
-        producer = made.producer()
-        assert producer is not None
-        for old, y in zip(outs, producer.outputs, strict=True):
+        new = made.producer()
+        assert new is not None
+        for old, y in zip(outs, new.outputs, strict=True):
             if y is not made:
                 y.type, y.shape = old.type, None if old.shape is None else ir.Shape(old.shape)
             scale = self._scales[self._root[old]]
@@ -365,7 +365,11 @@ class _Writer:
 
     def _quantized(self, value: ir.Value) -> Quantized:
         if value not in self._codes:
-            self._codes[value] = self._round(value, self._scales[self._root[value]])
+            x, scale = value, self._scales[self._root[value]]
+            if producer(value, "MaxPool") is not None:
+                # ONNX Runtime would round before the pooling, whose kernel for bytes is slow in this layout.
+                x = self._edit.op("Max", [value, self._edit.constant(_LOWEST, "lowest")], like=value)
+            self._codes[value] = self._round(x, scale)
         return self._codes[value]
 
     def _dequantized(self, value: ir.Value) -> ir.Value:
