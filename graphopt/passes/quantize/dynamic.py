@@ -76,16 +76,16 @@ class QuantizeDynamic(Pass):
     **Options:** `token_scales` (default "all"): where each token has a scale: everywhere, "hidden" (rule 3: the second
     layer of feed-forward blocks), or "none"; `embeddings` (default true): rule 4; `min_weights` (default 4096): numbers
     of the smallest matrix that is quantized; `min_embedding` (default 65536): of the smallest table; `search` (default
-    false): shrink each scale of a weight to where its squared error is least; `reduce_range` (default false): weights of
-    7 bits, which can't saturate on processors of AVX2 or AVX-512 without VNNI, whose kernels add two products in 16
+    false): shrink each scale of a weight to where its squared error is least; `reduce_range` (default false): weights
+    of 7 bits, which can't saturate on processors of AVX2 or AVX-512 without VNNI, whose kernels add two products in 16
     bits; `exclude` (default none): sites that are left alone, by role ("fc2", "head") or pattern of the node's name.
 
     **Needs:** opset 11; float32. **Guarantees:** LOSSY.
 
     **Targets:** cpu.
 
-    **Left alone, with the reason:** weights that are shared with a reader that can't be quantized, hold NaN or infinity,
-    are quantized already or small; a Gemm that transposes what it multiplies, or whose bias isn't constant.
+    **Left alone, with the reason:** weights that are shared with a reader that can't be quantized, hold NaN or
+    infinity, are quantized already or small; a Gemm that transposes what it multiplies, or whose bias isn't constant.
 
     **When not to use it:** for convolutions (`quantize-static`), and where one token at a time is generated, which
     weights alone decide (`quantize-weights`).

@@ -81,17 +81,29 @@ def quantized_matrix(
     return IntegerWeight(weight(compute, ir.DataType.INT8, (inputs, outputs), origin=origin), scales)
 
 
-def quantized_kernels(tensor: ir.TensorProtocol, grid: SignedGrid) -> IntegerWeight:
-    """The weight of a convolution, float32 [M, C / groups, ...], as int8 of the same shape, a scale for each of M."""
+def quantized_kernels(
+    tensor: ir.TensorProtocol, grid: SignedGrid, least: npt.NDArray[np.float64] | None = None
+) -> IntegerWeight:
+    """The weight of a convolution, float32 [M, C / groups, ...], as int8 of the same shape, a scale for each of M.
+
+    Args:
+        tensor: The weight.
+        grid: The integers.
+        least: [M], what a scale must not be below, so that a bias in steps of it stays an int32.
+    """
     shape = tensor.shape.numpy()
-    rows = np.asarray(tensor.numpy(), np.float32).reshape(shape[0], -1)
-    scales = grid.fit(rows).scale
+
+    def rows() -> npt.NDArray[np.float32]:
+        return np.asarray(tensor.numpy(), np.float32).reshape(shape[0], -1)
+
+    scales = grid.fit(rows()).scale
+    if least is not None:
+        scales = np.maximum(scales, least.astype(np.float32))
 
     def compute() -> ir.TensorProtocol:
-        again = np.asarray(tensor.numpy(), np.float32).reshape(shape[0], -1)
-        return ir.tensor(grid.signed(again, Fit(scales)).reshape(shape))
+        return ir.tensor(grid.signed(rows(), Fit(scales)).reshape(shape))
 
-    origin = ("int8 kernels", grid, identity(tensor))
+    origin = ("int8 kernels", grid, scales.tobytes(), identity(tensor))
     return IntegerWeight(weight(compute, ir.DataType.INT8, shape, origin=origin), scales)
 
 

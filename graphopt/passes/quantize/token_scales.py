@@ -73,22 +73,22 @@ class Quantizer:
         if self.kept is not None:
             x = edit.op("Mul", [x, edit.constant(self.kept, "kept")], like=x)
         if not self.by_token:
-            codes = edit.op("DynamicQuantizeLinear", [x], outputs=3)
-            made = codes.producer()
-            assert made is not None
-            return Quantized(*made.outputs, by_token=False)
+            return Quantized(*self._whole(x), by_token=False)
         largest = self._largest(x)
         unit = edit.op("Div", [x, largest], like=x)
         if self.shifted:
-            codes = edit.op("DynamicQuantizeLinear", [unit], outputs=3)
-            made = codes.producer()
-            assert made is not None
-            _, step, zero_point = made.outputs
+            codes, step, zero_point = self._whole(unit)
             return Quantized(codes, edit.op("Mul", [largest, step]), zero_point, by_token=True)
         step = edit.constant(np.array(1 / 127, np.float32), "step")
         zero_point = edit.constant(np.array(128, np.uint8), "zero_point")
         codes = edit.op("QuantizeLinear", [unit, step, zero_point])
         return Quantized(codes, edit.op("Mul", [largest, step]), zero_point, by_token=True)
+
+    def _whole(self, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        made = self.edit.op("DynamicQuantizeLinear", [x], outputs=3).producer()
+        assert made is not None
+        codes, step, zero_point = made.outputs
+        return codes, step, zero_point
 
     def _largest(self, x: ir.Value) -> ir.Value:
         """The largest magnitude of each token, [..., 1], above 0."""
