@@ -101,8 +101,8 @@ class ScoredLlama(Generator):
         # Nothing of the base is set up: it would open an ONNX file.
         try:
             self._llama = LlamaCpp(path, threads, every=True)
-        except ImportError as error:
-            raise UsageError(f"llama-cpp-python isn't installed: {error}.") from error
+        except (ImportError, OSError) as error:  # its library may be missing or be for another system
+            raise UsageError(f"llama-cpp-python isn't there: {error}.") from error
         self.name = str(path)
 
     def start(self, batch: int, capacity: int) -> Any:
@@ -158,8 +158,8 @@ def _quantized_gguf(path: Path, target: Path, file_type: int, threads: int) -> N
     """Write the weights as GGUF and let llama.cpp quantize them."""
     try:
         import llama_cpp
-    except ImportError as error:
-        raise UsageError(f"llama-cpp-python isn't installed: {error}.") from error
+    except (ImportError, OSError) as error:
+        raise UsageError(f"llama-cpp-python isn't there: {error}.") from error
     plain = target.parent.parent / "off-grid-f32.gguf"
     if not plain.exists():
         _write_gguf(path, plain)
