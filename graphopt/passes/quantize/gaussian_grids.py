@@ -22,7 +22,7 @@ from graphopt.passes.quantize.codebooks import Codebook
 
 Array = npt.NDArray[Any]
 
-STORED = {(2, 16): 2, (2, 64): 3, (2, 256): 4, (4, 256): 2}
+STORED = {(2, 16): 2, (2, 64): 3, (2, 256): 4, (4, 256): 2, (4, 4096): 3}
 """The stored grids: (numbers of a vector, vectors) and the bits of a weight."""
 _FILE = Path(__file__).with_suffix(".npz")
 _PRODUCTS = 1 << 16

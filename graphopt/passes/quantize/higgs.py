@@ -82,7 +82,7 @@ def round_higgs(
 
     Args:
         weight: [N, K].
-        bits: Of a weight: 2 to 4 with `width` 2, 2 with 4, 1 to 8 with 1.
+        bits: Of a weight: 2 to 4 with `width` 2, 2 and 3 with 4, 1 to 8 with 1.
         width: Neighbouring weights that share a code: 1, 2 or 4.
         group_size: Columns that share a scale, a multiple of `width`; None: those that are rotated together.
         rotation: Columns that are rotated together, of which `hadamard` knows a matrix; 0: none are; None: as

@@ -116,7 +116,7 @@ def fits(grid: CodebookGrid, rows: int, rng: np.random.Generator) -> Fit:
 
 
 @pytest.mark.parametrize("name", GRIDS)
-@settings(deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 5), columns=st.integers(1, 9))
 def test_what_is_nearest(name: str, seed: int, rows: int, columns: int) -> None:
     rng = np.random.default_rng(seed)

@@ -69,6 +69,7 @@ WAYS: dict[str, Callable[[Floats], QuantizedWeight]] = {
     "higgs, pairs of 3 bits, groups of 64": higgs(bits=3, group_size=64),
     "higgs, pairs of 2 bits": higgs(bits=2),
     "higgs, fours": higgs(bits=2, width=4),
+    "higgs, fours of 3 bits": higgs(bits=3, width=4),
     "higgs, fours, not rotated": higgs(bits=2, width=4, rotation=0, group_size=96),
 }
 SLOW = {
@@ -87,6 +88,7 @@ TOGETHER = {
     "higgs, pairs of 2 bits": (8, 4),
     "higgs, pairs of 4 bits": (8, 2),
     "higgs, fours": (8, 4),
+    "higgs, fours of 3 bits": (12, 4),
     "nf4": (4, 1),
 }
 """Bits and numbers of an index as it is packed."""
@@ -179,7 +181,7 @@ def test_what_the_operator_can_not_do() -> None:
         codebook_inputs(pairs)
 
 
-@settings(deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     bits=st.integers(1, 6),
     width=st.sampled_from([1, 2, 3, 4]),

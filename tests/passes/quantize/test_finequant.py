@@ -40,7 +40,7 @@ def test_dearer_scales_make_groups_larger() -> None:
     assert sizes[0] < sizes[-1] == 1024
 
 
-@settings(deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 300), st.floats(1e-3, 1e3), st.integers(0, 2**32 - 1))
 def test_what_is_chosen_does_not_depend_on_scale(rows: int, columns: int, factor: float, seed: int) -> None:
     weight = np.random.default_rng(seed).integers(-50, 51, (rows, columns)).astype(np.float32)

@@ -58,13 +58,15 @@ def test_vectors(width: int, count: int) -> None:
     assert 1 << bits * width == count
     error = gaussian_error(width, bits)
     assert 0.7 < error / KNOWN[1 << bits] < {2: 0.93, 4: 0.88}[width]
-    sample = np.random.default_rng(8).standard_normal((400 * count, width)).astype(np.float32)
+    each = min(400, 400_000 // count)
+    sample = np.random.default_rng(8).standard_normal((each * count, width)).astype(np.float32)
     nearest = nearest_vectors(sample, grid)
-    means = np.stack([np.bincount(nearest, sample[:, i], count) for i in range(width)], 1)
+    sums = np.stack([np.bincount(nearest, sample[:, i], count) for i in range(width)], 1)
     held = np.bincount(nearest, minlength=count)
-    means /= held[:, None]
+    means = sums / np.maximum(held, 1)[:, None]
     moved = np.average(np.mean((means - grid) ** 2, axis=1), weights=held)
-    assert moved < 0.01 * error
+    # The mean of so many vectors is off by a part of that by itself, more in the large cells far out.
+    assert moved < 4 * error / each
 
 
 def test_vectors_are_made_anew() -> None:
@@ -78,16 +80,16 @@ def test_no_such_grid() -> None:
     with pytest.raises(ValueError, match="no grid of 32 vectors of 2 normal numbers; there are 16 of 2, 64 of 2"):
         gaussian_vectors(2, 32)
     with pytest.raises(
-        ValueError, match=r"HIGGS of 3 bits with 4 weights to a code has no grid; there are 2 bits with"
+        ValueError, match=r"HIGGS of 4 bits with 4 weights to a code has no grid; there are 2 bits with"
     ):
-        round_higgs(np.ones((2, 64), np.float32), 3, 4)
+        round_higgs(np.ones((2, 64), np.float32), 4, 4)
     with pytest.raises(ValueError, match="96 columns can't be rotated 64 at a time"):
         round_higgs(np.ones((2, 96), np.float32), rotation=64)
     with pytest.raises(ValueError, match="a group of 33 columns isn't a multiple of 2"):
         round_higgs(np.ones((2, 96), np.float32), group_size=33)
 
 
-@settings(deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 3000))
 def test_rotation_sizes(columns: int) -> None:
     size = rotation_size(columns)
@@ -107,7 +109,7 @@ def test_sizes_of_rotations_of_models() -> None:
     assert {columns: rotation_size(columns) for columns in of} == of
 
 
-@settings(deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.sampled_from([4, 12, 64, 96, 100]), st.integers(0, 2**32 - 1))
 def test_a_rotation_keeps_the_product(columns: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -119,9 +121,12 @@ def test_a_rotation_keeps_the_product(columns: int, seed: int) -> None:
     )
 
 
-@settings(deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
-    st.integers(1, 4), st.integers(1, 21), st.sampled_from([(2, 4), (2, 6), (2, 8), (4, 8)]), st.integers(0, 2**32 - 1)
+    st.integers(1, 4),
+    st.integers(1, 21),
+    st.sampled_from([(2, 4), (2, 6), (2, 8), (4, 8), (4, 12)]),
+    st.integers(0, 2**32 - 1),
 )
 def test_nearest_vectors(rows: int, columns: int, kind: tuple[int, int], seed: int) -> None:
     width, bits = kind
@@ -175,14 +180,15 @@ class TestOnRealWeights:
         integers = {n: round_to_nearest(w, UniformGrid(bits, search=True), 128) for n, w in weights.items()}
         assert pairs < 0.75 * error_and_bits(weights, integers)[0]
 
-    def test_fours_are_better_than_pairs(self) -> None:
+    @pytest.mark.parametrize("bits", [2, 3])
+    def test_fours_are_better_than_pairs(self, bits: int) -> None:
         weights = some_rows()
-        fours, four_bits = error_and_bits(weights, all_rounded(weights, bits=2, width=4))
-        pairs, pair_bits = error_and_bits(weights, all_rounded(weights, bits=2))
-        assert fours < pairs
+        fours, four_bits = error_and_bits(weights, all_rounded(weights, bits=bits, width=4))
+        pairs, pair_bits = error_and_bits(weights, all_rounded(weights, bits=bits))
+        assert fours < 0.93 * pairs
         assert four_bits == pair_bits
 
-    @pytest.mark.parametrize(("width", "bits"), [(1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4), (4, 2)])
+    @pytest.mark.parametrize(("width", "bits"), [(1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4), (4, 2), (4, 3)])
     def test_the_error_is_that_of_normal_numbers(self, width: int, bits: int) -> None:
         """What the linearity theorem stands on: after the rotation every matrix has the grid's own error."""
         weights = some_rows()
