@@ -195,7 +195,7 @@ def test_recipes_and_exit_codes_of_the_guide_exist() -> None:
 
     guide = (DOCS / "user-guide.md").read_text()
     names = sorted(recipe.shipped())
-    assert names == ["clean", "decode", "exact", "fold-norms", "kv4", "kv8"]
+    assert names == ["clean", "decode", "exact", "fold-norms", "int8-dynamic", "int8-static", "kv4", "kv8", "llm-int8"]
     assert f"({', '.join(f'`{name}`' for name in names)})" in guide
     codes = {c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.GraphoptError)}
     for code in codes:
