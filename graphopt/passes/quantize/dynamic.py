@@ -19,6 +19,7 @@ from graphopt.graph.edits import Editor
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.fold.layers import Layer, bias_behind, layer_of, sole_reader
 from graphopt.passes.quantize.integer_weights import SignedGrid, finite, quantized_matrix, quantized_rows
+from graphopt.passes.quantize.outlier_features import Features, outlier_features
 from graphopt.passes.quantize.selection import Selection
 from graphopt.passes.quantize.token_scales import CONTRIB, Quantizer
 
@@ -67,20 +68,27 @@ class QuantizeDynamic(Pass):
     3. Where tokens differ much, which they do behind an activation, one scale for all of them wastes bits: each token
        is divided by its largest number first, and the product with the scale of its token is taken back by
        `MatMulIntegerToFloat`, which takes one scale for each row. `token_scales` says where.
-    4. Embeddings, a `Gather` of rows of a constant table, become `GatherBlockQuantized` with 8 bits and one scale for
+    4. Features that are far larger than the others are multiplied in float32 beside the rest (`outliers`), with data to
+       tell which they are: x · W = x_O · W_O + x_R · W_R, of which the second product alone is rounded, and scales of
+       tokens are those of x_R (LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, Dettmers et al.,
+       2022, which finds O anew for each input; here it is fixed).
+    5. Embeddings, a `Gather` of rows of a constant table, become `GatherBlockQuantized` with 8 bits and one scale for
        each row.
 
     Measured on ONNX Runtime 1.31 (one thread, AMX and VNNI, 128 tokens, 384 × 1536): 807 µs in float32, 170 as int8
     weights with one scale, 204 with a scale for each token, 840 as uint8 weights (whatever their zero points).
 
     **Options:** `token_scales` (default "all"): where each token has a scale: everywhere, "hidden" (rule 3: the second
-    layer of feed-forward blocks), or "none"; `embeddings` (default true): rule 4; `min_weights` (default 4096): numbers
-    of the smallest matrix that is quantized; `min_embedding` (default 65536): of the smallest table; `search` (default
-    false): shrink each scale of a weight to where its squared error is least; `reduce_range` (default false): weights
-    of 7 bits, which can't saturate on processors of AVX2 or AVX-512 without VNNI, whose kernels add two products in 16
-    bits; `exclude` (default none): sites that are left alone, by role ("fc2", "head") or pattern of the node's name.
+    layer of feed-forward blocks), or "none"; `outliers` (default 0: none): rule 4, a feature is one where its largest
+    magnitude is so many times the median of all features'; `outlier_share` (default 0.06): the most that may be taken,
+    as a share of all features; `samples` (default 8): samples that tell; `embeddings` (default true): rule 5;
+    `min_weights` (default 4096): numbers of the smallest matrix that is quantized; `min_embedding` (default 65536): of
+    the smallest table; `search` (default false): shrink each scale of a weight to where its squared error is least;
+    `reduce_range` (default false): weights of 7 bits, which can't saturate on processors of AVX2 or AVX-512 without
+    VNNI, whose kernels add two products in 16 bits; `exclude` (default none): sites that are left alone, by role
+    ("fc2", "head") or pattern of the node's name.
 
-    **Needs:** opset 11; float32. **Guarantees:** LOSSY.
+    **Needs:** opset 11; float32; for rule 4 calibration data. **Guarantees:** LOSSY.
 
     **Targets:** cpu.
 
@@ -100,6 +108,9 @@ class QuantizeDynamic(Pass):
     def __init__(
         self,
         token_scales: str = "all",
+        outliers: float = 0.0,
+        outlier_share: float = 0.06,
+        samples: int = 8,
         embeddings: bool = True,
         min_weights: int = 4096,
         min_embedding: int = 65536,
@@ -110,6 +121,13 @@ class QuantizeDynamic(Pass):
         super().__init__()
         if token_scales not in _TOKENS:
             raise ValueError(f"token_scales is one of {', '.join(_TOKENS)}, not {token_scales!r}")
+        if outliers < 0 or not 0 < outlier_share < 1 or samples < 1:
+            raise ValueError("outliers can't be negative, outlier_share lies between 0 and 1, samples are positive")
+        if outliers and token_scales == "none":
+            raise ValueError("outliers are left out of the scales of tokens: token_scales can't be none")
+        self.outliers, self.outlier_share, self.samples = outliers, outlier_share, samples
+        if outliers:
+            self.needs = ("samples",)
         self.token_scales, self.embeddings, self.search = token_scales, embeddings, search
         self.min_weights, self.min_embedding = min_weights, min_embedding
         self.reduce_range, self.exclude = reduce_range, exclude
@@ -140,8 +158,12 @@ class QuantizeDynamic(Pass):
                 groups[one.x, one.by_token].append(one)
             else:
                 self._write_table(one, edit)
+        apart: Features = {}
+        if self.outliers:
+            inner = [x for x, by_token in groups if by_token and x.producer() in set(model.graph)]
+            apart = outlier_features(model, inner, self.calibration, self.outliers, self.outlier_share, self.samples)
         for (x, by_token), plans in groups.items():
-            self._write(x, by_token, plans, edit)
+            self._write(x, by_token, plans, apart.get(x, np.zeros(0, np.int64)), edit)
         if taken:
             model.graph.opset_imports.setdefault(CONTRIB, 1)
         return bool(taken)
@@ -194,19 +216,24 @@ class QuantizeDynamic(Pass):
 
     # ---- writing
 
-    def _write(self, x: ir.Value, by_token: bool, plans: list[_Plan], edit: Editor) -> None:
+    def _write(
+        self, x: ir.Value, by_token: bool, plans: list[_Plan], apart: npt.NDArray[np.int64], edit: Editor
+    ) -> None:
         first = plans[0]
         edit.at(first.site.node)
         alone = len(plans) == 1 and not by_token
-        quantizer = Quantizer(x, edit, by_token=by_token, shifted=first.site.role in _HIDDEN)
+        kept = None
+        if apart.size:
+            kept = np.ones(first.site.inputs, np.float32)
+            kept[apart] = 0
+        quantizer = Quantizer(x, edit, by_token=by_token, shifted=first.site.role in _HIDDEN, kept=kept)
         quantized = None if alone else quantizer.write()
+        picked = edit.op("Gather", [x, edit.constant(apart, "outliers")], {"axis": -1}) if apart.size else None
         for plan in plans:
             edit.at(plan.layer.add or plan.site.node)
-            weight = quantized_matrix(
-                plan.layer.weight,
-                is_op(plan.site.node, "Gemm") and attribute_int(plan.site.node, "transB", 0) == 1,
-                SignedGrid(7 if self.reduce_range else 8, search=self.search),
-            )
+            turned = is_op(plan.site.node, "Gemm") and attribute_int(plan.site.node, "transB", 0) == 1
+            grid = SignedGrid(7 if self.reduce_range else 8, search=self.search)
+            weight = quantized_matrix(plan.layer.weight, turned, grid, kept)
             alpha = plan.site.node.attributes.get("alpha")
             scales = weight.scales if alpha is None else weight.scales * np.float32(alpha.as_float())
             codes = edit.constant(weight.codes, "int8")
@@ -217,8 +244,15 @@ class QuantizeDynamic(Pass):
                 y = edit.op("DynamicQuantizeMatMul", inputs, domain=CONTRIB, like=old)
             else:
                 y = quantized.product(codes, edit.constant(scales, "scales"), bias, edit, like=old)
+            if picked is not None:
+                array = plan.layer.weight.numpy()
+                rows = np.ascontiguousarray(array[:, apart].T if turned else array[apart])
+                if alpha is not None:
+                    rows = rows * np.float32(alpha.as_float())
+                y = edit.op("Add", [y, edit.op("MatMul", [picked, edit.constant(rows, "outlier_rows")])], like=old)
             shared = f", with {len(plans) - 1} others that read the same" if len(plans) > 1 else ""
-            self.applied(plan.site.node, f"int8 with a scale for each {'token' if by_token else 'run'}{shared}")
+            beside = f", {apart.size} features in floats" if apart.size else ""
+            self.applied(plan.site.node, f"int8 with a scale for each {'token' if by_token else 'run'}{beside}{shared}")
             edit.replace(old, y)
 
     def _write_table(self, site: LinearSite, edit: Editor) -> None:

@@ -101,4 +101,7 @@ class Quantizer:
             found = edit.op("ReduceMax", [magnitude, axes], {"keepdims": 1})
         else:
             found = edit.op("ReduceMax", [magnitude], {"axes": [-1], "keepdims": 1})
+        # Of no tokens at all, ONNX Runtime's reductions keep the features.
+        one, last = edit.constant(np.array([1]), "one"), edit.constant(np.array([-1]), "last")
+        found = edit.op("Slice", [found, edit.constant(np.array([0]), "zero"), one, last])
         return edit.op("Max", [found, edit.constant(np.array(least, np.float32), "least")])

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graphopt.calibration.text import TextDataset
 from graphopt.errors import InputDataError, UsageError, first_line
+from graphopt.graph.input_roles import InputRoles
+from graphopt.graph.kv_interface import kv_interface
+from graphopt.runtime_ops.decoding import empty_shape
 from graphopt.verification.session import make_session, run
 
 Method = Literal["minmax", "percentile", "mse"]
@@ -25,13 +29,6 @@ _COUNTED = 1 << 15
 """Numbers of a sample that go into a histogram, evenly spread; the range is that of all."""
 _LEVELS = 256
 _SHARES = np.linspace(1.0, 0.2, 41)
-
-
-class Samples(Protocol):
-    """What gives the inputs of a model for each calibration sample."""
-
-    def feeds(self, model: ir.Model) -> Iterator[Mapping[str, Any]]:
-        """The inputs of each sample by name, in order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +51,7 @@ class ValueRange:
 def ranges(
     model: ir.Model,
     values: Sequence[ir.Value],
-    samples: Samples | Iterable[Mapping[str, Any]],
+    samples: Any,
     method: Method = "minmax",
     fraction: float = 0.9999,
     limit: int | None = None,
@@ -66,7 +63,7 @@ def ranges(
     Args:
         model: The model, unchanged.
         values: Float values of the main graph.
-        samples: Feeds, or what gives them.
+        samples: An iterable of feeds, a data set that gives them (`feeds(model)`), or windows of text.
         method: "minmax": all that was seen; "percentile": `fraction` of it on each side; "mse": where the squared error
             of 256 steps is least.
         fraction: For "percentile".
@@ -76,22 +73,66 @@ def ranges(
         UsageError: There are no samples.
         InputDataError: The model doesn't run on one.
     """
-    seen = {value.name or "": _Histogram() for value in values}
-    names = list(seen)
-    session = make_session(_with_outputs(model, names), "none")
+    seen = {value: _Histogram() for value in values}
+    for sample in observed(model, values, samples, limit):
+        for value, histogram in seen.items():
+            histogram.add(np.asarray(sample[value.name or ""]))
+    return {value: histogram.range(method, fraction) for value, histogram in seen.items()}
+
+
+def observed(
+    model: ir.Model, values: Sequence[ir.Value], samples: Any, limit: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """What values are on each sample, by their names.
+
+    Raises:
+        UsageError: There are no samples.
+        InputDataError: The model doesn't run on one.
+    """
+    session = make_session(_with_outputs(model, [value.name or "" for value in values]), "none")
     order = [output.name for output in session.get_outputs()]
     count = 0
-    feeds = samples.feeds(model) if hasattr(samples, "feeds") else iter(samples)
-    for count, sample in enumerate(itertools.islice(feeds, limit), 1):
+    for count, sample in enumerate(itertools.islice(_feeds(model, samples), limit), 1):
         try:
-            found = {**sample, **dict(zip(order, run(session, sample), strict=True))}
+            found = run(session, sample)
         except Exception as error:
             raise InputDataError(f"The model doesn't run on calibration sample {count}: {first_line(error)}") from error
-        for name in names:
-            seen[name].add(np.asarray(found[name]))
+        yield {**sample, **dict(zip(order, found, strict=True))}
     if count == 0:
         raise UsageError("Calibration needs at least one sample.")
-    return {value: seen[value.name or ""].range(method, fraction) for value in values}
+
+
+def _feeds(model: ir.Model, samples: Any) -> Iterator[Mapping[str, Any]]:
+    """The feeds that samples stand for: those of a data set, of windows of tokens, or themselves."""
+    if hasattr(samples, "data"):
+        samples = samples.data
+    if hasattr(samples, "feeds"):
+        yield from samples.feeds(model)
+    elif isinstance(samples, TextDataset):
+        yield from (_token_feeds(model, ids) for ids in samples)
+    else:
+        yield from samples
+
+
+def _token_feeds(model: ir.Model, ids: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """The inputs of a language model for a window of tokens [1, T], with an empty cache."""
+    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+    cache = kv_interface(model)
+    pairs = () if cache is None else (*cache.pairs, *cache.cross)
+    roles = InputRoles.read([v for v in inputs if v.name not in {pair.past for pair in pairs}])
+    known = {roles.token_ids: ids, roles.attention_mask: np.ones_like(ids), roles.position_ids: np.arange(ids.shape[1])}
+    found: dict[str, Any] = {}
+    for value in inputs:
+        name, dtype = value.name or "", value.dtype or ir.DataType.INT64
+        if name in known:
+            found[name] = np.broadcast_to(known[name], ids.shape).astype(dtype.numpy())
+        elif (pair := next((pair for pair in pairs if pair.past == name), None)) is not None:
+            found[name] = np.zeros(empty_shape(pair, 1, 0), dtype.numpy())
+        elif value.dtype in (ir.DataType.INT64, ir.DataType.INT32):
+            found[name] = np.zeros(ids.shape, dtype.numpy())  # token types
+        else:
+            raise InputDataError(f"Text alone doesn't tell what the input {name!r} takes; give arrays for each input.")
+    return found
 
 
 def _with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
