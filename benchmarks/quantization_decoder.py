@@ -260,7 +260,7 @@ def time_group(
         for variant in order:
             try:
                 opened[variant.name] = system(variant, files[variant.name], options.threads)
-            except (GraphoptError, ImportError, OSError) as error:
+            except (GraphoptError, ImportError, OSError, ValueError) as error:
                 print(f"{variant.name} isn't timed: {error}", flush=True)
         if not opened:
             return
