@@ -132,7 +132,9 @@ def measure(options: argparse.Namespace) -> tuple[list[str], str | None]:
     judge([v for v in present if kept.rows[v.name].kl is None], files, kept, given.evaluation, options)
     if options.rounds:
         time_all([v for v in present if kept.rows[v.name].decode is None], files, kept, given.evaluation, options)
-    shown = {v.name: kept.rows[v.name] for v in wanted}
+    # What an earlier run measured is shown too, where this one goes on with it.
+    order = [Variant(FLOAT, "float"), *variants([]), *PEERS]
+    shown = {v.name: kept.rows[v.name] for v in order if v.name in kept.rows}
     return tables(shown, kept.rates, options), plot(shown)
 
 
@@ -260,7 +262,7 @@ def time_group(
         for variant in order:
             try:
                 opened[variant.name] = system(variant, files[variant.name], options.threads)
-            except (GraphoptError, ImportError, OSError) as error:
+            except (GraphoptError, ImportError, OSError, ValueError) as error:
                 print(f"{variant.name} isn't timed: {error}", flush=True)
         if not opened:
             return

@@ -101,7 +101,7 @@ class ScoredLlama(Generator):
         # Nothing of the base is set up: it would open an ONNX file.
         try:
             self._llama = LlamaCpp(path, threads, every=True)
-        except (ImportError, OSError) as error:  # its library may be missing or be for another system
+        except (ImportError, OSError, ValueError) as error:  # its library may be missing or be another one
             raise UsageError(f"llama-cpp-python isn't there: {error}.") from error
         self.name = str(path)
 

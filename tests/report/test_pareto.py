@@ -5,7 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphopt.errors import InputDataError
@@ -17,9 +17,11 @@ POINTS = st.lists(
     min_size=1,
     max_size=12,
 )
+CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SVG = "{http://www.w3.org/2000/svg}"
 
 
+@CALM
 @given(POINTS)
 def test_front(points: list[Point]) -> None:
     best = front(points)
@@ -29,6 +31,7 @@ def test_front(points: list[Point]) -> None:
         assert any(p.cost <= point.cost and p.loss <= point.loss for p in best)
 
 
+@CALM
 @given(POINTS, st.booleans())
 def test_every_point_is_within_the_picture_and_told(points: list[Point], log: bool) -> None:
     root = ET.fromstring(pareto_svg(points, "MB", "KL", log=log, title="<a>"))
