@@ -64,8 +64,8 @@ class RotateResidual(Pass):
     `online` allows (post-norm networks); that an output of the graph or a subgraph reads; grouped convolutions; heads
     whose channels don't lie side by side.
 
-    **When not to use it:** for weights alone where they have no outliers. On SmolLM2-135M rotated weights are harder
-    to round to 4 bits than the original ones.
+    **When not to use it:** for weights alone where they have no outliers: rounded to 4 bits, SmolLM2-135M loses as much
+    with a rotation as without. It is for activations in few bits.
     """
 
     name: ClassVar[str] = "rotate-residual"

@@ -103,6 +103,53 @@ def test_of_packed_queries_keys_and_values_the_values_alone_are_scaled() -> None
     assert not np.isclose(old[:, 20:], new[:, 20:]).any()
 
 
+@pytest.mark.parametrize("how", ["gather", "slice", "split"])
+def test_values_are_found_in_a_stack_of_queries_keys_and_values(how: str) -> None:
+    """[batch, seq, 3, heads, depth], parted along the third axis as vision transformers are written."""
+    parts = {
+        "gather": """zero = Constant<value_int = 0>()
+  one = Constant<value_int = 1>()
+  two = Constant<value_int = 2>()
+  q = Gather<axis = 0>(stacked, zero)
+  k = Gather<axis = 0>(stacked, one)
+  v = Gather<axis = 0>(stacked, two)""",
+        "slice": """zero = Constant<value_ints = [0]>()
+  one = Constant<value_ints = [1]>()
+  two = Constant<value_ints = [2]>()
+  three = Constant<value_ints = [3]>()
+  q5 = Slice(stacked, zero, one, zero)
+  k5 = Slice(stacked, one, two, zero)
+  v5 = Slice(stacked, two, three, zero)
+  q = Squeeze(q5, zero)
+  k = Squeeze(k5, zero)
+  v = Squeeze(v5, zero)""",
+        "split": """zero = Constant<value_ints = [0]>()
+  q5, k5, v5 = Split<axis = 0, num_outputs = 3>(stacked)
+  q = Squeeze(q5, zero)
+  k = Squeeze(k5, zero)
+  v = Squeeze(v5, zero)""",
+    }[how]
+    before = parse_weighted(
+        f"""{HEAD}g (double[2, seq, 12] x) => (double[2, seq, 12] y) <double[12, 36] packed, double[12, 12] wo> {{
+  all = MatMul(x, packed)
+  wide = Constant<value_ints = [0, 0, 3, 2, 6]>()
+  five = Reshape(all, wide)
+  stacked = Transpose<perm = [2, 0, 3, 1, 4]>(five)
+  {parts}
+  a4 = Attention(q, k, v)
+  at = Transpose<perm = [0, 2, 1, 3]>(a4)
+  merged = Constant<value_ints = [0, 0, 12]>()
+  a = Reshape(at, merged)
+  y = MatMul(a, wo)
+}}"""
+    )
+    _, fold = folds_of(before)["o"]
+    assert fold.count == 12
+    assert (fold.takers[0].numbers[:24] == 12).all()
+    assert (fold.takers[0].numbers[24:] == np.arange(12)).all()
+    assert_same(before, scaled(before)[0])
+
+
 def test_a_relu_passes_factors_on_and_a_gelu_does_not() -> None:
     text = f"""{HEAD}g (double[batch, 8] x) => (double[batch, 8] y)
 <double[8, 12] w1, double[12] b1, double[12, 8] w2> {{
@@ -161,7 +208,7 @@ def test_shared_weights_and_inputs_are_left() -> None:
     assert "input of the graph" in reasons_of(parse_weighted(SPELLED_OUT))["qkv"]
 
 
-@pytest.mark.parametrize("kind", ["attention", "concat"])
+@pytest.mark.parametrize("kind", ["attention", "concat", "group-query"])
 def test_the_values_of_a_cache_are_scaled_with_the_new_ones(kind: Any) -> None:
     before = api.canonical(ir.from_proto(decoder(kind, layers=2)))
     after, done = scaled(before)
@@ -173,8 +220,8 @@ def test_the_values_of_a_cache_are_scaled_with_the_new_ones(kind: Any) -> None:
         session = make_session(model)
         names = [o.name for o in session.get_outputs()]
         state = {i.name: np.zeros((2, 2, 0, 16), np.float32) for i in session.get_inputs() if "past" in i.name}
-        for total in (3, 5):
-            ids = np.random.default_rng(total).integers(0, 41, (2, 3 if total == 3 else 2))
+        for new, total in ((3, 3), (1, 4)):
+            ids = np.random.default_rng(total).integers(0, 41, (2, new))
             given_ = {"input_ids": ids, "attention_mask": np.ones((2, total), np.int64), **state}
             found = dict(zip(names, session.run(None, given_), strict=True))
             state = {k: found[k.replace("past_key_values", "present")] for k in state}
