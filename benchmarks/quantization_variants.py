@@ -126,15 +126,16 @@ def recipe_of(method: str, setting: Setting | None = None, options: dict[str, An
         UsageError: It doesn't ship, or none of its passes has bits.
     """
     recipe = load(method)
-    given = {**({} if setting is None else {"bits": setting.bits, "group_size": setting.group}), **(options or {})}
+    widths = {} if setting is None else {"bits": setting.bits, "group_size": setting.group}
     steps, met = [], set[str]()
     for step in recipe.steps:
         cls = registry.find(step.name)
         known = getattr(cls, "options", dict)()
-        fitting = {name: value for name, value in given.items() if name in known} if "bits" in known else {}
+        given = {**(widths if "bits" in known else {}), **(options or {})}
+        fitting = {name: value for name, value in given.items() if name in known}
         met |= set(fitting)
         steps.append(Step(step.name, {**step.options, **fitting}))
-    if missing := sorted(set(given) - met):
+    if missing := sorted({*widths, *(options or {})} - met):
         raise UsageError(f"No pass of the recipe {method} has the option {missing[0]!r}.")
     return dataclasses.replace(recipe, steps=tuple(steps))
 
