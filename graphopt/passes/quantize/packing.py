@@ -90,6 +90,7 @@ class Packer:
         self.products = BlockProducts(edit)
         self._scratch = Scratch()
         self._rotated: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._equal: dict[tuple[tuple[int, ...], bytes], ir.Value] = {}
 
     def matrix(self, weight: QuantizedWeight, name: str) -> BlockMatrix:
         """A weight of integers in blocks as initializers.
@@ -185,9 +186,19 @@ class Packer:
         if given.rotation:
             x = self._rotate(x, given.rotation)
         add_body(self.edit.model, "CodebookMatMul")
-        constants = [self._initializer(array, f"{name}.codebook") for array in given.arrays()]
+        constants = [
+            self._shared(array, "codebook") if array is given.codebooks else self._initializer(array, f"{name}.codes")
+            for array in given.arrays()
+        ]
         attributes = operators()["CodebookMatMul"].attributes_of(**given.attributes)
         return self.edit.op("CodebookMatMul", [x, *constants], attributes, domain=DOMAIN)
+
+    def _shared(self, array: Array, name: str) -> ir.Value:
+        """An initializer that is the same for equal numbers: codebooks of many weights are one."""
+        key = (array.shape, array.tobytes())
+        if key not in self._equal:
+            self._equal[key] = self._initializer(array, name)
+        return self._equal[key]
 
     def with_branch(self, product: ir.Value, x: ir.Value, branch: LowRank) -> ir.Value:
         """A product, and what a branch of low rank makes of x: y + (x Aᵀ) Bᵀ."""

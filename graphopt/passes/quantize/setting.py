@@ -120,7 +120,9 @@ class Setting:
         if self.grid == HIGGS:
             if not np.isfinite(weight).all():
                 raise ValueError("the weight has numbers that aren't finite")
-            return round_higgs(weight, self.bits, search=self.search)
+            # Vectors of four numbers at 3 bits take half an hour for a small decoder, for 13 % of the error.
+            width = {2: 4, 3: 2, 4: 2}.get(self.bits, 1)
+            return round_higgs(weight, self.bits, width)
         if self.groups == "range":
             group = group_size_by_range(weight)
         importance = None if hessian is None or not self.weighed else np.asarray(np.diag(hessian), np.float32)
