@@ -210,11 +210,14 @@ class BlockProducts:
             # With optimizations off nothing is made a constant, and MatMulNBits with 8 bits and scales that aren't
             # constant gives zeros in ONNX Runtime 1.31.
             constant = matrix.bits == 8 and stored.const_value is not None
-            matrix.scales = self._widened(stored) if constant else self.edit.op("Cast", [stored], {"to": 1})
+            if constant:
+                matrix.stored_scales = self._widened(stored)
+                return matrix.stored_scales
+            matrix.scales = self.edit.op("Cast", [stored], {"to": ir.DataType.FLOAT})
         return matrix.scales or stored
 
     def _widened(self, stored: ir.Value) -> ir.Value:
-        """A constant in float16 as one in float32, in whose place it is where nothing else reads it."""
+        """A constant in float16 as one in float32, which takes its place where nothing reads it yet."""
         tensor = stored.const_value
         assert tensor is not None
         shape = tensor.shape.numpy()
