@@ -317,7 +317,7 @@ class ChannelWalk:
                 self._take(x, self._to(x, numbers), {(node, index)})
 
     def _constant(self, node: ir.Node, index: int, numbers: Numbers, x: ir.Value) -> None:
-        if is_op(node, "Concat") and any(n != 1 for n in np.broadcast_shapes(numbers.shape)[:-1]):
+        if is_op(node, "Concat") and any(n != 1 for n in numbers.shape[:-1]):
             raise Refused(f"the factors don't lie along the last axis of {x.name!r}")
         if constant_array(x) is None:
             raise Refused(f"{x.name!r} is too large to be scaled")
