@@ -125,7 +125,7 @@ class BlockProducts:
             "block_size": matrix.block,
             "accuracy_level": level,
         }
-        inputs = [source, matrix.integers, self._scales(matrix)]
+        inputs = [source, matrix.integers, self._constant_scales(matrix)]
         if matrix.zero_points is not None:
             inputs.append(matrix.zero_points)
         return self.edit.op("MatMulNBits", inputs, attributes, domain=_MICROSOFT)
@@ -205,27 +205,26 @@ class BlockProducts:
 
     def _scales(self, matrix: BlockMatrix) -> ir.Value:
         """The scales as float32. A session makes constants of what is computed from constants when it is loaded."""
-        stored = matrix.stored_scales
-        if matrix.scales is None and stored.dtype == ir.DataType.FLOAT16:
-            # With optimizations off nothing is made a constant, and MatMulNBits with 8 bits and scales that aren't
-            # constant gives zeros in ONNX Runtime 1.31.
-            constant = matrix.bits == 8 and stored.const_value is not None
-            if constant:
-                matrix.stored_scales = self._widened(stored)
-                return matrix.stored_scales
-            matrix.scales = self.edit.op("Cast", [stored], {"to": ir.DataType.FLOAT})
-        return matrix.scales or stored
+        if matrix.scales is None and matrix.stored_scales.dtype == ir.DataType.FLOAT16:
+            matrix.scales = self.edit.op("Cast", [matrix.stored_scales], {"to": ir.DataType.FLOAT})
+        return matrix.scales or matrix.stored_scales
 
-    def _widened(self, stored: ir.Value) -> ir.Value:
-        """A constant in float16 as one in float32, which takes its place where nothing reads it yet."""
-        tensor = stored.const_value
-        assert tensor is not None
+    def _constant_scales(self, matrix: BlockMatrix) -> ir.Value:
+        """The scales as float32 for `MatMulNBits`. With optimizations off nothing is made a constant, and with 8 bits
+        and scales that aren't constant it gives zeros in ONNX Runtime 1.31; so they are stored in float32 there."""
+        stored, tensor = matrix.stored_scales, matrix.stored_scales.const_value
+        if matrix.bits < 8 or stored.dtype != ir.DataType.FLOAT16 or tensor is None:
+            return self._scales(matrix)
         shape = tensor.shape.numpy()
         made = weight(lambda: ir.tensor(tensor.numpy().astype(np.float32)), ir.DataType.FLOAT, shape)
         made.name = self.edit.names.fresh(f"{stored.name}.float")
+        matrix.stored_scales = self.initializer(made)
+        if matrix.scales is not None:
+            self.edit.replace(matrix.scales, matrix.stored_scales)
+            matrix.scales = None
         if not stored.uses() and stored.name is not None:
             self.edit.model.graph.initializers.pop(stored.name, None)
-        return self.initializer(made)
+        return matrix.stored_scales
 
     def _offsets(self, matrix: BlockMatrix) -> ir.Value | None:
         """What is added to s·(q - z), as float32 [blocks, rows]."""

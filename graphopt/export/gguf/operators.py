@@ -31,8 +31,11 @@ class Writer:
     def size(self, rows: Rows) -> int:
         """Bytes of the initializers of these rows."""
         grid, numbers = rows.grid, rows.count * rows.length
-        floats = 1 if grid.minimums is None else 2
-        return numbers * grid.bits // 8 + floats * numbers // grid.block * (2 if grid.half else 4)
+        each = 2 if grid.half else 4
+        # With 8 bits MatMulNBits has its scales in float32.
+        scale = 4 if grid.bits == 8 and self.inputs != "int16" else each
+        offset = 0 if grid.minimums is None else each
+        return numbers * grid.bits // 8 + numbers // grid.block * (scale + offset)
 
     def matrices(self, products: Sequence[Product]) -> None:
         """Replace products that have one input by one operator, and a Split where they are several."""
