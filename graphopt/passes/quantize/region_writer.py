@@ -14,7 +14,7 @@ from graphopt.graph.edits import Editor
 from graphopt.passes.base import Pass
 from graphopt.passes.fold.layers import Layer
 from graphopt.passes.quantize.integer_weights import SignedGrid, quantized_kernels, quantized_matrix
-from graphopt.passes.quantize.quantized_region import MOVERS, Region, clamp_limits, data_inputs
+from graphopt.passes.quantize.quantized_region import FUSED, LAYERS, MOVERS, Region, clamp_limits, data_inputs
 from graphopt.passes.quantize.token_scales import CONTRIB, Quantized
 from graphopt.passes.quantize.value_ranges import ValueRange
 
@@ -159,11 +159,22 @@ class RegionWriter:
     def _quantized(self, value: ir.Value) -> Quantized:
         if value not in self._codes:
             x, scale = value, self._scales[self._root[value]]
-            if producer(value, "MaxPool") is not None:
-                # ONNX Runtime would round before the pooling, whose kernel for bytes is slow in this layout.
+            if self._rearranged(value):
                 x = self._edit.op("Max", [value, self._edit.constant(_LOWEST, "lowest")], like=value)
             self._codes[value] = self._round(x, scale)
         return self._codes[value]
+
+    def _rearranged(self, value: ir.Value) -> bool:
+        """Whether ONNX Runtime, left alone, would move the rounding of a float before what makes it, or round that.
+
+        It rounds before a pooling, whose kernel for bytes is slow in the layout of floats, and gives a layer between
+        two roundings a weight of 8 bits with one scale for all channels, although it was to stay in floats.
+        """
+        node = producer(value, *FUSED)
+        made_by = value.producer() if node is None or node.inputs[0] is None else node.inputs[0].producer()
+        if made_by is None or is_op(made_by, "MaxPool"):
+            return made_by is not None
+        return is_op(made_by, *LAYERS, "ConvTranspose") and made_by.inputs[0] in self._floats.values()
 
     def _dequantized(self, value: ir.Value) -> ir.Value:
         if value not in self._floats:

@@ -97,6 +97,15 @@ def test_the_last_convolution_stays() -> None:
     assert error(before, after, images(1, 8, 8, 8, seed=5)[0]) < 0.05
 
 
+def test_a_layer_that_stays_in_floats_is_left_so_by_the_runtime(tmp_path: Any) -> None:
+    before = parse_weighted(BLOCK)
+    before.graph.node("Conv_1" if any(n.name == "Conv_1" for n in before.graph) else 2).name = "second"
+    after, _ = written(before, images(1, 8, 9, 7), exclude=["second"])
+    run_by = fused(after, tmp_path)
+    assert run_by.count("QLinearConv") == 2
+    assert sum(name.endswith("Conv") for name in run_by) == 3
+
+
 def test_codes_move_through_pooling_and_reshapes(tmp_path: Any) -> None:
     before = parse_weighted(f"""{HEAD} g (float[n, 8, 12, 12] x) => (float[n, 10] y)
     <float[16, 8, 3, 3] w1, float[16, 16, 3, 3] w2, float[144, 10] w3, float[10] c,
