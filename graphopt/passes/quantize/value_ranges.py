@@ -102,6 +102,18 @@ def observed(
         raise UsageError("Calibration needs at least one sample.")
 
 
+def run_outputs(model: ir.Model, samples: Any, limit: int = 8) -> list[npt.NDArray[Any]]:
+    """The outputs of floats of a model on the first samples, one array after the other."""
+    names = [v.name or "" for v in model.graph.outputs if v.dtype in (ir.DataType.FLOAT, None)]
+    session = make_session(model)
+    order = [output.name for output in session.get_outputs()]
+    found: list[npt.NDArray[Any]] = []
+    for sample in itertools.islice(_feeds(model, samples), limit):
+        by_name = dict(zip(order, run(session, sample), strict=True))
+        found += [np.asarray(by_name[name]) for name in names]
+    return found
+
+
 def _feeds(model: ir.Model, samples: Any) -> Iterator[Mapping[str, Any]]:
     """The feeds that samples stand for: those of a data set, of windows of tokens, or themselves."""
     if hasattr(samples, "data"):

@@ -97,6 +97,37 @@ def test_the_last_convolution_stays() -> None:
     assert error(before, after, images(1, 8, 8, 8, seed=5)[0]) < 0.05
 
 
+def test_a_layer_that_stays_in_floats_is_left_so_by_the_runtime(tmp_path: Any) -> None:
+    before = parse_weighted(BLOCK)
+    before.graph.node("Conv_1" if any(n.name == "Conv_1" for n in before.graph) else 2).name = "second"
+    after, _ = written(before, images(1, 8, 9, 7), exclude=["second"])
+    run_by = fused(after, tmp_path)
+    assert run_by.count("QLinearConv") == 2
+    assert sum(name.endswith("Conv") for name in run_by) == 3
+
+
+def test_the_layer_that_costs_most_stays_in_floats() -> None:
+    layers = "\n".join(f"c{i + 1} = Conv {CONV} (c{i}, w{i})" for i in range(9))
+    weights = ", ".join(f"float[8, 8, 3, 3] w{i}" for i in range(9))
+    before = parse_weighted(f"""{HEAD} g (float[n, 8, h, w] c0) => (float[n, 8, h, w] c9) <{weights}> {{ {layers} }}""")
+    for i in range(9):
+        weight = before.graph.initializers[f"w{i}"].const_value.numpy() / 8
+        if i == 0:  # channel 0 goes to channel 0 alone, and no further
+            weight[1:, 0] = 0
+        if i == 1:
+            weight[:, 0] = 0
+        before.graph.initializers[f"w{i}"].const_value = ir.tensor(weight)
+    data = [{"c0": one["x"]} for one in images(1, 8, 9, 9)]
+    for one in data:
+        one["c0"][0, 0, 4, 4] = 300
+    after, rule = written(before, data, float_share=0.25)
+    plain, _ = written(before, data, float_share=0.0)
+    left = [s.detail for s in rule.sites if s.outcome == "left"]
+    assert left
+    assert all("less than half" in detail for detail in left)
+    assert error(before, after, data[1]) < 0.5 * error(before, plain, data[1])
+
+
 def test_codes_move_through_pooling_and_reshapes(tmp_path: Any) -> None:
     before = parse_weighted(f"""{HEAD} g (float[n, 8, 12, 12] x) => (float[n, 10] y)
     <float[16, 8, 3, 3] w1, float[16, 16, 3, 3] w2, float[144, 10] w3, float[10] c,
