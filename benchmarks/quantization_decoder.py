@@ -39,9 +39,9 @@ from graphopt.models.texts import wikipedia
 from graphopt.recipe import load as load_recipe
 from graphopt.report.pareto import Point, pareto_svg
 from graphopt.runtime_ops.generation import Generator
+from graphopt.runtime_ops.memory_session import release_memory
 from graphopt.verification.decoding_speed import benchmark_decoding
 from graphopt.verification.quality.language import language_quality
-from graphopt.verification.session import release_memory
 
 WINDOW = 512
 TOGETHER = 6

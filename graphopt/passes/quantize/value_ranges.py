@@ -17,7 +17,7 @@ from graphopt.errors import InputDataError, UsageError, first_line
 from graphopt.graph.input_roles import InputRoles
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.runtime_ops.decoding import empty_shape
-from graphopt.verification.session import make_session, run
+from graphopt.runtime_ops.memory_session import make_session, run
 
 Method = Literal["minmax", "percentile", "mse"]
 METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse")

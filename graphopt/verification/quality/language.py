@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from graphopt.errors import InputDataError, UsageError
 from graphopt.runtime_ops.generation import CHUNK, Generator
+from graphopt.runtime_ops.memory_session import release_memory
 from graphopt.runtime_ops.scoring import ROWS, logits_of, text_windows
 from graphopt.verification.quality.metrics import Metric, Quality, counted, mean
-from graphopt.verification.session import release_memory
 
 Decoder: TypeAlias = str | os.PathLike[str] | Generator
 """A decoder: the .onnx file, its folder, or a generator."""

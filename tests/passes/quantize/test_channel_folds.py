@@ -21,7 +21,7 @@ from graphopt.graph.edits import Editor
 from graphopt.graph.load import load
 from graphopt.passes.quantize.channel_folds import ChannelFold, ChannelFolds, ReaderGroup, scale
 from graphopt.passes.quantize.factor_numbers import regrouped
-from graphopt.verification.session import make_session
+from graphopt.runtime_ops.memory_session import make_session
 
 
 def folds_of(model: ir.Model) -> dict[str, tuple[ReaderGroup, ChannelFold]]:

@@ -13,8 +13,8 @@ import graphopt
 from graphopt.passes.quantize.grids import UniformGrid
 from graphopt.passes.quantize.quantize_weights import QuantizeWeights
 from graphopt.passes.quantize.roundings import round_to_nearest
+from graphopt.runtime_ops.memory_session import make_session
 from graphopt.runtime_ops.operator import uses
-from graphopt.verification.session import make_session
 
 HEAD = '<ir_version: 10, opset_import: ["": 21]>\n'
 ONE = HEAD + "g (float[batch, 64] x) => (float[batch, 48] y) <float[64, 48] w> { z = MatMul(x, w)  y = Abs(z) }"

@@ -20,8 +20,8 @@ from graphopt.passes.fold.layer_norm_to_rms_norm import LayerNormToRmsNorm
 from graphopt.passes.fold.norm_affine import FoldNormAffine
 from graphopt.passes.quantize.rotate_residual import RotateResidual
 from graphopt.passes.quantize.rotations import hadamard, random_rotation, rotated
+from graphopt.runtime_ops.memory_session import make_session
 from graphopt.runtime_ops.operator import uses
-from graphopt.verification.session import make_session
 
 HEAD = '<ir_version: 10, opset_import: ["": 23]>\n'
 STREAM = f"""{HEAD}g (int64[batch, seq] ids) => (double[batch, seq, 11] y)

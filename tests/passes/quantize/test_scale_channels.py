@@ -19,7 +19,7 @@ from graphopt.passes.quantize.awq_scales import AwqScales, output_error
 from graphopt.passes.quantize.grids import UniformGrid
 from graphopt.passes.quantize.roundings import round_to_nearest
 from graphopt.passes.quantize.smooth_quant import SmoothQuant
-from graphopt.verification.session import make_session
+from graphopt.runtime_ops.memory_session import make_session
 
 # ---- the passes
 

@@ -20,7 +20,7 @@ from graphopt.pass_manager import PassManager
 from graphopt.passes.quantize.static import QuantizeStatic
 from graphopt.passes.quantize.value_ranges import ranges
 from graphopt.recipe import load
-from graphopt.verification.session import make_session, run
+from graphopt.runtime_ops.memory_session import make_session, run
 from graphopt.verification.structure import check_structure
 
 HEAD = '<ir_version: 10, opset_import: ["": 21]>'
