@@ -298,6 +298,7 @@ class QuantizeWeights(Pass):
             outputs = list(split.outputs)
         for site, output, one in zip(sites, outputs, rounded, strict=True):
             self.applied(site.node, _said(weight, len(sites)))
+            edit.at(site.node)
             product = output if one.branch is None else self._packer.with_branch(output, x, one.branch)
             self._take_over(site, product, edit)
         return True
