@@ -19,7 +19,7 @@ from graphopt.analysis.profile_cache import cached as cached_profile
 from graphopt.analysis.structure import structure
 from graphopt.analysis.target import TARGETS
 from graphopt.calibration.calibration import Calibration, stage_cache
-from graphopt.calibration.data import Dataset
+from graphopt.calibration.data import ArrayDataset, Dataset
 from graphopt.calibration.sources import SELF, load_data
 from graphopt.errors import InputDataError, ModelError, UsageError, VerificationError
 from graphopt.graph import assumptions, load, session_settings
@@ -87,7 +87,7 @@ def optimize(
     options: Sequence[str] = (),
     verify: VerifyMode = "auto",
     inputs: Inputs | None = None,
-    calibration: Dataset | Calibration | Literal["self"] | None = None,
+    calibration: Dataset | Calibration | Iterable[Mapping[str, Any]] | Literal["self"] | None = None,
     profile: Profile | str | os.PathLike[str] | None = None,
     assume: str | Sequence[str] = (),
     rename_kv: bool = False,
@@ -103,7 +103,8 @@ def optimize(
         options: Options of the recipe's passes, as "bits=3" or "quantize-weights.bits=3".
         verify: "pass", "phase", "auto" or "none"; see `PassManager`.
         inputs: One array for each input, or an .npz file of them, used besides the generated probe inputs.
-        calibration: Data for passes that need it, see docs/calibration.md; or "self": text that a decoder writes.
+        calibration: Data for passes that need it, see docs/calibration.md: a data set, samples as mappings from the
+            names of inputs to arrays, or "self": text that a decoder writes.
             What a data set was found to be like is kept in the user's cache; a `Calibration` says where, if at all.
         profile: What was measured of the target, which lowering then follows: a profile or its file, or "auto" for the
             one of this machine from the cache, if there is one (target cpu). None: safe defaults.
@@ -168,6 +169,8 @@ def optimize(
         if progress is not None:
             progress("writing calibration data", 0, len(passes))
         calibration = load_data(SELF, model, seed=seed)
+    if calibration is not None and not isinstance(calibration, Dataset | Calibration):
+        calibration = ArrayDataset(calibration)
     if isinstance(calibration, Dataset):
         calibration = Calibration(calibration, cache=stage_cache(), progress=progress)
     source = describe_source(model)

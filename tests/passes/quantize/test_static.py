@@ -322,7 +322,7 @@ def test_the_recogniser_from_its_opset_12_file() -> None:
             line[:, :, 8:40, start : start + int(rng.integers(2, 8))] = -1
         lines.append({"x": line + rng.normal(0, 0.05, line.shape).astype(np.float32)})
     exact = graphopt.optimize(path, verify="none").model
-    small = graphopt.optimize(path, "int8-static", verify="none", calibration=lines).model  # type: ignore[arg-type]
+    small = graphopt.optimize(path, "int8-static", verify="none", calibration=lines).model
     sizes = [sum(v.const_value.nbytes for v in m.graph.initializers.values()) for m in (exact, small)]
     assert sizes[1] < 0.32 * sizes[0]
     first, second = (run(make_session(m, threads=1), lines[1])[0][0] for m in (exact, small))
