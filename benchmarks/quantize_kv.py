@@ -30,6 +30,7 @@ import onnx_ir as ir
 import yaml
 from decoder_judge import session_options
 from export_smollm2 import export, load_module, save_tokenizer
+from timed_session import timed_options
 
 import graphopt
 from graphopt.analysis.interleaved import Ratio
@@ -235,7 +236,7 @@ def time_decoding(
     for order in (range(len(names)), reversed(range(len(names)))):
         running: dict[int, list[Any]] = {}
         for index in order:
-            generator = Generator(files.get(names[index], files[FLOAT]), sess_options=session_options(options.threads))
+            generator = Generator(files.get(names[index], files[FLOAT]), sess_options=timed_options(options.threads))
             decoding = generator.start(1, past + options.new_tokens * (options.rounds + 1))
             running[index] = [decoding, generator.prefill(decoding, ids[None, :past]).argmax(-1)[:, None]]
         for number in range(options.rounds + 1):
