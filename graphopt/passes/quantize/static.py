@@ -64,12 +64,12 @@ class QuantizeStatic(Pass):
     5. A `MatMul` or `Gemm` with a constant matrix becomes `MatMulIntegerToFloat`, whose result isn't rounded.
 
     **Options:** `method` (default "minmax"): "percentile" cuts off what is rarer than 1 − `fraction` on each side,
-    "mse" cuts where the squared error is least; `fraction` (default 0.9999): of what was seen; `samples` (default 64): calibration
-    samples that are used; `float_share` (default 0.06): rule 4, the most layers that may stay in floats by it, as a
-    share of all, 0 for none; `keep_last` (default true): rule 3; `min_weights` (default 256): numbers of the smallest
-    weight that is quantized; `search` (default false): shrink each scale of a weight to where its squared error is
-    least; `reduce_range` (default false): weights of 7 bits, for processors without VNNI, whose kernels would saturate;
-    `exclude` (default none): nodes that stay floats, by operator or pattern of the node's name.
+    "mse" cuts where the squared error is least; `fraction` (default 0.9999): of what was seen; `samples` (default 64):
+    calibration samples that are used; `float_share` (default 0.06): rule 4, the most layers that may stay in floats by
+    it, as a share of all, 0 for none; `keep_last` (default true): rule 3; `min_weights` (default 256): numbers of the
+    smallest weight that is quantized; `search` (default false): shrink each scale of a weight to where its squared
+    error is least; `reduce_range` (default false): weights of 7 bits, for processors without VNNI, whose kernels would
+    saturate; `exclude` (default none): nodes that stay floats, by operator or pattern of the node's name.
 
     **Needs:** opset 13; float32; calibration data. **Guarantees:** LOSSY.
 
