@@ -26,12 +26,14 @@ class BlockMatrix:
 
     Attributes:
         bits: Of a number: 2, 4 or 8.
-        block: Neighbouring numbers of a row that share a scale; it divides K.
-        integers: The numbers, uint8 [N, K / block, block · bits / 8], the first of a byte in its lowest bits.
+        block: Neighbouring numbers of a row that share a scale.
+        integers: The numbers, uint8 [N, K / block, block · bits / 8], the first of a byte in its lowest bits. Where K
+            doesn't end with a block, K / block is rounded up here, and the last block is filled up with zero points.
         stored_scales: float16 or float32 [N, K / block].
         zero_points: Packed like the numbers, uint8 [N, ceil(K / block · bits / 8)]; None: the middle, 2^(bits - 1).
         minimums: What is added to scale · number, float16 or float32 [N, K / block]; None: nothing.
         moved: What is to be taken from all numbers beside minimums: w = scale · (number - moved) + minimum.
+        columns: K; 0: it ends with a block.
         scales: The scales as float32; None: not made yet, or stored so.
         offsets: What is added to scale · (number - middle), float32 [K / block, N]; None: not made yet, or nothing.
     """
@@ -43,6 +45,7 @@ class BlockMatrix:
     zero_points: ir.Value | None = None
     minimums: ir.Value | None = None
     moved: int = 0
+    columns: int = 0
     scales: ir.Value | None = None
     offsets: ir.Value | None = None
 
@@ -59,7 +62,12 @@ class BlockMatrix:
     @property
     def length(self) -> int:
         """K."""
-        return self.blocks * self.block
+        return self.columns or self.blocks * self.block
+
+    @property
+    def whole(self) -> bool:
+        """Whether rows end with a block, which all but `MatMulNBits` without offsets need."""
+        return self.length == self.blocks * self.block
 
 
 class BlockProducts:
@@ -99,7 +107,7 @@ class BlockProducts:
         if inputs == "int16":
             return self._own_product(source, matrix)
         # Computed in float32, 8 bits take 60 to 1000 times as long in ONNX Runtime 1.31.
-        twice = inputs == "int8x2" or (inputs == "float32" and matrix.bits == 8)
+        twice = matrix.whole and (inputs == "int8x2" or (inputs == "float32" and matrix.bits == 8))
         level = 0 if inputs == "float32" and matrix.bits == 4 else 4
         if twice:
             result = self._product(self._both(source, matrix), matrix, level)

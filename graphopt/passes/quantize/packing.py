@@ -41,10 +41,10 @@ class Unpackable(Exception):
 def block_of(group_size: int, columns: int) -> int | None:
     """The block size of a weight in groups: the group itself, or the largest that divides it; None: there is none.
 
-    A group larger than a block is written as several blocks with the same scale.
+    A group larger than a block is written as several blocks with the same scale. Rows needn't end with a block.
     """
     group = min(group_size, columns)
-    if columns % group:
+    if columns % group and group > LARGEST_BLOCK:
         return None
     block = math.gcd(group, LARGEST_BLOCK)
     return block if block >= SMALLEST_BLOCK else None
@@ -103,6 +103,9 @@ class Packer:
             raise Unpackable(f"MatMulNBits has integers of 2, 4 or 8 bits, and this is {_kind(weight)}")
         if block is None:
             raise Unpackable(f"groups of {weight.group_size} of {weight.columns} numbers aren't made of blocks of 16")
+        whole = weight.columns % block == 0
+        if not whole and (self.operator == "graphopt" or weight.offsets is not None):
+            raise Unpackable(f"rows of {weight.columns} numbers don't end with a block of {block}")
         repeat = min(weight.group_size, weight.columns) // block
         zeros = None if weight.zero_points is None or weight.symmetric else weight.zero_points
         offsets = weight.offsets
@@ -111,12 +114,13 @@ class Packer:
         return BlockMatrix(
             weight.bits,
             block,
-            self._initializer(pack_numbers(weight.codes, weight.bits, block), f"{name}.integers"),
+            self._initializer(pack_numbers(_filled(weight, block), weight.bits, block), f"{name}.integers"),
             self._initializer(stored(np.repeat(weight.scales, repeat, axis=1)), f"{name}.scales"),
             None
             if zeros is None
             else self._initializer(pack_zero_points(np.repeat(zeros, repeat, axis=1), weight.bits), f"{name}.zeros"),
             None if offsets is None else self._initializer(self._minimums(weight, offsets, repeat), f"{name}.minimums"),
+            columns=0 if whole else weight.columns,
         )
 
     def product(self, x: ir.Value, weight: QuantizedWeight, name: str) -> ir.Value:
@@ -125,13 +129,14 @@ class Packer:
         Raises:
             Unpackable: None does.
         """
+        block = block_of(weight.group_size, weight.columns) or 1
         if weight.transposed or self.operator == "standard":
             try:
                 return self.edit.op("MatMul", [x, self.dequantized(weight, name)])
             except Unpackable:
                 if weight.transposed or _in_blocks(weight):
                     raise
-        elif _in_blocks(weight):
+        elif _in_blocks(weight) and (self.operator == "contrib" or weight.columns % block == 0):
             return self.multiply(self._rotate(x, weight.hadamard) if weight.hadamard else x, self.matrix(weight, name))
         return self.codebook(x, weight, name)
 
@@ -259,6 +264,16 @@ def stacked(weights: list[QuantizedWeight]) -> QuantizedWeight | None:
         selectors=joined("selectors"),
         hadamard=first.hadamard,
     )
+
+
+def _filled(weight: QuantizedWeight, block: int) -> Array:
+    """The codes of rows that end with a block: what is added stands for 0."""
+    missing = -weight.columns % block
+    if not missing:
+        return weight.codes
+    middle = np.full(weight.rows, 1 << (weight.bits - 1), np.uint8)
+    last = middle if weight.zero_points is None else weight.zero_points[:, -1]
+    return np.concatenate([weight.codes, np.repeat(last[:, None], missing, axis=1)], axis=1)
 
 
 def _in_blocks(weight: QuantizedWeight) -> bool:

@@ -191,7 +191,7 @@ class QuantizeWeights(Pass):
         for site in sites:
             setting = self._own.get(site.weight.name or "", self.setting)
             if site.role in _TABLES and site.weight.name not in self._own:
-                setting = Setting(self.head_bits, setting.group_size)
+                setting = Setting(self.head_bits, _dividing(setting.group_size, _width(site)))
             # What is read elsewhere too is written once, by itself.
             alone = site.role in _TABLES or bool(site.shared)
             key = site.node if alone else (site.x, setting)
@@ -334,6 +334,24 @@ class QuantizeWeights(Pass):
             edit.at(site.node)
             product = edit.op("Add", [product, site.node.inputs[2]], like=old)
         edit.replace(old, product)
+
+
+def _width(site: LinearSite) -> int:
+    """Numbers of a row of a site's weight."""
+    return site.outputs if site.role == "embed" else site.inputs
+
+
+def _dividing(group_size: int, columns: int) -> int:
+    """A group that divides rows, which a table's do since it is looked up by rows: this one, or the next power of two.
+
+    Where none divides them, the group itself.
+    """
+    if not group_size or columns % group_size == 0:
+        return group_size
+    power = 1 << (group_size.bit_length() - 1)
+    while power > 8 and columns % power:
+        power //= 2
+    return power if power > 8 else group_size
 
 
 def _rows(site: LinearSite) -> npt.NDArray[np.float32]:

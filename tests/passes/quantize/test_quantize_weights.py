@@ -154,6 +154,27 @@ def test_groups(group_size: int) -> None:
     np.testing.assert_allclose(run(model, x=x), want, atol=2e-4 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("operator", ["contrib", "graphopt"])
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"bits": 8}, {"bits": 2}])
+def test_rows_that_do_not_end_with_a_group(options: dict[str, Any], operator: str) -> None:
+    model = parse_weighted(ONE.replace("64", "160"))
+    w = weight_of(model, "w")
+    assert QuantizeWeights(group_size=64, operator=operator, level=0, **options).call(model).modified
+    x = np.random.default_rng(3).standard_normal((3, 160)).astype(np.float32)
+    want = np.abs(x @ rounded(w, group_size=64, **options))
+    assert np.abs(run(model, x=x) - want).max() <= 2e-2 * np.abs(want).max()
+
+
+def test_a_table_has_groups_that_divide_its_rows() -> None:
+    model = parse_weighted(TIED.replace("80, 64", "80, 160"))
+    table = weight_of(model, "table")
+    assert QuantizeWeights(group_size=64).call(model).modified
+    near = round_to_nearest(table, UniformGrid(8, search=True), 32).dequantized()
+    ids = np.array([[3, 79, 0]])
+    want = np.tanh(near[ids]) @ near.T
+    assert np.abs(run(model, ids=ids) - want).max() <= 1e-2 * np.abs(want).max()
+
+
 @pytest.mark.parametrize(
     "options",
     [
