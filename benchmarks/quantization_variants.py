@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from export_large import measure
 
+import graphopt
+from graphopt.api import describe_source
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.passes import registry
 from graphopt.recipe import Recipe, Step, load
@@ -196,4 +198,4 @@ def run(command: list[str], threads: int) -> dict[str, Any]:
 
 def size(file: Path) -> int:
     """Bytes of a model and its external data."""
-    return sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
+    return int(describe_source(graphopt.load(file))["bytes"])
