@@ -39,14 +39,15 @@ class Unpackable(Exception):
 
 
 def block_of(group_size: int, columns: int) -> int | None:
-    """The block size of a weight in groups: the group itself, or the largest that divides it; None: there is none.
+    """The block size of a weight in groups; None: there is none.
 
-    A group larger than a block is written as several blocks with the same scale. Rows needn't end with a block.
+    The group itself, or the largest power of two that divides it and the rows: a group that is larger than a block is
+    written as several blocks with one scale. Where that is less than `SMALLEST_BLOCK`, rows don't end with a block.
     """
     group = min(group_size, columns)
-    if columns % group and group > LARGEST_BLOCK:
-        return None
-    block = math.gcd(group, LARGEST_BLOCK)
+    block = math.gcd(group, columns, LARGEST_BLOCK)
+    if block < SMALLEST_BLOCK and group <= LARGEST_BLOCK:
+        block = math.gcd(group, LARGEST_BLOCK)
     return block if block >= SMALLEST_BLOCK else None
 
 
@@ -106,7 +107,7 @@ class Packer:
         whole = weight.columns % block == 0
         if not whole and (self.operator == "graphopt" or weight.offsets is not None):
             raise Unpackable(f"rows of {weight.columns} numbers don't end with a block of {block}")
-        repeat = min(weight.group_size, weight.columns) // block
+        repeat, count = min(weight.group_size, weight.columns) // block, -(-weight.columns // block)
         zeros = None if weight.zero_points is None or weight.symmetric else weight.zero_points
         offsets = weight.offsets
         if weight.zero_points is None and offsets is None:  # a code is a level, and nothing is taken from it
@@ -115,11 +116,15 @@ class Packer:
             weight.bits,
             block,
             self._initializer(pack_numbers(_filled(weight, block), weight.bits, block), f"{name}.integers"),
-            self._initializer(stored(np.repeat(weight.scales, repeat, axis=1)), f"{name}.scales"),
+            self._initializer(stored(np.repeat(weight.scales, repeat, axis=1)[:, :count]), f"{name}.scales"),
             None
             if zeros is None
-            else self._initializer(pack_zero_points(np.repeat(zeros, repeat, axis=1), weight.bits), f"{name}.zeros"),
-            None if offsets is None else self._initializer(self._minimums(weight, offsets, repeat), f"{name}.minimums"),
+            else self._initializer(
+                pack_zero_points(np.repeat(zeros, repeat, axis=1)[:, :count], weight.bits), f"{name}.zeros"
+            ),
+            None
+            if offsets is None
+            else self._initializer(self._minimums(weight, offsets, repeat, count), f"{name}.minimums"),
             columns=0 if whole else weight.columns,
         )
 
@@ -224,10 +229,10 @@ class Packer:
             self._rotated[x, size] = made
         return self._rotated[x, size]
 
-    def _minimums(self, weight: QuantizedWeight, offsets: npt.NDArray[np.float32], repeat: int) -> Array:
+    def _minimums(self, weight: QuantizedWeight, offsets: npt.NDArray[np.float32], repeat: int, count: int) -> Array:
         """Offsets in the type of the scales."""
         kind = stored(weight.scales).dtype
-        return np.repeat(offsets, repeat, axis=1).astype(kind)
+        return np.repeat(offsets, repeat, axis=1)[:, :count].astype(kind)
 
     def _initializer(self, array: Array, name: str) -> ir.Value:
         return self.products.initializer(self._scratch.keep(array, self.edit.names.fresh(name)))
