@@ -87,7 +87,8 @@ class PassManager:
                 pass_.profile = profile
             if isinstance(pass_, Pass) and pass_.needs:
                 if given is None:
-                    raise UsageError(f"The pass {pass_.name!r} needs calibration data ({', '.join(pass_.needs)}).")
+                    wanted = ", ".join(pass_.needs)
+                    raise UsageError(f"The pass {pass_.name!r} needs calibration data ({wanted}); give --calibration.")
                 pass_.calibration = given
         self._calibration = given
         self._verifier_of = verifier_of if verify != "none" else None
