@@ -158,18 +158,26 @@ def load_arrays(path: str | os.PathLike[str], batch: int | None = None, limit: i
     Raises:
         InputDataError: The file can't be read, or its arrays count different numbers of samples.
     """
+    return BatchedDataset(read_arrays(path), batch, limit, str(path))
+
+
+def read_arrays(path: str | os.PathLike[str]) -> Feeds:
+    """The arrays of an .npz file by name.
+
+    Raises:
+        InputDataError: The file can't be read, or is none.
+    """
     file = Path(path)
     try:
         if not zipfile.is_zipfile(file):  # numpy.load takes other files for pickled objects
             with file.open("rb"):
                 raise InputDataError(f"{file} is not an .npz file; write it with numpy.savez.")
         with np.load(file, allow_pickle=False) as held:
-            arrays = {name: held[name] for name in held.files}
+            return {name: held[name] for name in held.files}
     except OSError as error:
         raise InputDataError(f"{file} can't be read: {error.strerror or error}.") from error
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputDataError(f"{file} can't be read as an .npz file of arrays ({error}).") from error
-    return BatchedDataset(arrays, batch, limit, str(file))
 
 
 def checked(feeds: Mapping[str, Array], model: ir.Model, source: str) -> Feeds:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graphopt.calibration.data import read_arrays
 from graphopt.calibration.text import read_texts
 from graphopt.errors import InputDataError
 
@@ -84,16 +84,7 @@ def load_evaluation(path: str | os.PathLike[str], images: str = "unit") -> Evalu
 
 
 def _arrays(file: Path) -> EvaluationData:
-    try:
-        if not zipfile.is_zipfile(file):  # numpy.load takes other files for pickled objects
-            with file.open("rb"):
-                raise InputDataError(f"{file} is not an .npz file; write it with numpy.savez.")
-        with np.load(file, allow_pickle=False) as held:
-            arrays = {name: held[name] for name in held.files}
-    except OSError as error:
-        raise InputDataError(f"{file} can't be read: {error.strerror or error}.") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputDataError(f"{file} can't be read as an .npz file of arrays ({error}).") from error
+    arrays = read_arrays(file)
     labels, texts = arrays.get(LABELS), arrays.get(TEXTS)
     classes = labels is not None and labels.dtype.kind in "iu" and labels.ndim == 1
     truths = texts is not None and texts.dtype.kind == "U" and texts.ndim == 1

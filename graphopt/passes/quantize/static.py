@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int, is_op
+from graphopt.calibration.statistics import LARGEST
 from graphopt.errors import UsageError
 from graphopt.graph.edits import opset, sort
 from graphopt.passes.base import Guarantee, Pass
@@ -26,7 +27,7 @@ from graphopt.passes.quantize.quantized_region import (
 )
 from graphopt.passes.quantize.region_writer import RegionWriter
 from graphopt.passes.quantize.selection import Selection
-from graphopt.passes.quantize.value_ranges import LARGEST, METHODS, ValueRange, ranges, run_outputs
+from graphopt.passes.quantize.value_ranges import METHODS, ValueRange, ranges, run_outputs
 
 Array = npt.NDArray[Any]
 

@@ -5,25 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.calibration.text import TextDataset
+from graphopt.calibration.statistics import LARGEST
 from graphopt.errors import InputDataError, UsageError, first_line
-from graphopt.graph.input_roles import InputRoles
-from graphopt.graph.kv_interface import kv_interface
-from graphopt.runtime_ops.decoding import empty_shape
 from graphopt.runtime_ops.memory_session import make_session, run
 
 Method = Literal["minmax", "percentile", "mse"]
 METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse")
 
-LARGEST = 1e30
-"""What is at least as large stands for -inf in a mask, and is left out."""
 _BINS = 4096
 _COUNTED = 1 << 15
 """Numbers of a sample that go into a histogram, evenly spread; the range is that of all."""
@@ -63,7 +58,7 @@ def ranges(
     Args:
         model: The model, unchanged.
         values: Float values of the main graph.
-        samples: An iterable of feeds, a data set that gives them (`feeds(model)`), or windows of text.
+        samples: An iterable of feeds, or a data set that gives them (`feeds(model)`).
         method: "minmax": all that was seen; "percentile": `fraction` of it on each side; "mse": where the squared error
             of 256 steps is least.
         fraction: For "percentile".
@@ -114,37 +109,10 @@ def run_outputs(model: ir.Model, samples: Any, limit: int = 8) -> list[npt.NDArr
     return found
 
 
-def _feeds(model: ir.Model, samples: Any) -> Iterator[Mapping[str, Any]]:
-    """The feeds that samples stand for: those of a data set, of windows of tokens, or themselves."""
-    if hasattr(samples, "data"):
-        samples = samples.data
-    if hasattr(samples, "feeds"):
-        yield from samples.feeds(model)
-    elif isinstance(samples, TextDataset):
-        yield from (_token_feeds(model, ids) for ids in samples)
-    else:
-        yield from samples
-
-
-def _token_feeds(model: ir.Model, ids: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """The inputs of a language model for a window of tokens [1, T], with an empty cache."""
-    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
-    cache = kv_interface(model)
-    pairs = () if cache is None else (*cache.pairs, *cache.cross)
-    roles = InputRoles.read([v for v in inputs if v.name not in {pair.past for pair in pairs}])
-    known = {roles.token_ids: ids, roles.attention_mask: np.ones_like(ids), roles.position_ids: np.arange(ids.shape[1])}
-    found: dict[str, Any] = {}
-    for value in inputs:
-        name, dtype = value.name or "", value.dtype or ir.DataType.INT64
-        if name in known:
-            found[name] = np.broadcast_to(known[name], ids.shape).astype(dtype.numpy())
-        elif (pair := next((pair for pair in pairs if pair.past == name), None)) is not None:
-            found[name] = np.zeros(empty_shape(pair, 1, 0), dtype.numpy())
-        elif value.dtype in (ir.DataType.INT64, ir.DataType.INT32):
-            found[name] = np.zeros(ids.shape, dtype.numpy())  # token types
-        else:
-            raise InputDataError(f"Text alone doesn't tell what the input {name!r} takes; give arrays for each input.")
-    return found
+def _feeds(model: ir.Model, samples: Any) -> Iterable[Mapping[str, Any]]:
+    """The feeds that samples stand for: those that a data set gives, or themselves."""
+    feeds: Iterable[Mapping[str, Any]] = samples.feeds(model) if hasattr(samples, "feeds") else samples
+    return feeds
 
 
 def _with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
