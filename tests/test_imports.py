@@ -22,7 +22,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "analysis": ("runtime_ops", "graph", "cache", "errors"),
     "calibration": ("analysis", "runtime_ops", "graph", "cache", "errors"),
     "verification": ("analysis", "runtime_ops", "graph", "errors"),
-    "passes": ("calibration", "verification", "analysis", "runtime_ops", "graph", "errors"),
+    # Algorithms that know no models: what passes choose by.
+    "search": ("errors",),
+    "passes": ("search", "calibration", "verification", "analysis", "runtime_ops", "graph", "errors"),
     "run_report": ("passes", "calibration", "verification", "analysis", "runtime_ops", "graph", "errors"),
     "pass_manager": (
         "run_report",
@@ -36,18 +38,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "recipe": ("passes", "errors", "graph"),
     "evaluation": ("calibration", "verification", "analysis", "runtime_ops", "graph", "errors"),
-    "search": (
-        "recipe",
-        "pass_manager",
-        "run_report",
-        "passes",
-        "calibration",
-        "verification",
-        "analysis",
-        "runtime_ops",
-        "graph",
-        "errors",
-    ),
     "report": (
         "recipe",
         "pass_manager",
