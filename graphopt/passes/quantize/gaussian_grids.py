@@ -91,11 +91,18 @@ def gaussian_vectors(width: int, count: int) -> npt.NDArray[np.float32]:
         return np.asarray(stored[f"{count} of {width}"], np.float32)
 
 
-def nearest_vectors(vectors: Array, grid: npt.NDArray[np.float32]) -> Array:
-    """The index of the nearest entry of a grid [n, p] for each of vectors [M, p], int64 [M]."""
+def nearest_vectors(vectors: Array, grid: npt.NDArray[np.float32], metric: Array | None = None) -> Array:
+    """The index of the nearest entry c of a grid [n, p] for each x of vectors [M, p], int64 [M].
+
+    Args:
+        vectors: x.
+        grid: The entries.
+        metric: M, symmetric [p, p]: nearest is what makes (x - c) M (x - c)ᵀ least; None: the unit matrix.
+    """
     # |x - c|² without |x|², which is the same for all entries: the greatest x·c - |c|²/2, as one product.
-    halves = np.einsum("np,np->n", grid, grid) / 2
-    entries = np.concatenate([grid, -halves[:, None]], axis=1).T.astype(np.float32, order="C")
+    seen = grid if metric is None else grid @ metric
+    halves = np.einsum("np,np->n", seen, grid) / 2
+    entries = np.concatenate([seen, -halves[:, None]], axis=1).T.astype(np.float32, order="C")
     extended = np.concatenate([vectors, np.ones((len(vectors), 1))], axis=1, dtype=np.float32)
     found = np.empty(len(vectors), np.int64)
     rows = max(1, _PRODUCTS // len(grid))

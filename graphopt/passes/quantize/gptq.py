@@ -47,9 +47,14 @@ def gptq(
     all later columns are free. R comes of a Cholesky factor of H with its rows and columns reversed, and no inverse is
     needed. Sums over earlier blocks of columns are made in one product a block.
 
+    Where a grid has one code for several neighbouring columns, these are rounded together, as in GPTVQ: The Blessing of
+    Dimensionality for LLM Quantization and the block LDLQ of QuIP#: with R' the block of R that is theirs, D' that of D
+    and X = Σ e_i R_i, over all earlier columns, to the vector q that makes (t - q) M (t - q)ᵀ least, where
+    t = w + X R'⁻¹ and M = R' D' R'ᵀ.
+
     Args:
         weight: float32 [N, K].
-        grid: What to round to, with one code a weight.
+        grid: What to round to; groups and rows are made of whole vectors of it.
         group_size: Columns of a group; the last one may have fewer.
         hessian: [K, K], symmetric, positive semidefinite. Columns that are all zero there (inputs that never fire) are
             rounded to nearest.
@@ -59,7 +64,8 @@ def gptq(
         order: "activation": columns by falling H_jj; groups stay where they are, and their grids are fitted to the
             original weights beforehand. "groups": groups by falling mean of H_jj, columns of a group alike. "natural":
             from the first to the last. In the latter two a grid is fitted when its group is reached, to the weights as
-            the errors of all earlier groups have moved them.
+            the errors of all earlier groups have moved them. For vectors: "groups", where the columns of a group come as
+            they are, or "natural".
         importance: [K], what a squared error in each column counts when a grid is fitted; None: D_jj, which is what it
             adds to the objective here.
         kept: [N, K], weights that keep their precision as outliers; each absorbs what the earlier errors would have it
@@ -67,12 +73,14 @@ def gptq(
 
     Raises:
         ValueError: The Hessian's shape is wrong, it has numbers that aren't finite, isn't symmetric, or can't be made
-            positive definite; or the grid has vectors.
+            positive definite; or vectors don't fit the groups, the rows or the order.
     """
-    check_scalar(grid)
     check_hessian(hessian, weight.shape[1])
     rows, columns = weight.shape
-    visits = _visits(np.diagonal(hessian), order, group_size)
+    width = grid.width
+    if width > 1 and (columns % width or order == "activation" or (group_size < columns and group_size % width)):
+        raise ValueError(f"vectors of {width} columns need groups and rows that are made of them, in order")
+    visits = _visits(np.diagonal(hessian), order, group_size, sort=width == 1)
     factor, pivots = _unit_factor(hessian, visits, damping)
     if importance is None:
         importance = np.empty(columns, np.float32)
@@ -89,7 +97,7 @@ def gptq(
     if order == "activation":
         for group in range(len(fits)):
             fit(group, weight[:, group * group_size : (group + 1) * group_size])
-    codes = np.empty((columns, rows), np.uint16 if grid.bits > 8 else np.uint8)
+    codes = np.empty((columns // width, rows), np.uint16 if grid.bits > 8 else np.uint8)
     extra = None if kept is None else np.zeros((columns, rows), np.float32)
     target = np.ascontiguousarray(weight[:, visits].T)
     for start, stop in _blocks(visits, group_size, whole_groups=order != "activation"):
@@ -99,18 +107,25 @@ def gptq(
             moved = _free(weight[:, visits[start:end]].T, target[start:end], factor[start:end, start:end])
             fit(entered, moved[np.argsort(visits[start:end])].T)
         errors = np.empty((stop - start, rows), np.float32)
-        for index, place in enumerate(range(start, stop)):
+        for index in range(0, stop - start, width):
+            place, own = start + index, slice(start + index, start + index + width)
             column = visits[place]
-            aim = target[place] + factor[start:place, place] @ errors[:index]
+            those = slice(column, column + width)
+            aim = target[own] + factor[start:place, own].T @ errors[:index]
             chosen = fits[column // group_size]
             assert chosen is not None
-            code = grid.nearest(aim[:, None], chosen)
-            found = grid.values(code, chosen)[:, 0]
-            codes[column] = code[:, 0]
+            if width == 1:
+                code = grid.nearest(aim.T, chosen)
+            else:
+                inner = factor[own, own]
+                aim = _free(weight[:, those].T, aim, inner)
+                code = grid.nearest_under(np.ascontiguousarray(aim.T), chosen, (inner * pivots[own]) @ inner.T)
+            found = grid.values(code, chosen).T
+            codes[column // width] = code[:, 0]
             if kept is not None and extra is not None:
-                np.subtract(aim, found, out=extra[column], where=kept[:, column])
-                found = found + extra[column]
-            errors[index] = weight[:, column] - found
+                np.subtract(aim, found, out=extra[those], where=kept[:, those].T)
+                found = found + extra[those]
+            errors[index : index + width] = weight[:, those].T - found
         target[stop:] += factor[start:stop, stop:].T @ errors
     done = grid.assemble(np.ascontiguousarray(codes.T), [f for f in fits if f is not None], group_size, columns)
     return done if kept is None or extra is None else with_outliers(done, extra.T, kept)
@@ -157,8 +172,8 @@ def _free(original: Floats, target: Floats, factor: Floats) -> Floats:
     return np.asarray(original + shift, np.float32)
 
 
-def _visits(diagonal: Array, order: Order, group_size: int) -> Array:
-    """The columns in the order in which they are rounded."""
+def _visits(diagonal: Array, order: Order, group_size: int, *, sort: bool) -> Array:
+    """The columns in the order in which they are rounded; those of a group by falling H_jj only where they `sort`."""
     columns = np.arange(len(diagonal))
     if order == "natural":
         return columns
@@ -168,7 +183,7 @@ def _visits(diagonal: Array, order: Order, group_size: int) -> Array:
         raise ValueError(f"there is no order {order!r}; there are {', '.join(get_args(Order))}")
     group = columns // group_size
     mean = np.bincount(group, diagonal) / np.bincount(group)
-    return np.lexsort((-diagonal, group, -mean[group]))
+    return np.lexsort((-diagonal if sort else columns, group, -mean[group]))
 
 
 def _blocks(visits: Array, group_size: int, *, whole_groups: bool) -> Iterator[tuple[int, int]]:

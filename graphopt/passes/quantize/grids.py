@@ -82,6 +82,16 @@ class Grid(abc.ABC):
     def nearest(self, numbers: npt.NDArray[np.float32], fit: Fit) -> Array:
         """Codes [N, m] of the grid's numbers that are nearest to `numbers` [N, m]."""
 
+    def nearest_under(self, numbers: npt.NDArray[np.float32], fit: Fit, metric: npt.NDArray[np.float32]) -> Array:
+        """Codes [N, 1] of the vectors q nearest to x, rows of `numbers` [N, width]: of least (x - q) M (x - q)ᵀ.
+
+        Args:
+            numbers: x.
+            fit: Of a group in each row.
+            metric: M, [width, width], symmetric and positive.
+        """
+        return self.nearest(numbers, fit)
+
     @abc.abstractmethod
     def values(self, codes: Array, fit: Fit) -> npt.NDArray[np.float32]:
         """What codes [N, m] stand for, float32 [N, m]."""

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from graphopt.passes.quantize.codebook_grids import gaussian_grid
 from graphopt.passes.quantize.gaussian_grids import STORED, gaussian_vectors, nearest_vectors
+from graphopt.passes.quantize.gptq import Order, gptq
 from graphopt.passes.quantize.grids import Array, Fit, Grid, step_size
 from graphopt.passes.quantize.quantized_weight import QuantizedWeight
 from graphopt.passes.quantize.rotations import hadamard
@@ -24,7 +25,7 @@ _SHARES = (0.8, 0.9, 1.0, 1.1, 1.2)
 class GaussianVectorGrid(Grid):
     """w = s · c[code] for `width` neighbouring weights at once, with vectors c made for normal numbers of variance 1.
 
-    A scale is the root of a group's mean square. Roundings that go column by column can't use it.
+    A scale is the root of a group's mean square. Roundings that look at one weight at a time can't use it.
 
     Attributes:
         bits: Of a code: the grid has 2^bits vectors.
@@ -54,6 +55,11 @@ class GaussianVectorGrid(Grid):
         codes = nearest_vectors(vectors, gaussian_vectors(self.width, 1 << self.bits))
         return codes.astype(np.uint8 if self.bits <= 8 else np.uint16).reshape(len(numbers), -1)
 
+    def nearest_under(self, numbers: npt.NDArray[np.float32], fit: Fit, metric: npt.NDArray[np.float32]) -> Array:
+        """See the base."""
+        codes = nearest_vectors(numbers / fit.scale[:, None], gaussian_vectors(self.width, 1 << self.bits), metric)
+        return codes.astype(np.uint8 if self.bits <= 8 else np.uint16)[:, None]
+
     def values(self, codes: Array, fit: Fit) -> npt.NDArray[np.float32]:
         """See the base: [N, width · codes of a row]."""
         level = gaussian_vectors(self.width, 1 << self.bits)[codes].reshape(len(codes), -1)
@@ -72,6 +78,9 @@ def round_higgs(
     rotation: int | None = None,
     search: bool = False,
     half: bool = True,
+    hessian: Array | None = None,
+    damping: float = 0.01,
+    order: Order = "groups",
 ) -> QuantizedWeight:
     """Rotate groups of columns, and round what comes out to vectors made for normal numbers.
 
@@ -89,6 +98,10 @@ def round_higgs(
             `rotation_size` says.
         search: Fit scales by the least squared error, which pays in groups of fewer than 256 columns.
         half: Scales are numbers of float16.
+        hessian: [K, K], the second moments of the inputs as they are: round by `gptq`, in the rotated basis. None: to
+            nearest.
+        damping: See `gptq`.
+        order: See `gptq`.
 
     Raises:
         ValueError: No grid of this kind, or a size that doesn't fit.
@@ -108,7 +121,12 @@ def round_higgs(
         raise ValueError(f"HIGGS of {bits} bits with {width} weights to a code has no grid; there are {known}")
     else:
         grid = GaussianVectorGrid(bits * width, width, search, half)
-    rounded = round_to_nearest(rotated(weight, rotation), grid, size)
+    turned = rotated(weight, rotation)
+    if hessian is None:
+        rounded = round_to_nearest(turned, grid, size)
+    else:
+        moments = rotated(rotated(hessian, rotation).T, rotation)
+        rounded = gptq(turned, grid, size, moments, damping=damping, order=order)
     return dataclasses.replace(rounded, hadamard=rotation)
 
 

@@ -86,8 +86,8 @@ class QuantizeWeights(Pass):
     rule 5; `token_roles` (default k, v, kv, qkv; or all); `sequential` (default true): rule 4; `head_bits` (default 8):
     of the embedding and the head, 0: as they are; `operator` (default "contrib"): rule 1; `level` (default 4):
     `accuracy_level` of `MatMulNBits`: 4: activations are rounded to 8 bits in the weight's blocks, 0: they stay;
-    `exclude` (default none): roles that are left alone, such as `down` (see `graphopt inspect`); `sites` (default
-    none): options of single weights, by the weight's name.
+    `exclude` (default none): roles that are left alone, such as `down` (see `graphopt inspect`); `roles` (default
+    none): options of the weights of a role, as {v: {bits: 4}}; `sites` (default none): of single weights, by name.
 
     **Needs:** float32 or float16; opset 18 for graphopt's operators, 21 for `standard`; canonical operators (the
     recipe's passes before it); data for all roundings but nearest. **Guarantees:** LOSSY.
@@ -127,6 +127,7 @@ class QuantizeWeights(Pass):
         level: int = 4,
         exclude: list[str] | None = None,
         sites: dict[str, dict[str, Any]] | None = None,
+        roles: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         if head_bits and not 2 <= head_bits <= 8:
@@ -148,14 +149,16 @@ class QuantizeWeights(Pass):
         self.token_roles = list(_TOKEN_ROLES if token_roles is None else token_roles)
         self.operator: Operator = operator  # type: ignore[assignment]
         self.exclude = list(exclude or ())
-        self.sites_given = dict(sites or {})
+        self.sites_given, self.roles_given = dict(sites or {}), dict(roles or {})
         self._own = {name: self.setting.with_options(options) for name, options in self.sites_given.items()}
-        if any(setting.calibrated for setting in (self.setting, *self._own.values())):
+        self._of_role = {role: self.setting.with_options(options) for role, options in self.roles_given.items()}
+        if any(setting.calibrated for setting in (self.setting, *self._own.values(), *self._of_role.values())):
             self.needs = ("second-moment",)
 
     def option_values(self) -> dict[str, Any]:
         """See the base."""
-        values = {**dataclasses.asdict(self.setting), **super().option_values(), "sites": self.sites_given}
+        values = {**dataclasses.asdict(self.setting), **super().option_values()}
+        values |= {"sites": self.sites_given, "roles": self.roles_given}
         return {name: values[name] for name in self.options() if name in values}
 
     def apply(self, model: ir.Model) -> bool:
@@ -189,7 +192,7 @@ class QuantizeWeights(Pass):
         """Sites that read one value together, in the order of the first of each."""
         found: dict[Any, _Group] = {}
         for site in sites:
-            setting = self._own.get(site.weight.name or "", self.setting)
+            setting = self._own.get(site.weight.name or "", self._of_role.get(site.role, self.setting))
             if site.role in _TABLES and site.weight.name not in self._own:
                 setting = Setting(self.head_bits, _dividing(setting.group_size, _width(site)))
             # What is read elsewhere too is written once, by itself.

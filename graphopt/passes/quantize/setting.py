@@ -74,8 +74,10 @@ class Setting:
             raise ValueError(f"outliers are a share of the weights below 0.05, not {self.outliers}")
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
-        if self.grid == HIGGS and (self.rounding != "nearest" or self.outliers or self.groups != "fixed"):
-            raise ValueError("the grid higgs has one code for several weights, which goes with no other rounding")
+        if self.grid == HIGGS and (self.rounding not in ("nearest", "gptq") or self.outliers or self.groups != "fixed"):
+            raise ValueError("the grid higgs has one code for several weights: rounding is nearest or gptq, without more")
+        if self.grid == HIGGS and self.order == "activation":
+            raise ValueError("the grid higgs has one code for several weights, which order activation would part")
         if self.grid != HIGGS:
             self.made()
 
@@ -122,7 +124,8 @@ class Setting:
                 raise ValueError("the weight has numbers that aren't finite")
             # Vectors of four numbers at 3 bits take half an hour for a small decoder, for 13 % of the error.
             width = {2: 4, 3: 2, 4: 2}.get(self.bits, 1)
-            return round_higgs(weight, self.bits, width)
+            by = hessian if self.rounding == "gptq" else None
+            return round_higgs(weight, self.bits, width, hessian=by, damping=self.damping, order=self.order)
         if self.groups == "range":
             group = group_size_by_range(weight)
         importance = None if hessian is None or not self.weighed else np.asarray(np.diag(hessian), np.float32)
