@@ -67,7 +67,7 @@ def codebook_inputs(weight: QuantizedWeight, scale_dtype: Any = np.float16, dtyp
       `scale_dtype` has no number within 0.1 % of one of them.
 
     Args:
-        weight: What every grid makes, but for float offsets, which no codebook times a scale can be.
+        weight: What every grid makes, but for float offsets, which no codebook times a scale can be; see `centred`.
         scale_dtype: float16 or float32.
         dtype: Of x.
 
@@ -101,6 +101,21 @@ def codebook_inputs(weight: QuantizedWeight, scale_dtype: Any = np.float16, dtyp
         {"columns": weight.columns, "bits": bits, "group_size": group_size},
         weight.hadamard,
     )
+
+
+def centred(weight: QuantizedWeight) -> QuantizedWeight | None:
+    """Integers with the middle of their range as the only zero point, for one codebook and a fast kernel.
+
+    What that leaves of a weight, the same number for each group of a row, is to be added as the product of the sums of
+    x's groups with those numbers. None: the weight needs no such help, or rows
+    don't end with a group.
+    """
+    if weight.levels is not None or weight.transposed or weight.columns % min(weight.group_size, weight.columns):
+        return None
+    middle = np.full_like(weight.scales, 1 << (weight.bits - 1), dtype=np.uint8)
+    plain = dataclasses.replace(weight, zero_points=middle, offsets=None)
+    helped = weight.offsets is not None or (_selects(weight) and _narrow_reason(weight) is not None)
+    return plain if helped and slow_reason(plain) is None else None
 
 
 def slow_reason(weight: QuantizedWeight) -> str | None:

@@ -64,8 +64,8 @@ def gptq(
         order: "activation": columns by falling H_jj; groups stay where they are, and their grids are fitted to the
             original weights beforehand. "groups": groups by falling mean of H_jj, columns of a group alike. "natural":
             from the first to the last. In the latter two a grid is fitted when its group is reached, to the weights as
-            the errors of all earlier groups have moved them. For vectors: "groups", where the columns of a group come as
-            they are, or "natural".
+            the errors of all earlier groups have moved them. For vectors: "groups", where the columns of a group come
+            as they are, or "natural".
         importance: [K], what a squared error in each column counts when a grid is fitted; None: D_jj, which is what it
             adds to the objective here.
         kept: [N, K], weights that keep their precision as outliers; each absorbs what the earlier errors would have it
@@ -119,7 +119,8 @@ def gptq(
             else:
                 inner = factor[own, own]
                 aim = _free(weight[:, those].T, aim, inner)
-                code = grid.nearest_under(np.ascontiguousarray(aim.T), chosen, (inner * pivots[own]) @ inner.T)
+                metric = np.asarray((inner * pivots[own]) @ inner.T, np.float32)
+                code = grid.nearest_under(np.ascontiguousarray(aim.T), chosen, metric)
             found = grid.values(code, chosen).T
             codes[column // width] = code[:, 0]
             if kept is not None and extra is not None:

@@ -4,7 +4,7 @@
 |---|---|
 | `MatMulNBits` (com.microsoft) | integers of 2, 4, 8 bits in blocks, zero points; float offsets by the sums of blocks |
 | `QuantizedLinear` (graphopt) | the same, float offsets at no cost, activations in 16 bits |
-| `CodebookMatMul` (graphopt) | all else: 3 bits, codebooks, outliers, rotated weights |
+| `CodebookMatMul` (graphopt) | all else: 3 bits (offsets by the sums of groups), codebooks, outliers, rotations |
 | `DequantizeLinear` + `MatMul` | integers of 4 and 8 bits with zero points, on every runtime |
 """
 
@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from graphopt.graph.edits import Editor
 from graphopt.graph.scratch import Scratch
-from graphopt.passes.quantize.codebook_packing import codebook_inputs
+from graphopt.passes.quantize.codebook_packing import centred, codebook_inputs
 from graphopt.passes.quantize.compensation import LowRank
 from graphopt.passes.quantize.quantized_weight import QuantizedWeight
 from graphopt.runtime_ops.block_products import BlockMatrix, BlockProducts
@@ -32,6 +32,8 @@ Operator = Literal["contrib", "graphopt", "standard"]
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 """Numbers of a block in `MatMulNBits` and `QuantizedLinear`; a power of two."""
 _BLOCK_BITS = (2, 4, 8)
+_SCALES = 2
+"""Where the scales are among the constants of `CodebookMatMul`."""
 
 
 class Unpackable(Exception):
@@ -189,8 +191,9 @@ class Packer:
             Unpackable: It doesn't carry the weight.
         """
         dtype = ir.DataType.FLOAT if x.dtype is None else x.dtype
+        plain = centred(weight) if dtype == ir.DataType.FLOAT else None
         try:
-            given = codebook_inputs(weight, dtype=dtype.numpy())
+            given = codebook_inputs(weight if plain is None else plain, dtype=dtype.numpy())
         except ValueError as error:
             raise Unpackable(str(error)) from error
         if given.rotation:
@@ -201,7 +204,28 @@ class Packer:
             for array in given.arrays()
         ]
         attributes = operators()["CodebookMatMul"].attributes_of(**given.attributes)
-        return self.edit.op("CodebookMatMul", [x, *constants], attributes, domain=DOMAIN)
+        product = self.edit.op("CodebookMatMul", [x, *constants], attributes, domain=DOMAIN)
+        if plain is None:
+            return product
+        size = min(weight.group_size, weight.columns)
+        offsets = self._offsets_from_middle(weight, constants[_SCALES], name)
+        return self.edit.op("Add", [product, self.products.sums_times(x, weight.columns, size, offsets)], like=product)
+
+    def _offsets_from_middle(self, weight: QuantizedWeight, scales: ir.Value, name: str) -> ir.Value:
+        """What is added to s (c - middle) for each group, float32 [G, N]: computed from constants, and so by a session
+        when it is loaded, since zero points are bytes in the file."""
+        one = {"to": ir.DataType.FLOAT}
+        scale = self.edit.op("Cast", [scales], one) if scales.dtype != ir.DataType.FLOAT else scales
+        middle = self.edit.constant(np.array(1 << (weight.bits - 1), np.float32), "middle")
+        if weight.offsets is not None:
+            least = self._initializer(stored(weight.offsets), f"{name}.minimums")
+            least = self.edit.op("Cast", [least], one) if least.dtype != ir.DataType.FLOAT else least
+            found = self.edit.op("Add", [self.edit.op("Mul", [scale, middle]), least])
+        else:
+            assert weight.zero_points is not None
+            zeros = self.edit.op("Cast", [self._initializer(weight.zero_points, f"{name}.zeros")], one)
+            found = self.edit.op("Mul", [scale, self.edit.op("Sub", [middle, zeros])])
+        return self.edit.op("Transpose", [found], {"perm": [1, 0]})
 
     def _shared(self, array: Array, name: str) -> ir.Value:
         """An initializer that is the same for equal numbers: codebooks of many weights are one."""

@@ -75,7 +75,9 @@ class Setting:
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
         if self.grid == HIGGS and (self.rounding not in ("nearest", "gptq") or self.outliers or self.groups != "fixed"):
-            raise ValueError("the grid higgs has one code for several weights: rounding is nearest or gptq, without more")
+            raise ValueError(
+                "the grid higgs has one code for several weights: rounding is nearest or gptq, without more"
+            )
         if self.grid == HIGGS and self.order == "activation":
             raise ValueError("the grid higgs has one code for several weights, which order activation would part")
         if self.grid != HIGGS:

@@ -19,6 +19,7 @@ from graphopt.passes.quantize.gaussian_grids import (
     nearest_vectors,
     optimal_vectors,
 )
+from graphopt.passes.quantize.gptq import gptq
 from graphopt.passes.quantize.grids import UniformGrid
 from graphopt.passes.quantize.higgs import GaussianVectorGrid, rotated, rotation_size, round_higgs
 from graphopt.passes.quantize.quantized_weight import QuantizedWeight
@@ -211,6 +212,45 @@ class TestOnRealWeights:
             name: round_higgs(w, width=width, group_size=64, search=True).dequantized() for name, w in weights.items()
         }
         assert mean_error(weights, found) < mean_error(weights, plain)
+
+
+def spread_inputs(columns: int, seed: int = 0) -> Floats:
+    """Second moments of inputs of which few directions have most."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((2 * columns, columns)) * np.exp(rng.standard_normal(columns))
+    x = x @ (np.eye(columns) + 0.1 * rng.standard_normal((columns, columns)))
+    return np.asarray(x.T @ x / columns, np.float32)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("bits", "width"), [(2, 1), (3, 1), (4, 1), (2, 2), (3, 2), (4, 2), (2, 4)])
+def test_gptq_of_vectors_has_the_smaller_error_of_outputs(bits: int, width: int) -> None:
+    for weight in some_rows(64).values():
+        moments = spread_inputs(weight.shape[1])
+        errors = []
+        for hessian in (None, moments):
+            error = weight - round_higgs(weight, bits, width, hessian=hessian).dequantized()
+            errors.append(float(np.sum((error @ moments) * error)))
+        assert errors[1] < 0.7 * errors[0]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 9), st.integers(0, 99))
+def test_nearest_under_a_metric(rows: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    root = rng.standard_normal((4, 4))
+    metric = np.asarray(root @ root.T + np.eye(4), np.float32)
+    grid, x = gaussian_vectors(4, 256), rng.standard_normal((rows, 4)).astype(np.float32)
+    away = x[:, None] - grid
+    distance = np.einsum("mnp,pq,mnq->mn", away, metric, away)
+    found = distance[np.arange(rows), nearest_vectors(x, grid, metric)]
+    np.testing.assert_allclose(found, distance.min(axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_vectors_that_gptq_refuses() -> None:
+    weight = np.ones((4, 64), np.float32)
+    with pytest.raises(ValueError, match="vectors of 2"):
+        gptq(weight, GaussianVectorGrid(8, 2), 64, np.eye(64, dtype=np.float32), order="activation")
 
 
 def test_the_scalar_grid_has_the_mean_square_as_scale() -> None:

@@ -180,7 +180,7 @@ def test_a_table_has_groups_that_divide_its_rows() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"bits": 3}, {"bits": 3, "symmetric": False}, {"bits": 5}, {"grid": "nf4"}, {"grid": "fp4"}, {"grid": "nupes"},
+        {"bits": 3}, {"bits": 3, "symmetric": False}, {"bits": 3, "symmetric": False, "floats": True}, {"bits": 5}, {"grid": "nf4"}, {"grid": "fp4"}, {"grid": "nupes"},
         {"grid": "bitmod"}, {"grid": "higgs"}, {"grid": "higgs", "bits": 2}, {"outliers": 0.01},
         {"groups": "range"}, {"groups": "axis"}, {"compensation": "lorc", "rank": 4, "bits": 2},
     ],
@@ -196,6 +196,27 @@ def test_every_setting_is_computed_with(options: dict[str, Any], operator: str) 
     want = np.abs(x @ near.T)
     assert np.abs(run(model, x=x) - want).max() <= 2e-2 * np.abs(want).max()
     assert not QuantizeWeights(operator=operator, level=0, **options).call(model).modified
+
+
+@pytest.mark.parametrize("operator", ["contrib", "graphopt"])
+def test_three_bits_with_zero_points_have_one_codebook(operator: str) -> None:
+    """Groups with a codebook of their own take long; the zero points are bytes in the file all the same."""
+    model = parse_weighted(ONE)
+    QuantizeWeights(bits=3, symmetric=False, operator=operator).call(model)
+    (node,) = (node for node in model.graph if node.op_type == "CodebookMatMul")
+    shapes = {index: node.inputs[index].const_value.shape.numpy() for index in (2, 4)}  # type: ignore[union-attr]
+    assert shapes == {2: (1, 8, 1, 1), 4: (0,)}
+    stored = {name: v.const_value for name, v in model.graph.initializers.items() if name.endswith("zeros")}
+    assert [(t.shape.numpy(), t.dtype) for t in stored.values() if t is not None] == [((48, 2), ir.DataType.UINT8)]
+
+
+def test_a_role_has_options_of_its_own() -> None:
+    model = parse_weighted(GATED)
+    pass_ = QuantizeWeights(bits=2, roles={"down": {"bits": 4}}, head_bits=4)
+    assert pass_.call(model).modified
+    bits = [node.attributes.get_int("bits") for node in model.graph if node.op_type == "MatMulNBits"]
+    assert bits == [2, 4]
+    assert pass_.option_values()["roles"] == {"down": {"bits": 4}}
 
 
 @pytest.mark.parametrize(

@@ -349,7 +349,6 @@ class Pairs(UniformGrid):
         ({"importance": np.ones(3, np.float32)}, r"importance of shape \[3\]"),
         ({"outliers": 0.7}, "between 0 and 0.5"),
         ({"rounding": "gptq", "hessian": np.eye(16), "order": "sideways"}, "no order 'sideways'"),
-        ({"rounding": "gptq", "hessian": np.eye(16), "grid": Pairs()}, "one for 2"),
         ({"rounding": "comq", "hessian": np.eye(16), "grid": Pairs()}, "one for 2"),
     ],
 )

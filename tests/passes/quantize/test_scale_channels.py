@@ -16,7 +16,9 @@ from graphopt.calibration.data import ArrayDataset
 from graphopt.calibration.request import Request
 from graphopt.calibration.statistics import AbsMax
 from graphopt.passes.quantize.awq_scales import AwqScales, output_error
+from graphopt.passes.quantize.balance_columns import BalanceColumns
 from graphopt.passes.quantize.grids import UniformGrid
+from graphopt.passes.quantize.higgs import round_higgs
 from graphopt.passes.quantize.roundings import round_to_nearest
 from graphopt.passes.quantize.smooth_quant import SmoothQuant
 from graphopt.runtime_ops.memory_session import make_session
@@ -96,6 +98,56 @@ def test_clipping_lowers_the_error_further_and_leaves_queries_and_keys() -> None
     clipped, whole = (np.abs(numbers_of(m.graph.initializers["wo"])) for m in (after, bare))
     assert (clipped <= whole).all()
     assert (clipped < whole).any()
+
+
+def test_balanced_columns_are_of_one_size_and_the_function_stays() -> None:
+    before, data = with_outliers(gated())
+    weights = ("gate", "up")
+    size = np.exp(2 * np.random.default_rng(5).normal(size=(16, 1))).astype(np.float32)
+    for name in weights:
+        value = before.graph.initializers[name]
+        value.const_value = ir.tensor(numbers_of(value) * size, name=name)
+    after, half = before.clone(), before.clone()
+    rule = BalanceColumns()
+    assert rule(after).modified
+    assert not rule(after).modified
+    BalanceColumns(alpha=0.5)(half)
+    expected = outputs(before, data)
+    np.testing.assert_allclose(outputs(after, data), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+    def spread(model: ir.Model) -> float:
+        parts = [np.square(numbers_of(model.graph.initializers[name])).sum(axis=1) for name in weights]
+        column = np.sqrt(sum(part / part.sum() for part in parts))
+        return float(column.max() / column.min())
+
+    assert spread(before) > 10
+    assert spread(after) < 2
+    assert spread(after) < spread(half) < spread(before)
+    with pytest.raises(ValueError, match="alpha"):
+        BalanceColumns(alpha=2)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_behind_balanced_columns_higgs_errs_in_each_by_its_own_size(bits: int) -> None:
+    """On real layers, with the norm's gain in the weights, as folding leaves it."""
+    before = first_layers(1)
+    names = ("attn_q0", "attn_k0", "attn_v0")
+    gain = numbers_of(before.graph.initializers["attn_norm0"])
+    before.graph.initializers["attn_norm0"].const_value = ir.tensor(np.ones_like(gain), name="attn_norm0")
+    for name in names:
+        value = before.graph.initializers[name]
+        value.const_value = ir.tensor(numbers_of(value) * gain[:, None], name=name)
+    after = before.clone()
+    assert BalanceColumns().call(after).modified
+    first, second = (make_session(m).run(None, token_ids(0))[0] for m in (before, after))
+    assert np.abs(second - first).max() <= 1e-4 * np.abs(first).max()
+    worst = []
+    for model in (before, after):
+        weights = [np.ascontiguousarray(numbers_of(model.graph.initializers[name]).T) for name in names]
+        errors = [np.square(w - round_higgs(w, bits, 2).dequantized()).sum(axis=0) for w in weights]
+        worst.append(max(float((e / np.square(w).sum(axis=0)).max()) for e, w in zip(errors, weights, strict=True)))
+    assert worst[1] < 0.2 * worst[0]
 
 
 def test_smooth_quant_moves_outliers_into_the_weights() -> None:
