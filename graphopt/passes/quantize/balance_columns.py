@@ -13,6 +13,7 @@ from graphopt.passes.quantize.channel_folds import ChannelFold, ChannelFolds, Re
 from graphopt.passes.quantize.scale_channels import ScaleChannels, ScalePlan, Statistics
 
 _ROLES = ("q", "k", "v", "kv", "qkv", "gate", "up", "gate_up", "fc1")
+_DECIDING = ("v", "kv", "qkv", "up", "gate_up", "fc1")
 
 
 class BalanceColumns(ScaleChannels):
@@ -26,7 +27,9 @@ class BalanceColumns(ScaleChannels):
     the huge activations multiply it. With α = 1 each column has an error of its own size. No data is needed.
 
     1. A group is all MatMul and Gemm nodes with constant weights that read one value (q, k, v; gate, up). The size of a
-       column is the root of the mean over them of its sum of squares, each as a part of the whole matrix.
+       column is the root of its sum of squares in v or up, whose errors go straight into what is added to the residual
+       stream, while those of q, k and gate pass a softmax or another saturating function; where neither is there,
+       over all.
     2. 1/s goes into what makes x: gain and bias of a normalization, or the output channels of the layers before; see
        smooth-quant. Channels that must share a factor share that of their mean square.
 
@@ -63,7 +66,10 @@ class BalanceColumns(ScaleChannels):
     def plan(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> ScalePlan:
         """See the class."""
         squares = np.zeros(group.channels)
-        for weight in group.weights():
+        deciding = [role in _DECIDING for role in group.roles]
+        for weight, decides in zip(group.weights(), deciding, strict=True):
+            if any(deciding) and not decides:
+                continue
             column = np.einsum("nk,nk->k", weight, weight, dtype=np.float64)
             squares += column / max(float(column.sum()), 1e-300)
         sizes = np.sqrt(fold.pooled(squares))

@@ -116,12 +116,11 @@ def test_balanced_columns_are_of_one_size_and_the_function_stays() -> None:
     np.testing.assert_allclose(outputs(after, data), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
     def spread(model: ir.Model) -> float:
-        parts = [np.square(numbers_of(model.graph.initializers[name])).sum(axis=1) for name in weights]
-        column = np.sqrt(sum(part / part.sum() for part in parts))
-        return float(column.max() / column.min())
+        column = np.square(numbers_of(model.graph.initializers["up"])).sum(axis=1)
+        return float(np.sqrt(column.max() / column.min()))
 
     assert spread(before) > 10
-    assert spread(after) < 2
+    assert spread(after) < 1.001
     assert spread(after) < spread(half) < spread(before)
     with pytest.raises(ValueError, match="alpha"):
         BalanceColumns(alpha=2)
@@ -133,6 +132,7 @@ def test_behind_balanced_columns_higgs_errs_in_each_by_its_own_size(bits: int) -
     """On real layers, with the norm's gain in the weights, as folding leaves it."""
     before = first_layers(1)
     names = ("attn_q0", "attn_k0", "attn_v0")
+    judged = names[2:]
     gain = numbers_of(before.graph.initializers["attn_norm0"])
     before.graph.initializers["attn_norm0"].const_value = ir.tensor(np.ones_like(gain), name="attn_norm0")
     for name in names:
@@ -144,7 +144,7 @@ def test_behind_balanced_columns_higgs_errs_in_each_by_its_own_size(bits: int) -
     assert np.abs(second - first).max() <= 1e-4 * np.abs(first).max()
     worst = []
     for model in (before, after):
-        weights = [np.ascontiguousarray(numbers_of(model.graph.initializers[name]).T) for name in names]
+        weights = [np.ascontiguousarray(numbers_of(model.graph.initializers[name]).T) for name in judged]
         errors = [np.square(w - round_higgs(w, bits, 2).dequantized()).sum(axis=0) for w in weights]
         worst.append(max(float((e / np.square(w).sum(axis=0)).max()) for e, w in zip(errors, weights, strict=True)))
     assert worst[1] < 0.2 * worst[0]
