@@ -16,8 +16,8 @@ from graphopt.runtime_ops.generation import Generator
 from graphopt.runtime_ops.scoring import scores
 
 WEIGHTS = (
-    "rtn", "finequant", "nf4", "nupes", "bitmod", "higgs", "adadim", "easyquant", "lorc", "eora", "gptq", "comq", "rsq",
-    "awq", "rotate+gptq",
+    "rtn", "finequant", "nf4", "nupes", "bitmod", "higgs", "adadim", "easyquant", "lorc", "eora", "gptq", "gptq2", "comq",
+    "rsq", "awq", "rotate+gptq",
 )  # fmt: skip
 VOCABULARY = 64
 

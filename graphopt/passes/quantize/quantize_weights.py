@@ -82,12 +82,14 @@ class QuantizeWeights(Pass):
     inputs; `damping` (default 0.01): of the Hessian's mean diagonal; `weighed` (default false): errors count by the
     squares of their inputs where ranges are searched; `outliers` (default 0): share of the weights that keep their
     precision; `compensation` (default "none"): a branch of low rank that takes some of the error: "lorc", or "eora",
-    which looks at data; `rank` (default 32): its rank; `tokens` (default "all"): "all" alike, "linear" or "received":
-    rule 5; `token_roles` (default k, v, kv, qkv; or all); `sequential` (default true): rule 4; `head_bits` (default 8):
-    of the embedding and the head, 0: as they are; `operator` (default "contrib"): rule 1; `level` (default 4):
-    `accuracy_level` of `MatMulNBits`: 4: activations are rounded to 8 bits in the weight's blocks, 0: they stay;
-    `exclude` (default none): roles that are left alone, such as `down` (see `graphopt inspect`); `roles` (default
-    none): options of the weights of a role, as {v: {bits: 4}}; `sites` (default none): of single weights, by name.
+    which looks at data; `rank` (default 32): its rank; `scale_group` (default 0): inputs that share a searched scale
+    with `grid: higgs`, 0: the root of the mean square of those that are rotated together; `tokens` (default "all"):
+    "all" alike, "linear" or "received": rule 5; `token_roles` (default k, v, kv, qkv; or all); `sequential` (default
+    true): rule 4; `head_bits` (default 8): of the embedding and the head, 0: as they are; `operator` (default
+    "contrib"): rule 1; `level` (default 4): `accuracy_level` of `MatMulNBits`: 4: activations are rounded to 8 bits in
+    the weight's blocks, 0: they stay; `exclude` (default none): roles that are left alone, such as `down` (see
+    `graphopt inspect`); `roles` (default none): options of the weights of a role, as {v: {bits: 4}}; `sites` (default
+    none): of single weights, by name.
 
     **Needs:** float32 or float16; opset 18 for graphopt's operators, 21 for `standard`; canonical operators (the
     recipe's passes before it); data for all roundings but nearest. **Guarantees:** LOSSY.
@@ -119,6 +121,7 @@ class QuantizeWeights(Pass):
         outliers: float = 0.0,
         compensation: str = "none",
         rank: int = 32,
+        scale_group: int = 0,
         tokens: str = "all",
         token_roles: list[str] | None = None,
         sequential: bool = True,
@@ -143,6 +146,7 @@ class QuantizeWeights(Pass):
                 "bits": bits, "group_size": group_size, "grid": grid, "symmetric": symmetric, "floats": floats,
                 "search": search, "groups": groups, "rounding": rounding, "order": order, "damping": damping,
                 "weighed": weighed, "outliers": outliers, "compensation": compensation, "rank": rank,
+                "scale_group": scale_group,
             }
         )  # fmt: skip
         self.tokens, self.sequential, self.head_bits, self.level = tokens, sequential, head_bits, level

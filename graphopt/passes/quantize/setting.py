@@ -59,6 +59,7 @@ class Setting:
     outliers: float = 0.0
     compensation: Compensation = "none"
     rank: int = 32
+    scale_group: int = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -78,6 +79,10 @@ class Setting:
             raise ValueError(
                 "the grid higgs has one code for several weights: rounding is nearest or gptq, without more"
             )
+        if self.scale_group < 0 or self.scale_group % 8:
+            raise ValueError(f"scale_group must be a multiple of 8, or 0, not {self.scale_group}")
+        if self.scale_group and self.grid != HIGGS:
+            raise ValueError("scale_group is for the grid higgs; others have group_size")
         if self.grid == HIGGS and self.order == "activation":
             raise ValueError("the grid higgs has one code for several weights, which order activation would part")
         if self.grid != HIGGS:
@@ -127,7 +132,16 @@ class Setting:
             # Vectors of four numbers at 3 bits take half an hour for a small decoder, for 13 % of the error.
             width = {2: 4, 3: 2, 4: 2}.get(self.bits, 1)
             by = hessian if self.rounding == "gptq" else None
-            return round_higgs(weight, self.bits, width, hessian=by, damping=self.damping, order=self.order)
+            return round_higgs(
+                weight,
+                self.bits,
+                width,
+                self.scale_group or None,
+                search=bool(self.scale_group),
+                hessian=by,
+                damping=self.damping,
+                order=self.order,
+            )
         if self.groups == "range":
             group = group_size_by_range(weight)
         importance = None if hessian is None or not self.weighed else np.asarray(np.diag(hessian), np.float32)

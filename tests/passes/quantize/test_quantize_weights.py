@@ -181,7 +181,7 @@ def test_a_table_has_groups_that_divide_its_rows() -> None:
     "options",
     [
         {"bits": 3}, {"bits": 3, "symmetric": False}, {"bits": 3, "symmetric": False, "floats": True}, {"bits": 5}, {"grid": "nf4"}, {"grid": "fp4"}, {"grid": "nupes"},
-        {"grid": "bitmod"}, {"grid": "higgs"}, {"grid": "higgs", "bits": 2}, {"outliers": 0.01},
+        {"grid": "bitmod"}, {"grid": "higgs"}, {"grid": "higgs", "bits": 2}, {"grid": "higgs", "scale_group": 64}, {"outliers": 0.01},
         {"groups": "range"}, {"groups": "axis"}, {"compensation": "lorc", "rank": 4, "bits": 2},
     ],
 )  # fmt: skip
@@ -243,7 +243,8 @@ def test_excluded_roles() -> None:
 
 @pytest.mark.parametrize(
     "options", [{"bits": 9}, {"bits": 1}, {"group_size": 12}, {"operator": "best"}, {"level": 2}, {"head_bits": 1},
-                {"floats": True}],
+                {"floats": True}, {"scale_group": 64}, {"grid": "higgs", "scale_group": 4},
+                {"grid": "higgs", "rounding": "comq"}, {"roles": {"v": {"bits": 9}}}],
 )  # fmt: skip
 def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"\w"):
