@@ -28,14 +28,15 @@ class BalanceColumns(ScaleChannels):
 
     1. A group is all MatMul and Gemm nodes with constant weights that read one value (q, k, v; gate, up). The size of a
        column is the root of its sum of squares in v or up, whose errors go straight into what is added to the residual
-       stream, while those of q, k and gate pass a softmax or another saturating function; where neither is there,
-       over all.
+       stream, while those of q, k and gate pass a softmax or another saturating function. Of several `deciding` ones
+       it is the root of the mean of their squares, each as a part of its matrix; where there is none, of all.
     2. 1/s goes into what makes x: gain and bias of a normalization, or the output channels of the layers before; see
        smooth-quant. Channels that must share a factor share that of their mean square.
 
     **Options:** `alpha` (default 1): from 0, nothing, to 1, all columns alike; `roles` (default q, k, v, gate, up and
     those in their place): whose inputs are scaled. The inputs of `o` and `down` have been through no norm, and scaling
-    them cost quality where it was measured; `head` (default false): scale the output layer too, if `roles` names it.
+    them cost quality where it was measured; `deciding` (default v, up and those in their place): whose weights say how
+    large a column is; `head` (default false): scale the output layer too, if `roles` names it.
 
     **Needs:** nothing. **Guarantees:** LOSSY by name only: outputs are the same up to the rounding of the new weights.
 
@@ -47,11 +48,18 @@ class BalanceColumns(ScaleChannels):
 
     name: ClassVar[str] = "balance-columns"
 
-    def __init__(self, alpha: float = 1.0, roles: list[str] | None = None, head: bool = False) -> None:
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        roles: list[str] | None = None,
+        deciding: list[str] | None = None,
+        head: bool = False,
+    ) -> None:
         super().__init__()
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha lies between 0 and 1, not at {alpha}")
         self.alpha, self.head, self.roles = alpha, head, list(_ROLES if roles is None else roles)
+        self.deciding = list(_DECIDING if deciding is None else deciding)
 
     def requests(self, group: ReaderGroup) -> Sequence[Request]:
         """See the base: nothing."""
@@ -66,7 +74,7 @@ class BalanceColumns(ScaleChannels):
     def plan(self, group: ReaderGroup, fold: ChannelFold, statistics: Statistics) -> ScalePlan:
         """See the class."""
         squares = np.zeros(group.channels)
-        deciding = [role in _DECIDING for role in group.roles]
+        deciding = [role in self.deciding for role in group.roles]
         for weight, decides in zip(group.weights(), deciding, strict=True):
             if any(deciding) and not decides:
                 continue

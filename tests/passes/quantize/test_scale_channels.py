@@ -122,6 +122,9 @@ def test_balanced_columns_are_of_one_size_and_the_function_stays() -> None:
     assert spread(before) > 10
     assert spread(after) < 1.001
     assert spread(after) < spread(half) < spread(before)
+    by_both = before.clone()
+    BalanceColumns(deciding=["gate", "up"])(by_both)
+    assert spread(after) < spread(by_both) < spread(before)
     with pytest.raises(ValueError, match="alpha"):
         BalanceColumns(alpha=2)
 
