@@ -227,18 +227,13 @@ class Rows(Statistic):
 
 
 def percentile(histogram: Summary, fraction: float) -> float:
-    """The value below which `fraction` (0 to 1) of what a `Histogram` saw lies, linear within a bin.
-
-    Raises:
-        ValueError: Nothing was seen, or a fraction outside of [0, 1].
-    """
+    """The value below which `fraction` (0 to 1, or ValueError) of what a `Histogram` saw lies, linear in a bin."""
     if not 0 <= fraction <= 1 or histogram.rows == 0:
         raise ValueError("a percentile needs a fraction from 0 to 1 of at least one value")
     counts, limit = histogram["counts"], float(histogram["range"])
     edges = np.linspace(-limit, limit, len(counts) + 1)
     sums = np.concatenate([[0.0], np.cumsum(counts)])
     wanted = fraction * sums[-1]
-    # The first bin by whose end enough was seen, and the last one before whose beginning nothing more was.
     index = min(int(np.searchsorted(sums[1:], wanted, side="left")), len(counts) - 1)
     inside = counts[index]
     part = (wanted - sums[index]) / inside if inside else 0.0
@@ -352,7 +347,7 @@ class _MeanVariance(Accumulator):
 
 
 class _SecondMoment(Accumulator):
-    """Only blocks on and above the diagonal are summed: that is half of the work, and what is made at once is small."""
+    """Only blocks on and above the diagonal are summed: half of the work, and what is made at once is small."""
 
     def __init__(self) -> None:
         super().__init__()

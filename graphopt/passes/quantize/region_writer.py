@@ -49,11 +49,16 @@ class RegionWriter:
         self._model, self._edit, self._found = model, Editor(model), found
         self._grid, self._report, self._rounded = grid, report, rounded or {}
         roots = {found.root(value): None for value in found.values()}
-        self._read = {root: scale_of(root, held, found, narrow.levels) for root, held in narrow.seen.items()
-                      } if narrow is not None else {}
+        self._read = (
+            {root: scale_of(root, held, found, narrow.levels) for root, held in narrow.seen.items()}
+            if narrow is not None
+            else {}
+        )
         """By its root: how layers read a value, where that isn't as all others do."""
         alone = {root for root in self._read if layers_alone(root, found)}
-        self._scales = {root: self._read[root] if root in alone else scale_of(root, seen[root], found) for root in roots}
+        self._scales = {
+            root: self._read[root] if root in alone else scale_of(root, seen[root], found) for root in roots
+        }
         self._codes: dict[ir.Value, Quantized] = {}
         """By the value that is dequantized, or by the float that is read: its codes."""
         self._floats: dict[ir.Value, ir.Value] = {}
@@ -87,7 +92,9 @@ class RegionWriter:
         numbers = self._bias(node, layer).astype(np.float64)
         least = np.abs(numbers) / (_LARGEST_BIAS * step)
         rounded = self._rounded.get(node)
-        weight = quantized_kernels(layer.weight, self._grid, least) if rounded is None else rounded.kernels(layer, least)
+        weight = (
+            quantized_kernels(layer.weight, self._grid, least) if rounded is None else rounded.kernels(layer, least)
+        )
         inputs = [self._restored(codes, x), self._constant(weight.codes, weight.scales, "weight")]
         if numbers.any():
             steps = weight.scales * np.float32(step)
@@ -116,6 +123,8 @@ class RegionWriter:
         )
         self._model.graph.opset_imports.setdefault(CONTRIB, 1)
         self._report.applied(node, f"int{self._grid.bits}, with a scale for each output")
+        if layer.output in self._root:
+            self._root[y] = self._root[layer.output]
         edit.replace(layer.output, y)
 
     def _bias(self, node: ir.Node, layer: Layer) -> npt.NDArray[np.float64]:
@@ -147,6 +156,7 @@ class RegionWriter:
             dequantized = self._restore(quantized, like=old)
             self._codes[dequantized] = quantized
             self._floats[dequantized] = dequantized
+            self._root[dequantized] = self._root[old]
             edit.replace(old, dequantized)
 
     # ---- values
@@ -219,7 +229,11 @@ class RegionWriter:
         edit = self._edit
         four = codes.dtype == ir.DataType.INT8 and self._grid.bits <= 4
         zeros = np.zeros(len(steps), codes.dtype.numpy())
-        inputs = [self._codes_of(codes, name) if four else edit.constant(codes, name), edit.constant(steps, "steps"), edit.constant(zeros, "zero_points")]
+        inputs = [
+            self._codes_of(codes, name) if four else edit.constant(codes, name),
+            edit.constant(steps, "steps"),
+            edit.constant(zeros, "zero_points"),
+        ]
         return edit.op("DequantizeLinear", inputs, {"axis": 0})
 
     def _codes_of(self, codes: ir.TensorProtocol, name: str) -> ir.Value:

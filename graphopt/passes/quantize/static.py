@@ -18,6 +18,7 @@ from graphopt.graph.edits import opset, sort
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.fold.layers import Layer, bias_behind, layer_of, sole_reader
 from graphopt.passes.quantize.integer_weights import SignedGrid, finite
+from graphopt.passes.quantize.layer_rounding import CORRECTIONS, Correction, RoundedLayer
 from graphopt.passes.quantize.quantized_region import (
     LAYERS,
     Region,
@@ -25,7 +26,6 @@ from graphopt.passes.quantize.quantized_region import (
     last_layers,
     region,
 )
-from graphopt.passes.quantize.layer_rounding import CORRECTIONS, Correction, RoundedLayer
 from graphopt.passes.quantize.region_scales import Narrow, scale_of
 from graphopt.passes.quantize.region_writer import RegionWriter
 from graphopt.passes.quantize.roundings import Rounding
@@ -78,12 +78,13 @@ class QuantizeStatic(Pass):
     cuts off what is rarer than 1 − `fraction` on each side, "mse" cuts where the squared error is least, "entropy"
     where the distribution loses least; `rounding` (default "nearest"): "gptq", "comq" or "gptq+comq"; `correction`
     (default "none"): "bias" keeps the mean of each output, "moments" its mean and variance (norm re-estimation),
-    "reconstruct" rounds the weights that make the original's outputs of the rounded inputs; `fraction` (default 0.9999): of what was seen; `samples` (default 64):
-    calibration samples that are used; `float_share` (default 0.06): rule 4, the most layers that may stay in floats by
-    it, as a share of all, 0 for none; `keep_last` (default true): rule 3; `min_weights` (default 256): numbers of the
-    smallest weight that is quantized; `search` (default false): shrink each scale of a weight to where its squared
-    error is least; `reduce_range` (default false): weights of 7 bits, for processors without VNNI, whose kernels would
-    saturate; `exclude` (default none): nodes that stay floats, by operator or pattern of the node's name.
+    "reconstruct" rounds the weights that make the original's outputs of the rounded inputs; `fraction` (default
+    0.9999): of what was seen; `samples` (default 64): calibration samples that are used; `float_share` (default 0.06):
+    rule 4, the most layers that may stay in floats by it, as a share of all, 0 for none; `keep_last` (default true):
+    rule 3; `min_weights` (default 256): numbers of the smallest weight that is quantized; `search` (default false):
+    shrink each scale of a weight to where its squared error is least; `reduce_range` (default false): weights of 7
+    bits, for processors without VNNI, whose kernels would saturate; `exclude` (default none): nodes that stay floats,
+    by operator or pattern of the node's name.
 
     **Needs:** opset 13 (21 for `weight_bits` 4); float32; calibration data. **Guarantees:** LOSSY.
 

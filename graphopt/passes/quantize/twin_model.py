@@ -113,8 +113,7 @@ class _Writer:
     def write(self, layers: Mapping[ir.Node, tuple[ir.Node, Layer, Scale]]) -> dict[ir.Node, _Half]:
         found: dict[ir.Node, _Half] = {}
         for node in list(self._graph):
-            following = next(iter([n for n in (node,)]))
-            self._edit.at(following)
+            self._edit.at(node)
             if node in layers:
                 original, layer, scale = layers[node]
                 found[original] = self._layer(node, layer, scale)
@@ -147,7 +146,9 @@ class _Writer:
         shape = (1, layer.outputs, *[1] * (layer.rank - 2)) if conv else (layer.outputs,)
         shift = edit.constant(np.zeros(shape, np.float32), "shift")
         old = node.outputs[0]
-        y = self._again(node, [rounded, weight, *(None if v is None else self._half.get(v, v) for v in node.inputs[2:])])
+        y = self._again(
+            node, [rounded, weight, *(None if v is None else self._half.get(v, v) for v in node.inputs[2:])]
+        )
         self._half[old] = edit.op("Add", [y, shift], like=old)
         patches = Patches.of_node(node) if conv else None
         requests = tuple(Request(pair, one, None, axis, patches) for one in (SecondMoment(), MeanVariance()))

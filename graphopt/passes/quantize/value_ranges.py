@@ -73,9 +73,7 @@ class Seen:
         return ValueRange(low, high, bins.snr(min(low, 0.0), max(high, 0.0), levels), excluded)
 
 
-def seen(
-    model: ir.Model, values: Sequence[ir.Value], samples: Any, limit: int | None = None
-) -> dict[ir.Value, Seen]:
+def seen(model: ir.Model, values: Sequence[ir.Value], samples: Any, limit: int | None = None) -> dict[ir.Value, Seen]:
     """The histogram of each value over the samples, in memory that doesn't grow with their number.
 
     Args:
@@ -103,9 +101,11 @@ def calibration_of(samples: Any, limit: int | None = None) -> Calibration:
     Raises:
         UsageError: There are no samples.
     """
-    if not isinstance(samples, Calibration):
-        samples = Calibration(samples if isinstance(samples, Dataset) else ArrayDataset(samples))
-    return samples if limit is None else dataclasses.replace(samples, data=FirstSamples(samples.data, limit))
+    if isinstance(samples, Calibration):
+        found = samples
+    else:
+        found = Calibration(samples if isinstance(samples, Dataset) else ArrayDataset(samples))
+    return found if limit is None else dataclasses.replace(found, data=FirstSamples(found.data, limit))
 
 
 def ranges(
@@ -215,7 +215,11 @@ class _Bins:
     def snr(self, low: float, high: float, levels: int) -> float:
         mean = self.counts @ self.centres / self.counts.sum()
         variance = float(self.counts @ (self.centres - mean) ** 2)
-        error = squared_error(self, low, high, levels)
+        # Here the error within the range is spread evenly over a step, so that neighbouring bins don't decide.
+        step = (high - low) / (levels - 1)
+        outside = np.clip(self.centres, low, high) - self.centres
+        outside = np.where(np.abs(outside) < step, 0.0, outside)
+        error = float(self.counts @ outside**2 + self.counts[outside == 0].sum() * step**2 / 12)
         return 10 * math.log10(variance / error) if variance > 0 and 0 < error < math.inf else math.inf
 
 
@@ -246,18 +250,25 @@ def divergence(bins: _Bins, low: float, high: float, levels: int) -> float:
     """What rounding loses of a distribution: Σ p log (p / q), for each number that counts.
 
     8-bit Inference with TensorRT (Migacz, 2017): p is the distribution with what lies outside of the range in its
-    outermost bins; q has the mass that each level got from inside of the range, spread evenly over its bins that aren't
-    empty. Where the outermost bins got mass that q lacks, or a level covers bins of unlike masses, it is large.
+    outermost bins, and without the peak of exact zeros; q has the mass that each level got from inside of the range,
+    spread evenly over its bins that aren't empty. Where the outermost bins got mass that q lacks, or a level covers
+    bins of unlike masses, it is large.
     """
     step = (high - low) / (levels - 1)
     inside = (bins.centres >= low - bins.width) & (bins.centres <= high + bins.width)
     if step <= 0 or not inside.any():
         return math.inf
-    counts = bins.counts[inside]
+    every = bins.counts.copy()
+    zero = int(np.abs(bins.centres - bins.width / 2).argmin())
+    if len(every) > 2:
+        # 0 is a level of any range, and a bin that many zeros fell into would have all others given up for it.
+        beside = every[max(zero - 1, 0) : zero + 2]
+        every[zero] = min(every[zero], (beside.sum() - every[zero]) / (len(beside) - 1))
+    counts = every[inside]
     p = counts.copy()
     places = np.flatnonzero(inside)
-    p[0] += bins.counts[: places[0]].sum()
-    p[-1] += bins.counts[places[-1] + 1 :].sum()
+    p[0] += every[: places[0]].sum()
+    p[-1] += every[places[-1] + 1 :].sum()
     codes = np.clip(np.rint((bins.centres[inside] - low) / step), 0, levels - 1).astype(np.int64)
     mass = np.bincount(codes, counts, levels) / np.maximum(np.bincount(codes, minlength=levels), 1)
     p, q = p / p.sum(), mass[codes] / counts.sum()
