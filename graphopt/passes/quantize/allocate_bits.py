@@ -15,7 +15,7 @@ from graphopt.analysis.attention_sites import attention_sites
 from graphopt.analysis.linear_sites import LinearSite
 from graphopt.analysis.shapes import infer
 from graphopt.passes.base import Guarantee, Pass
-from graphopt.passes.quantize.packing import packed_bytes
+from graphopt.passes.quantize.packing import packed_bytes, stored
 from graphopt.passes.quantize.quantize_weights import TABLES, QuantizeWeights, dividing, weight_rows
 from graphopt.passes.quantize.setting import Setting
 from graphopt.search.allocation import Allocation, Choice, Item, allocate, frontier
@@ -64,8 +64,8 @@ class AllocateBits(Pass):
     **Options:** `budget` (default 4.25): bits per weight, all weights together; or bytes of the weights, as "80MB"; or
     a divergence that may be expected, as "kl=0.1": the fewest bytes that keep below it; `candidates` (default: 2 bits
     in groups of 32, 3 in 128, 4 in 128 and 32, 8 in 64): options of `quantize-weights` that a weight may get; `samples`
-    (default 2): of the data, for the trials; `symmetric` (default false), `rounding` (default "gptq") and `tokens`
-    (default "received"): as of `quantize-weights`; `exclude` (default none): roles that are left alone.
+    (default 2): of the data, for the trials; `symmetric` (default false): as of `quantize-weights`; `rounding` (default
+    "gptq"): as of it; `tokens` (default "received"): as of it; `exclude` (default none): roles that are left alone.
 
     **Needs:** what `quantize-weights` needs, and data. **Guarantees:** LOSSY.
 
@@ -215,7 +215,10 @@ def _measured(rows: Floats, setting: Setting) -> tuple[float, float]:
     some = rows[:: max(1, len(rows) // ROWS)]
     weight = setting.round(np.ascontiguousarray(some)).weight
     whole = len(rows) / len(some)
-    return packed_bytes(weight) * whole, float(np.square(some - weight.dequantized()).sum()) * whole
+    bytes_ = packed_bytes(weight)
+    if weight.bits == 8 and weight.levels is None:  # whose scales `BlockProducts` keeps in float32
+        bytes_ += weight.scales.nbytes - stored(weight.scales).nbytes
+    return bytes_ * whole, float(np.square(some - weight.dequantized()).sum()) * whole
 
 
 def _as_stored(site: LinearSite, rows: Floats) -> npt.NDArray[Any]:
