@@ -26,14 +26,14 @@ FAMILIES = {
     "Weights in few bits, without data": (
         "rtn", "finequant", "adadim", "nf4", "nupes", "bitmod", "higgs", "easyquant", "lorc",
     ),
-    "Weights in few bits, by data": ("gptq", "comq", "rsq", "awq", "eora"),
-    "Weights and activations in integers": ("int8-dynamic", "llm-int8", "int8-static"),
+    "Weights in few bits, by data": ("auto", "gptq", "comq", "rsq", "awq", "eora"),
+    "Weights and activations in integers": ("int8-dynamic", "llm-int8", "int8-static", "w4a8", "w4a4", "smooth-quant"),
     "The key/value cache of a decoder": ("kv8", "kv4"),
 }  # fmt: skip
 """Recipes by heading; one that stands nowhere comes last, under a heading of its own."""
 
 _MARK = "<!-- Generated from {source} by `make docs`: change the text there, not this page. -->"
-_BY_MODEL = ("int8-dynamic", "int8-static", "llm-int8")
+_BY_MODEL = ("int8-dynamic", "int8-static", "llm-int8", "w4a8", "w4a4", "smooth-quant")
 """Recipes that encoders and vision models are measured with."""
 _ROWS = {"rotate": "rotate+gptq"}
 """Recipes that are measured in front of another."""
