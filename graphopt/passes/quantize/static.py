@@ -75,7 +75,8 @@ class QuantizeStatic(Pass):
        (`round_layer`), so that each layer is rounded for what it reads then.
 
     **Options:** `weight_bits` (default 8): 4 or 8, rule 6; `activation_bits` (default 8): 4 or 8, rule 6; `method`
-    (default "minmax"): "percentile" cuts off what is rarer than 1 − `fraction` on each side, "mse" cuts where the squared error is least, "entropy"
+    (default "minmax"): "percentile" cuts off what is rarer than 1 − `fraction` on each side, "mse" cuts where the
+    squared error is least, "entropy"
     where the distribution loses least; `rounding` (default "nearest"): "gptq", "comq" or "gptq+comq"; `correction`
     (default "none"): "bias" keeps the mean of each output, "moments" its mean and variance (norm re-estimation),
     "reconstruct" rounds the weights that make the original's outputs of the rounded inputs; `fraction` (default
