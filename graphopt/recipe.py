@@ -123,7 +123,7 @@ def shipped() -> dict[str, str]:
     """Names and texts of the recipes that ship."""
     folder = importlib.resources.files("graphopt.models") / "recipes"
     return {
-        f.name.removesuffix(".yaml"): f.read_text()
+        f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8")
         for f in sorted(folder.iterdir(), key=lambda f: f.name)
         if f.name.endswith(".yaml")
     }
