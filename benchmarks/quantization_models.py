@@ -67,9 +67,8 @@ class Way:
 
 
 STATIC, DYNAMIC = Way("int8-static", "int8-static"), Way("int8-dynamic", "int8-dynamic")
-NARROW = tuple(
-    Way(f"int8-static, W{w}A{a}", "int8-static", {"weight_bits": w, "activation_bits": a}) for w, a in ((4, 8), (4, 4))
-)
+SMOOTH = Way("smooth-quant+int8-static", "smooth-quant+int8-static")
+NARROW = (Way("w4a8", "w4a8"), Way("w4a4", "w4a4"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +176,7 @@ def _fashion(kind: fashion.Kind) -> Case:
         lambda work: fashion.model(kind, progress=print),
         clothes,
         _classification(lambda: fashion.images("test")[1]),
-        (STATIC, *NARROW) if kind == "cnn" else (DYNAMIC, STATIC, *NARROW),
+        (STATIC, *NARROW) if kind == "cnn" else (DYNAMIC, STATIC, SMOOTH, *NARROW),
         "static",
         "W8A8 within 0.2 points of top-1, W4A8 within 0.5, W4A4 within 1",
     )
@@ -318,7 +317,7 @@ def table(case: Case, result: dict[str, Any]) -> list[str]:
     for name, row in rows.items():
         ratio = "1" if row["time"] is None else f"{row['time'][0]:.2f} ± {row['time'][1]:.2f}"
         cells = [row["metrics"].get(metric, "") for metric in names]
-        text.append(f"| {name} | {row['bytes'] / 1e6:.1f} | {ratio} | {' | '.join(cells)} |")
+        text.append(f"| {name} | {row['bytes'] / 1e6:.3g} | {ratio} | {' | '.join(cells)} |")
     text += [f"\nOver {result['samples']}."]
     return text + [f"\n{name} is left out: {reason}" for name, reason in result["missing"].items()]
 

@@ -66,6 +66,7 @@ METHODS = (
     Method("higgs", "data-free", (4, 3, 2)),
     Method("awq", "calibrated", (4, 3, 2)),
     Method("gptq", "calibrated", (4, 3, 2)),
+    Method("gptq2", "calibrated", (2,)),
     Method("rsq", "calibrated", (4, 3, 2)),
     Method("comq", "calibrated", (4, 3, 2)),
     Method("rotate+gptq", "calibrated", (4, 3, 2)),
@@ -136,6 +137,9 @@ def recipe_of(method: str, setting: Setting | None = None, options: dict[str, An
         given = {**(widths if "bits" in known else {}), **(options or {})}
         fitting = {name: value for name, value in given.items() if name in known}
         met |= set(fitting)
+        if setting is not None and "budget" in known:  # a pass that chooses bits itself gets as many in all
+            fitting["budget"] = setting.bits + (16 + setting.bits) / setting.group
+            met |= set(widths)
         steps.append(Step(step.name, {**step.options, **fitting}))
     if missing := sorted({*widths, *(options or {})} - met):
         raise UsageError(f"No pass of the recipe {method} has the option {missing[0]!r}.")

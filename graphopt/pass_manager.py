@@ -280,6 +280,8 @@ class _Run:
             self.model.meta.pop(KEPT_KEY, None)
             made = self.model.meta.pop(MADE_KEY, None)
         record.sites = list(getattr(pass_, "sites", []))
+        if isinstance(pass_, Pass):
+            record.options = pass_.option_values()  # with what a pass that searches has found
         if result.modified:
             record.status = "applied"
             self.bitwise_so_far &= bool(getattr(pass_, "bitwise", False))

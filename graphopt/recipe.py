@@ -53,7 +53,7 @@ class Recipe:
 
     Attributes:
         name: The recipe's name, or the file it came from.
-        description: The comment that the file opens with.
+        description: The first paragraph of the comment that the file opens with.
         steps: The passes in order.
         assume: What the passes may take for granted about inputs.
     """
@@ -123,7 +123,7 @@ def shipped() -> dict[str, str]:
     """Names and texts of the recipes that ship."""
     folder = importlib.resources.files("graphopt.models") / "recipes"
     return {
-        f.name.removesuffix(".yaml"): f.read_text()
+        f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8")
         for f in sorted(folder.iterdir(), key=lambda f: f.name)
         if f.name.endswith(".yaml")
     }
@@ -167,7 +167,8 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe | None = No
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"The recipe {name} is not valid YAML: {' '.join(str(error).split())}.") from error
-    return _from_data(data, name, _opening_comment(text))
+    paragraph = opening_comment(text).partition("\n\n")[0]
+    return _from_data(data, name, " ".join(paragraph.split()))
 
 
 def _from_data(data: Any, name: str, description: str) -> Recipe:
@@ -246,10 +247,11 @@ def _part(part: str, name: str) -> Recipe:
         raise UsageError(f"The recipe {name} leads back to itself through {part}.") from None
 
 
-def _opening_comment(text: str) -> str:
+def opening_comment(text: str) -> str:
+    """The comment that a recipe file opens with, in Markdown: a paragraph that describes it, then sections."""
     lines = []
     for line in text.splitlines():
         if not line.startswith("#"):
             break
-        lines.append(line.lstrip("# "))
-    return " ".join(lines)
+        lines.append(line[1:].removeprefix(" ").rstrip())
+    return "\n".join(lines).strip()

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("passes/*.md"), *DOCS.glob("operators/*.md")])
+PAGES = sorted([*DOCS.glob("*.md"), *(p for f in ("passes", "operators", "recipes") for p in DOCS.glob(f"{f}/*.md"))])
 EXAMPLE = "graphopt.passes.clean.merge_transposes"
 
 
@@ -119,7 +119,21 @@ def test_generated_pages_are_up_to_date() -> None:
     from graphopt.report.pages import FOLDERS
 
     for name, pages in FOLDERS.items():
-        assert check_pages(DOCS / name, pages()) == [], "run `make docs`"
+        assert check_pages(DOCS / name, pages(DOCS)) == [], "run `make docs`"
+
+
+def test_every_recipe_has_its_page() -> None:
+    from graphopt import recipe
+    from graphopt.passes.base import Guarantee
+
+    listed = (DOCS / "recipes.md").read_text()
+    for name in recipe.shipped():
+        text = (DOCS / "recipes" / f"{name}.md").read_text()
+        assert f"(recipes/{name}.md)" in listed
+        sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
+        lossy = any(getattr(p, "guarantee", None) is Guarantee.LOSSY for p in recipe.load(name).passes())
+        paper = ["Formula", "Source", "What differs from the paper"] if lossy else []
+        assert {*paper, "When not to use it", "Run it", "Measured", "Passes"} <= set(sections), name
 
 
 def commands() -> list[tuple[str, str]]:

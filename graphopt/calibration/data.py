@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import itertools
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -86,6 +87,27 @@ class ArrayDataset(Dataset):
         """See the base."""
         for feeds in self._feeds:
             yield checked(feeds, model, self._name)
+
+
+class FirstSamples(Dataset):
+    """The first feeds of another data set."""
+
+    def __init__(self, data: Dataset, limit: int) -> None:
+        """Take them: at most `limit` of `data`, at least one."""
+        self._data, self._limit = data, max(limit, 1)
+
+    def __len__(self) -> int:
+        """See the base."""
+        return min(len(self._data), self._limit)
+
+    @property
+    def fingerprint(self) -> str:
+        """See the base."""
+        return digest("first", str(self._limit), self._data.fingerprint)
+
+    def feeds(self, model: ir.Model) -> Iterator[Feeds]:
+        """See the base."""
+        return itertools.islice(self._data.feeds(model), self._limit)
 
 
 class BatchedDataset(Dataset):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -142,18 +143,19 @@ class MinMax(Statistic):
 class Histogram(Statistic):
     """How often values fall into bins of equal width over [-range, range]: "counts" [bins] float64, "range" [] float64.
 
-    The range is a power of two; where a larger value comes, it doubles and pairs of bins become one, so that nothing
-    need be known beforehand and the order of the samples hardly matters.
+    The range is a power of two; where a larger value comes, it doubles and pairs of bins become one.
 
     Attributes:
         bins: Number of bins, a multiple of 4.
+        most: Numbers of a block that are counted at most, evenly spread; None: all. The range is that of all.
     """
 
     bins: int = 4096
+    most: int | None = None
 
     def accumulator(self) -> Accumulator:
         """See the base."""
-        return _Histogram(self.bins)
+        return _Histogram(self.bins, self.most)
 
     def bytes(self, channels: int) -> int:
         """See the base."""
@@ -173,7 +175,7 @@ class MeanAbs(Statistic):
 class MeanVariance(Statistic):
     """The (weighted) mean and variance of each channel: "mean" and "variance" [channels], float32.
 
-    Blocks are merged by the formula of Chan, Golub and LeVeque, which loses no digits where the mean is large.
+    Blocks are merged by the formula of Chan, Golub and LeVeque: no digits are lost where the mean is large.
     """
 
     def accumulator(self) -> Accumulator:
@@ -205,8 +207,7 @@ class SecondMoment(Statistic):
 class Rows(Statistic):
     """Some of the rows, each as probable as any other: "rows" [count or fewer, channels], float32, in their order.
 
-    Every row draws a number, and those of the smallest stay (reservoir sampling), so that nothing need be known of how
-    many there will be. Weights don't matter.
+    Every row draws a number, and those of the smallest stay (reservoir sampling). Weights don't matter.
 
     Attributes:
         count: Rows that are kept at most.
@@ -226,18 +227,13 @@ class Rows(Statistic):
 
 
 def percentile(histogram: Summary, fraction: float) -> float:
-    """The value below which `fraction` (0 to 1) of what a `Histogram` saw lies, linear within a bin.
-
-    Raises:
-        ValueError: Nothing was seen, or a fraction outside of [0, 1].
-    """
+    """The value below which `fraction` (0 to 1, or ValueError) of what a `Histogram` saw lies, linear in a bin."""
     if not 0 <= fraction <= 1 or histogram.rows == 0:
         raise ValueError("a percentile needs a fraction from 0 to 1 of at least one value")
     counts, limit = histogram["counts"], float(histogram["range"])
     edges = np.linspace(-limit, limit, len(counts) + 1)
     sums = np.concatenate([[0.0], np.cumsum(counts)])
     wanted = fraction * sums[-1]
-    # The first bin by whose end enough was seen, and the last one before whose beginning nothing more was.
     index = min(int(np.searchsorted(sums[1:], wanted, side="left")), len(counts) - 1)
     inside = counts[index]
     part = (wanted - sums[index]) / inside if inside else 0.0
@@ -271,8 +267,9 @@ class _Range(Accumulator):
 class _Histogram(Accumulator):
     by_element = True
 
-    def __init__(self, bins: int) -> None:
+    def __init__(self, bins: int, most: int | None = None) -> None:
         super().__init__()
+        self._most = most
         if bins < 4 or bins % 4:
             raise ValueError("the number of bins must be a multiple of 4")
         self._counts = np.zeros(bins)
@@ -292,6 +289,11 @@ class _Histogram(Accumulator):
             self._counts = np.concatenate([np.zeros(quarter), half, np.zeros(quarter)])
             self._range *= 2
         limit = self._range or 1.0
+        if self._most is not None and values.size > self._most:
+            stride = -(-values.size // self._most)
+            while math.gcd(stride, block.shape[1]) > 1:  # else some channels alone would be seen
+                stride += 1
+            values, each = values[::stride], None if each is None else each[::stride]
         self._counts += np.histogram(values, len(self._counts), (-limit, limit), weights=each)[0]
 
     def _arrays(self) -> dict[str, Array]:
@@ -345,7 +347,7 @@ class _MeanVariance(Accumulator):
 
 
 class _SecondMoment(Accumulator):
-    """Only blocks on and above the diagonal are summed: that is half of the work, and what is made at once is small."""
+    """Only blocks on and above the diagonal are summed: half of the work, and what is made at once is small."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -360,8 +362,7 @@ class _SecondMoment(Accumulator):
             if weights is not None:
                 rows = rows * np.sqrt(weights[start : start + _ROWS, None]).astype(np.float32)
             for first in range(0, size, _COLUMNS):
-                last = first + _COLUMNS
-                self._sum[first:last, first:] += rows[:, first:last].T @ rows[:, first:]
+                self._sum[first : first + _COLUMNS, first:] += rows[:, first : first + _COLUMNS].T @ rows[:, first:]
 
     def _arrays(self) -> dict[str, Array]:
         if self._sum is None:

@@ -1,6 +1,6 @@
 """One Markdown page for each pass, made from its source: what `docs/passes/` holds and `graphopt passes show` prints.
 
-python -m graphopt.report.pages docs            write the pages of passes, and of operators (docs/operators/)
+python -m graphopt.report.pages docs            write the pages of passes, operators and recipes
 python -m graphopt.report.pages docs --check    say which are out of date (exit code 1)
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from graphopt.passes import registry
 from graphopt.passes.base import Guarantee, Pass
-from graphopt.report import operator_pages
+from graphopt.report import operator_pages, recipe_pages
 from graphopt.report.markdown import MARK, capital, cell, check_pages, write_pages
 
 FAMILIES = {
@@ -100,8 +100,13 @@ def pages(classes: Sequence[type[Pass]] | None = None) -> dict[str, str]:
     return {"README.md": index(chosen), **{f"{cls.name}.md": page(cls) for cls in chosen}}
 
 
-FOLDERS: dict[str, Callable[[], dict[str, str]]] = {"passes": pages, "operators": operator_pages.pages}
-"""What makes the pages of each folder of `docs/`."""
+FOLDERS: dict[str, Callable[[Path], dict[str, str]]] = {
+    "passes": lambda _: pages(),
+    "operators": lambda _: operator_pages.pages(),
+    "recipes": recipe_pages.pages,
+    ".": recipe_pages.contents,
+}
+"""What makes the pages of each folder of `docs/`, given that folder, in which measurements are looked up."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,9 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, made in FOLDERS.items():
         place = Path(given.folder) / name
         if given.check:
-            problems += check_pages(place, made())
+            problems += check_pages(place, made(Path(given.folder)))
         else:
-            for path in write_pages(place, made()):
+            for path in write_pages(place, made(Path(given.folder))):
                 print(path)
     for problem in problems:
         print(f"{problem}; run `make docs`.", file=sys.stderr)

@@ -107,6 +107,15 @@ def quantized_kernels(
     return IntegerWeight(weight(compute, ir.DataType.INT8, shape, origin=origin), scales)
 
 
+def as_int4(codes: ir.TensorProtocol) -> ir.TensorProtocol:
+    """int8 codes from -8 to 7 as int4, two to a byte where they are stored."""
+
+    def compute() -> ir.TensorProtocol:
+        return ir.tensor(codes.numpy().astype(ir.DataType.INT4.numpy()), dtype=ir.DataType.INT4)
+
+    return weight(compute, ir.DataType.INT4, codes.shape.numpy(), origin=("int4", identity(codes)))
+
+
 def quantized_rows(tensor: ir.TensorProtocol) -> tuple[ir.TensorProtocol, npt.NDArray[np.float32]]:
     """A table of embeddings, float32 [V, D], as uint8 around 128 and a scale for each row, float32 [V, 1]."""
     grid = SignedGrid(8)

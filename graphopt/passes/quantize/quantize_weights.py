@@ -32,13 +32,14 @@ _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _OPERATORS = ("contrib", "graphopt", "standard")
 _TOKENS = ("all", "linear", "received")
 _TOKEN_ROLES = ("k", "v", "kv", "qkv")
-_TABLES = ("embed", "head")
+TABLES = ("embed", "head")
+"""Roles of what is looked up by rows, or may be."""
 SMALLEST = 1 << 10
 """Numbers of a matrix that is worth an operator of its own kind."""
 
 
 @dataclasses.dataclass
-class _Group:
+class Group:
     """Linear sites that read one value, and are written together where their weights are alike."""
 
     sites: list[LinearSite]
@@ -169,15 +170,14 @@ class QuantizeWeights(Pass):
         """See the class."""
         edit = Editor(model)
         attention = attention_sites(model, infer(model))
-        sites = [site for site in linear_sites(model, attention) if self._taken(model, site, edit)]
-        if not sites:
+        groups = self.groups(model, attention)
+        if not groups:
             return False
         self._packer = Packer(edit, self.operator, self.level)
         self._scratch = Scratch()
         self._tables: dict[tuple[ir.Value, bool], BlockMatrix] = {}
         self._floats: dict[ir.Value, ir.TensorProtocol | None] = {}
         try:
-            groups = list(self._groups(sites))
             rounded = self._calibrated(model, groups, attention) if self.needs else {}
             changed = [self._write(group, [rounded.get(site.node) for site in group.sites], edit) for group in groups]
         finally:
@@ -192,17 +192,19 @@ class QuantizeWeights(Pass):
         reason = self._obstacle(model, site, edit)
         return reason is None or (bool(reason) and self.left(site.node, reason))
 
-    def _groups(self, sites: list[LinearSite]) -> list[_Group]:
-        """Sites that read one value together, in the order of the first of each."""
-        found: dict[Any, _Group] = {}
+    def groups(self, model: ir.Model, attention: list[AttentionSite]) -> list[Group]:
+        """What is quantized: sites that read one value together, in the order of the first of each."""
+        edit = Editor(model)
+        sites = [site for site in linear_sites(model, attention) if self._taken(model, site, edit)]
+        found: dict[Any, Group] = {}
         for site in sites:
             setting = self._own.get(site.weight.name or "", self._of_role.get(site.role, self.setting))
-            if site.role in _TABLES and site.weight.name not in self._own:
-                setting = Setting(self.head_bits, _dividing(setting.group_size, _width(site)))
+            if site.role in TABLES and site.weight.name not in self._own:
+                setting = Setting(self.head_bits, dividing(setting.group_size, _width(site)))
             # What is read elsewhere too is written once, by itself.
-            alone = site.role in _TABLES or bool(site.shared)
+            alone = site.role in TABLES or bool(site.shared)
             key = site.node if alone else (site.x, setting)
-            found.setdefault(key, _Group([], setting)).sites.append(site)
+            found.setdefault(key, Group([], setting)).sites.append(site)
         return list(found.values())
 
     def _obstacle(self, model: ir.Model, site: LinearSite, edit: Editor) -> str | None:
@@ -211,7 +213,7 @@ class QuantizeWeights(Pass):
             return ""
         if site.node.graph is not model.graph:
             return "it stands in a subgraph or function"
-        if site.role in self.exclude or (site.role in _TABLES and not self.head_bits):
+        if site.role in self.exclude or (site.role in TABLES and not self.head_bits):
             return f"weights with the role {site.role} are excluded"
         if site.inputs * site.outputs < SMALLEST:
             return f"its weight has only {site.inputs * site.outputs} numbers"
@@ -230,7 +232,7 @@ class QuantizeWeights(Pass):
     # ---- rounding
 
     def _calibrated(
-        self, model: ir.Model, groups: list[_Group], attention: list[AttentionSite]
+        self, model: ir.Model, groups: list[Group], attention: list[AttentionSite]
     ) -> dict[ir.Node, Rounded]:
         """Round all that looks at data, layer by layer."""
         assert self.calibration is not None
@@ -255,7 +257,7 @@ class QuantizeWeights(Pass):
     @staticmethod
     def _round(site: LinearSite, setting: Setting, hessian: Array | None = None) -> Rounded:
         try:
-            return setting.round(_rows(site), hessian)
+            return setting.round(weight_rows(site), hessian)
         except ValueError as error:
             raise ModelError(f"The weight {site.weight.name!r} can't be quantized: {error}.") from error
 
@@ -269,7 +271,7 @@ class QuantizeWeights(Pass):
 
     # ---- writing
 
-    def _write(self, group: _Group, given: list[Rounded | None], edit: Editor) -> bool:
+    def _write(self, group: Group, given: list[Rounded | None], edit: Editor) -> bool:
         sites = group.sites
         if sites[0].role == "embed" or sites[0].shared:
             return self._write_table(sites[0], given[0], group.setting, edit)
@@ -348,7 +350,7 @@ def _width(site: LinearSite) -> int:
     return site.outputs if site.role == "embed" else site.inputs
 
 
-def _dividing(group_size: int, columns: int) -> int:
+def dividing(group_size: int, columns: int) -> int:
     """A group that divides rows, which a table's do since it is looked up by rows: this one, or the next power of two.
 
     Where none divides them, the group itself.
@@ -361,7 +363,7 @@ def _dividing(group_size: int, columns: int) -> int:
     return power if power > 8 else group_size
 
 
-def _rows(site: LinearSite) -> npt.NDArray[np.float32]:
+def weight_rows(site: LinearSite) -> npt.NDArray[np.float32]:
     """The weight of a site [outputs, inputs]; of an embedding as it is."""
     assert site.weight.const_value is not None
     array = site.weight.const_value.numpy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from graphopt.graph.edits import opset, sort
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.fold.layers import Layer, bias_behind, layer_of, sole_reader
 from graphopt.passes.quantize.integer_weights import SignedGrid, finite
+from graphopt.passes.quantize.layer_rounding import CORRECTIONS, Correction, RoundedLayer
 from graphopt.passes.quantize.quantized_region import (
     LAYERS,
     Region,
@@ -25,13 +26,16 @@ from graphopt.passes.quantize.quantized_region import (
     last_layers,
     region,
 )
+from graphopt.passes.quantize.region_scales import Narrow, scale_of
 from graphopt.passes.quantize.region_writer import RegionWriter
+from graphopt.passes.quantize.roundings import Rounding
 from graphopt.passes.quantize.selection import Selection
-from graphopt.passes.quantize.value_ranges import METHODS, ValueRange, ranges, run_outputs
+from graphopt.passes.quantize.twin_model import moments_known, round_layers
+from graphopt.passes.quantize.value_ranges import METHODS, Method, Seen, ValueRange, calibration_of, run_outputs, seen
 
 Array = npt.NDArray[Any]
 
-OPSET = 13
+OPSET, OPSET_INT4 = 13, 21
 _LEAST_CHANNELS = 4
 _FEW_LAYERS = 8
 _SMALL_ERROR, _GAIN, _ENOUGH = 1e-4, 0.5, 1.1
@@ -63,16 +67,27 @@ class QuantizeStatic(Pass):
        error on eight samples, if it is more than 1 % (`float_share`): on YOLOv8n two layers of 64, without which the
        error of the scores is half; on ResNet-50 none.
     5. A `MatMul` or `Gemm` with a constant matrix becomes `MatMulIntegerToFloat`, whose result isn't rounded.
+    6. In 4 bits, activations are what layers read: on ONNX Runtime's CPU no kernel takes codes of 4 bits, so that they
+       are bytes of which 16 values are used (`Clip` of the codes), the same numbers at the speed of 8 bits. What lies
+       between layers keeps 8 bits. Weights are stored as int4 and widened when the model is loaded (`Cast`, which is
+       folded), because a convolution with int4 weights would run on floats.
+    7. Rounding and correction look at data: a copy of the model that is rounded layer by layer runs beside the original
+       (`round_layer`), so that each layer is rounded for what it reads then.
 
-    **Options:** `method` (default "minmax"): "percentile" cuts off what is rarer than 1 − `fraction` on each side,
-    "mse" cuts where the squared error is least; `fraction` (default 0.9999): of what was seen; `samples` (default 64):
-    calibration samples that are used; `float_share` (default 0.06): rule 4, the most layers that may stay in floats by
-    it, as a share of all, 0 for none; `keep_last` (default true): rule 3; `min_weights` (default 256): numbers of the
-    smallest weight that is quantized; `search` (default false): shrink each scale of a weight to where its squared
-    error is least; `reduce_range` (default false): weights of 7 bits, for processors without VNNI, whose kernels would
-    saturate; `exclude` (default none): nodes that stay floats, by operator or pattern of the node's name.
+    **Options:** `weight_bits` (default 8): 4 or 8, rule 6; `activation_bits` (default 8): 4 or 8, rule 6; `method`
+    (default "minmax"): "percentile" cuts off what is rarer than 1 − `fraction` on each side, "mse" cuts where the
+    squared error is least, "entropy"
+    where the distribution loses least; `rounding` (default "nearest"): "gptq", "comq" or "gptq+comq"; `correction`
+    (default "none"): "bias" keeps the mean of each output, "moments" its mean and variance (norm re-estimation),
+    "reconstruct" rounds the weights that make the original's outputs of the rounded inputs; `fraction` (default
+    0.9999): of what was seen; `samples` (default 64): calibration samples that are used; `float_share` (default 0.06):
+    rule 4, the most layers that may stay in floats by it, as a share of all, 0 for none; `keep_last` (default true):
+    rule 3; `min_weights` (default 256): numbers of the smallest weight that is quantized; `search` (default false):
+    shrink each scale of a weight to where its squared error is least; `reduce_range` (default false): weights of 7
+    bits, for processors without VNNI, whose kernels would saturate; `exclude` (default none): nodes that stay floats,
+    by operator or pattern of the node's name.
 
-    **Needs:** opset 13; float32; calibration data. **Guarantees:** LOSSY.
+    **Needs:** opset 13 (21 for `weight_bits` 4); float32; calibration data. **Guarantees:** LOSSY.
 
     **Targets:** cpu.
 
@@ -95,17 +110,29 @@ class QuantizeStatic(Pass):
 
     def __init__(
         self,
-        method: str = "minmax",
+        weight_bits: int = 8,
+        activation_bits: int = 8,
+        method: Method = "minmax",
         fraction: float = 0.9999,
         samples: int = 64,
         float_share: float = 0.06,
         keep_last: bool = True,
         min_weights: int = 256,
         search: bool = False,
+        rounding: Rounding = "nearest",
+        correction: Correction = "none",
         reduce_range: bool = False,
         exclude: list[str] | None = None,
     ) -> None:
         super().__init__()
+        if weight_bits not in (4, 8) or activation_bits not in (4, 8):
+            raise ValueError("weight_bits and activation_bits are 4 or 8")
+        if rounding not in get_args(Rounding) or correction not in CORRECTIONS:
+            raise ValueError(
+                f"rounding is one of {', '.join(get_args(Rounding))}, correction one of {', '.join(CORRECTIONS)}"
+            )
+        self.weight_bits, self.activation_bits = weight_bits, activation_bits
+        self.rounding, self.correction = rounding, correction
         if method not in METHODS:
             raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
         if not 0.5 < fraction <= 1 or samples < 1:
@@ -116,8 +143,8 @@ class QuantizeStatic(Pass):
         self.float_share, self.keep_last, self.min_weights = float_share, keep_last, min_weights
         self.search, self.reduce_range, self.exclude = search, reduce_range, exclude
         self._selection = Selection(exclude)
-        self._trial: tuple[dict[str, ValueRange], set[str]] | None = None
-        """Of a trial of rule 4: the ranges by name, and the layers that stay in floats."""
+        self._trial: tuple[dict[str, Seen], set[str]] | None = None
+        """Of a trial of rule 4: what was seen by name, and the layers that stay in floats."""
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
@@ -132,13 +159,14 @@ class QuantizeStatic(Pass):
         if self._trial is not None:
             layers = {node: layer for node, layer in layers.items() if node.name not in self._trial[1]}
         whole = region(layers, model.graph, self._excluded, last)
-        seen = self._ranges(model, whole.values())
+        held = self._seen(model, whole.values())
+        seen = {value: one.range(self.method, self.fraction) for value, one in held.items()}
         for node in list(layers):
             if (why := _out_of_range(node, whole, seen)) is not None:
                 del layers[node]
                 self.left(node, why)
         if self._trial is None:
-            for node in self._in_floats(model, layers, whole, seen):
+            for node in self._in_floats(model, layers, whole, seen, held):
                 del layers[node]
                 self.left(node, "in floats the outputs' error on the samples is less than half")
         # What is refused may leave its neighbours without a reader in the region.
@@ -152,9 +180,10 @@ class QuantizeStatic(Pass):
             self.left(node, why)
         if not layers:
             return False
-        RegionWriter(model, found, seen, SignedGrid(7 if self.reduce_range else 8, search=self.search), self).write(
-            layers
-        )
+        grid = SignedGrid(min(self.weight_bits, 7) if self.reduce_range else self.weight_bits, search=self.search)
+        narrow = self._narrow(layers, found, held)
+        rounded = self._rounded(model, layers, found, seen, narrow, grid)
+        RegionWriter(model, found, seen, grid, self, narrow, rounded).write(layers)
         return True
 
     # ---- deciding
@@ -177,6 +206,8 @@ class QuantizeStatic(Pass):
             why = f"it computes in {layer.weight.dtype.name.lower()}, and the kernels in float32"
         if why is None and version < OPSET:
             why = f"needs opset {OPSET}, the model has {version}: run convert-opset first"
+        if why is None and self.weight_bits == 4 and version < OPSET_INT4:
+            why = f"int4 needs opset {OPSET_INT4}, the model has {version}: run convert-opset first"
         if why is None and is_op(node, "Gemm") and attribute_int(node, "transA", 0) != 0:
             why = "it transposes what it multiplies"
         if why is None and layer.weight.size < self.min_weights:
@@ -197,7 +228,12 @@ class QuantizeStatic(Pass):
         return layer
 
     def _in_floats(
-        self, model: ir.Model, layers: Iterable[ir.Node], found: Region, seen: dict[ir.Value, ValueRange]
+        self,
+        model: ir.Model,
+        layers: Iterable[ir.Node],
+        found: Region,
+        seen: dict[ir.Value, ValueRange],
+        all_seen: dict[ir.Value, Seen],
     ) -> list[ir.Node]:
         """Rule 4: as many of the layers whose values lose most as the outputs gain by."""
         worst = {node: min(seen[found.root(value)].snr for value in found.touched(node)) for node in layers}
@@ -205,7 +241,7 @@ class QuantizeStatic(Pass):
         ranked = sorted(worst, key=lambda node: worst[node])[:most]
         if not ranked:
             return []
-        held = {value.name or "": one for value, one in seen.items()}
+        held = {value.name or "": one for value, one in all_seen.items()}
         reference = run_outputs(model, self.calibration)
         whole = self._error_without(model, [], held, reference)
         if whole < _SMALL_ERROR:
@@ -217,11 +253,11 @@ class QuantizeStatic(Pass):
         return ranked[: 1 + next(i for i, error in enumerate(errors) if error <= _ENOUGH * least)]
 
     def _error_without(
-        self, model: ir.Model, apart: Sequence[ir.Node], held: dict[str, ValueRange], reference: list[Array]
+        self, model: ir.Model, apart: Sequence[ir.Node], held: dict[str, Seen], reference: list[Array]
     ) -> float:
         """The outputs' squared error, relative to their squares, with some layers in floats."""
         copy = model.clone()
-        options = self.option_values()
+        options = {**self.option_values(), "rounding": "nearest", "correction": "none"}
         trial = QuantizeStatic(**options)
         trial.calibration = self.calibration
         trial._trial = held, {node.name or "" for node in apart}
@@ -233,13 +269,42 @@ class QuantizeStatic(Pass):
             total += float(error / max(float(np.square(wanted.astype(np.float64)).sum()), 1e-30))
         return total / max(len(reference), 1)
 
-    def _ranges(self, model: ir.Model, values: list[ir.Value]) -> dict[ir.Value, ValueRange]:
+    def _seen(self, model: ir.Model, values: list[ir.Value]) -> dict[ir.Value, Seen]:
         if self._trial is not None:
             return {value: self._trial[0][value.name or ""] for value in values}
-        data: Any = self.calibration
-        if data is None:
+        if self.calibration is None:
             raise UsageError("The pass 'quantize-static' needs calibration data.")
-        return ranges(model, values, data, self.method, self.fraction, self.samples)
+        return seen(model, values, self.calibration, self.samples)
+
+    def _narrow(self, layers: Iterable[ir.Node], found: Region, held: dict[ir.Value, Seen]) -> Narrow | None:
+        """The ranges of what layers read, where that has fewer bits than other values."""
+        if self.activation_bits == 8:
+            return None
+        levels = 1 << self.activation_bits
+        roots = dict.fromkeys(found.root(value) for node in layers for value in data_inputs(node))
+        return Narrow({root: held[root].range(self.method, self.fraction, levels) for root in roots}, levels)
+
+    def _rounded(
+        self,
+        model: ir.Model,
+        layers: dict[ir.Node, Layer],
+        found: Region,
+        seen: dict[ir.Value, ValueRange],
+        narrow: Narrow | None,
+        grid: SignedGrid,
+    ) -> dict[ir.Node, RoundedLayer]:
+        """Rule 7: the weights that look at data."""
+        if self.rounding == "nearest" and self.correction == "none":
+            return {}
+        scales = {}
+        for node in layers:
+            root = found.root(data_inputs(node)[0])
+            held, levels = (seen[root], 256) if narrow is None else (narrow.seen[root], narrow.levels)
+            scales[node] = scale_of(root, held, found, levels)
+            if not moments_known(node):
+                self.left(node, "only its rounding to nearest is known: its patches aren't rows")
+        data = calibration_of(self.calibration, self.samples)
+        return round_layers(model, layers, scales, data, grid, self.rounding, self.correction)
 
 
 def _slow(layer: Layer) -> str | None:

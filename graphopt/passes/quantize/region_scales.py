@@ -1,0 +1,53 @@
+"""Scales of the values of a region: how each is rounded, and which layers read in fewer bits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.analysis.algebra import is_op
+from graphopt.passes.quantize.quantized_region import MOVERS, Region, clamp_limits
+from graphopt.passes.quantize.value_ranges import ValueRange
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How a value is rounded: x = step · (code - zero_point), codes from 0 to `top`."""
+
+    step: float
+    zero_point: int
+    top: int = 255
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrow:
+    """How layers read values in fewer bits: the range of each by its root, and to how many levels it is rounded."""
+
+    seen: dict[ir.Value, ValueRange]
+    levels: int
+
+
+def scale_of(value: ir.Value, held: ValueRange, found: Region, levels: int = 256) -> Scale:
+    """The scale of a root of a region whose range is known, for so many levels."""
+    low, high, top = min(held.low, 0.0), max(held.high, 0.0), levels - 1
+    node = value.producer()
+    if node is not None and is_op(node, "Sigmoid"):
+        return Scale(1 / levels, 0, top)
+    if node is not None and any(clamp is node for clamp in found.clamps.values()):
+        least, most = clamp_limits(node)
+        low, high = max(low, least), min(high, most)
+    step = float(np.float32((high - low) / top))
+    if step < np.finfo(np.float32).tiny:
+        return Scale(1.0, 0, top)
+    return Scale(step, int(np.clip(np.rint(-low / step), 0, top)), top)
+
+
+def layers_alone(root: ir.Value, found: Region) -> bool:
+    """Whether layers, and what moves their inputs, are all that reads a value and those with its scale."""
+    values = [root, *(value for value in found.values() if value is not root and found.root(value) is root)]
+    readers = [use.node for value in values for use in value.uses()]
+    return not any(value.is_graph_output() for value in values) and all(
+        node in found.layers or (node in found.between and is_op(node, *MOVERS)) for node in readers
+    )

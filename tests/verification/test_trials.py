@@ -1,0 +1,54 @@
+"""Trials: weights exchanged within one session."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graphopt.errors import InputDataError, VerificationError
+from graphopt.verification.trials import Trials
+
+TEXT = """
+<ir_version: 10, opset_import: ["" : 20]>
+agraph (float[n, 8] x) => (float[n, 4] y) {
+    h = MatMul (x, a)
+    y = MatMul (h, b)
+}
+"""
+
+
+def model() -> ir.Model:
+    rng = np.random.default_rng(0)
+    made = ir.from_onnx_text(TEXT)
+    for name, shape in (("a", (8, 8)), ("b", (8, 4))):
+        value = next(v for node in made.graph for v in node.inputs if v is not None and v.name == name)
+        value.const_value = ir.tensor(rng.standard_normal(shape).astype(np.float32), name=name)
+        made.graph.initializers[name] = value
+    return made
+
+
+def test_a_trial_costs_what_the_changed_model_differs_by() -> None:
+    made = model()
+    weights = list(made.graph.initializers.values())
+    x = np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32)
+    trials = Trials(made, weights, [{"x": x}])
+    a, b = (w.const_value.numpy() for w in weights if w.const_value is not None)
+    changed = b + np.float32(0.1)
+    p, q = (x @ a @ m for m in (b, changed))
+    logp, logq = (y - np.log(np.exp(y).sum(1, keepdims=True)) for y in (p, q))
+    classes = float((np.exp(logp) * (logp - logq)).sum(1).mean())
+    numbers = float(np.square(p - q).sum() / np.square(p).sum())
+    assert trials.loss({}) == pytest.approx(0, abs=1e-9)
+    assert min(abs(trials.loss({"b": changed}) - value) for value in (classes, numbers)) < 1e-4
+    assert trials.loss({}) == pytest.approx(0, abs=1e-9)
+    assert list(made.graph.initializers) == ["a", "b"]
+
+
+def test_what_cant_be_tried_is_said() -> None:
+    made = model()
+    weights = list(made.graph.initializers.values())
+    with pytest.raises(InputDataError, match="no sample"):
+        Trials(made, weights, [])
+    with pytest.raises(VerificationError, match="doesn't run"):
+        Trials(made, weights, [{"x": np.zeros((5, 7), np.float32)}])
