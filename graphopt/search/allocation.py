@@ -89,7 +89,8 @@ def allocate(items: Sequence[Item], budget: float, units: int = UNITS) -> Alloca
         raise UsageError(
             f"The budget of {budget:g} is less than the {math.fsum(least):g} that the cheapest choices take."
         )
-    room = max(room, 0.0)
+    # What is left by rounding of floats alone is nothing, and no part of it is a number to divide by.
+    room = room if room > 1e-12 * max(choice.cost for item in items for choice in item.choices) else 0.0
     kept = [_undominated(item) for item in items]
     part = room / units if room else 1.0
     best: npt.NDArray[np.float64] = np.zeros(units + 1)

@@ -69,6 +69,12 @@ def test_the_frontier_is_of_the_best(drawn: list[list[tuple[int, int]]]) -> None
     assert found[-1].loss == min(one.loss for one in every(items))
 
 
+def test_what_is_left_by_rounding_buys_nothing() -> None:
+    items = items_of([[(0, 1), (3, 0)]])
+    assert allocate(items, 5e-324).cost == 0
+    assert allocate(items_of([[(0, 1)]]), 5e-324).loss == 1
+
+
 def test_more_budget_is_never_worse() -> None:
     items = items_of([[(1, 9), (2, 5), (4, 1)], [(1, 7), (3, 2)], [(2, 4), (5, 0)]])
     losses = [allocate(items, budget).loss for budget in range(4, 13)]
