@@ -18,6 +18,10 @@ from graphopt.graph.constants import constant_array
 Arrays = Mapping[str, np.ndarray]
 
 
+class UnknownSize(Exception):
+    """A size that shape inference made a symbol of its own for, so that arrays don't tell it."""
+
+
 class Numbers:
     """Evaluates conditions and integers of a form on the arrays of a run."""
 
@@ -37,6 +41,8 @@ class Numbers:
         if read is not None:
             place = tuple(int(self.dim(i)) for i in read.indices)
             return self.array(read.value)[place].item()
+        if "[" not in symbol.name:
+            raise UnknownSize(symbol.name)
         name, axis = symbol.name.removesuffix("]").rsplit("[", 1)
         return self.arrays[name].shape[int(axis)]
 

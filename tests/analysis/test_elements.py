@@ -10,7 +10,7 @@ import onnx_ir as ir
 from exactness import random_feeds, reference_outputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_values import Numbers
+from mask_values import Numbers, UnknownSize
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt.analysis import element_arithmetic, element_moves  # noqa: F401
@@ -138,7 +138,10 @@ def test_elements_of_random_chains_are_true(made: tuple[onnx.ModelProto, str]) -
         return  # the element says nothing of this run
     for place in itertools.product(*map(range, expected.shape)):
         numbers.indices = {s: k for i, k in zip(indices, place, strict=True) for m in i.terms() for s in m}
-        leaves = [leaf for guard, leaf in element.items if numbers.holds(guard)]
+        try:
+            leaves = [leaf for guard, leaf in element.items if numbers.holds(guard)]
+        except UnknownSize:
+            return  # a guard compares with a size of which nothing is known
         assert len(leaves) == 1
         assert isinstance(leaves[0], Dim)
         assert not isinstance(leaves[0], Poly)
