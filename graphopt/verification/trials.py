@@ -18,6 +18,7 @@ from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.scratch import Scratch
 from graphopt.runtime_ops.memory_session import make_session, run
 from graphopt.runtime_ops.scoring import ROWS
+from graphopt.verification.quality.classification import Scores, are_probabilities, probabilities
 from graphopt.verification.quality.language import Rows, divergence
 from graphopt.verification.quality.tasks import guess_task
 
@@ -59,15 +60,18 @@ class Trials:
             assert weight.const_value is not None
             self._own[weight.name] = self._scratch.array(weight.const_value.numpy())
             names.append(weight.name)
-        task = guess_task(model).task
-        decoder = kv_interface(model) if task == "language" else None
-        self._distributions = task in _DISTRIBUTIONS
-        judged = [decoder.logits] if decoder is not None and decoder.logits is not None else None
+        guess = guess_task(model)
+        decoder = kv_interface(model) if guess.task == "language" else None
+        judged = guess.output if decoder is None else decoder.logits
+        self._task = guess.task
+        self._scores: Scores = "logits"
         self._session = make_session(_opened(model, names, judged), threads=threads)
         self._samples = [dict(sample) for sample in samples]
         if not self._samples:
             raise InputDataError("There is no sample to try changes of the weights on.")
         self._expected = [[self._scratch.array(y) for y in self._outputs(sample, {})] for sample in self._samples]
+        if self._task == "classification" and all(are_probabilities(_rows(y)) for ys in self._expected for y in ys):
+            self._scores = "probabilities"
 
     def loss(self, changed: Mapping[str, Array]) -> float:
         """What the model loses with these weights.
@@ -81,12 +85,28 @@ class Trials:
         total = weight = 0.0
         for sample, expected in zip(self._samples, self._expected, strict=True):
             for y, found in zip(expected, self._outputs(sample, changed), strict=True):
-                if self._distributions:
-                    total, weight = total + _divergence(y, found), weight + y.size // y.shape[-1]
+                if self._task in _DISTRIBUTIONS:
+                    total, weight = total + self._divergence(y, found), weight + y.size // y.shape[-1]
                 else:
                     wide = y.astype(np.float64)
                     total, weight = total + float(np.square(found - wide).sum()), weight + float(np.square(wide).sum())
         return total / weight if weight else 0.0
+
+    def _divergence(self, expected: Array, found: Array) -> float:
+        """The sum of KL(expected ‖ found) over rows; what is no number doesn't pass for a small loss."""
+        total = 0.0
+        p, q = _rows(expected), _rows(found)
+        for first in range(0, len(p), ROWS):
+            a, b = (self._logits(rows[first : first + ROWS]) for rows in (p, q))
+            total += float(divergence(Rows.of(a), Rows.of(b)).sum())
+        return total if np.isfinite(total) else float("inf")
+
+    def _logits(self, rows: Array) -> Array:
+        """Logits of the distributions [rows, classes]; of a classifier in the form that its judge reads."""
+        if self._task != "classification":
+            return rows
+        given = probabilities(rows.astype(np.float64), self._scores)
+        return np.asarray(np.log(np.maximum(given, np.finfo(np.float64).tiny)))
 
     def _outputs(self, sample: Mapping[str, Array], changed: Mapping[str, Array]) -> list[Array]:
         try:
@@ -95,8 +115,8 @@ class Trials:
             raise VerificationError(f"The model doesn't run on the calibration data: {first_line(error)}.") from error
 
 
-def _opened(model: ir.Model, names: Sequence[str], judged: Sequence[str] | None) -> ir.Model:
-    """A copy of a model with some initializers as inputs, and only the outputs that are judged."""
+def _opened(model: ir.Model, names: Sequence[str], judged: str | None) -> ir.Model:
+    """A copy of a model with some initializers as inputs, and only the output that is judged; None: all of floats."""
     copy = model.clone()
     for name in names:
         value = copy.graph.initializers.pop(name)
@@ -109,7 +129,7 @@ def _opened(model: ir.Model, names: Sequence[str], judged: Sequence[str] | None)
     outputs = [
         value
         for value in copy.graph.outputs
-        if (value.name in judged if judged is not None else value.dtype is not None and value.dtype.is_floating_point())
+        if (value.name == judged if judged is not None else value.dtype is not None and value.dtype.is_floating_point())
     ]
     if not outputs:
         raise VerificationError("The model has no output of floating-point numbers by which a change could be judged.")
@@ -117,11 +137,5 @@ def _opened(model: ir.Model, names: Sequence[str], judged: Sequence[str] | None)
     return copy
 
 
-def _divergence(expected: Array, found: Array) -> float:
-    """The sum of KL(expected ‖ found) over rows of logits; nothing that is no number passes for a small loss."""
-    p, q = (array.reshape(-1, array.shape[-1]) for array in (expected, found))
-    total = 0.0
-    for first in range(0, len(p), ROWS):
-        part = slice(first, first + ROWS)
-        total += float(divergence(Rows.of(p[part]), Rows.of(q[part])).sum())
-    return total if np.isfinite(total) else float("inf")
+def _rows(output: Array) -> Array:
+    return output.reshape(-1, output.shape[-1])

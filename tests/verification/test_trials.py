@@ -19,8 +19,11 @@ agraph (float[n, 8] x) => (float[n, 4] y) {
 
 
 def model() -> ir.Model:
+    return weighted(ir.from_onnx_text(TEXT))
+
+
+def weighted(made: ir.Model) -> ir.Model:
     rng = np.random.default_rng(0)
-    made = ir.from_onnx_text(TEXT)
     for name, shape in (("a", (8, 8)), ("b", (8, 4))):
         value = next(v for node in made.graph for v in node.inputs if v is not None and v.name == name)
         value.const_value = ir.tensor(rng.standard_normal(shape).astype(np.float32), name=name)
@@ -43,6 +46,26 @@ def test_a_trial_costs_what_the_changed_model_differs_by() -> None:
     assert min(abs(trials.loss({"b": changed}) - value) for value in (classes, numbers)) < 1e-4
     assert trials.loss({}) == pytest.approx(0, abs=1e-9)
     assert list(made.graph.initializers) == ["a", "b"]
+
+
+def classifier(last: str) -> ir.Model:
+    made = ir.from_onnx_text(
+        TEXT.replace("agraph", "classes").replace("y = MatMul (h, b)", f"z = MatMul (h, b) {last}")
+    )
+    made.metadata_props["task"] = "classify"
+    return weighted(made)
+
+
+@pytest.mark.parametrize("last", ["y = Identity (z)", "y = Softmax <axis = -1> (z)"])
+def test_classes_are_judged_by_their_probabilities_however_they_are_given(last: str) -> None:
+    made = classifier(last)
+    weights = list(made.graph.initializers.values())
+    x = np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32) / 4
+    a, b = (w.const_value.numpy() for w in weights if w.const_value is not None)
+    changed = b * np.float32(0.9)
+    logp, logq = (x @ a @ m - np.log(np.exp(x @ a @ m).sum(1, keepdims=True)) for m in (b, changed))
+    wanted = float((np.exp(logp) * (logp - logq)).sum(1).mean())
+    assert Trials(made, weights, [{"x": x}]).loss({"b": changed}) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_what_cant_be_tried_is_said() -> None:
