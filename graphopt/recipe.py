@@ -167,8 +167,7 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe | None = No
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"The recipe {name} is not valid YAML: {' '.join(str(error).split())}.") from error
-    paragraph = opening_comment(text).partition("\n\n")[0]
-    return _from_data(data, name, " ".join(paragraph.split()))
+    return _from_data(data, name, described(text)[0])
 
 
 def _from_data(data: Any, name: str, description: str) -> Recipe:
@@ -245,6 +244,12 @@ def _part(part: str, name: str) -> Recipe:
         return load(part)
     except RecursionError:
         raise UsageError(f"The recipe {name} leads back to itself through {part}.") from None
+
+
+def described(text: str) -> tuple[str, str]:
+    """What a recipe file says of itself: the first paragraph of its opening comment on one line, and what follows."""
+    paragraph, _, sections = opening_comment(text).partition("\n\n")
+    return " ".join(paragraph.split()), sections
 
 
 def opening_comment(text: str) -> str:

@@ -104,7 +104,7 @@ FOLDERS: dict[str, Callable[[Path], dict[str, str]]] = {
     "passes": lambda _: pages(),
     "operators": lambda _: operator_pages.pages(),
     "recipes": recipe_pages.pages,
-    ".": recipe_pages.contents,
+    ".": lambda _: recipe_pages.contents(),
 }
 """What makes the pages of each folder of `docs/`, given that folder, in which measurements are looked up."""
 

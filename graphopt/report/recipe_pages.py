@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from graphopt.passes import registry
-from graphopt.recipe import load, opening_comment, shipped
+from graphopt.recipe import described, load, shipped
 from graphopt.report.markdown import cell, table
 
 FOLDER = "graphopt/models/recipes"
@@ -71,9 +71,8 @@ def pages(docs: Path) -> dict[str, str]:
     return {f"{name}.md": page(name, text, measured) for name, text in shipped().items()}
 
 
-def contents(docs: Path) -> dict[str, str]:
+def contents() -> dict[str, str]:
     """The page that lists the recipes."""
-    del docs
     known = shipped()
     rest = tuple(name for name in known if not any(name in names for names in FAMILIES.values()))
     parts = [_MARK.format(source=f"{FOLDER}/"), "# Recipes"]
@@ -97,8 +96,8 @@ def page(name: str, text: str, measured: dict[str, tuple[MeasuredTable, ...]]) -
         text: Its file.
         measured: The tables of each page of measurements, by the page's file name.
     """
-    description, _, sections = opening_comment(text).partition("\n\n")
-    parts = [_MARK.format(source=f"{FOLDER}/{name}.yaml"), f"# {name}", f"**{' '.join(description.split())}**"]
+    description, sections = described(text)
+    parts = [_MARK.format(source=f"{FOLDER}/{name}.yaml"), f"# {name}", f"**{description}**"]
     parts.append(sections)
     if not re.search(r"^## Measured$", sections, re.MULTILINE):
         parts += ["## Measured", _measured(name, measured)]

@@ -97,5 +97,5 @@ def test_the_comment_is_the_text() -> None:
 
 def test_every_recipe_is_listed_and_a_missing_page_of_measurements_is_no_error(tmp_path: Path) -> None:
     assert set(pages(tmp_path)) == {f"{name}.md" for name in shipped()}
-    assert all(f"(recipes/{name}.md)" in contents(tmp_path)["recipes.md"] for name in shipped())
-    assert "## Others" not in contents(tmp_path)["recipes.md"]
+    assert all(f"(recipes/{name}.md)" in contents()["recipes.md"] for name in shipped())
+    assert "## Others" not in contents()["recipes.md"]

@@ -107,8 +107,7 @@ def centred(weight: QuantizedWeight) -> QuantizedWeight | None:
     """Integers with the middle of their range as the only zero point, for one codebook and a fast kernel.
 
     What that leaves of a weight, the same number for each group of a row, is to be added as the product of the sums of
-    x's groups with those numbers. None: the weight needs no such help, or rows
-    don't end with a group.
+    x's groups with those numbers. None: the weight needs no such help, or rows don't end with a group.
     """
     if weight.levels is not None or weight.transposed or weight.columns % min(weight.group_size, weight.columns):
         return None

@@ -76,16 +76,15 @@ class QuantizeStatic(Pass):
 
     **Options:** `weight_bits` (default 8): 4 or 8, rule 6; `activation_bits` (default 8): 4 or 8, rule 6; `method`
     (default "minmax"): "percentile" cuts off what is rarer than 1 − `fraction` on each side, "mse" cuts where the
-    squared error is least, "entropy"
-    where the distribution loses least; `rounding` (default "nearest"): "gptq", "comq" or "gptq+comq"; `correction`
-    (default "none"): "bias" keeps the mean of each output, "moments" its mean and variance (norm re-estimation),
-    "reconstruct" rounds the weights that make the original's outputs of the rounded inputs; `fraction` (default
-    0.9999): of what was seen; `samples` (default 64): calibration samples that are used; `float_share` (default 0.06):
-    rule 4, the most layers that may stay in floats by it, as a share of all, 0 for none; `keep_last` (default true):
-    rule 3; `min_weights` (default 256): numbers of the smallest weight that is quantized; `search` (default false):
-    shrink each scale of a weight to where its squared error is least; `reduce_range` (default false): weights of 7
-    bits, for processors without VNNI, whose kernels would saturate; `exclude` (default none): nodes that stay floats,
-    by operator or pattern of the node's name.
+    squared error is least, "entropy" where the distribution loses least; `rounding` (default "nearest"): "gptq", "comq"
+    or "gptq+comq"; `correction` (default "none"): "bias" keeps the mean of each output, "moments" its mean and variance
+    (norm re-estimation), "reconstruct" rounds the weights that make the original's outputs of the rounded inputs;
+    `fraction` (default 0.9999): of what was seen; `samples` (default 64): calibration samples that are used;
+    `float_share` (default 0.06): rule 4, the most layers that may stay in floats by it, as a share of all, 0 for none;
+    `keep_last` (default true): rule 3; `min_weights` (default 256): numbers of the smallest weight that is quantized;
+    `search` (default false): shrink each scale of a weight to where its squared error is least; `reduce_range` (default
+    false): weights of 7 bits, for processors without VNNI, whose kernels would saturate; `exclude` (default none):
+    nodes that stay floats, by operator or pattern of the node's name.
 
     **Needs:** opset 13 (21 for `weight_bits` 4); float32; calibration data. **Guarantees:** LOSSY.
 

@@ -57,7 +57,15 @@ class Seen:
 
     @functools.cache  # noqa: B019 - a pass holds it while it runs
     def range(self, method: Method = "minmax", fraction: float = 0.9999, levels: int = LEVELS) -> ValueRange:
-        """The range by a method (see `ranges`) for so many levels."""
+        """The range that is rounded to so many levels.
+
+        Args:
+            method: "minmax": all that was seen; "percentile": `fraction` of it on each side; "mse": where the squared
+                error of rounding and clipping is least; "entropy": where what is lost of the distribution
+                (`divergence`) is.
+            fraction: For "percentile".
+            levels: To how many numbers the value is rounded.
+        """
         excluded = self.extremes.excluded
         if not self.extremes.arrays or not self.extremes.rows:
             return ValueRange(0.0, 0.0, excluded=excluded)
@@ -106,34 +114,6 @@ def calibration_of(samples: Any, limit: int | None = None) -> Calibration:
     else:
         found = Calibration(samples if isinstance(samples, Dataset) else ArrayDataset(samples))
     return found if limit is None else dataclasses.replace(found, data=FirstSamples(found.data, limit))
-
-
-def ranges(
-    model: ir.Model,
-    values: Sequence[ir.Value],
-    samples: Any,
-    method: Method = "minmax",
-    fraction: float = 0.9999,
-    limit: int | None = None,
-    levels: int = LEVELS,
-) -> dict[ir.Value, ValueRange]:
-    """The range of each value over all samples.
-
-    Args:
-        model: The model, unchanged.
-        values: Float values of the main graph.
-        samples: Calibration data, a data set, or an iterable of feeds.
-        method: "minmax": all that was seen; "percentile": `fraction` of it on each side; "mse": where the squared error
-            of rounding and clipping is least; "entropy": where what is lost of the distribution (`divergence`) is.
-        fraction: For "percentile".
-        limit: Samples that are used at most; None: all.
-        levels: To how many numbers the values are rounded.
-
-    Raises:
-        UsageError: There are no samples.
-        InputDataError: The model doesn't run on one.
-    """
-    return {value: one.range(method, fraction, levels) for value, one in seen(model, values, samples, limit).items()}
 
 
 def observed(

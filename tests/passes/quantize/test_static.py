@@ -18,7 +18,7 @@ from graphopt.graph.edits import sort
 from graphopt.models import catalogue
 from graphopt.pass_manager import PassManager
 from graphopt.passes.quantize.static import QuantizeStatic
-from graphopt.passes.quantize.value_ranges import ranges
+from graphopt.passes.quantize.value_ranges import ValueRange, seen
 from graphopt.recipe import load
 from graphopt.runtime_ops.memory_session import make_session, run
 from graphopt.verification.structure import check_structure
@@ -266,6 +266,10 @@ def test_methods(method: str) -> None:
     found = error(before, after, images(1, 8, 9, 7, seed=9)[0])
     # The squared error of that one number counts as much as all others' with "mse".
     assert found < {"minmax": 0.6, "percentile": 0.15, "mse": 0.45, "entropy": 0.45}[method]
+
+
+def ranges(model: ir.Model, values: list[ir.Value], data: Any) -> dict[ir.Value, ValueRange]:
+    return {value: one.range() for value, one in seen(model, values, data).items()}
 
 
 def test_ranges() -> None:
