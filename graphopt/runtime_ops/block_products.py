@@ -218,7 +218,7 @@ class BlockProducts:
     def _scales(self, matrix: BlockMatrix) -> ir.Value:
         """The scales as float32. A session makes constants of what is computed from constants when it is loaded."""
         if matrix.scales is None and matrix.stored_scales.dtype == ir.DataType.FLOAT16:
-            matrix.scales = self.edit.op("Cast", [matrix.stored_scales], {"to": ir.DataType.FLOAT})
+            matrix.scales = self.as_float(matrix.stored_scales)
         return matrix.scales or matrix.stored_scales
 
     def _constant_scales(self, matrix: BlockMatrix) -> ir.Value:
@@ -241,13 +241,22 @@ class BlockProducts:
     def _offsets(self, matrix: BlockMatrix) -> ir.Value | None:
         """What is added to s·(q - z), as float32 [blocks, rows]."""
         if matrix.offsets is None and matrix.minimums is not None:
-            minimums = matrix.minimums
-            if minimums.dtype == ir.DataType.FLOAT16:
-                minimums = self.edit.op("Cast", [minimums], {"to": ir.DataType.FLOAT})
             middle = self.edit.constant(np.array(2 ** (matrix.bits - 1) - matrix.moved, np.float32), "middle")
-            offsets = self.edit.op("Add", [self.edit.op("Mul", [self._scales(matrix), middle]), minimums])
-            matrix.offsets = self.edit.op("Transpose", [offsets], {"perm": [1, 0]})
+            matrix.offsets = self.scaled(self._scales(matrix), middle, matrix.minimums)
         return matrix.offsets
+
+    def scaled(self, scales: ir.Value, numbers: ir.Value, minimums: ir.Value | None) -> ir.Value:
+        """scales [N, blocks] times numbers, with minimums [N, blocks] added, as float32 [blocks, N]."""
+        product = self.edit.op("Mul", [scales, numbers])
+        if minimums is not None:
+            product = self.edit.op("Add", [product, self.as_float(minimums)])
+        return self.edit.op("Transpose", [product], {"perm": [1, 0]})
+
+    def as_float(self, value: ir.Value) -> ir.Value:
+        """A value as float32."""
+        if value.dtype == ir.DataType.FLOAT:
+            return value
+        return self.edit.op("Cast", [value], {"to": ir.DataType.FLOAT})
 
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         """A new initializer of the main graph."""

@@ -15,8 +15,14 @@ from graphopt.analysis.attention_sites import attention_sites
 from graphopt.analysis.linear_sites import LinearSite
 from graphopt.analysis.shapes import infer
 from graphopt.passes.base import Guarantee, Pass
-from graphopt.passes.quantize.packing import packed_bytes, stored
-from graphopt.passes.quantize.quantize_weights import TABLES, QuantizeWeights, dividing, weight_rows
+from graphopt.passes.quantize.packing import packed_bytes
+from graphopt.passes.quantize.quantize_weights import (
+    TABLES,
+    QuantizeWeights,
+    as_stored,
+    table_group,
+    weight_rows,
+)
 from graphopt.passes.quantize.setting import Setting
 from graphopt.search.allocation import Allocation, Choice, Item, allocate, frontier
 from graphopt.verification.trials import Trials
@@ -140,15 +146,14 @@ class AllocateBits(Pass):
         """Options that the weights of some sites may get, each with a name."""
         if not any(site.role in TABLES for site in sites):
             return [(str(index), options) for index, options in enumerate(self.candidates)]
-        width = sites[0].outputs if sites[0].role == "embed" else sites[0].inputs
         found = []
         for index, options in enumerate(self.candidates):
             given = self._setting(options)
             if given.bits in _TABLE_BITS:
-                group = dividing(given.group_size, width)
+                group = table_group(given.group_size, sites[0])
                 plain = {"bits": given.bits, "group_size": group, "rounding": "nearest", "symmetric": True}
                 found.append((str(index), plain))
-        return found or [("table", {"bits": 8, "group_size": dividing(32, width), "rounding": "nearest"})]
+        return found or [("table", {"bits": 8, "group_size": table_group(32, sites[0]), "rounding": "nearest"})]
 
     def _setting(self, options: Mapping[str, Any]) -> Setting:
         return Setting().with_options({"symmetric": self.symmetric, **options})
@@ -175,8 +180,12 @@ class AllocateBits(Pass):
                 self.calibration.progress("sensitivity", number, len(groups))
             read = {site.weight.name or "": weight_rows(site) for site in sites}
             rounded = {name: probe.round(rows).dequantized() for name, rows in read.items()}
-            changed = {site.weight.name or "": site for site in sites}
-            loss = trials.loss({name: _as_stored(site, rounded[name]) for name, site in changed.items()})
+            changed = {}
+            for site in sites:
+                assert site.weight.const_value is not None
+                name = site.weight.name or ""
+                changed[name] = as_stored(site, rounded[name], site.weight.const_value.dtype.numpy())
+            loss = trials.loss(changed)
             error = sum(float(np.square(read[name] - rounded[name]).sum()) for name in read)
             per_error = loss / error if error else 0.0
             choices = []
@@ -215,17 +224,7 @@ def _measured(rows: Floats, setting: Setting) -> tuple[float, float]:
     some = rows[:: max(1, len(rows) // ROWS)]
     weight = setting.round(np.ascontiguousarray(some)).weight
     whole = len(rows) / len(some)
-    bytes_ = packed_bytes(weight)
-    if weight.bits == 8 and weight.levels is None:  # whose scales `BlockProducts` keeps in float32
-        bytes_ += weight.scales.nbytes - stored(weight.scales).nbytes
-    return bytes_ * whole, float(np.square(some - weight.dequantized()).sum()) * whole
-
-
-def _as_stored(site: LinearSite, rows: Floats) -> npt.NDArray[Any]:
-    """Rows [outputs, inputs] in the weight's own orientation and type."""
-    assert site.weight.const_value is not None
-    turned = site.role != "embed" and site.orientation == "in,out"
-    return np.ascontiguousarray(rows.T if turned else rows).astype(site.weight.const_value.dtype.numpy())
+    return packed_bytes(weight) * whole, float(np.square(some - weight.dequantized()).sum()) * whole
 
 
 def _parsed(budget: float | str) -> tuple[Measure, float]:

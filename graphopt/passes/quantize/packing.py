@@ -214,18 +214,15 @@ class Packer:
     def _offsets_from_middle(self, weight: QuantizedWeight, scales: ir.Value, name: str) -> ir.Value:
         """What is added to s (c - middle) for each group, float32 [G, N]: computed from constants, and so by a session
         when it is loaded, since zero points are bytes in the file."""
-        one = {"to": ir.DataType.FLOAT}
-        scale = self.edit.op("Cast", [scales], one) if scales.dtype != ir.DataType.FLOAT else scales
-        middle = self.edit.constant(np.array(1 << (weight.bits - 1), np.float32), "middle")
+        middle: ir.Value = self.edit.constant(np.array(1 << (weight.bits - 1), np.float32), "middle")
+        least = None
         if weight.offsets is not None:
             least = self._initializer(stored(weight.offsets), f"{name}.minimums")
-            least = self.edit.op("Cast", [least], one) if least.dtype != ir.DataType.FLOAT else least
-            found = self.edit.op("Add", [self.edit.op("Mul", [scale, middle]), least])
         else:
             assert weight.zero_points is not None
-            zeros = self.edit.op("Cast", [self._initializer(weight.zero_points, f"{name}.zeros")], one)
-            found = self.edit.op("Mul", [scale, self.edit.op("Sub", [middle, zeros])])
-        return self.edit.op("Transpose", [found], {"perm": [1, 0]})
+            zeros = self.products.as_float(self._initializer(weight.zero_points, f"{name}.zeros"))
+            middle = self.edit.op("Sub", [middle, zeros])
+        return self.products.scaled(self.products.as_float(scales), middle, least)
 
     def _shared(self, array: Array, name: str) -> ir.Value:
         """An initializer that is the same for equal numbers: codebooks of many weights are one."""
@@ -312,12 +309,22 @@ def _in_blocks(weight: QuantizedWeight) -> bool:
 
 
 def packed_bytes(weight: QuantizedWeight) -> int:
-    """Bytes of a weight as it is stored: codes without gaps, scales and offsets, codebooks, outliers."""
-    total: int = weight.rows * -(-weight.codes.shape[1] * weight.bits // 8) + stored(weight.scales).nbytes
+    """Bytes of a weight as `Packer` stores it for `MatMulNBits` or `CodebookMatMul`: codes without gaps, scales, zero
+    points or offsets, codebooks, outliers."""
+    scales, groups = stored(weight.scales), weight.scales.shape[1]
+    each, zeros = scales.itemsize, groups
+    total: int = weight.rows * -(-weight.codes.shape[1] * weight.bits // 8)
+    if _in_blocks(weight):
+        block = block_of(weight.group_size, weight.columns)
+        assert block is not None
+        groups = -(-weight.columns // block)
+        total = weight.rows * groups * block * weight.bits // 8
+        each, zeros = 4 if weight.bits == 8 else each, -(-groups * weight.bits // 8)
+    total += weight.rows * groups * each
     if weight.zero_points is not None and not weight.symmetric:
-        total += weight.rows * -(-weight.scales.shape[1] * weight.bits // 8)
+        total += weight.rows * zeros
     if weight.offsets is not None:
-        total += stored(weight.offsets).nbytes
+        total += weight.rows * groups * (scales if _in_blocks(weight) else stored(weight.offsets)).itemsize
     for extra in (weight.levels, weight.selectors):
         total += 0 if extra is None else int(extra.nbytes)
     if weight.outliers is not None:

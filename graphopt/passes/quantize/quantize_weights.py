@@ -200,7 +200,7 @@ class QuantizeWeights(Pass):
         for site in sites:
             setting = self._own.get(site.weight.name or "", self._of_role.get(site.role, self.setting))
             if site.role in TABLES and site.weight.name not in self._own:
-                setting = Setting(self.head_bits, dividing(setting.group_size, _width(site)))
+                setting = Setting(self.head_bits, table_group(setting.group_size, site))
             # What is read elsewhere too is written once, by itself.
             alone = site.role in TABLES or bool(site.shared)
             key = site.node if alone else (site.x, setting)
@@ -345,16 +345,12 @@ class QuantizeWeights(Pass):
         edit.replace(old, product)
 
 
-def _width(site: LinearSite) -> int:
-    """Numbers of a row of a site's weight."""
-    return site.outputs if site.role == "embed" else site.inputs
-
-
-def dividing(group_size: int, columns: int) -> int:
+def table_group(group_size: int, site: LinearSite) -> int:
     """A group that divides rows, which a table's do since it is looked up by rows: this one, or the next power of two.
 
     Where none divides them, the group itself.
     """
+    columns = site.outputs if site.role == "embed" else site.inputs
     if not group_size or columns % group_size == 0:
         return group_size
     power = 1 << (group_size.bit_length() - 1)
@@ -367,21 +363,26 @@ def weight_rows(site: LinearSite) -> npt.NDArray[np.float32]:
     """The weight of a site [outputs, inputs]; of an embedding as it is."""
     assert site.weight.const_value is not None
     array = site.weight.const_value.numpy()
-    if site.role != "embed" and site.orientation == "in,out":
-        array = array.T
-    return np.ascontiguousarray(array, dtype=np.float32)
+    return np.ascontiguousarray(array.T if _turned(site) else array, dtype=np.float32)
+
+
+def as_stored(site: LinearSite, rows: npt.NDArray[np.float32], dtype: npt.DTypeLike) -> Array:
+    """What `weight_rows` gives, in the weight's own orientation."""
+    return np.ascontiguousarray(rows.T if _turned(site) else rows).astype(dtype)
+
+
+def _turned(site: LinearSite) -> bool:
+    return site.role != "embed" and site.orientation == "in,out"
 
 
 def _give(site: LinearSite, rounded: Rounded) -> None:
     """Let the float weight of a site be what it was rounded to, so that what follows sees that."""
     old = site.weight.const_value
     assert old is not None
-    turned = site.role != "embed" and site.orientation == "in,out"
     dtype = old.dtype
 
     def compute() -> ir.TensorProtocol:
-        array = rounded.dequantized()
-        return ir.tensor(np.ascontiguousarray(array.T if turned else array).astype(dtype.numpy()))
+        return ir.tensor(as_stored(site, rounded.dequantized(), dtype.numpy()))
 
     site.weight.const_value = computed(compute, dtype, old.shape.numpy(), site.weight.name)
 

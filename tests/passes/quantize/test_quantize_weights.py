@@ -11,8 +11,10 @@ from exactness import op_types, parse_weighted
 
 import graphopt
 from graphopt.passes.quantize.grids import UniformGrid
+from graphopt.passes.quantize.packing import packed_bytes
 from graphopt.passes.quantize.quantize_weights import QuantizeWeights
 from graphopt.passes.quantize.roundings import round_to_nearest
+from graphopt.passes.quantize.setting import Setting
 from graphopt.runtime_ops.memory_session import make_session
 from graphopt.runtime_ops.operator import uses
 
@@ -260,3 +262,30 @@ def test_a_large_weight_goes_through_a_file(tmp_path: Any) -> None:
     assert uses(model) == []
     x = np.ones((1, 512), np.float32)
     np.testing.assert_array_equal(run(graphopt.load(tmp_path / "saved.onnx"), x=x), run(model, x=x))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4, "group_size": 32},
+        {"bits": 4, "group_size": 128},
+        {"bits": 2, "group_size": 32},
+        {"bits": 8, "group_size": 64},
+        {"bits": 4, "group_size": 32, "symmetric": True},
+        {"bits": 3, "group_size": 64},
+        {"bits": 3, "group_size": 128},
+        {"bits": 3, "group_size": 64, "symmetric": True},
+    ],
+)
+def test_bytes_are_those_that_are_stored(options: dict[str, Any]) -> None:
+    # Rows of 576 numbers don't end with a group of 128, and are stored in blocks of 64.
+    model = parse_weighted(ONE.replace("64", "576").replace("48", "96"))
+    rows = np.ascontiguousarray(weight_of(model, "w").T)
+    setting = Setting().with_options({"symmetric": False, **options})
+    counted = packed_bytes(setting.round(rows).weight)
+    QuantizeWeights(**{"symmetric": False, **options})(model)
+    read = {value.name for node in model.graph for value in node.inputs if value is not None}
+    stored = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None and v.name in read]
+    # Codebooks, which weights share, and scalars apart.
+    found = sum(tensor.nbytes for tensor in stored if tensor.shape[:1] == (96,))
+    assert counted == found
