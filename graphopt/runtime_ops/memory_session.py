@@ -27,6 +27,7 @@ from graphopt.graph.session_settings import read as read_settings
 from graphopt.graph.skeleton import Weight, first_line, serialized, skeleton
 from graphopt.runtime_ops.library import mentioned
 from graphopt.runtime_ops.operator import uses
+from graphopt.runtime_ops.packed_products import NO_PREPACKING, needs_folding
 from graphopt.runtime_ops.session import register
 
 if TYPE_CHECKING:
@@ -132,7 +133,9 @@ def make_session(
         options.intra_op_num_threads = threads
     if requested is None and isinstance(model, ir.Model) and optimizations == "all":
         requested = read_settings(model)
-    asked = requested.config if requested is not None else {}
+    asked = dict(requested.config) if requested is not None else {}
+    if optimizations == "none" and _needs_folding(model):
+        asked[NO_PREPACKING] = "1"
     for key, value in {**asked, **(settings or {})}.items():
         options.add_session_config_entry(key, value)
     register_kernels(options, model, providers)
@@ -160,6 +163,13 @@ def make_session(
     if own_store is not None:
         session._graphopt_store = own_store
     return session
+
+
+def _needs_folding(model: ir.Model | str | os.PathLike[str]) -> bool:
+    """Whether a model, or the one in a file, has products that are wrong where ONNX Runtime folds nothing."""
+    if isinstance(model, ir.Model):
+        return needs_folding(model)
+    return Path(model).is_file() and mentioned(Path(model), "MatMulNBits") and needs_folding(load(model))
 
 
 def register_kernels(
