@@ -30,7 +30,7 @@ def tokens(seed: int, count: int) -> npt.NDArray[np.int64]:
 def test_what_comes_behind_is_verified_against_the_quantized_model(name: str) -> None:
     """Products that round what they read hide nothing and cost no pass: all of the lowering stays, and closely."""
     assumed = ("no-left-padding", "no-batched-chunks", "counted-positions", "max-length=64")
-    report = graphopt.optimize(exported_cached("llama"), name, assume=assumed).report
+    report = graphopt.optimize(exported_cached("llama"), name, assume=assumed, verify="phase").report
     assert report.ok
     assert not [(r.name, r.detail) for r in report.run.records if r.status == "rolled back"]
     assert {r.name for r in report.run.records if r.status == "applied"} & {"group-query-attention", "quantize-kv"}
