@@ -147,7 +147,10 @@ class BranchFinder:
         return None
 
     def between(self, start: ir.Value, end: ir.Value) -> list[ir.Node]:
-        """The nodes on the paths from `start` to `end`, in topological order; none where there is no path."""
+        """The nodes on the paths from `start` to `end`, in topological order; none where there is no path.
+
+        What depends on the sizes of a value alone, as a mask may, isn't computed from it.
+        """
         floor = self.place_of(start)
         seen: dict[ir.Node, None] = {}
         stack = [end.producer()]
@@ -160,7 +163,7 @@ class BranchFinder:
         reached = {start}
         path = []
         for node in sorted(seen, key=self.place.__getitem__):
-            if any(v in reached for v in reads(node)):
+            if not is_op(node, "Shape", "Size") and any(v in reached for v in reads(node)):
                 path.append(node)
                 reached.update(node.outputs)
         return path if end in reached and end is not start else []
@@ -182,7 +185,7 @@ class BranchFinder:
 
 def _kind(nodes: list[ir.Node]) -> BranchKind | None:
     """What a branch computes; None where it does no real work."""
-    attends = any(n.op_type == "Softmax" or n.op_type in FUSED_ATTENTION for n in nodes)
+    attends = any((n.op_type == "Softmax" and not _routes(n)) or n.op_type in FUSED_ATTENTION for n in nodes)
     linear = [n for n in nodes if n.op_type in WEIGHTED and any(stored_weight(v) is not None for v in n.inputs)]
     if attends:
         return "attention+mlp" if _parallel_mlp(nodes, linear) else "attention"
@@ -193,6 +196,14 @@ def _kind(nodes: list[ir.Node]) -> BranchKind | None:
     if linear:
         return "mlp"
     return None
+
+
+def _routes(softmax: ir.Node) -> bool:
+    """Whether a Softmax makes probabilities of experts: the largest are chosen before or behind it."""
+    before = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
+    return any(user.op_type == "TopK" for user, _ in softmax.outputs[0].uses()) or (
+        before is not None and before.op_type == "TopK"
+    )
 
 
 def _parallel_mlp(nodes: list[ir.Node], linear: list[ir.Node]) -> bool:

@@ -73,17 +73,22 @@ class Trials:
         if self._task == "classification" and all(are_probabilities(_rows(y)) for ys in self._expected for y in ys):
             self._scores = "probabilities"
 
-    def loss(self, changed: Mapping[str, Array]) -> float:
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return len(self._samples)
+
+    def loss(self, changed: Mapping[str, Array], samples: int | None = None) -> float:
         """What the model loses with these weights.
 
         Args:
             changed: New contents by the weight's name, in its shape and type.
+            samples: How many of the samples it is judged on, the first ones; None: all.
 
         Raises:
             VerificationError: It doesn't run.
         """
         total = weight = 0.0
-        for sample, expected in zip(self._samples, self._expected, strict=True):
+        for sample, expected in list(zip(self._samples, self._expected, strict=True))[:samples]:
             for y, found in zip(expected, self._outputs(sample, changed), strict=True):
                 if self._task in _DISTRIBUTIONS:
                     total, weight = total + self._divergence(y, found), weight + y.size // y.shape[-1]

@@ -1,0 +1,1 @@
+"""Depth: residual branches and layers removed."""

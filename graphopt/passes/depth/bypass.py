@@ -1,0 +1,195 @@
+"""Bypassing residual branches: x + f(x) becomes x, and all that served f alone goes, its cache included."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import onnx_ir as ir
+
+from graphopt.analysis.branches import reads
+from graphopt.analysis.depth_units import DepthUnit, DepthUnits, exclusive, same_shape
+from graphopt.analysis.shapes import ShapeFacts
+from graphopt.graph.edits import Editor
+from graphopt.graph.kv_names import close_gaps, rename_in_assumptions
+
+Norms = Literal["remove", "keep"]
+"""What becomes of the normalization of a post-LN branch's sum."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bypassed:
+    """What `bypass` did.
+
+    Attributes:
+        inputs: Names of the cache inputs that are gone.
+        outputs: Names of the cache outputs that are gone.
+        renamed: Name before → name now of the cache inputs and outputs that stayed.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    renamed: dict[str, str]
+
+
+class _Plan:
+    """What a graph is without some branches, found without an edit.
+
+    Attributes:
+        obstacles: Why units can't go, by unit.
+        moves: The Shape nodes that read what goes, each with a value of the same size that stays.
+        gone: The cache inputs that go.
+    """
+
+    def __init__(self, model: ir.Model, found: DepthUnits, units: Sequence[DepthUnit], facts: ShapeFacts) -> None:
+        self.obstacles: dict[DepthUnit, str] = {}
+        self.moves: dict[ir.Node, ir.Value] = {}
+        self._facts = facts
+        inputs = {value.name: value for value in model.graph.inputs}
+        outputs = {value.name: value for value in model.graph.outputs}
+        caches = [pair for unit in units for pair in unit.caches]
+        self.gone = [inputs[pair.past] for pair in caches]
+        self.lost = [outputs[pair.present] for pair in caches if pair.present is not None]
+        self._owner: dict[ir.Value, DepthUnit] = {}
+        for unit in units:
+            for node in unit.branch.nodes:
+                self._owner.update(dict.fromkeys(node.outputs, unit))
+            self._owner.update({inputs[pair.past]: unit for pair in unit.caches})
+        self._redirected = {unit.total: unit.remainder for unit in units}
+        interface = found.interface
+        pairs = () if interface is None else (*interface.pairs, *interface.cross)
+        stay = [inputs[pair.past] for pair in pairs if inputs[pair.past] not in self._owner]
+        self._substitutes = [*stay, *inputs.values(), *dict.fromkeys(unit.remainder for unit in units)]
+        own = () if interface is None else interface.pairs
+        if own and all(inputs[pair.past] in self._owner for pair in own):
+            self.obstacles[units[-1]] = "no cache would be left to tell how many tokens came before"
+        self._look(model)
+
+    def _look(self, model: ir.Model) -> None:
+        """Follow what the outputs are made of; what goes and is met was needed."""
+        lost = set(self.lost)
+        pending: list[ir.Value] = [value for value in model.graph.outputs if value not in lost]
+        seen: dict[ir.Value, None] = dict.fromkeys(pending)
+        while pending:
+            value = pending.pop()
+            if (node := value.producer()) is None:
+                continue
+            for read in reads(node):
+                source = self._moved(node, read)
+                if (unit := self._owner.get(source)) is not None:
+                    self.obstacles.setdefault(
+                        unit, f"{source.name!r} of it is read by {node.name or node.op_type!r}, which stays"
+                    )
+                elif source not in seen:
+                    seen[source] = None
+                    pending.append(source)
+        for value in model.graph.outputs:
+            if value not in lost and (unit := self._owner.get(value)) is not None:
+                self.obstacles.setdefault(unit, f"{value.name!r} of it is an output of the model")
+
+    def _moved(self, node: ir.Node, read: ir.Value) -> ir.Value:
+        """What `node` reads in place of `read`."""
+        while read in self._redirected:
+            read = self._redirected[read]
+        if read not in self._owner or node.op_type != "Shape" or node.domain != "":
+            return read
+        known = self.moves.get(node)
+        if known is None:
+            start, end = (node.attributes.get(name) for name in ("start", "end"))
+            axes = slice(start.as_int() if start is not None else None, end.as_int() if end is not None else None)
+            for whole in (True, False):
+                for other in self._substitutes:
+                    if (
+                        other not in self._owner
+                        and other not in self._redirected
+                        and same_shape(other, read, self._facts, slice(None) if whole else axes)
+                    ):
+                        self.moves[node] = other
+                        return other
+            return read
+        return known
+
+
+def obstacles(
+    model: ir.Model, found: DepthUnits, units: Iterable[DepthUnit], facts: ShapeFacts
+) -> dict[DepthUnit, str]:
+    """Why some units can't be bypassed together, by unit; empty where they can.
+
+    Args:
+        model: The model.
+        found: Its units.
+        units: Those that are to go.
+        facts: Its shapes; with `believe_names`.
+    """
+    chosen = _ordered(found, units)
+    return _Plan(model, found, chosen, facts).obstacles if chosen else {}
+
+
+def bypass(
+    model: ir.Model,
+    found: DepthUnits,
+    units: Iterable[DepthUnit],
+    facts: ShapeFacts,
+    *,
+    norms: Norms = "remove",
+) -> Bypassed:
+    """Remove branches in place: each sum becomes its skip, and what served them alone goes with them.
+
+    Cache inputs and outputs of an attention go too; those that stay are numbered without the gap, in the exporter's own
+    pattern. What reads only the size of a cache that goes reads that of another.
+
+    Args:
+        model: The model.
+        found: Its units, which no longer hold afterwards.
+        units: Those that go.
+        facts: Its shapes, with `believe_names`; they no longer hold either.
+        norms: Whether the normalization of a post-LN branch's sum goes with it.
+
+    Raises:
+        ValueError: They can't be bypassed together; see `obstacles`.
+    """
+    chosen = _ordered(found, units)
+    if not chosen:
+        return Bypassed((), (), {})
+    plan = _Plan(model, found, chosen, facts)
+    for unit, reason in plan.obstacles.items():
+        raise ValueError(f"{unit.name} can't be removed: {reason}")
+    edit = Editor(model)
+    for node, value in plan.moves.items():
+        node.replace_input_with(0, value)
+    lost = set(plan.lost)
+    graph = model.graph
+    graph.outputs[:] = [value for value in graph.outputs if value not in lost]
+    inside = [node for unit in chosen for node in exclusive(unit.branch)]
+    for unit in chosen:
+        edit.at(unit.branch.add)
+        whole = unit.norm.outputs[0] if unit.norm is not None and norms == "remove" else unit.total
+        edit.replace(whole, unit.remainder)
+    behind = [value.producer() for value in plan.lost]
+    for dead in (*behind, *reversed(inside)):
+        if dead is not None and dead.graph is not None:
+            _remove_onward(dead, edit)
+    gone = set(plan.gone)
+    graph.inputs[:] = [value for value in graph.inputs if value not in gone]
+    if found.interface is None or not gone:
+        return Bypassed((), (), {})
+    names = tuple(value.name or "" for value in plan.gone), tuple(value.name or "" for value in plan.lost)
+    stays = {pair.part: pair.past for pair in reversed(found.interface.pairs) if pair.past not in names[0]}
+    part = {pair.past: pair.part for pair in found.interface.pairs}
+    rename_in_assumptions(model, {name: stays.get(part.get(name, "key"), name) for name in names[0]})
+    return Bypassed(*names, close_gaps(model, found.interface, {*names[0], *names[1]}))
+
+
+def _ordered(found: DepthUnits, units: Iterable[DepthUnit]) -> list[DepthUnit]:
+    chosen = set(units)
+    return [unit for unit in found.units if unit in chosen]
+
+
+def _remove_onward(node: ir.Node, edit: Editor) -> None:
+    """Remove a node that leads to no output, with what reads it and what served it."""
+    for output in node.outputs:
+        for user, _ in tuple(output.uses()):
+            if user.graph is not None:
+                _remove_onward(user, edit)
+    edit.remove_dead(node)

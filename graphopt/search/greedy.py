@@ -1,0 +1,95 @@
+"""Greedy search with look-ahead: a set grown by one candidate after the other, several sets kept on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
+
+T = TypeVar("T", bound=Hashable)
+Progress = Callable[[str, int, int], None]
+"""What is done, how many trials are done, and how many there are at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found(Generic[T]):
+    """A set and what it costs.
+
+    Attributes:
+        chosen: Its members, in the order of the candidates.
+        loss: What it costs.
+    """
+
+    chosen: tuple[T, ...]
+    loss: float
+
+
+def greedy(
+    candidates: Sequence[T],
+    loss: Callable[[tuple[T, ...]], float],
+    count: int,
+    *,
+    beam: int = 1,
+    shortlist: int | None = None,
+    progress: Progress | None = None,
+) -> list[Found[T]]:
+    """The best sets of 1, 2, ... `count` candidates that a beam search finds.
+
+    BlockPruner: Fine-grained Pruning for Large Language Models (Zhong et al., 2024) removes one block after the other
+    by the loss after its removal, which is a beam of 1; more sets on the way look ahead.
+
+    Args:
+        candidates: What may be chosen; distinct.
+        loss: What a set costs, its members given in the order of the candidates; called once for each set.
+        count: How many are chosen.
+        beam: Sets kept of each size. Each is grown by every candidate.
+        shortlist: How many candidates a set is grown by: those that cost least, by what they last added to a set. None:
+            by all.
+        progress: Called before each trial.
+
+    Returns:
+        The best set of each size, smallest first.
+
+    Raises:
+        ValueError: There are fewer candidates than `count`, or `beam` or `shortlist` is below 1.
+    """
+    if beam < 1 or (shortlist is not None and shortlist < 1):
+        raise ValueError("beam and shortlist must be at least 1")
+    if not 0 <= count <= len(candidates):
+        raise ValueError(f"{count} can't be chosen among {len(candidates)}")
+    place = {candidate: index for index, candidate in enumerate(candidates)}
+    added: dict[T, float] = {}
+    kept: list[Found[T]] = [Found((), 0.0)]
+    best: list[Found[T]] = []
+    total = trials_at_most(len(candidates), count, beam, shortlist)
+    done = 0
+    for _ in range(count):
+        grown: dict[tuple[T, ...], float] = {}
+        cost: dict[T, float] = {}
+        for start in kept:
+            free = [c for c in candidates if c not in start.chosen]
+            if shortlist is not None and added:
+                free = sorted(free, key=lambda c: (added[c], place[c]))[:shortlist]
+            for candidate in free:
+                chosen = tuple(sorted((*start.chosen, candidate), key=place.__getitem__))
+                if chosen not in grown:
+                    if progress is not None:
+                        progress("greedy search", done, total)
+                    done += 1
+                    grown[chosen] = loss(chosen)
+                more = grown[chosen] - start.loss
+                cost[candidate] = min(more, cost.get(candidate, more))
+        added.update(cost)
+        order = sorted(grown, key=lambda chosen: (grown[chosen], [place[c] for c in chosen]))
+        kept = [Found(chosen, grown[chosen]) for chosen in order[:beam]]
+        best.append(kept[0])
+    return best
+
+
+def trials_at_most(candidates: int, count: int, beam: int = 1, shortlist: int | None = None) -> int:
+    """How many trials `greedy` makes at most."""
+    total = candidates if count else 0
+    for size in range(1, count):
+        each = candidates - size
+        total += min(beam, candidates) * (each if shortlist is None else min(each, shortlist))
+    return total
