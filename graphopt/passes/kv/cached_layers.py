@@ -148,10 +148,8 @@ class Sharing:
         y = edit.op("Transpose", [edit.op("Attention", inputs, attributes)], {"perm": [0, 2, 1, 3]})
         return edit.op("Reshape", [y, edit.constant(np.array([0, 0, -1]), "joined")], like=result)
 
-    def _with_causal(
-        self, mask: ir.Value | None, query: ir.Value, layer: CachedLayer, keys: ir.Value
-    ) -> ir.Value:
-        """A mask under which a query sees the past and the new keys up to its own place, and what `mask` lets it see."""
+    def _with_causal(self, mask: ir.Value | None, query: ir.Value, layer: CachedLayer, keys: ir.Value) -> ir.Value:
+        """A mask by which a query sees the past, the new keys up to its own, and of these what `mask` lets it see."""
         edit = self._edit
         axis = 1 if layer.joined else 2
         shape = self._facts.shape(query)

@@ -106,12 +106,12 @@ class CachedAttention(ShapeRulePass):
         if any(attribute.is_ref() for attribute in node.attributes.values()):
             return "an attribute is set by the caller of its function"
         given = dict(enumerate(node.inputs))
-        query, past = given.get(0), given.get(3)
+        query, past, values = given.get(0), given.get(3), given.get(4)
         if query is None or (dtype := self.dtype(query)) not in _TYPES:
             return "it computes in another type than float32 and float16"
-        if past is None or given.get(4) is None or given.get(5) is None or given.get(6) is None:
+        if past is None or values is None or given.get(5) is None or given.get(6) is None:
             return "it has no past"
-        if not past.is_graph_input() and shared_cache(past, given[4]) is not None:
+        if not past.is_graph_input() and shared_cache(past, values) is not None:
             return "it reads the cache of an earlier layer, and the operator takes none without new keys"
         if (cache := self.dtype(past)) != dtype:
             return f"its cache is of type {'unknown' if cache is None else cache.name}"

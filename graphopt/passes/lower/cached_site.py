@@ -151,7 +151,7 @@ def read(node: ir.Node, facts: ShapeFacts) -> CachedSite | None:
     if shared is None and (new[0] != batch or new[1 if joined else 2] != tokens):
         raise NotTaken("it isn't certain that there are as many new keys as queries")
     rows = (batch, tokens)
-    keys, values = (
+    new_k, new_v = (
         _operand(value, kv_heads, depth, rows, facts)
         if shared is None
         else Operand(value, "heads", kv_heads, None, [value])
@@ -160,8 +160,8 @@ def read(node: ir.Node, facts: ShapeFacts) -> CachedSite | None:
     return CachedSite(
         node,
         _operand(q, heads, depth, rows, facts),
-        keys,
-        values,
+        new_k,
+        new_v,
         mask,
         past_key,
         past_value,
