@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.graph.cache_flow import IN_PLACE, QUANTIZED, CacheFlow, Join, Part, qualified
+from graphopt.graph.cache_flow import FUSED, IN_PLACE, QUANTIZED, CacheFlow, Join, Part, qualified
 from graphopt.graph.constants import is_constant, scalar
 from graphopt.graph.input_roles import InputRoles
 
@@ -280,7 +280,15 @@ def _in_place(past: ir.Value, join: Join, operator: str) -> bool:
         return False
     places = [node for node, _ in past.uses() if node is join.node]
     others = [node for value in (past, join.joined) for node, _ in value.uses() if node is not join.node]
-    return len(places) == 1 and all(_asks_for_another_axis(node, join.axis) for node in others)
+    return len(places) == 1 and all(_asks_for_another_axis(node, join.axis) or _counts(node, join) for node in others)
+
+
+def _counts(node: ir.Node, join: Join) -> bool:
+    """Whether `node` is the attention of a later layer that reads the joined rows, and is told how many there are."""
+    if qualified(node) not in IN_PLACE:
+        return False
+    slots = [slot for slot, value in enumerate(node.inputs) if value is join.joined]
+    return all(slot in FUSED[qualified(node)] for slot in slots)
 
 
 def _asks_for_another_axis(node: ir.Node, axis: int | None) -> bool:

@@ -174,6 +174,8 @@ class QuantizeKV(CachedAttentionPass):
     def _plan(self, site: CachedSite, edit: Editor) -> _Plan:
         if site.node.graph is not edit.model.graph:
             raise NotTaken("it stands in a subgraph or function")
+        if site.shared is not None:
+            raise NotTaken("it reads the cache of an earlier layer, of which the operator would need the codes")
         if edit.opset < OLDEST_OPSET:
             raise NotTaken(f"the operator's body needs opset {OLDEST_OPSET}")
         if self.group_size and site.depth % self.group_size:
@@ -204,7 +206,8 @@ class QuantizeKV(CachedAttentionPass):
             if not past.is_graph_input() or past.is_initializer() or not present.is_graph_output():
                 raise NotTaken("its cache isn't an input and an output of the model")
             if present.uses():
-                raise NotTaken(f"{present.name!r} is read in the graph")
+                layers = all(user.op_type in ("Attention", "GroupQueryAttention") for user, _ in present.uses())
+                raise NotTaken(f"{present.name!r} is read {'by a later layer' if layers else 'in the graph'}")
             for user, _ in past.uses():
                 if user is site.node:
                     continue

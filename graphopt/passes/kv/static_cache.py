@@ -60,6 +60,7 @@ class StaticCaches:
             if not past.is_graph_input() or not present.is_graph_output():
                 return "it isn't an input and an output of the model"
             others = [user for value in (past, present) for user, _ in value.uses() if user is not node]
+            others = [user for user in others if user not in _later_layers(node)]
             if any(user.op_type != "Shape" or (self._bits == 4 and _asks_for_depth(user)) for user in others):
                 return f"{past.name!r} or {present.name!r} is read by something else too"
             if past.name not in self._ranges:
@@ -69,18 +70,26 @@ class StaticCaches:
         return None
 
     def write(self, node: ir.Node) -> None:
-        """Give a GroupQueryAttention without obstacle its new cache."""
+        """Give a GroupQueryAttention without obstacle its new cache, which later layers that read it are told of."""
         self._edit.at(node)
-        for name, value in (("k_quant_type", "PER_CHANNEL"), ("v_quant_type", "PER_CHANNEL")):
-            node.attributes[name] = ir.AttrString(name, value)
-        node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", self._bits)
-        node.resize_inputs(_VALUE_SCALE + 1)
+        readers = [node, *_later_layers(node)]
+        for reader in readers:
+            for name, value in (("k_quant_type", "PER_CHANNEL"), ("v_quant_type", "PER_CHANNEL")):
+                reader.attributes[name] = ir.AttrString(name, value)
+            reader.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", self._bits)
+            reader.resize_inputs(_VALUE_SCALE + 1)
+            if len(reader.outputs) < 3:  # the operator refuses to be without, where they are quantized
+                reader.resize_outputs(3)
+                for output in reader.outputs[1:]:
+                    output.name = self._edit.names.fresh(f"{reader.name}/present")
         for place, scale in ((_KEY, _KEY_SCALE), (_VALUE, _VALUE_SCALE)):
             past, present = node.inputs[place], node.outputs[place - _KEY + 1]
             assert past is not None
             largest = self._ranges[past.name or ""]
             scales = np.maximum(largest, 1e-6) / (2 ** (self._bits - 1) - 1)
-            node.replace_input_with(scale, self._edit.constant(scales[None, :, None].astype(np.float32), "scales"))
+            constant = self._edit.constant(scales[None, :, None].astype(np.float32), "scales")
+            for reader in readers:
+                reader.replace_input_with(scale, constant)
             for cache in (past, present):
                 cache.type = ir.TensorType(ir.DataType.INT8 if self._bits == 8 else ir.DataType.UINT8)
                 sizes = [None] * 4 if cache.shape is None else list(cache.shape)
@@ -93,6 +102,13 @@ def _is_site(node: ir.Node) -> bool:
         return False
     pasts = [node.inputs[_KEY], node.inputs[_VALUE]]
     return len(node.outputs) > 2 and all(past is not None and past.dtype not in _QUANTIZED for past in pasts)
+
+
+def _later_layers(node: ir.Node) -> list[ir.Node]:
+    """The attentions that read the present of `node` as their past (see `share-kv`)."""
+    key, value = node.outputs[1:3]
+    users = dict.fromkeys(user for user, _ in key.uses() if user.op_type == "GroupQueryAttention")
+    return [user for user in users if user.inputs[_KEY] is key and user.inputs[_VALUE] is value]
 
 
 def _asks_for_depth(shape: ir.Node) -> bool:

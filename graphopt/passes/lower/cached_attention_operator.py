@@ -10,6 +10,7 @@ import onnx_ir as ir
 from graphopt.analysis.algebra import attribute_int
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import LOWERED
+from graphopt.passes.lower.cached_site import shared_cache
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 from graphopt.runtime_ops.library import library_path
 from graphopt.runtime_ops.operator import DOMAIN, OLDEST_OPSET, add_body, operators
@@ -42,7 +43,7 @@ class CachedAttention(ShapeRulePass):
     **Guarantees:** the same function where rows have tokens; what is padded at the end of a row is undefined in both.
 
     **Left alone, with the reason:** a quantized cache; position ids, a bias of the scores, sinks; normalised queries
-    and keys; an output of the scores; what has no past.
+    and keys; an output of the scores; what has no past, or that of an earlier layer (`share-kv`).
 
     **Targets:** cpu.
 
@@ -105,11 +106,13 @@ class CachedAttention(ShapeRulePass):
         if any(attribute.is_ref() for attribute in node.attributes.values()):
             return "an attribute is set by the caller of its function"
         given = dict(enumerate(node.inputs))
-        query, past = given.get(0), given.get(3)
+        query, past, values = given.get(0), given.get(3), given.get(4)
         if query is None or (dtype := self.dtype(query)) not in _TYPES:
             return "it computes in another type than float32 and float16"
-        if past is None or given.get(4) is None or given.get(5) is None or given.get(6) is None:
+        if past is None or values is None or given.get(5) is None or given.get(6) is None:
             return "it has no past"
+        if not past.is_graph_input() and shared_cache(past, values) is not None:
+            return "it reads the cache of an earlier layer, and the operator takes none without new keys"
         if (cache := self.dtype(past)) != dtype:
             return f"its cache is of type {'unknown' if cache is None else cache.name}"
         if (given.get(1) is None) != (given.get(2) is None):

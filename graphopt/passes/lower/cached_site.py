@@ -11,6 +11,7 @@ import onnx_ir as ir
 from graphopt.analysis.algebra import attribute_int, is_op, producer
 from graphopt.analysis.dims import Dim
 from graphopt.analysis.shapes import Shape, ShapeFacts
+from graphopt.graph.cache_flow import qualified
 from graphopt.passes.fold.layers import Layer, layer_of, sole_reader
 
 TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -60,6 +61,8 @@ class CachedSite:
         tokens: S.
         total: P + S.
         joined: Whether operands and result are [B, S, H·D].
+        shared: Keys and values of past and new tokens, the present ones of an earlier attention, whose past is
+            `past_key` and `past_value` then; None where the attention has a cache of its own.
     """
 
     node: ir.Node
@@ -77,6 +80,7 @@ class CachedSite:
     tokens: Dim
     total: Dim
     joined: bool
+    shared: tuple[ir.Value, ir.Value] | None = None
 
     @property
     def heads(self) -> int:
@@ -91,6 +95,8 @@ class CachedSite:
     @property
     def rotation(self) -> ir.Node | None:
         """The rotation of the queries, where that of the keys is the same one."""
+        if self.shared is not None:
+            return self.q.rotation
         a, b = self.q.rotation, self.k.rotation
         if a is None or b is None or list(a.inputs[1:]) != list(b.inputs[1:]):
             return None
@@ -106,7 +112,12 @@ def read(node: ir.Node, facts: ShapeFacts) -> CachedSite | None:
     """
     inputs = [*node.inputs, *[None] * (6 - len(node.inputs))]
     q, k, v, mask, past_key, past_value = inputs[:6]
-    if q is None or k is None or v is None or past_key is None or past_value is None:
+    if q is None or k is None or v is None:
+        return None
+    shared = shared_cache(k, v) if past_key is None and past_value is None else None
+    if shared is not None:
+        past_key, past_value = shared
+    if past_key is None or past_value is None:
         return None
     if any(attribute.is_ref() for attribute in node.attributes.values()):
         raise NotTaken("an attribute is set by the caller of its function: inline functions first")
@@ -137,14 +148,20 @@ def read(node: ir.Node, facts: ShapeFacts) -> CachedSite | None:
     if not heads or heads % kv_heads:
         raise NotTaken("the number of heads isn't certain")
     batch, tokens = shape[0], shape[1 if joined else 2]
-    if new[0] != batch or new[1 if joined else 2] != tokens:
+    if shared is None and (new[0] != batch or new[1 if joined else 2] != tokens):
         raise NotTaken("it isn't certain that there are as many new keys as queries")
     rows = (batch, tokens)
+    new_k, new_v = (
+        _operand(value, kv_heads, depth, rows, facts)
+        if shared is None
+        else Operand(value, "heads", kv_heads, None, [value])
+        for value in (k, v)
+    )
     return CachedSite(
         node,
         _operand(q, heads, depth, rows, facts),
-        _operand(k, kv_heads, depth, rows, facts),
-        _operand(v, kv_heads, depth, rows, facts),
+        new_k,
+        new_v,
         mask,
         past_key,
         past_value,
@@ -156,7 +173,25 @@ def read(node: ir.Node, facts: ShapeFacts) -> CachedSite | None:
         tokens,
         cache[2] + tokens,
         joined,
+        None if shared is None else (k, v),
     )
+
+
+_PASTS = {"Attention": 4, "com.microsoft::GroupQueryAttention": 3, "ai.graphopt::CachedAttention": 3}
+"""Operators that give out past and new keys and values as they are, with the place of the past keys."""
+
+
+def shared_cache(keys: ir.Value, values: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """Past keys and values of the earlier attention whose present ones `keys` and `values` are; None where they aren't
+    those of one."""
+    node = keys.producer()
+    place = None if node is None else _PASTS.get(qualified(node))
+    if node is None or place is None or values.producer() is not node or len(node.inputs) < place + 2:
+        return None
+    past_key, past_value = node.inputs[place : place + 2]
+    if keys.index() != 1 or values.index() != 2 or past_key is None or past_value is None:
+        return None
+    return past_key, past_value
 
 
 def _number(node: ir.Node, name: str) -> float | None:

@@ -1,0 +1,269 @@
+"""share-kv: bookkeeping on many architectures, that nothing else changes, how it is lowered, and the searches."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+
+import tiny_decoders
+from matrix_models import MODELS
+from matrix_variants import Variant
+
+from graphopt.api import canonical, optimize
+from graphopt.calibration.text import TextDataset
+from graphopt.errors import UsageError
+from graphopt.graph.edits import sort
+from graphopt.graph.kv_interface import kv_interface
+from graphopt.graph.load import load
+from graphopt.graph.save import save
+from graphopt.passes.kv.share_kv import ShareKV
+from graphopt.runtime_ops.generation import Generator
+from graphopt.runtime_ops.memory_session import make_session
+
+Arrays = dict[str, npt.NDArray[Any]]
+CACHED = Variant("script", 17, "eager", cached=True)
+ARCHITECTURES = [
+    "llama", "mistral", "qwen3", "gemma2", "phi3", "gpt2", "gptneox", "gptj", "opt", "gptbigcode",
+]  # fmt: skip
+ASSUMED = ("no-left-padding", "no-batched-chunks", "counted-positions", "max-length=64")
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exports")
+
+
+def exported(key: str, folder: Path) -> ir.Model:
+    """The canonical graph of a tiny decoder with two layers and random weights."""
+    from matrix_exports import make
+
+    make(MODELS[key], CACHED, folder)
+    return optimize(folder / CACHED.file(key), "canonical", verify="none").model
+
+
+def run(model: ir.Model, feeds: Arrays) -> Arrays:
+    session = make_session(model)
+    names = [output.name for output in session.get_outputs()]
+    wanted = {item.name for item in session.get_inputs()}
+    return dict(zip(names, session.run(names, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
+
+
+def fed(model: ir.Model, past: int, tokens: int, batch: int = 2) -> Arrays:
+    """Inputs of a decoder, with equal caches in all layers."""
+    interface = kv_interface(model)
+    assert interface is not None
+    rng = np.random.default_rng(past + tokens)
+    feeds: Arrays = {}
+    for name, array in (
+        (interface.token_ids, rng.integers(3, 40, size=(batch, tokens))),
+        (interface.attention_mask, np.ones((batch, past + tokens), dtype=np.int64)),
+        (interface.position_ids, np.tile(np.arange(past, past + tokens), (batch, 1))),
+    ):
+        if name is not None:
+            feeds[name] = array
+    for pair in interface.pairs:
+        rng = np.random.default_rng(pair.part == "key")
+        feeds[pair.past] = rng.normal(size=(batch, pair.heads or 0, past, pair.head_size or 0)).astype(np.float32)
+    return feeds
+
+
+def made_equal(model: ir.Model, layer: int, donor: int) -> ir.Model:
+    """A copy in which the new keys and values of a layer are those of an earlier one."""
+    copy = model.clone()
+    interface = kv_interface(copy)
+    assert interface is not None
+    by_past = {node.inputs[4].name: node for node in copy.graph if node.op_type == "Attention" and node.inputs[4]}
+    keys = {pair.layer: pair.past for pair in interface.pairs if pair.part == "key"}
+    for place in (1, 2):
+        by_past[keys[layer]].replace_input_with(place, by_past[keys[donor]].inputs[place])
+    return copy
+
+
+def shared(model: ir.Model, **options: Any) -> tuple[ir.Model, ShareKV]:
+    after = model.clone()
+    rule = ShareKV(**options)
+    assert rule(after).modified
+    sort(after)
+    return after, rule
+
+
+def off(found: Arrays, expected: Arrays) -> float:
+    assert found
+    return max(float(np.abs(found[name] - expected[name]).max() / np.abs(expected[name]).max()) for name in found)
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("key", ARCHITECTURES)
+def test_sharing_between_equal_layers_changes_nothing(key: str, exports: Path, tmp_path: Path) -> None:
+    model = exported(key, exports)
+    equal = made_equal(model, 1, 0)
+    after, rule = shared(model, pairs=[[1, 0]])
+    assert [site.detail for site in rule.sites] == ["layer 1 reads the cache of layer 0"]
+    before, now = kv_interface(model), kv_interface(after)
+    assert before is not None
+    assert now is not None
+    assert now.layers == before.layers - 1 == 1
+    assert now.problems == ()
+    assert [(p.past, p.present) for p in now.pairs] == [(p.past, p.present) for p in before.pairs[:2]]
+    assert [v.name for v in after.graph.inputs] == [v.name for v in model.graph.inputs][: len(after.graph.inputs)]
+    lowered = optimize(after.clone(), "lower", verify="none", assume=ASSUMED).model
+    for past, tokens in ((0, 6), (5, 1), (4, 3)):
+        feeds = fed(model, past, tokens, batch=1 if past and tokens > 1 else 2)
+        expected = run(equal, feeds)
+        assert off(run(after, feeds), expected) < 1e-5
+        assert off(run(lowered, feeds), expected) < 1e-5
+    save(lowered, tmp_path / "model.onnx")
+    assert len(Generator(tmp_path / "model.onnx").generate([[5, 6, 7]], max_new_tokens=5, stop=())[0]) == 5
+
+
+def parsed(layers: int = 4) -> ir.Model:
+    """A decoder of several layers with `Attention` on merged heads."""
+    model = ir.from_proto(tiny_decoders.decoder("attention", layers=layers))
+    assert canonical(model) is model
+    return model
+
+
+@pytest.mark.parametrize("cache", ["growing", "static"])
+def test_it_generates_as_the_equal_model_does(cache: Any, tmp_path: Path) -> None:
+    model = parsed()
+    equal = made_equal(made_equal(model, 2, 1), 3, 1)
+    after, _ = shared(model, pairs=[[3, 2], [2, 1]])
+    lowered = optimize(after.clone(), "lower", verify="none", assume=ASSUMED).model
+    assert sum(node.op_type == "GroupQueryAttention" for node in lowered.graph) == 4
+    for name, one in (("equal", equal), ("shared", after), ("lowered", lowered)):
+        save(one, tmp_path / f"{name}.onnx")
+    prompt = [[1, 2, 3, 4, 5]]
+    expected = Generator(tmp_path / "equal.onnx").generate(prompt, max_new_tokens=20, stop=())
+    generator = Generator(tmp_path / "lowered.onnx", cache=cache)
+    assert generator.cache == cache
+    assert generator.generate(prompt, max_new_tokens=20, stop=()) == expected
+    assert generator.generate(prompt, max_new_tokens=20, stop=(), chunk=2) == expected
+    assert Generator(tmp_path / "shared.onnx").generate(prompt, max_new_tokens=20, stop=()) == expected
+
+
+def test_names_move_up_and_chains_end_at_their_root() -> None:
+    model = parsed(5)
+    after, rule = shared(model, pairs=[[1, 0], [3, 1]])
+    assert [site.detail for site in rule.sites] == [
+        "layer 1 reads the cache of layer 0", "layer 3 reads the cache of layer 0",
+    ]  # fmt: skip
+    now = kv_interface(after)
+    assert now is not None
+    assert [pair.past for pair in now.pairs] == [
+        f"past_key_values.{layer}.{part}" for layer in range(3) for part in ("key", "value")
+    ]
+    # The third cache is that of the last layer.
+    feeds = fed(model, 3, 2)
+    expected = run(made_equal(made_equal(model, 1, 0), 3, 0), feeds)
+    found = run(after, feeds)
+    assert np.abs(found["present.2.key"] - expected["present.4.key"]).max() < 1e-5
+    assert np.abs(found["present.1.value"] - expected["present.2.value"]).max() < 1e-5
+
+
+def test_a_causal_attribute_becomes_a_mask() -> None:
+    model = parsed(2)
+    for node in model.graph:
+        if node.op_type == "Attention":
+            node.replace_input_with(3, None)
+            node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
+    after, _ = shared(model, pairs=[[1, 0]])
+    for past, tokens in ((0, 5), (4, 1), (4, 3)):
+        feeds = fed(model, past, tokens)
+        assert off(run(after, feeds), run(made_equal(model, 1, 0), feeds)) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_quantized_cache_of_onnx_runtime_is_shared_too(bits: int) -> None:
+    """It computes what the model of equal layers does, whose caches have the same scales."""
+    model = parsed(3)
+    text = TextDataset(np.random.default_rng(0).integers(0, 41, 64), 16)
+    options = {"operator": "contrib", "key_bits": bits, "value_bits": bits}
+    recipe = {"passes": [{"recipe": "lower"}, {"quantize-kv": options}]}
+
+    def quantized(one: ir.Model) -> ir.Model:
+        return optimize(one, recipe, verify="none", assume=ASSUMED, calibration=text).model
+
+    after, equal = quantized(shared(model, pairs=[[2, 1]])[0]), quantized(made_equal(model, 2, 1))
+    assert sum("k_quant_type" in node.attributes for node in after.graph) == 3
+    feeds = fed(model, 0, 9)
+    for value in equal.graph.inputs:
+        if (value.name or "") in feeds and "past" in (value.name or ""):
+            assert value.dtype is not None
+            assert value.shape is not None
+            feeds[value.name or ""] = np.zeros([2, 2, 0, int(value.shape[3])], dtype=value.dtype.numpy())
+    prefilled, expected = run(after, feeds), run(equal, feeds)
+    assert off({"logits": prefilled["logits"]}, expected) < 1e-5
+    more = fed(model, 9, 1)
+    pasts = {name.replace("present", "past_key_values"): array for name, array in expected.items()}
+    found = run(after, more | pasts)
+    assert off({"logits": found["logits"]}, run(equal, more | pasts)) < 1e-5
+
+
+def test_graphopts_quantized_cache_leaves_both_alone() -> None:
+    after, _ = shared(parsed(3), pairs=[[2, 1]])
+    result = optimize(after.clone(), {"passes": ["quantize-kv"]}, verify="none", assume=ASSUMED)
+    (step,) = result.report.run.records
+    told = {site.outcome: [] for site in step.sites}
+    for site in step.sites:
+        told[site.outcome].append(site.detail)
+    assert len(told["applied"]) == 1
+    assert [detail.rpartition("read ")[2][:10] for detail in told["left"]] != []
+    assert any("by a later layer" in detail for detail in told["left"])
+    assert any("the cache of an earlier layer" in detail for detail in told["left"])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"pairs": [[0, 1]]}, "earlier layer"), ({"pairs": [[1, 0], [1, 0]]}, "twice"), ({"pairs": [[1]]}, "pairs holds"),
+        ({"count": 0}, "count"), ({"fraction": 1.5}, "fraction"), ({"search": "random"}, "search"),
+    ],
+)  # fmt: skip
+def test_options_that_are_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        ShareKV(**options)
+
+
+def test_a_layer_that_isnt_there() -> None:
+    with pytest.raises(UsageError, match="no layer 7"):
+        ShareKV(pairs=[[7, 0]])(parsed(2))
+
+
+@pytest.mark.parametrize("search", ["loss", "similar", "dissimilar"])
+def test_searches_find_pairs_that_can_be_given(search: Any) -> None:
+    text = TextDataset(np.random.default_rng(0).integers(0, 41, 64), 16)
+    model = parsed(4)
+    options = {"search": search, "count": 2, "threshold": -1.0, "keep": [1], "samples": 2}
+    result = optimize(model.clone(), {"passes": [{"share-kv": options}]}, verify="none", calibration=text)
+    found = result.report.run.records[0].options["pairs"]
+    assert len(found) == 2
+    assert 1 not in [layer for layer, _ in found]
+    again = optimize(model.clone(), {"passes": [{"share-kv": {"pairs": found}}]}, verify="none")
+    feeds = fed(model, 0, 8)
+    assert off(run(again.model, feeds), run(result.model, feeds)) == 0
+
+
+def test_a_model_without_a_cache_is_left() -> None:
+    model = ir.from_onnx_text('<ir_version: 10, opset_import: ["": 23]> g (float[2] x) => (float[2] y) { y = Neg(x) }')
+    assert not ShareKV(pairs=[[1, 0]])(model).modified
+
+
+def test_what_was_equal_from_the_start_is_found(tmp_path: Path) -> None:
+    """Of four layers the third has the keys and values of the first: the search loses nothing by sharing them."""
+    model = made_equal(parsed(4), 2, 0)
+    text = TextDataset(np.random.default_rng(1).integers(0, 41, 48), 24)
+    rule = ShareKV(count=1)
+    result = optimize(model, {"passes": [{"share-kv": {"count": 1}}]}, verify="none", calibration=text)
+    assert result.report.run.records[0].options["pairs"] == [[2, 0]]
+    assert result.report.run.records[0].options["expected_divergence"][0] < 1e-6
+    assert rule.option_values()["count"] == 1
+    save(result.model, tmp_path / "model.onnx")
+    assert load(tmp_path / "model.onnx") is not None
