@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
-from graphopt.graph.assumptions import ASSUMPTIONS_KEY
 from graphopt.graph.kv_interface import CachePair, KVInterface
-from graphopt.graph.kv_names import RENAMED_KEY, original_names
+from graphopt.graph.kv_names import RENAMED_KEY, original_names, rename_ends, rename_in_assumptions
 
 
 def remove_pairs(model: ir.Model, interface: KVInterface, gone: Collection[CachePair]) -> dict[str, str]:
-    """Remove caches that no attention reads or writes any more, and close the gaps in the names of the others.
+    """Remove caches that no attention reads or writes any more, and close the gaps in the numbers of the others.
 
-    The names are the exporter's: the first of them, in the order of the layers, go to the caches that are left, so
-    that numbers count up as before. Whoever asks for the shape of a removed cache is told that of one that is left.
+    Whoever asks for the shape of a removed cache is told that of one that is left.
 
     Args:
         model: The decoder, in which the attentions of `gone` have been rewritten.
@@ -31,37 +30,95 @@ def remove_pairs(model: ir.Model, interface: KVInterface, gone: Collection[Cache
     """
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
-    outputs = {value.name: value for value in graph.outputs}
     kept = [pair for pair in interface.pairs if pair not in gone]
     for pair in gone:
         past = inputs[pair.past]
         if past.uses():
             _answer_by_another(past, (inputs[other.past] for other in kept if other.part == pair.part))
-        graph.inputs.remove(past)
-        present = outputs.get(pair.present)
-        if present is not None:
-            graph.outputs.remove(present)
-    renamed: dict[str, str] = {}
-    lost: dict[str, str] = {}
-    for part in dict.fromkeys(pair.part for pair in gone):
-        before = [pair for pair in interface.pairs if pair.part == part]
-        after = [pair for pair in kept if pair.part == part]
-        for names, now, ends in (
-            ([p.past for p in before], [p.past for p in after], inputs),
-            ([p.present for p in before], [p.present for p in after], outputs),
-        ):
-            moved = {ends[old]: new for old, new in zip(now, names, strict=False) if old != new and old in ends}
-            for value, new in moved.items():
-                renamed[value.name or ""] = new or ""
-            # Removed values may have the name still.
-            for name in names:
-                if name in ends and ends[name] not in moved and name not in now:
-                    ends[name].name = None
-            for value, new in moved.items():
-                value.name = new
-            lost |= {name: names[0] for name in names[len(now) :] if name and names[0] and now}
-    _forget(model, lost)
-    return renamed
+    return forget_pairs(model, interface, gone)
+
+
+def forget_pairs(model: ir.Model, interface: KVInterface, gone: Collection[CachePair]) -> dict[str, str]:
+    """Take caches from the inputs and outputs of a model in which nothing reads them, and renumber the others.
+
+    Args:
+        model: The decoder.
+        interface: Its interface before.
+        gone: The pairs of it that go.
+
+    Returns:
+        Name before → name now, of the inputs and outputs that got another.
+    """
+    graph = model.graph
+    pasts, presents = {pair.past for pair in gone}, {pair.present for pair in gone if pair.present is not None}
+    graph.inputs[:] = [value for value in graph.inputs if value.name not in pasts]
+    graph.outputs[:] = [value for value in graph.outputs if value.name not in presents]
+    stays = {pair.part: pair.past for pair in reversed(interface.pairs) if pair.past not in pasts}
+    rename_in_assumptions(model, {pair.past: stays.get(pair.part, pair.past) for pair in gone})
+    return close_gaps(model, interface, pasts | presents)
+
+
+def close_gaps(model: ir.Model, before: KVInterface, gone: Collection[str]) -> dict[str, str]:
+    """Renumber the inputs and outputs of a cache after some of them were removed, in the exporter's own pattern.
+
+    Where the numbers of a name differ between layers in one place, that is the layer's; it is lowered by as many as
+    there were removed below it. So `past_key_values.7.key` becomes `past_key_values.6.key` where one below was removed,
+    and numbers that had gaps before keep those. Names that hold no such number stay.
+
+    Args:
+        model: The model, without what was removed.
+        before: Its interface before.
+        gone: Names of the inputs and outputs that were removed.
+
+    Returns:
+        Name before → name now, of those that changed. The model remembers them, as `rename_kv_cache` does.
+    """
+    changed: dict[str, str] = {}
+    pairs = [*before.pairs, *before.cross]
+    for names in ([p.past for p in pairs], [p.present for p in pairs]):
+        numbered = [(pair.part, *_parts(name)) for pair, name in zip(pairs, names, strict=True) if name is not None]
+        alike: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {}
+        for part, words, numbers in numbered:
+            alike.setdefault((part, words), []).append(numbers)
+        lost = [(words, numbers) for _, words, numbers in numbered if _joined(words, numbers) in gone]
+        for part, words, numbers in numbered:
+            place = _varying(alike[part, words])
+            if place is None or _joined(words, numbers) in gone:
+                continue
+            rest, own = _without(numbers, place), int(numbers[place])
+            below = sum(1 for w, n in lost if w == words and _without(n, place) == rest and int(n[place]) < own)
+            if below:
+                now = f"{own - below:0{len(numbers[place])}d}" if numbers[place][0] == "0" else f"{own - below}"
+                new = (*numbers[:place], now, *numbers[place + 1 :])
+                changed[_joined(words, numbers)] = _joined(words, new)
+    rename_ends(model, changed)
+    if changed:
+        known = original_names(model)
+        ends = {v.name for v in (*model.graph.inputs, *model.graph.outputs)}
+        before_it = {new: known.get(old, old) for old, new in changed.items()}
+        kept = {name: old for name, old in known.items() if name in ends and name not in changed.values()}
+        model.metadata_props[RENAMED_KEY] = json.dumps({**kept, **before_it})
+    return changed
+
+
+def _parts(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The words and the numbers of a name, in turns, words first and last."""
+    pieces = re.split(r"(\d+)", name)
+    return tuple(pieces[::2]), tuple(pieces[1::2])
+
+
+def _joined(words: Sequence[str], numbers: Sequence[str]) -> str:
+    return "".join(w + n for w, n in zip(words, (*numbers, ""), strict=True))
+
+
+def _without(numbers: tuple[str, ...], place: int) -> tuple[str, ...]:
+    return (*numbers[:place], *numbers[place + 1 :])
+
+
+def _varying(numbers: Sequence[tuple[str, ...]]) -> int | None:
+    """The one place in which numbers of equally many digits groups differ; None where there is none, or more."""
+    places = [place for place, column in enumerate(zip(*numbers, strict=True)) if len(set(column)) > 1]
+    return places[0] if len(places) == 1 else None
 
 
 def _answer_by_another(past: ir.Value, others: Iterator[ir.Value]) -> None:
@@ -78,20 +135,3 @@ def _answer_by_another(past: ir.Value, others: Iterator[ir.Value]) -> None:
         raise ValueError(f"the length of {past.name!r} is read, and no other cache has its sizes")
     for user in users:
         user.replace_input_with(0, other)
-
-
-def _forget(model: ir.Model, lost: dict[str, str]) -> None:
-    """Put names that are there in place of lost ones, in what the metadata says of names."""
-    names = original_names(model)
-    if names:
-        model.metadata_props[RENAMED_KEY] = json.dumps({now: old for now, old in names.items() if now not in lost})
-    text = model.metadata_props.get(ASSUMPTIONS_KEY)
-    try:
-        entries = json.loads(text) if text is not None else []
-    except ValueError:
-        return  # whoever reads it will say so
-    for entry in entries if isinstance(entries, list) else []:
-        if isinstance(entry, dict) and isinstance(roles := entry.get("inputs"), dict):
-            entry["inputs"] = {role: lost.get(name, name) for role, name in roles.items()}
-    if entries:
-        model.metadata_props[ASSUMPTIONS_KEY] = json.dumps(entries)

@@ -12,7 +12,7 @@ from graphopt.analysis.branches import reads
 from graphopt.analysis.depth_units import DepthUnit, DepthUnits, exclusive, same_shape
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.edits import Editor
-from graphopt.graph.kv_names import close_gaps, rename_in_assumptions
+from graphopt.graph.kv_edits import forget_pairs
 
 Norms = Literal["remove", "keep"]
 """What becomes of the normalization of a post-LN branch's sum."""
@@ -159,8 +159,7 @@ def bypass(
     for node, value in plan.moves.items():
         node.replace_input_with(0, value)
     lost = set(plan.lost)
-    graph = model.graph
-    graph.outputs[:] = [value for value in graph.outputs if value not in lost]
+    model.graph.outputs[:] = [value for value in model.graph.outputs if value not in lost]
     inside = [node for unit in chosen for node in exclusive(unit.branch)]
     for unit in chosen:
         edit.at(unit.branch.add)
@@ -170,15 +169,12 @@ def bypass(
     for dead in (*behind, *reversed(inside)):
         if dead is not None and dead.graph is not None:
             _remove_onward(dead, edit)
-    gone = set(plan.gone)
-    graph.inputs[:] = [value for value in graph.inputs if value not in gone]
-    if found.interface is None or not gone:
+    caches = [pair for unit in chosen for pair in unit.caches]
+    if found.interface is None or not caches:
         return Bypassed((), (), {})
-    names = tuple(value.name or "" for value in plan.gone), tuple(value.name or "" for value in plan.lost)
-    stays = {pair.part: pair.past for pair in reversed(found.interface.pairs) if pair.past not in names[0]}
-    part = {pair.past: pair.part for pair in found.interface.pairs}
-    rename_in_assumptions(model, {name: stays.get(part.get(name, "key"), name) for name in names[0]})
-    return Bypassed(*names, close_gaps(model, found.interface, {*names[0], *names[1]}))
+    renamed = forget_pairs(model, found.interface, caches)
+    lost_names = tuple(pair.present for pair in caches if pair.present is not None)
+    return Bypassed(tuple(pair.past for pair in caches), lost_names, renamed)
 
 
 def _ordered(found: DepthUnits, units: Iterable[DepthUnit]) -> list[DepthUnit]:
