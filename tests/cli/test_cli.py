@@ -19,13 +19,12 @@ from test_pass_manager import Replace
 
 import graphopt.cli
 from graphopt.passes import registry
+from tests.cli.conftest import Run
 
 TEXT = """<ir_version: 8, opset_import: ["": 17]>
 g (float[n, 4] x) => (float[n, 4] y) <float[4] w = {1, 2, 3, 4}> {
   i = Identity(x)  a = Mul(i, w)  b = Mul(i, w)  c = Add(a, b)  y = Tanh(c)
 }"""
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 class TanhToSin(Replace):
@@ -36,24 +35,6 @@ class TanhToSin(Replace):
 
     def __init__(self) -> None:
         super().__init__("Tanh", "Sin")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["graphopt", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "100")
-        handler = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(SystemExit) as end:
-            graphopt.cli.main()
-        signal.signal(signal.SIGTERM, handler)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +10,13 @@ import onnx
 import pytest
 from test_pass_manager import Replace
 
-import graphopt.cli
 from graphopt.passes.base import Guarantee
+from tests.cli.conftest import Run
 
 TEXT = """<ir_version: 8, opset_import: ["": 17]>
 g (float[n, 3] x) => (float[n, 3] probabilities) {
   i = Identity(x)  t = Tanh(i)  probabilities = Softmax(t)
 }"""
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 class TanhToNeg(Replace):
@@ -33,24 +28,6 @@ class TanhToNeg(Replace):
 
     def __init__(self) -> None:
         super().__init__("Tanh", "Neg")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["graphopt", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        handler = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(SystemExit) as end:
-            graphopt.cli.main()
-        signal.signal(signal.SIGTERM, handler)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -14,10 +11,9 @@ from fake_profiles import fake
 
 from graphopt.analysis import measure_profile, profile_cache
 from graphopt.analysis import profile as profiles
-from graphopt.cli import main
+from tests.cli.conftest import Run
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime isn't installed")
-Run = Callable[..., tuple[int, str, str]]
 NUMBERS = ", ".join(["0.5"] * 128)
 TEXT = f"""<ir_version: 10, opset_import: ["": 21]>
 g (float[b, s, 128] x, float[b, s, 128] r) => (float[b, s, 128] y)
@@ -27,20 +23,10 @@ g (float[b, s, 128] x, float[b, s, 128] r) => (float[b, s, 128] y)
 }}"""
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Profiles are kept apart from those of whoever runs the tests."""
     monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "cache"))
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["graphopt", *map(str, arguments)])
-        handler = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        signal.signal(signal.SIGTERM, handler)
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
