@@ -119,6 +119,16 @@ def last_layers(layers: Iterable[ir.Node], graph: ir.Graph) -> list[ir.Node]:
     return [node for node in seeds if node not in leads]
 
 
+def only_swish(value: ir.Value) -> bool:
+    """Whether value · Sigmoid(value) is all that is made of a value."""
+    readers = [use.node for use in value.uses()]
+    gate, product = (next((node for node in readers if is_op(node, kind)), None) for kind in ("Sigmoid", "Mul"))
+    if len(readers) != 2 or gate is None or product is None or value.is_graph_output():
+        return False
+    opened = gate.outputs[0]
+    return [use.node for use in opened.uses()] == [product] and not opened.is_graph_output()
+
+
 def clamp_limits(node: ir.Node) -> tuple[float, float]:
     """The least and the largest number that a Relu or Clip lets through."""
     if is_op(node, "Relu"):

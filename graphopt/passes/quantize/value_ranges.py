@@ -31,6 +31,10 @@ _SHARES = np.concatenate([np.linspace(1.0, 0.2, 41), np.geomspace(0.19, 0.02, 20
 """Of either side of a range, what the searches try."""
 
 
+_SWISH_BOTTOM, _SWISH_DEPTH, _SWISH_FLAT = 1.2785, 0.2785, 16.0
+"""Where x · Sigmoid(x) is least, how far below 0 it is there, and from where on it counts as 0."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ValueRange:
     """What was seen of one value.
@@ -56,7 +60,9 @@ class Seen:
     extremes: Summary
 
     @functools.cache  # noqa: B019 - a pass holds it while it runs
-    def range(self, method: Method = "minmax", fraction: float = 0.9999, levels: int = LEVELS) -> ValueRange:
+    def range(
+        self, method: Method = "minmax", fraction: float = 0.9999, levels: int = LEVELS, *, swish: bool = False
+    ) -> ValueRange:
         """The range that is rounded to so many levels.
 
         Args:
@@ -65,6 +71,8 @@ class Seen:
                 (`divergence`) is.
             fraction: For "percentile".
             levels: To how many numbers the value is rounded.
+            swish: x · Sigmoid(x) is all that is made of the value, so that the range ends where that is so near 0 that
+                it is rounded to 0.
         """
         excluded = self.extremes.excluded
         if not self.extremes.arrays or not self.extremes.rows:
@@ -78,6 +86,9 @@ class Seen:
             low, high = max(low, min(bottom, high)), min(high, max(top, low))
         elif method != "minmax":
             low, high = _least(bins, low, high, levels, squared_error if method == "mse" else divergence)
+        if swish and low < 0:
+            low = max(low, _swish_low(high, levels))
+            return ValueRange(low, high, bins.swish_snr(low, max(high, 0.0), levels), excluded)
         return ValueRange(low, high, bins.snr(min(low, 0.0), max(high, 0.0), levels), excluded)
 
 
@@ -193,14 +204,35 @@ class _Bins:
         return cls(((np.arange(len(counts)) + 0.5) * width - limit)[kept], counts[kept], width)
 
     def snr(self, low: float, high: float, levels: int) -> float:
-        mean = self.counts @ self.centres / self.counts.sum()
-        variance = float(self.counts @ (self.centres - mean) ** 2)
         # Here the error within the range is spread evenly over a step, so that neighbouring bins don't decide.
         step = (high - low) / (levels - 1)
         outside = np.clip(self.centres, low, high) - self.centres
         outside = np.where(np.abs(outside) < step, 0.0, outside)
         error = float(self.counts @ outside**2 + self.counts[outside == 0].sum() * step**2 / 12)
+        return self._decibels(self.centres, error)
+
+    def swish_snr(self, low: float, high: float, levels: int) -> float:
+        """As `snr`, of x · Sigmoid(x), where that is all that is made of the value."""
+        gate = 1 / (1 + np.exp(np.clip(-self.centres, -80, 80)))
+        slope = gate * (1 + self.centres * (1 - gate))
+        inside = (self.centres >= low) & (self.centres <= high)
+        step = (high - low) / (levels - 1)
+        error = float(self.counts @ (np.where(inside, slope, 0.0) * step) ** 2 / 12)
+        return self._decibels(self.centres * gate, error)
+
+    def _decibels(self, values: Array, error: float) -> float:
+        """The variance of what the bins stand for over a squared error summed over all that was counted."""
+        mean = self.counts @ values / self.counts.sum()
+        variance = float(self.counts @ (values - mean) ** 2)
         return 10 * math.log10(variance / error) if variance > 0 and 0 < error < math.inf else math.inf
+
+
+def _swish_low(high: float, levels: int) -> float:
+    """Below it, x · Sigmoid(x) is less than half a step from 0, where values end at `high`."""
+    half = (max(high, 0.0) + _SWISH_DEPTH) / (levels - 1) / 2
+    lows = np.linspace(-_SWISH_BOTTOM, -_SWISH_FLAT, 256)
+    below = -lows / (1 + np.exp(-lows)) <= half
+    return float(lows[below.argmax()]) if below.any() else -_SWISH_FLAT
 
 
 def _least(bins: _Bins, low: float, high: float, levels: int, loss: Any) -> tuple[float, float]:
