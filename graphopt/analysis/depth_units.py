@@ -61,6 +61,10 @@ class DepthUnit:
         assert value is not None
         return value
 
+    def result(self, without_norm: bool) -> ir.Value:
+        """What `remainder` takes the place of: the sum, or its norm where that goes with a post-LN branch."""
+        return self.norm.outputs[0] if self.norm is not None and without_norm else self.total
+
     @property
     def total(self) -> ir.Value:
         """The sum."""
@@ -167,8 +171,9 @@ def _layers(branches: list[Branch], keys: dict[ir.Node, ir.Node | None]) -> list
         keys: What makes the keys, by attention.
     """
     found: list[list[Branch]] = []
+    # Keys made in another branch of the stream are shared ones, not another sequence's.
+    inside = {node for branch in branches for node in branch.nodes}
     for branch in branches:
-        inside = set(branch.nodes)
         crosses = any(node in keys and keys[node] not in inside for node in branch.nodes)
         follows = bool(found) and found[-1][-1].kind == "attention"
         if follows and (branch.kind == "mlp" or (branch.kind == "attention" and crosses)):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.branches import reads
@@ -16,6 +17,10 @@ from graphopt.graph.kv_edits import forget_pairs
 
 Norms = Literal["remove", "keep"]
 """What becomes of the normalization of a post-LN branch's sum."""
+
+
+Pieces = tuple[tuple[ir.Value, int] | int, ...]
+"""Sizes: an axis of a value each, or what it always is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +43,13 @@ class _Plan:
 
     Attributes:
         obstacles: Why units can't go, by unit.
-        moves: The Shape nodes that read what goes, each with a value of the same size that stays.
+        moves: The Shape nodes that read what goes, each with where its sizes can be read instead.
         gone: The cache inputs that go.
     """
 
     def __init__(self, model: ir.Model, found: DepthUnits, units: Sequence[DepthUnit], facts: ShapeFacts) -> None:
         self.obstacles: dict[DepthUnit, str] = {}
-        self.moves: dict[ir.Node, ir.Value] = {}
+        self.moves: dict[ir.Node, Pieces] = {}
         self._facts = facts
         inputs = {value.name: value for value in model.graph.inputs}
         outputs = {value.name: value for value in model.graph.outputs}
@@ -60,7 +65,7 @@ class _Plan:
         interface = found.interface
         pairs = () if interface is None else (*interface.pairs, *interface.cross)
         stay = [inputs[pair.past] for pair in pairs if inputs[pair.past] not in self._owner]
-        self._substitutes = [*stay, *inputs.values(), *dict.fromkeys(unit.remainder for unit in units)]
+        self._substitutes = [*stay, *inputs.values()]
         own = () if interface is None else interface.pairs
         if own and all(inputs[pair.past] in self._owner for pair in own):
             self.obstacles[units[-1]] = "no cache would be left to tell how many tokens came before"
@@ -94,21 +99,46 @@ class _Plan:
             read = self._redirected[read]
         if read not in self._owner or node.op_type != "Shape" or node.domain != "":
             return read
-        known = self.moves.get(node)
-        if known is None:
-            start, end = (node.attributes.get(name) for name in ("start", "end"))
-            axes = slice(start.as_int() if start is not None else None, end.as_int() if end is not None else None)
-            for whole in (True, False):
-                for other in self._substitutes:
-                    if (
-                        other not in self._owner
-                        and other not in self._redirected
-                        and same_shape(other, read, self._facts, slice(None) if whole else axes)
-                    ):
-                        self.moves[node] = other
-                        return other
-            return read
-        return known
+        if node not in self.moves and (pieces := self._pieces(node, read)) is not None:
+            self.moves[node] = pieces
+        # What the pieces are read of are inputs, or sums of the stream, which are followed where they are needed.
+        return next((one[0] for one in self.moves.get(node, ()) if not isinstance(one, int)), read)
+
+    def _pieces(self, node: ir.Node, read: ir.Value) -> Pieces | None:
+        """Where the sizes that a Shape of `read` gives can be read instead; None where that isn't known."""
+        shape = self._facts.shape(read)
+        if shape is None:
+            return None
+        start, end = (node.attributes.get(name) for name in ("start", "end"))
+        axes = range(len(shape))[
+            start.as_int() if start is not None else None : end.as_int() if end is not None else None
+        ]
+        # What enters the branch is made before whatever reads a size of the branch.
+        entering = self._owner[read].remainder
+        while entering in self._redirected:
+            entering = self._redirected[entering]
+        substitutes = [v for v in (*self._substitutes, entering) if v not in self._owner]
+        for other in substitutes:
+            if same_shape(other, read, self._facts):
+                return tuple((other, axis) for axis in axes)
+        pieces: list[tuple[ir.Value, int] | int] = []
+        for axis in axes:
+            if (fixed := shape[axis].value) is not None:
+                pieces.append(fixed)
+                continue
+            found = next(
+                (
+                    (other, place)
+                    for other in substitutes
+                    for place, size in enumerate(self._facts.shape(other) or ())
+                    if size == shape[axis]
+                ),
+                None,
+            )
+            if found is None:
+                return None
+            pieces.append(found)
+        return tuple(pieces)
 
 
 def obstacles(
@@ -156,15 +186,14 @@ def bypass(
     for unit, reason in plan.obstacles.items():
         raise ValueError(f"{unit.name} can't be removed: {reason}")
     edit = Editor(model)
-    for node, value in plan.moves.items():
-        node.replace_input_with(0, value)
+    for node, pieces in plan.moves.items():
+        _read_elsewhere(node, pieces, edit)
     lost = set(plan.lost)
     model.graph.outputs[:] = [value for value in model.graph.outputs if value not in lost]
     inside = [node for unit in chosen for node in exclusive(unit.branch)]
     for unit in chosen:
         edit.at(unit.branch.add)
-        whole = unit.norm.outputs[0] if unit.norm is not None and norms == "remove" else unit.total
-        edit.replace(whole, unit.remainder)
+        edit.replace(unit.result(norms == "remove"), unit.remainder)
     behind = [value.producer() for value in plan.lost]
     for dead in (*behind, *reversed(inside)):
         if dead is not None and dead.graph is not None:
@@ -180,6 +209,25 @@ def bypass(
 def _ordered(found: DepthUnits, units: Iterable[DepthUnit]) -> list[DepthUnit]:
     chosen = set(units)
     return [unit for unit in found.units if unit in chosen]
+
+
+def _read_elsewhere(node: ir.Node, pieces: Pieces, edit: Editor) -> None:
+    """Let a Shape node give the same sizes, read of other values."""
+    edit.at(node)
+    first = pieces[0] if pieces else 0
+    if not isinstance(first, int) and all(
+        not isinstance(one, int) and one[0] is first[0] and one[1] == first[1] + i for i, one in enumerate(pieces)
+    ):
+        span = {"start": first[1], "end": first[1] + len(pieces)}
+        edit.replace(node.outputs[0], edit.op("Shape", [first[0]], span, like=node.outputs[0]))
+        return
+    parts = [
+        edit.constant(np.asarray([one]), "size")
+        if isinstance(one, int)
+        else edit.op("Shape", [one[0]], {"start": one[1], "end": one[1] + 1})
+        for one in pieces
+    ]
+    edit.replace(node.outputs[0], edit.op("Concat", parts, {"axis": 0}, like=node.outputs[0]))
 
 
 def _remove_onward(node: ir.Node, edit: Editor) -> None:

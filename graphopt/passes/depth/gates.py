@@ -47,8 +47,9 @@ def gated(model: ir.Model, units: Iterable[DepthUnit], *, norms: Norms = "remove
     for unit in depth_units(copy, infer(copy, believe_names=True)).units:
         if unit.name not in wanted:
             continue
-        last = unit.norm if unit.norm is not None and norms == "remove" else unit.branch.add
-        whole = last.outputs[0]
+        whole = unit.result(norms == "remove")
+        last = whole.producer()
+        assert last is not None
         edit.at(last)
         gate = edit.constant(np.asarray(True), f"gate.{unit.name}")
         chosen = edit.op("Where", [gate, whole, unit.remainder], like=whole)

@@ -1,0 +1,305 @@
+"""drop-layers: branches or layers that a model can do without removed, their caches with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import onnx_ir as ir
+
+from graphopt.analysis.depth_units import DepthUnit, DepthUnits, depth_units
+from graphopt.analysis.shapes import ShapeFacts, infer
+from graphopt.calibration.calibration import Calibration
+from graphopt.errors import UsageError
+from graphopt.passes.base import Guarantee, Pass
+from graphopt.passes.depth.bypass import Norms, bypass, obstacles
+from graphopt.passes.depth.closeness import Closeness, Span, closeness
+from graphopt.passes.depth.gates import gated
+from graphopt.passes.depth.positions import Position, by_position
+from graphopt.search.allocation import Choice, Item, allocate
+from graphopt.search.evolutionary import evolve
+from graphopt.search.greedy import greedy
+from graphopt.verification.trials import Trials
+
+Granularity = Literal["block", "attention", "mlp", "joint"]
+Score = Literal["loss", "influence", "angular", "contribution", "last", "first", "uniform", "alternate", "symmetric"]
+Search = Literal["one-shot", "greedy", "evolutionary", "knapsack"]
+Group = tuple[DepthUnit, ...]
+"""What goes together: a branch, or the branches of a layer."""
+
+
+class DropLayers(Pass):
+    """Remove the branches or layers that a model misses least.
+
+        x_{l+1} = x_l + f_l(x_l)   becomes   x_{l+1} = x_l   for the chosen l
+
+    Norms, weights and nodes that served a removed branch alone go with it; so do the cache inputs and outputs of a
+    removed attention, and those that stay are numbered without the gap, in the pattern of their names. A branch of any
+    kind can go whose input has the shape of its sum: attention, MLP, convolutions, in pre-LN and post-LN models.
+
+    Papers: ShortGPT: Layers in Large Language Models are More Redundant Than You Expect (influence of blocks); What
+    Matters in Transformers? Not All Attention is Needed (the same of attention and MLP apart); The Unreasonable
+    Ineffectiveness of the Deeper Layers (angular distance over a run of layers); BlockPruner: Fine-grained Pruning for
+    Large Language Models (loss after removal, one after the other); EvoPress: Accurate Dynamic Model Compression via
+    Evolutionary Search; LAPTOP-Diff: Layer Pruning and Normalized Distillation for Compressing Diffusion Models (a
+    knapsack on losses that add up); On the Effect of Dropping Layers of Pre-trained Transformer Models, and Reassessing
+    Layer Pruning in LLMs: New Insights and Methods (positions).
+
+    1. Scores, the lowest go first: "loss": the divergence of the outputs from the original's without it; "influence":
+       1 − cos(x_l, x_{l+1}), the mean over tokens; "contribution": |x_{l+1} − x_l| / |x_l|; "angular": the run of
+       neighbours with the least arccos(cos(x_l, x_{l+n})) / π; "last", "first", "uniform", "alternate" and "symmetric":
+       the position alone.
+    2. Searches, all by loss but "one-shot" (what scores lowest, each by itself): "greedy": one after the other, or
+       `beam` sets side by side, each grown by the `shortlist` candidates that last cost least; "evolutionary": from
+       the one-shot choice on, `generations` of `offspring` that exchange members, judged on one sample and the best two
+       on all; "knapsack": the least sum of single losses that removes enough bytes.
+    3. A candidate is a run of one session in which branches are switched off; nothing is saved or loaded for it.
+    4. What was chosen is among the options that the report lists, as `branches`; given as an option, nothing is
+       searched and no data needed.
+
+    **Options:** `count` (default none): how many go; `fraction` (default 0.1, where `count` isn't given): of all; for
+    "knapsack" of their bytes; `granularity` (default "attention"): "attention" or "mlp" branches, "block": layers,
+    "joint": branches of any kind; `score` (default "loss"): rule 1; `search` (default "one-shot"): rule 2; `branches`
+    (default none): those that go by name, as "attention.7" or "7" for a whole layer, counted from 0; `keep` (default
+    0): how many of the first and of the last are never removed; `norms` (default "remove"): whether the normalization
+    of a post-LN sum goes with its branch ("keep"); `samples` (default 2): of the data; `beam` (default 1), `shortlist`
+    (default 0: all), `generations` (default 20), `offspring` (default 8), `seed` (default 0): of the searches.
+
+    **Needs:** data, but for positions and `branches`; a canonical graph. **Guarantees:** LOSSY.
+
+    **Left alone, with the reason:** a branch whose sum has another shape than its skip; one of which something else
+    reads more than sizes, such as keys that other layers share; the last attention with a cache.
+
+    **When not to use it:** before a search of anything else that counts layers; on a model that was fine-tuned to need
+    all of them, which the losses in the report show.
+    """
+
+    name: ClassVar[str] = "drop-layers"
+    family: ClassVar[str] = "depth"
+    guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
+    paper: ClassVar[str] = "What Matters in Transformers? Not All Attention is Needed"
+
+    def __init__(
+        self,
+        count: int | None = None,
+        fraction: float | None = None,
+        granularity: Granularity = "attention",
+        score: Score = "loss",
+        search: Search = "one-shot",
+        branches: list[str] | None = None,
+        keep: int = 0,
+        norms: Norms = "remove",
+        samples: int = 2,
+        beam: int = 1,
+        shortlist: int = 0,
+        generations: int = 20,
+        offspring: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for option, value, known in (
+            ("granularity", granularity, Granularity), ("score", score, Score), ("search", search, Search),
+            ("norms", norms, Norms),
+        ):  # fmt: skip
+            if value not in get_args(known):
+                raise ValueError(f"{option} is one of {', '.join(get_args(known))}, not {value!r}")
+        if count is not None and fraction is not None:
+            raise ValueError("count and fraction both say how many go; give one of them")
+        if count is not None and count < 0:
+            raise ValueError(f"count must not be negative, not {count}")
+        if fraction is not None and not 0 <= fraction < 1:
+            raise ValueError(f"fraction must be from 0 to below 1, not {fraction}")
+        if search != "one-shot" and score != "loss":
+            raise ValueError(f"the search {search!r} goes by the loss; score {score!r} is for one-shot alone")
+        if score == "angular" and granularity != "block":
+            raise ValueError("score 'angular' is of a run of layers; give granularity: block")
+        if min(samples, beam, generations, offspring) < 1 or min(keep, shortlist) < 0:
+            raise ValueError("samples, beam, generations and offspring must be at least 1, keep and shortlist 0")
+        self.count = count
+        self.fraction = 0.1 if fraction is None and count is None else fraction
+        self.granularity, self.score, self.search, self.norms = granularity, score, search, norms
+        self.branches = None if branches is None else [str(name) for name in branches]
+        self.keep, self.samples, self.beam, self.shortlist = keep, samples, beam, shortlist
+        self.generations, self.offspring, self.seed = generations, offspring, seed
+        self.scores: dict[str, float] = {}
+        self.expected: float | None = None
+        if self.branches is None and score not in get_args(Position):
+            self.needs = ("samples",)
+
+    def option_values(self) -> dict[str, Any]:
+        """See the base; with what was found, once it is."""
+        found: dict[str, Any] = {"scores": self.scores} if self.scores else {}
+        if self.expected is not None:
+            found["expected_divergence"] = self.expected
+        return {**super().option_values(), **found}
+
+    def apply(self, model: ir.Model) -> bool:
+        """See the class."""
+        facts = infer(model, believe_names=True)
+        found = depth_units(model, facts)
+        for node, reason in found.left:
+            self.left(node, reason)
+        chosen = self._given(model, found, facts) if self.branches is not None else self._found(model, found, facts)
+        if not chosen:
+            return False
+        for unit in chosen:
+            gone = f", with its cache ({', '.join(pair.past for pair in unit.caches)})" if unit.caches else ""
+            self.applied(unit.branch.add, f"{unit.name} removed: {unit.bytes} bytes of weights{gone}")
+        bypass(model, found, chosen, facts, norms=self.norms)
+        self.branches = [unit.name for unit in chosen]
+        return True
+
+    def _given(self, model: ir.Model, found: DepthUnits, facts: ShapeFacts) -> list[DepthUnit]:
+        assert self.branches is not None
+        try:
+            chosen = found.named(self.branches)
+        except ValueError as error:
+            raise UsageError(f"drop-layers: {error}.") from error
+        for unit, reason in obstacles(model, found, chosen, facts).items():
+            raise UsageError(f"drop-layers: {unit.name} can't be removed: {reason}.")
+        return chosen
+
+    def _found(self, model: ir.Model, found: DepthUnits, facts: ShapeFacts) -> list[DepthUnit]:
+        groups = self._groups(model, found, facts)
+        free = groups[self.keep : len(groups) - self.keep]
+        count = self.count if self.count is not None else math.floor((self.fraction or 0) * len(groups) + 0.5)
+        if count > len(free):
+            raise UsageError(
+                f"drop-layers: {count} can't go, since there are {len(free)} of granularity {self.granularity!r} that "
+                "may be removed."
+            )
+        if not count and self.search != "knapsack":
+            return []
+        chosen = self._chosen(model, free, count)
+        units = sorted((unit for group in chosen for unit in group), key=lambda unit: unit.index)
+        for unit, reason in obstacles(model, found, units, facts).items():
+            raise UsageError(f"drop-layers: {unit.name} can't be removed with the others: {reason}.")
+        return units
+
+    def _groups(self, model: ir.Model, found: DepthUnits, facts: ShapeFacts) -> list[Group]:
+        """What may be removed, in order."""
+        groups: list[Group]
+        if self.granularity == "block":
+            groups = [tuple(layer) for layer in found.layers]
+        else:
+            groups = [(unit,) for unit in found.units if self.granularity in ("joint", unit.kind)]
+        free = []
+        for group in groups:
+            blocked = obstacles(model, found, group, facts)
+            for unit, reason in blocked.items():
+                self.left(unit.branch.add, f"{unit.name} isn't removed: {reason}")
+            if not blocked:
+                free.append(group)
+        return free
+
+    def _chosen(self, model: ir.Model, groups: list[Group], count: int) -> list[Group]:
+        if self.score in get_args(Position):
+            return [groups[i] for i in by_position(self.score, len(groups), count)]  # type: ignore[arg-type]
+        assert self.calibration is not None
+        if self.score == "angular":
+            return self._run(model, groups, count)
+        if self.score != "loss":
+            measured = self._closeness(model, [Span(group[0], group[-1]) for group in groups])
+            of: Callable[[Closeness], float] = {
+                "influence": lambda c: 1 - c.cosine,
+                "contribution": lambda c: c.change,
+            }[self.score]
+            self.scores = {_label(group): of(c) for group, c in zip(groups, measured, strict=True)}
+            return _lowest(groups, self.scores, count)
+        return _LossSearch(self, model, groups, self.calibration).chosen(count)
+
+    def _run(self, model: ir.Model, groups: list[Group], count: int) -> list[Group]:
+        """The run of layers that turns the stream least."""
+        starts = range(len(groups) - count + 1)
+        measured = self._closeness(model, [Span(groups[i][0], groups[i + count - 1][-1]) for i in starts])
+        self.scores = {_label(groups[i]): c.angle for i, c in zip(starts, measured, strict=True)}
+        best = min(starts, key=lambda i: (measured[i].angle, i))
+        return groups[best : best + count]
+
+    def _closeness(self, model: ir.Model, spans: Sequence[Span]) -> list[Closeness]:
+        assert self.calibration is not None
+        return closeness(model, spans, self.calibration, self.samples, norms=self.norms)
+
+
+@dataclasses.dataclass
+class _LossSearch:
+    """A search by the loss of trials."""
+
+    options: DropLayers
+    model: ir.Model
+    groups: list[Group]
+    calibration: Calibration
+
+    def __post_init__(self) -> None:
+        self._gated = gated(self.model, [u for group in self.groups for u in group], norms=self.options.norms)
+        samples = itertools.islice(self.calibration.feeds(self.model), self.options.samples)
+        gates = list(self._gated.gates.values())
+        self._trials = Trials(self._gated.model, gates, samples, threads=self.calibration.threads)
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def chosen(self, count: int) -> list[Group]:
+        """The groups that go."""
+        options, indices = self.options, range(len(self.groups))
+        if options.search == "greedy":
+            shortlist = options.shortlist or None
+            steps = greedy(
+                indices, self._loss, count, beam=options.beam, shortlist=shortlist, progress=self.calibration.progress
+            )
+            best = steps[-1].chosen
+        else:
+            single = self._single()
+            best = tuple(sorted(sorted(indices, key=lambda i: (single[i], i))[:count]))
+            if options.search == "knapsack":
+                best = self._knapsack(single)
+            elif options.search == "evolutionary":
+                rounds = ((2, 1), (1, len(self._trials))) if len(self._trials) > 1 else ((1, 1),)
+                best = evolve(
+                    indices, self._loss, best, generations=options.generations, offspring=options.offspring,
+                    rounds=rounds, seed=options.seed, progress=self.calibration.progress,
+                ).chosen  # fmt: skip
+        options.scores = {_label(self.groups[key[0]]): loss for key, loss in self._known.items() if len(key) == 1}
+        if best:
+            options.expected = self._loss(best)
+        return [self.groups[i] for i in best]
+
+    def _loss(self, chosen: tuple[int, ...], samples: int | None = None) -> float:
+        whole = samples is None or samples >= len(self._trials)
+        if whole and chosen in self._known:
+            return self._known[chosen]
+        loss = self._trials.loss(self._gated.closed(u for i in chosen for u in self.groups[i]), samples)
+        if whole:
+            self._known[chosen] = loss
+        return loss
+
+    def _single(self) -> list[float]:
+        """The loss without each alone."""
+        found = []
+        for i in range(len(self.groups)):
+            if self.calibration.progress is not None:
+                self.calibration.progress("trying each branch", i, len(self.groups))
+            found.append(self._loss((i,)))
+        return found
+
+    def _knapsack(self, single: list[float]) -> tuple[int, ...]:
+        """The least sum of losses for which enough goes: as many as `count`, or `fraction` of the bytes."""
+        count = self.options.count
+        costs = [1 if count is not None else sum(unit.bytes for unit in group) for group in self.groups]
+        gone = count if count is not None else (self.options.fraction or 0) * sum(costs)
+        items = [
+            Item(_label(group), (Choice("keep", cost, 0.0), Choice("drop", 0.0, loss)))
+            for group, cost, loss in zip(self.groups, costs, single, strict=True)
+        ]
+        found = allocate(items, sum(costs) - gone)
+        return tuple(i for i, choice in enumerate(found.chosen) if choice.name == "drop")
+
+
+def _label(group: Group) -> str:
+    return group[0].name if len(group) == 1 else str(group[0].layer)
+
+
+def _lowest(groups: list[Group], scores: dict[str, float], count: int) -> list[Group]:
+    order = sorted(range(len(groups)), key=lambda i: (scores[_label(groups[i])], i))
+    return [groups[i] for i in sorted(order[:count])]
