@@ -14,6 +14,7 @@ from graphopt.analysis.algebra import is_op
 from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.graph.constants import is_constant
 from graphopt.graph.edits import Editor, sort
+from graphopt.graph.scratch import Scratch
 from graphopt.passes.fold.layers import Layer, layer_of
 from graphopt.passes.kv.cached_layers import CachedLayer, Sharing
 from graphopt.passes.kv.query_targets import query_targets, turned_back
@@ -45,6 +46,26 @@ class Refit:
     output: Array | None
     before: float
     after: float
+
+    def put(self, layer: CachedLayer, facts: ShapeFacts, edit: Editor) -> str:
+        """Give a layer that still has its own cache the new weights, and say what that gives."""
+        place = place_of(layer, facts)
+        assert not isinstance(place, str)
+        for product, array in ((place.queries, self.queries), (place.output, self.output)):
+            if product is None or array is None:
+                continue
+            tensor = ir.tensor(array.astype(product.weight.dtype.numpy()))
+            value = product.node.inputs[1]
+            if value is not None and value.is_initializer() and len(value.uses()) == 1:
+                tensor.name = value.name
+                value.const_value = tensor
+            else:
+                edit.at(product.node)
+                edit.set_input(product.node, 1, edit.constant(tensor, "refitted"))
+        if self.output is None:
+            return f"its weights stay, no others come nearer than an error of {self.before:.2f}"
+        which = "the output projection" if self.queries is None else "the projections of queries and outputs"
+        return f"{which} refitted, error {self.before:.2f} before and {self.after:.2f} after"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +106,15 @@ def place_of(layer: CachedLayer, facts: ShapeFacts) -> _Place | str:
 
 def _residual(value: ir.Value) -> ir.Value | None:
     """What `value`, with its bias, is added to."""
+    current: ir.Value = value
     for _ in range(2):
-        uses = value.uses()
-        node = uses[0].node if len(uses) == 1 else None
-        if node is None or not is_op(node, "Add"):
+        uses = list(current.uses())
+        if len(uses) != 1 or not is_op(uses[0].node, "Add"):
             return None
-        other = node.inputs[1 - uses[0].idx]
+        other = uses[0].node.inputs[1 - uses[0].idx]
         if other is not None and not is_constant(other):
             return other
-        value = node.outputs[0]
+        current = uses[0].node.outputs[0]
     return None
 
 
@@ -112,6 +133,25 @@ class Healing:
 
     def __init__(self, samples: Sequence[Mapping[str, Array]], threads: int | None) -> None:
         self._samples, self._threads = samples, threads
+        self._scratch = Scratch()
+        self._streams: dict[int, list[Array]] = {}
+
+    def remember(self, model: ir.Model, layers: Sequence[CachedLayer], facts: ShapeFacts) -> None:
+        """Note the residual stream behind the attention of some layers, before anything is shared: later refits of
+        these then make up for what was lost before them too."""
+        wanted: dict[str, ir.Value] = {}
+        for layer in layers:
+            place = place_of(layer, facts)
+            if not isinstance(place, str) and place.residual is not None:
+                wanted |= {f"c{layer.number}": place.output.node.outputs[0], f"r{layer.number}": place.residual}
+        if not wanted:
+            return
+        copy, at = _copied(model)
+        for found in self._outputs(copy, {name: at[value.name] for name, value in wanted.items()}):
+            for layer in layers:
+                if f"c{layer.number}" in found:
+                    stream = self._scratch.array(found[f"c{layer.number}"] + found[f"r{layer.number}"])
+                    self._streams.setdefault(layer.number, []).append(stream)
 
     def refit(self, model: ir.Model, layer: CachedLayer, donor: CachedLayer, facts: ShapeFacts) -> Refit | str:
         """New weights for `layer` on the cache of `donor`; the model stays as it is. A reason where there are none."""
@@ -178,10 +218,12 @@ class Healing:
         node = at[layer.node.outputs[0].name].producer()
         assert node is not None
         own = dataclasses.replace(layer, node=node)
-        other = dataclasses.replace(donor, node=at[donor.presents[0].name].producer())
+        donor_node = at[donor.presents[0].name].producer()
+        assert donor_node is not None
+        other = dataclasses.replace(donor, node=donor_node)
         outputs: dict[str, ir.Value] = {"c": at[place.output.node.outputs[0].name]}
         if place.residual is not None:
-            outputs["r"] = at[place.residual.name] if place.residual.name in at else place.residual
+            outputs["r"] = at[place.residual.name]
         mark = node.inputs[0]
         if queries is not None:
             assert place.queries is not None
@@ -198,7 +240,10 @@ class Healing:
         parts = _Moments(), _Moments()
         for index, found in enumerate(self._outputs(copy, outputs)):
             held = index % HELD_OUT == min(HELD_OUT, len(self._samples)) - 1
-            parts[held].add(found["a"], found["c"], found.get("r"))
+            wanted, residual = found["c"], found.get("r")
+            if residual is not None and layer.number in self._streams:
+                wanted = self._streams[layer.number][index] - residual
+            parts[held].add(found["a"], wanted, residual)
         return parts
 
     @staticmethod
