@@ -6,14 +6,16 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int
 from graphopt.graph.edits import Editor
+from graphopt.graph.kv_interface import kv_interface
 from graphopt.passes.base import Guarantee
+from graphopt.passes.kv.cache_bits import WIDTHS, allocated, as_options, bits_given, by_loss, by_norms, cached_sites
 from graphopt.passes.kv.position_tables import PositionTable, PositionTables
 from graphopt.passes.kv.static_cache import GROUP_QUERY, StaticCaches
 from graphopt.passes.lower.cached_attention import CachedAttentionPass
@@ -24,7 +26,7 @@ from graphopt.runtime_ops.quantized_kv_attention import CacheLayout, layout_of
 
 OPERATOR = "QuantizedKVAttention"
 PARTS = ("codes", "scales", "recent")
-_BITS = (2, 3, 4, 8)
+Sensitivity = Literal["loss", "norms"]
 
 
 @dataclasses.dataclass
@@ -71,6 +73,11 @@ class QuantizeKV(CachedAttentionPass):
     3. `operator: contrib` takes ONNX Runtime's own operator in its place: each `GroupQueryAttention` gets a cache of 8
        or 4 bits with one static scale for each channel, calibrated on text (`--calibration`). It needs no library,
        and is the coarser of both.
+    4. With a `budget` each layer's keys and values get bits of their own: those of least Σ α / (2ᵇ − 1)² whose mean is
+       the budget. α is what an error costs: with `sensitivity: loss` the divergence of the model's outputs where they
+       alone are rounded to 3 bits, told by trials in one session; with `norms` the squared norm of the projection,
+       without data (More for Keys, Less for Values: Adaptive KV Cache Quantization, Hariri et al., 2025). What was
+       chosen is among the options that the report lists, as `sites`.
 
     The portable body of the operator goes into the model, so that it runs on an ONNX Runtime without the library too,
     but slowly: for every token the whole cache is unpacked.
@@ -80,7 +87,8 @@ class QuantizeKV(CachedAttentionPass):
     `block_size` (default 32): tokens of a block; `group_size` (default 0): features that share a scale per token, 0 for
     all of a head; `window` (default 32): newest tokens that are never quantized; `rotate_at_read` (default true):
     rule 2; `operator` (default "graphopt"): "contrib": rule 3; `windows` (default 8): windows of text that rule 3 looks
-    at.
+    at; `sites` (default none): `key_bits` and `value_bits` of some layers, by number; `budget` (default none): the mean
+    bits of a number in the cache, rule 4; `sensitivity` (default "loss"), `samples` (default 1): rule 4.
 
     **Needs:** opset 23, as `Attention` does; float32 or float16; heads of the same size for keys and values, a multiple
     of 8; an attention mask with its padding at the end (`--assume no-left-padding`); for rule 2 `--assume
@@ -111,9 +119,13 @@ class QuantizeKV(CachedAttentionPass):
         rotate_at_read: bool = True,
         operator: str = "graphopt",
         windows: int = 8,
+        sites: dict[int, dict[str, int]] | None = None,
+        budget: float | None = None,
+        sensitivity: Sensitivity = "loss",
+        samples: int = 1,
     ) -> None:
         super().__init__()
-        if key_bits not in _BITS or value_bits not in _BITS:
+        if key_bits not in WIDTHS or value_bits not in WIDTHS:
             raise ValueError(f"keys and values have 2, 3, 4 or 8 bits, not {key_bits} and {value_bits}")
         if block_size < 4 or block_size % 4 or group_size < 0 or group_size % 4:
             raise ValueError("block_size and group_size must be multiples of 4")
@@ -127,15 +139,28 @@ class QuantizeKV(CachedAttentionPass):
         self.block_size, self.group_size, self.window = block_size, group_size, window
         self.rotate_at_read, self.windows = rotate_at_read, windows
         self.operator = operator
-        if operator == "contrib":
+        self.sites_given = bits_given(sites)
+        if operator == "contrib" and (sites is not None or budget is not None):
+            raise ValueError("sites and budget are for graphopt's own operator, whose layers may differ")
+        if budget is not None and not WIDTHS[0] <= budget <= WIDTHS[-1]:
+            raise ValueError(f"budget is the mean number of bits, from 2 to 8, not {budget}")
+        if sensitivity not in get_args(Sensitivity) or samples < 1:
+            raise ValueError(f'sensitivity is "loss" or "norms", and samples are positive, not {sensitivity!r}')
+        self.budget, self.sensitivity, self.samples = budget, sensitivity, samples
+        if operator == "contrib" or (budget is not None and sensitivity == "loss"):
             self.needs = ("text",)
+
+    def option_values(self) -> dict[str, Any]:
+        """See the base; with the bits of each layer, once a budget has chosen them."""
+        values = super().option_values()
+        return {**values, "sites": {layer: as_options(bits) for layer, bits in sorted(self.sites_given.items())}}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """See the base."""
         try:
             return super().call(model)
         finally:
-            for name in ("_positions", "_rows", "_none", "_static"):
+            for name in ("_positions", "_rows", "_none", "_static", "_layers"):
                 self.__dict__.pop(name, None)
 
     def prepare(self, model: ir.Model, edit: Editor) -> None:
@@ -145,6 +170,17 @@ class QuantizeKV(CachedAttentionPass):
         self._rows: dict[tuple[ir.Value, bool], ir.Value] = {}
         self._none: ir.Value | None = None
         self._static = None
+        interface = kv_interface(model)
+        pairs = interface.pairs if interface is not None else ()
+        self._layers = {pair.past: pair.layer for pair in pairs if pair.part == "key"}
+        if self.budget is not None and interface is not None:
+            if self.sensitivity == "loss":
+                assert self.calibration is not None
+                found = by_loss(model, interface, self.calibration, self.samples)
+            else:
+                found = by_norms(cached_sites(model, interface, self._facts))
+            if found:
+                self.sites_given = allocated(found, self.budget)
         if self.operator == "contrib":
             self._static = StaticCaches(model, edit, self.key_bits, self.calibration, self.windows)
 
@@ -235,8 +271,8 @@ class QuantizeKV(CachedAttentionPass):
             scale=1 / math.sqrt(site.depth) if site.scale is None else site.scale,
             softcap=site.softcap,
             local_window_size=plan.window or -1,
-            key_bits=self.key_bits,
-            value_bits=self.value_bits,
+            key_bits=self._bits(site)[0],
+            value_bits=self._bits(site)[1],
             key_per_channel=int(self.key_per_channel),
             block_size=self.block_size,
             group_size=self.group_size,
@@ -327,9 +363,14 @@ class QuantizeKV(CachedAttentionPass):
         edit.replace(reader.outputs[0], edit.op("Concat", asked, {"axis": 0}) if len(asked) > 1 else asked[0])
         edit.at(site.node)
 
+    def _bits(self, site: CachedSite) -> tuple[int, int]:
+        """Bits of the keys and of the values of a layer."""
+        given = self.sites_given.get(self._layers.get(site.past_key.name or "", -1), {})
+        return given.get("key", self.key_bits), given.get("value", self.value_bits)
+
     def _said(self, site: CachedSite, plan: _Plan) -> str:
-        bits = f"{self.key_bits} bits" if self.key_bits == self.value_bits else ""
-        parts = [bits or f"keys of {self.key_bits} bits, values of {self.value_bits}"]
+        keys, values = self._bits(site)
+        parts = [f"{keys} bits" if keys == values else f"keys of {keys} bits, values of {values}"]
         if site.rotation is not None:
             at_read = self.rotate_at_read and plan.table is not None
             parts.append("rotated when read" if at_read else "rotated before" if plan.table is None else "rotated")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar, Literal, get_args
 
 import onnx_ir as ir
 
-from graphopt.analysis.shapes import infer
-from graphopt.errors import UsageError
+from graphopt.analysis.shapes import ShapeFacts, infer
+from graphopt.errors import InputDataError, UsageError
 from graphopt.graph.edits import Editor
 from graphopt.graph.kv_edits import remove_pairs
 from graphopt.graph.kv_interface import KVInterface, kv_interface
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.kv.cached_layers import CachedLayer, Sharing, cached_layers
+from graphopt.passes.kv.sharing_heal import Healing
 from graphopt.passes.kv.sharing_trials import Pair, SharingTrials, by_distance, candidates, roots
 from graphopt.search.lazy_greedy import lazy_greedy
 
@@ -76,6 +78,8 @@ class ShareKV(Pass):
         looks: int = 6,
         threshold: float = 0.5,
         samples: int = 2,
+        heal: bool | None = None,
+        heal_samples: int = 8,
     ) -> None:
         super().__init__()
         self.pairs = None if pairs is None else _checked(pairs)
@@ -87,9 +91,12 @@ class ShareKV(Pass):
             raise ValueError(f'search is "loss", "similar" or "dissimilar", not {search!r}')
         if donors < 0 or looks < 1 or samples < 1:
             raise ValueError("looks and samples must be positive, and donors can't be negative")
+        if heal_samples < 2:
+            raise ValueError(f"heal_samples must be at least 2, of which one is held out, not {heal_samples}")
         self.count, self.fraction, self.search, self.keep = count, fraction, search, list(keep or ())
         self.donors, self.looks, self.threshold, self.samples = donors, looks, threshold, samples
-        if pairs is None:
+        self.heal, self.heal_samples = pairs is None if heal is None else heal, heal_samples
+        if pairs is None or self.heal:
             self.needs = ("text",)
         self.expected: list[float] = []
         self._found: list[list[int]] | None = None
@@ -120,12 +127,27 @@ class ShareKV(Pass):
         final = {layer: donor for layer, donor in roots(pairs).items() if self._possible(layer, donor, layers, left)}
         if not final:
             return False
-        sharing = Sharing(Editor(model), facts)
-        for layer, donor in sorted(final.items()):
-            self.applied(layers[layer].node, f"layer {layer} reads the cache of layer {donor}")
-            sharing.share(layers[layer], layers[donor])
+        edit = Editor(model)
+        sharing, healing = Sharing(edit, facts), self._healing(model, [layers[layer] for layer in final], facts)
+        for number, donor in sorted(final.items()):
+            layer, told = layers[number], f"layer {number} reads the cache of layer {donor}"
+            if healing is not None:
+                refit = healing.refit(model, layer, layers[donor], facts)
+                told += f"; {refit if isinstance(refit, str) else refit.put(layer, facts, edit)}"
+            self.applied(layer.node, told)
+            sharing.share(layer, layers[donor])
         remove_pairs(model, interface, [pair for layer in final for pair in layers[layer].pairs])
         return True
+
+    def _healing(self, model: ir.Model, layers: list[CachedLayer], facts: ShapeFacts) -> Healing | None:
+        if not self.heal or self.calibration is None:
+            return None
+        samples = list(itertools.islice(self.calibration.feeds(model), self.heal_samples))
+        if len(samples) < 2:
+            raise InputDataError("share-kv: healing needs at least two samples, of which one is held out.")
+        healing = Healing(samples, self.calibration.threads)
+        healing.remember(model, layers, facts)
+        return healing
 
     def _possible(
         self,
