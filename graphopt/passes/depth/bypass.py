@@ -13,6 +13,7 @@ from graphopt.analysis.branches import reads
 from graphopt.analysis.depth_units import DepthUnit, DepthUnits, exclusive, same_shape
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.edits import Editor
+from graphopt.graph.kept_layers import note_kept
 from graphopt.graph.kv_names import close_gaps, rename_in_assumptions
 
 Norms = Literal["remove", "keep"]
@@ -200,6 +201,7 @@ def bypass(
         if dead is not None and dead.graph is not None:
             _remove_onward(dead, edit)
     gone = set(plan.gone)
+    _note_kept(model, found, chosen)
     graph.inputs[:] = [value for value in graph.inputs if value not in gone]
     if found.interface is None or not gone:
         return Bypassed((), (), {})
@@ -208,6 +210,21 @@ def bypass(
     part = {pair.past: pair.part for pair in found.interface.pairs}
     rename_in_assumptions(model, {name: stays.get(part.get(name, "key"), name) for name in names[0]})
     return Bypassed(*names, close_gaps(model, found.interface, {*names[0], *names[1]}))
+
+
+def _note_kept(model: ir.Model, found: DepthUnits, removed: Sequence[DepthUnit]) -> None:
+    """Note which layers are left: those with a cache, or else those of the one stream with any branch."""
+    if found.interface is not None and found.interface.pairs:
+        gone = {pair.past for unit in removed for pair in unit.caches}
+        layers = {pair.layer for pair in found.interface.pairs}
+        kept = {pair.layer for pair in found.interface.pairs if pair.past not in gone}
+    elif len({unit.stream for unit in found.units}) == 1:
+        layers = {unit.layer for unit in found.units}
+        kept = {unit.layer for unit in found.units if unit not in removed}
+    else:
+        return
+    numbers = {layer: number for number, layer in enumerate(sorted(layers))}
+    note_kept(model, len(layers), [numbers[layer] for layer in sorted(kept)])
 
 
 def _ordered(found: DepthUnits, units: Iterable[DepthUnit]) -> list[DepthUnit]:
