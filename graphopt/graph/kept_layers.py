@@ -67,7 +67,7 @@ def note_kept(model: ir.Model, of: int, kept: Sequence[int]) -> None:
 
 def shortened(config: dict[str, Any], layers: KeptLayers) -> dict[str, Any]:
     """A configuration, and those within it, for as many layers as are left: counts, and lists with an entry a layer."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
             found[key] = shortened(value, layers)

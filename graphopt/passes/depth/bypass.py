@@ -75,7 +75,7 @@ class _Plan:
     def _look(self, model: ir.Model) -> None:
         """Follow what the outputs are made of; what goes and is met was needed."""
         lost = set(self.lost)
-        pending: list[ir.Value] = [value for value in model.graph.outputs if value not in lost]
+        pending = [self._standing_in(value) for value in model.graph.outputs if value not in lost]
         seen: dict[ir.Value, None] = dict.fromkeys(pending)
         while pending:
             value = pending.pop()
@@ -94,10 +94,15 @@ class _Plan:
             if value not in lost and (unit := self._owner.get(value)) is not None:
                 self.obstacles.setdefault(unit, f"{value.name!r} of it is an output of the model")
 
+    def _standing_in(self, value: ir.Value) -> ir.Value:
+        """What takes the place of a sum that goes."""
+        while value in self._redirected:
+            value = self._redirected[value]
+        return value
+
     def _moved(self, node: ir.Node, read: ir.Value) -> ir.Value:
         """What `node` reads in place of `read`."""
-        while read in self._redirected:
-            read = self._redirected[read]
+        read = self._standing_in(read)
         if read not in self._owner or node.op_type != "Shape" or node.domain != "":
             return read
         if node not in self.moves and (pieces := self._pieces(node, read)) is not None:
@@ -115,9 +120,7 @@ class _Plan:
             start.as_int() if start is not None else None : end.as_int() if end is not None else None
         ]
         # What enters the branch is made before whatever reads a size of the branch.
-        entering = self._owner[read].remainder
-        while entering in self._redirected:
-            entering = self._redirected[entering]
+        entering = self._standing_in(self._owner[read].remainder)
         substitutes = [v for v in (*self._substitutes, entering) if v not in self._owner]
         for other in substitutes:
             if same_shape(other, read, self._facts):

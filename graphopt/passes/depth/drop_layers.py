@@ -100,8 +100,7 @@ class DropLayers(Pass):
         offspring: int = 8,
         seed: int = 0,
         heal: Heal = "none",
-        reach: int = 0,
-        ridge: float = 0.01,
+        ridge: float = 0.1,
     ) -> None:
         super().__init__()
         for option, value, known in (
@@ -120,9 +119,9 @@ class DropLayers(Pass):
             raise ValueError(f"the search {search!r} goes by the loss; score {score!r} is for one-shot alone")
         if score == "angular" and granularity != "block":
             raise ValueError("score 'angular' is of a run of layers; give granularity: block")
-        if min(samples, beam, generations, offspring) < 1 or min(keep, shortlist, reach) < 0 or ridge <= 0:
+        if min(samples, beam, generations, offspring) < 1 or min(keep, shortlist) < 0 or ridge <= 0:
             raise ValueError(
-                "samples, beam, generations and offspring must be at least 1; keep, shortlist, reach 0; ridge above 0"
+                "samples, beam, generations and offspring must be at least 1, keep and shortlist 0, ridge above 0"
             )
         self.count = count
         self.fraction = 0.1 if fraction is None and count is None else fraction
@@ -130,7 +129,7 @@ class DropLayers(Pass):
         self.branches = None if branches is None else [str(name) for name in branches]
         self.keep, self.samples, self.beam, self.shortlist = keep, samples, beam, shortlist
         self.generations, self.offspring, self.seed = generations, offspring, seed
-        self.heal, self.reach, self.ridge = heal, reach, ridge
+        self.heal, self.ridge = heal, ridge
         self.scores: dict[str, float] = {}
         self.expected: float | None = None
         searches = self.branches is None and score not in get_args(Position)
@@ -165,8 +164,7 @@ class DropLayers(Pass):
     def _healed(self, model: ir.Model, found: DepthUnits, chosen: list[DepthUnit]) -> None:
         assert self.calibration is not None
         done = heal(
-            model, found.units, chosen, self.calibration, form=self.heal, reach=self.reach, ridge=self.ridge,
-            norms=self.norms,
+            model, found.units, chosen, self.calibration, form=self.heal, ridge=self.ridge, norms=self.norms
         )  # fmt: skip
         for unit, rest in done.writers:
             self.applied(unit.branch.add, f"{unit.name} refitted: {rest:.1%} of the squared error at its sum is left")

@@ -1,12 +1,15 @@
-"""Healing without training: what writes to the stream behind a removed branch is refitted to the original's stream.
+"""Healing without training: the layer before a removed branch is refitted so that it writes what is missing too.
 
-    W' = argmin_W Σ_t |(s_t − x_t) − h_t W|² / |s_t|² + λ |W − W₀|²
+    T = argmin_T Σ_t |(s_t − x_t) − y_t T|² / |s_t|² + λ |T − I|²,   W' = W T
 
-with s the sum after that branch in the original, x the stream that enters its sum in the model without the removed
-branches, and h what its last linear layer reads there. The missing contribution and what it changed downstream are made
-up for together, as far as h shows them; nothing is added to the graph. The error of a token counts in proportion to its
-stream, since a norm follows: else the first token, whose stream is thousands of times as large, would be all that
-counts.
+with y = h W what the last linear layer of the branch before writes, x the stream that it is added to, and s the stream
+of the original behind the removed branches: T makes of what is written there what is written and missing together, as
+far as the one tells the other. Nothing is added to the graph. The error of a token counts in proportion to its stream,
+since a norm follows: else the first token, whose stream is thousands of times as large, would be all that counts.
+
+ReplaceMe: Network Simplification via Layer Pruning and Linear Transformations (Shopkhoev et al., 2025) puts a map
+before a removed run of layers into the projection of the MLP before it in this way. Where a normalization stands
+between (post-LN), the branch behind the removed ones is refitted to its own sum instead.
 
 The original and the model without the branches stand side by side in one graph, which runs piece by piece; each
 refitted layer sees those before it as they were refitted.
@@ -15,6 +18,7 @@ refitted layer sees those before it as they were refitted.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -29,11 +33,11 @@ from graphopt.calibration.calibration import Calibration
 from graphopt.calibration.request import Request
 from graphopt.calibration.statistics import SecondMoment
 from graphopt.graph.constants import constant_tensor
-from graphopt.graph.edits import Editor, subgraphs_of
+from graphopt.graph.edits import Editor
 from graphopt.passes.depth.bypass import Norms
 
 Heal = Literal["none", "affine", "linear"]
-"""Nothing; a factor and, where there is a bias, a shift for each channel that a layer writes; its whole weight."""
+"""Nothing; T diagonal; any T. A bias is refitted with either, where there is one."""
 Floats = npt.NDArray[np.float64]
 
 
@@ -113,11 +117,10 @@ def heal(
     calibration: Calibration,
     *,
     form: Heal = "linear",
-    reach: int = 0,
-    ridge: float = 0.01,
+    ridge: float = 0.1,
     norms: Norms = "remove",
 ) -> Healed:
-    """Refit what writes behind branches that are going to be removed, in place; they are still there afterwards.
+    """Refit what writes beside branches that are going to be removed, in place; they are still there afterwards.
 
     Args:
         model: The model.
@@ -125,31 +128,30 @@ def heal(
         removed: Those that will be removed.
         calibration: The data; all of it is used.
         form: "affine" or "linear".
-        reach: How many writers behind each removed branch are refitted; 0: all.
-        ridge: λ, in parts of the mean of h².
+        ridge: λ, in parts of the mean of y².
         norms: As of `bypass`.
 
     Raises:
         InputDataError: The data doesn't fit the model.
     """
-    gone = set(removed)
-    chosen: list[DepthUnit] = []
-    for unit in removed:
-        behind = [u for u in units if u.stream == unit.stream and u.index > unit.index and u not in gone]
-        chosen += behind[:reach] if reach else behind
-    writers, left = {}, []
-    for unit in sorted(set(chosen), key=lambda u: u.index):
-        writer = Writer.of(unit)
-        if writer is None:
-            left.append((unit, "what it adds doesn't come from a linear layer with a constant weight"))
-        else:
-            writers[unit] = writer
+    writers: dict[DepthUnit, Writer] = {}
+    ends: dict[DepthUnit, DepthUnit] = {}
+    left = []
+    for run in _runs(units, removed):
+        fitted, end = _beside(units, run, set(removed), norms)
+        writer = None if fitted is None else Writer.of(fitted)
+        if fitted is None or writer is None:
+            left.append((run[0], "no linear layer with a constant weight is the last of a branch beside it"))
+        elif fitted not in writers:
+            writers[fitted], ends[fitted] = writer, end
     if form == "none" or not writers:
         return Healed((), tuple(left))
     twin = model.clone()
     theirs = depth_units(twin, infer(twin, believe_names=True)).units
     pairs = {unit.name: unit for unit in theirs}
-    fits = _Twin(twin, norms).write([pairs[u.name] for u in removed], [pairs[u.name] for u in writers])
+    fits = _Twin(twin, norms).write(
+        [pairs[u.name] for u in removed], {pairs[u.name]: pairs[end.name] for u, end in ends.items()}
+    )
     wanted = {fits[pairs[unit.name]].request: unit for unit in writers}
     edit = Editor(model)
     done: list[tuple[DepthUnit, float]] = []
@@ -161,13 +163,13 @@ def heal(
             fit, writer = fits[pairs[unit.name]], writers[unit]
             weight, shift, rest = _refitted(stage[request].array, fit, form, ridge)
             done.append((unit, rest))
-            fit.weight.const_value = ir.tensor(weight, name=fit.weight.name)
+            kind = _dtype(writer.weight)
+            fit.weight.const_value = ir.tensor(weight.astype(kind), name=fit.weight.name)
             before = (writer.weight, writer.shift)
             edit.at(writer.node)
-            kind = _dtype(writer.weight)
             writer.node.replace_input_with(1, edit.constant(weight.astype(kind), "healed"))
             if fit.shift is not None and shift is not None and writer.bias is not None:
-                fit.shift.const_value = ir.tensor(shift, name=fit.shift.name)
+                fit.shift.const_value = ir.tensor(shift.astype(kind), name=fit.shift.name)
                 place = next(i for i, v in enumerate(writer.bias.inputs) if constant_tensor(v) is not None)
                 edit.at(writer.bias)
                 writer.bias.replace_input_with(place, edit.constant(shift.astype(kind), "healed_bias"))
@@ -190,38 +192,67 @@ def _refitted(
     held = np.asarray(fit.weight.const_value.numpy(), np.float64)
     shift = None if fit.shift is None or fit.shift.const_value is None else fit.shift.const_value.numpy()
     rows = [*range(size), *([last] if shift is not None else [])]
-    before = np.vstack([held, *([shift.astype(np.float64)] if shift is not None else [])])
-    gram, cross = moments[np.ix_(rows, rows)], moments[np.ix_(rows, range(size, last))]
+    outputs = held.shape[1]
+    # Of h the moments become those of y = h W, and of the ones beside it.
+    written = np.zeros((len(rows), outputs + len(rows) - size))
+    written[:size, :outputs] = held
+    written[size:, outputs:] = 1
+    gram = written.T @ moments[np.ix_(rows, rows)] @ written
+    cross = written.T @ moments[np.ix_(rows, range(size, last))]
     energy = np.diag(moments)[size:last]
+    before = np.vstack([np.eye(outputs), *([shift.astype(np.float64)] if shift is not None else [])])
+    if form == "linear":
+        penalty = np.full(len(gram), ridge * float(np.trace(gram[:outputs, :outputs])) / outputs)
+        penalty[outputs:] = ridge * gram[outputs:, outputs:].sum()
+        after = np.linalg.solve(gram + np.diag(penalty), cross + penalty[:, None] * before)
+    else:
+        after = _affine(gram, cross, ridge)
 
     def error(weight: Floats) -> float:
         return float((energy - 2 * (weight * cross).sum(0) + (weight * (gram @ weight)).sum(0)).sum())
 
-    strength = ridge * float(np.trace(gram[:size, :size])) / size
-    if form == "linear":
-        penalty = np.full(len(rows), strength)
-        if shift is not None:
-            penalty[-1] = ridge * gram[-1, -1]
-        regular = gram + np.diag(penalty)
-        after = np.linalg.solve(regular, cross + penalty[:, None] * before)
-    else:
-        after = _affine(gram, cross, before, size, ridge)
     rest = error(after) / max(error(before), 1e-30)
-    return after[:size].astype(np.float32), after[-1].astype(np.float32) if shift is not None else None, rest
+    made = held @ after[:outputs]
+    return made.astype(np.float32), after[-1].astype(np.float32) if shift is not None else None, rest
 
 
-def _affine(gram: Floats, cross: Floats, before: Floats, size: int, ridge: float) -> Floats:
-    """For each channel y = h w the factor a, and the shift b, of least error of a y + b, with a ridge towards 1."""
-    held = before[:size]
-    power = (held * (gram[:size, :size] @ held)).sum(0)
-    along = (held * cross[:size]).sum(0)
-    if len(before) == size:
-        return np.asarray(held * (along + ridge * power) / np.maximum((1 + ridge) * power, 1e-30))
-    ones, tilt, wanted = gram[-1, -1], gram[-1, :size] @ held, cross[-1]
+def _affine(gram: Floats, cross: Floats, ridge: float) -> Floats:
+    """For each channel y the factor a, and the shift b where there are ones, of least error, with a ridge towards 1."""
+    size = cross.shape[1]
+    power, along = np.diag(gram)[:size], np.diag(cross)
+    if len(gram) == size:
+        return np.asarray(np.diag((along + ridge * power) / np.maximum((1 + ridge) * power, 1e-30)))
+    ones, tilt, wanted = gram[-1, -1], gram[-1, :size], cross[-1]
     # Two equations for each channel: of the factor and of the shift.
     determinant = np.maximum((1 + ridge) * power * ones - tilt**2, 1e-30)
     factor = ((along + ridge * power) * ones - tilt * wanted) / determinant
-    return np.vstack([held * factor, (wanted - factor * tilt) / ones])
+    return np.vstack([np.diag(factor), (wanted - factor * tilt) / ones])
+
+
+def _runs(units: Sequence[DepthUnit], removed: Sequence[DepthUnit]) -> list[list[DepthUnit]]:
+    """The removed units, neighbours in one stream together."""
+    gone, runs = set(removed), list[list[DepthUnit]]()
+    for previous, unit in zip((None, *units), units, strict=False):
+        if unit not in gone:
+            continue
+        if runs and previous in gone and previous is not None and previous.stream == unit.stream:
+            runs[-1].append(unit)
+        else:
+            runs.append([unit])
+    return runs
+
+
+def _beside(
+    units: Sequence[DepthUnit], run: list[DepthUnit], gone: set[DepthUnit], norms: Norms
+) -> tuple[DepthUnit | None, DepthUnit]:
+    """The unit that is refitted for a run, and the one whose sum in the original it is refitted to."""
+    for before in units:
+        if before.total is run[0].remainder and before not in gone:
+            chained = all(a.result(norms == "remove") is b.remainder for a, b in itertools.pairwise(run))
+            if chained and all(unit.norm is None or norms == "keep" for unit in run) and Writer.of(before) is not None:
+                return before, run[-1]
+    behind = [u for u in units if u.stream == run[0].stream and u.index > run[-1].index and u not in gone]
+    return (behind[0], behind[0]) if behind else (None, run[-1])
 
 
 def _dtype(value: ir.Value) -> np.dtype[Any]:
@@ -237,69 +268,76 @@ class _Twin:
         self._graph, self._edit, self._norms = twin.graph, Editor(twin), norms
         self._half: dict[ir.Value, ir.Value] = {}
 
-    def write(self, removed: Sequence[DepthUnit], fitted: Sequence[DepthUnit]) -> dict[DepthUnit, _Fit]:
-        edit = self._edit
+    def write(self, removed: Sequence[DepthUnit], ends: dict[DepthUnit, DepthUnit]) -> dict[DepthUnit, _Fit]:
+        """Write the second half.
+
+        Args:
+            removed: The units that it lacks.
+            ends: The units that are refitted, each with the one whose sum it is refitted to.
+        """
         skipped = {unit.result(self._norms == "remove").producer(): unit for unit in removed}
         dead = {node for unit in removed for node in unit.branch.nodes}
-        writers = {unit.branch.add: unit for unit in fitted}
-        own = {writer.node: writer for unit in fitted if (writer := Writer.of(unit)) is not None}
-        biases = {writer.bias: writer for writer in own.values() if writer.bias is not None}
-        constants: dict[ir.Node, ir.Value] = {}
+        last = {end.branch.add: unit for unit, end in ends.items()}
+        writers = {unit: writer for unit in ends if (writer := Writer.of(unit)) is not None}
+        # What a refitted layer writes is made in the second half behind what it is refitted by.
+        own = {n: u for u, w in writers.items() for n in (w.node, w.bias, u.branch.add) if n is not None}
         found: dict[DepthUnit, _Fit] = {}
+        waiting: dict[ir.Value, ir.Value] = {}
         for node in list(self._graph):
-            edit.at(node)
-            if (unit := skipped.get(node)) is not None:
-                stream = unit.remainder
-                self._half[unit.result(self._norms == "remove")] = self._half.get(stream, stream)
-                continue
-            if node in dead or not any(v in self._half for v in node.inputs if v is not None):
-                continue
-            if list(subgraphs_of(node)):
-                continue
-            inputs = [None if v is None else self._half.get(v, v) for v in node.inputs]
-            place = None
-            if node in own:
-                place = 1
-            elif node in biases:
-                place = next(i for i, v in enumerate(node.inputs) if constant_tensor(v) is not None)
-            if place is not None:
-                tensor = constant_tensor(node.inputs[place])
-                assert tensor is not None
-                inputs[place] = constants[node] = edit.constant(np.array(tensor.numpy(), np.float32), "half")
-            if node in writers:
-                found[writers[node]] = self._observed(writers[node], constants)
-            self._again(node, inputs)
+            self._edit.at(node)
+            if node in last:
+                unit = last[node]
+                found[unit] = self._refitted(unit, ends[unit], writers[unit])
+            if (gone := skipped.get(node)) is not None:
+                stream, whole = gone.remainder, gone.result(self._norms == "remove")
+                stream = waiting.get(stream, stream)
+                if any(stream is unit.total and unit not in found for unit in ends):
+                    waiting[whole] = stream  # which is written at the end of the run
+                else:
+                    self._half[whole] = self._half.get(stream, stream)
+            elif node not in own and node not in dead and any(v in self._half for v in node.inputs if v is not None):
+                self._again(node, [None if v is None else self._half.get(v, v) for v in node.inputs])
         return found
 
-    def _observed(self, unit: DepthUnit, constants: dict[ir.Node, ir.Value]) -> _Fit:
-        """Observe (h, wanted, 1) / |s| of a writer, before its sum."""
+    def _refitted(self, unit: DepthUnit, end: DepthUnit, writer: Writer) -> _Fit:
+        """Observe (h, wanted, 1) / |s| before a sum, and write the layer with a weight of its own, up to its sum."""
         edit = self._edit
-        writer = Writer.of(unit)
-        assert writer is not None
         h, stream = writer.node.inputs[0], unit.remainder
         assert h is not None
         h, stream = self._half.get(h, h), self._half.get(stream, stream)
         # The original's sum stands behind its addition; here it is made once more.
-        total = edit.op("Add", list(unit.branch.add.inputs), like=unit.total)
-        square = edit.op("Mul", [total, total])
+        total = edit.op("Add", list(end.branch.add.inputs), like=end.total)
+        h_, stream_, total_ = (edit.op("Cast", [v], {"to": int(ir.DataType.FLOAT)}) for v in (h, stream, total))
+        square = edit.op("Mul", [total_, total_])
         mean = edit.op("ReduceMean", [square, edit.constant(np.array([-1]), "axis")], {"keepdims": 1})
         size = edit.op("Sqrt", [edit.op("Add", [mean, edit.constant(np.array(1e-12, np.float32), "tiny")])])
         inverse = edit.op("Reciprocal", [size])
-        wanted = edit.op("Sub", [total, stream])
-        scaled = [edit.op("Mul", [v, inverse]) for v in (h, wanted)]
+        scaled = [edit.op("Mul", [v, inverse]) for v in (h_, edit.op("Sub", [total_, stream_]))]
         pair = edit.op("Concat", [*scaled, inverse], {"axis": -1})
         pair.type = ir.TensorType(ir.DataType.FLOAT)
-        weight = constants[writer.node]
+        constants = []
+        for node in (writer.node, writer.bias):
+            if node is None:
+                continue
+            place = (
+                1
+                if node is writer.node
+                else next(i for i, v in enumerate(node.inputs) if constant_tensor(v) is not None)
+            )
+            tensor = constant_tensor(node.inputs[place])
+            assert tensor is not None
+            held = edit.constant(ir.tensor(np.array(tensor.numpy())), "half")
+            inputs = [None if v is None else self._half.get(v, v) for v in node.inputs]
+            inputs[place] = held
+            self._again(node, inputs)
+            constants.append(held)
+        self._again(unit.branch.add, [self._half.get(v, v) for v in unit.branch.add.inputs if v is not None])
+        weight, *shift = constants
         assert weight.shape is not None
-        inputs, outputs = (int(n) for n in weight.shape.numpy())
+        features, outputs = (int(n) for n in weight.shape.numpy())
         if total.shape is not None:
-            pair.shape = ir.Shape([*list(total.shape)[:-1], inputs + outputs + 1])
-        return _Fit(
-            Request(pair, SecondMoment()),
-            inputs,
-            weight,
-            constants.get(writer.bias) if writer.bias is not None else None,
-        )
+            pair.shape = ir.Shape([*list(total.shape)[:-1], features + outputs + 1])
+        return _Fit(Request(pair, SecondMoment()), features, weight, shift[0] if shift else None)
 
     def _again(self, node: ir.Node, inputs: list[ir.Value | None]) -> None:
         """Write a node a second time, with other inputs."""

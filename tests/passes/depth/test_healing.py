@@ -22,8 +22,9 @@ def layers(count: int, *, bias: bool = False, blind: bool = False, seed: int = 0
     rng = np.random.default_rng(seed)
     weights: dict[str, np.ndarray] = {}
     lines = ["x0 = Identity(x)"]
+    inner = SIZE // 2 if blind else INNER
     for i in range(count):
-        a, b = rng.normal(size=(SIZE, INNER)) / 2, rng.normal(size=(INNER, SIZE)) / 2
+        a, b = rng.normal(size=(SIZE, inner)) / 2, rng.normal(size=(inner, SIZE)) / 2
         if blind:
             a = weights.get("a0", a)
             a[SIZE // 2 :], b[:, : SIZE // 2] = 0, 0
@@ -67,7 +68,7 @@ def test_what_the_next_layer_shows_is_made_up_for_exactly(bias: bool) -> None:
             held.const_value = ir.tensor(moved, name=held.name)
     healed, step = dropped(model, branches=["mlp.1"], heal="linear", ridge=1e-9)
     assert error(model, healed) < 1e-8
-    assert ["mlp.2 refitted" in site.detail for site in step.sites] == [False, True]
+    assert ["mlp.0 refitted" in site.detail for site in step.sites] == [False, True]
     assert len(units_of(healed).units) == 2
     # Nothing was added to the graph, and no weight is left over.
     assert len(healed.graph) == len(dropped(model, branches=["mlp.1"])[0].graph)
@@ -97,22 +98,33 @@ def test_a_strong_ridge_keeps_the_weights() -> None:
     assert error(plain, held) < 1e-6
 
 
-def test_only_the_next_ones_within_reach() -> None:
-    _, step = dropped(layers(6), branches=["mlp.1"], heal="linear", reach=2)
-    assert [s.detail.split(" refitted")[0] for s in step.sites if "refitted" in s.detail] == ["mlp.2", "mlp.3"]
+def test_the_one_before_a_run_is_refitted_to_what_stood_behind_it() -> None:
+    model = layers(6, seed=2)
+    plain, _ = dropped(model, branches=["mlp.2", "mlp.3", "mlp.5"])
+    healed, step = dropped(model, branches=["mlp.2", "mlp.3", "mlp.5"], heal="linear")
+    assert [s.detail.split(" refitted")[0] for s in step.sites if "refitted" in s.detail] == ["mlp.1", "mlp.4"]
+    assert error(model, healed) < 0.9 * error(model, plain)
+
+
+def test_the_first_has_one_behind_it_refitted() -> None:
+    model = layers(3, seed=2)
+    plain, _ = dropped(model, branches=["mlp.0"])
+    healed, step = dropped(model, branches=["mlp.0"], heal="linear")
+    assert [s.detail.split(" refitted")[0] for s in step.sites if "refitted" in s.detail] == ["mlp.1"]
+    assert error(model, healed) < error(model, plain)
 
 
 def test_what_has_no_linear_layer_last_is_left() -> None:
     model = parse(
         f"""g (float[b, t, {SIZE}] x) => (float[b, t, {SIZE}] y) {{
             u0 = MatMul(x, a)
-            x1 = Add(x, u0)
+            d0 = Tanh(u0)
+            x1 = Add(x, d0)
             u1 = MatMul(x1, a)
-            d1 = Tanh(u1)
-            y = Add(x1, d1)
+            y = Add(x1, u1)
         }}""",
         {"a": np.eye(SIZE, dtype=np.float32)},
     )
-    _, step = dropped(model, branches=["mlp.0"], heal="linear")
+    _, step = dropped(model, branches=["mlp.1"], heal="linear")
     assert [site.outcome for site in step.sites] == ["applied", "left"]
-    assert "doesn't come from a linear layer" in step.sites[1].detail
+    assert "no linear layer" in step.sites[1].detail
