@@ -23,6 +23,7 @@ from typing import Any
 
 from graphopt.errors import ModelError
 from graphopt.export.genai import FILE, update_genai_config
+from graphopt.graph.kept_layers import kept_layers, shortened
 from graphopt.graph.load import load
 
 COMPANIONS = (
@@ -80,7 +81,8 @@ def copy_companions(folder: Path, target: Path, *, dtype: str | None = None) -> 
 def carry(old: Path, new: Path) -> list[Path]:
     """Bring what lies beside a model to another one that was made from it, so that its folder can be loaded as well.
 
-    genai_config.json is written anew for the other graph, where there is one.
+    genai_config.json is written anew for the other graph, where there is one, and config.json counts the layers that
+    the other one has left.
 
     Args:
         old: The model's file, as `graphopt export` wrote it.
@@ -94,8 +96,11 @@ def carry(old: Path, new: Path) -> list[Path]:
     """
     files = copy_companions(old.parent, new.parent)
     described = old.parent / FILE
+    made = load(new)
+    if (layers := kept_layers(made, since=load(old))) is not None:
+        _rewrite(new.parent / "config.json", lambda config: shortened(config, layers))
     if described.is_file():
-        files.append(update_genai_config(new.parent, load(new), new.name, described))
+        files.append(update_genai_config(new.parent, made, new.name, described))
     return files
 
 

@@ -13,6 +13,7 @@ from graphopt.analysis.branches import reads
 from graphopt.analysis.depth_units import DepthUnit, DepthUnits, exclusive, same_shape
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.edits import Editor
+from graphopt.graph.kept_layers import note_kept
 from graphopt.graph.kv_edits import forget_pairs
 
 Norms = Literal["remove", "keep"]
@@ -74,7 +75,7 @@ class _Plan:
     def _look(self, model: ir.Model) -> None:
         """Follow what the outputs are made of; what goes and is met was needed."""
         lost = set(self.lost)
-        pending: list[ir.Value] = [value for value in model.graph.outputs if value not in lost]
+        pending = [self._standing_in(value) for value in model.graph.outputs if value not in lost]
         seen: dict[ir.Value, None] = dict.fromkeys(pending)
         while pending:
             value = pending.pop()
@@ -93,10 +94,15 @@ class _Plan:
             if value not in lost and (unit := self._owner.get(value)) is not None:
                 self.obstacles.setdefault(unit, f"{value.name!r} of it is an output of the model")
 
+    def _standing_in(self, value: ir.Value) -> ir.Value:
+        """What takes the place of a sum that goes."""
+        while value in self._redirected:
+            value = self._redirected[value]
+        return value
+
     def _moved(self, node: ir.Node, read: ir.Value) -> ir.Value:
         """What `node` reads in place of `read`."""
-        while read in self._redirected:
-            read = self._redirected[read]
+        read = self._standing_in(read)
         if read not in self._owner or node.op_type != "Shape" or node.domain != "":
             return read
         if node not in self.moves and (pieces := self._pieces(node, read)) is not None:
@@ -114,9 +120,7 @@ class _Plan:
             start.as_int() if start is not None else None : end.as_int() if end is not None else None
         ]
         # What enters the branch is made before whatever reads a size of the branch.
-        entering = self._owner[read].remainder
-        while entering in self._redirected:
-            entering = self._redirected[entering]
+        entering = self._standing_in(self._owner[read].remainder)
         substitutes = [v for v in (*self._substitutes, entering) if v not in self._owner]
         for other in substitutes:
             if same_shape(other, read, self._facts):
@@ -198,12 +202,28 @@ def bypass(
     for dead in (*behind, *reversed(inside)):
         if dead is not None and dead.graph is not None:
             _remove_onward(dead, edit)
+    _note_kept(model, found, chosen)
     caches = [pair for unit in chosen for pair in unit.caches]
     if found.interface is None or not caches:
         return Bypassed((), (), {})
     renamed = forget_pairs(model, found.interface, caches)
     lost_names = tuple(pair.present for pair in caches if pair.present is not None)
     return Bypassed(tuple(pair.past for pair in caches), lost_names, renamed)
+
+
+def _note_kept(model: ir.Model, found: DepthUnits, removed: Sequence[DepthUnit]) -> None:
+    """Note which layers are left: those with a cache, or else those of the one stream with any branch."""
+    if found.interface is not None and found.interface.pairs:
+        gone = {pair.past for unit in removed for pair in unit.caches}
+        layers = {pair.layer for pair in found.interface.pairs}
+        kept = {pair.layer for pair in found.interface.pairs if pair.past not in gone}
+    elif len({unit.stream for unit in found.units}) == 1:
+        layers = {unit.layer for unit in found.units}
+        kept = {unit.layer for unit in found.units if unit not in removed}
+    else:
+        return
+    numbers = {layer: number for number, layer in enumerate(sorted(layers))}
+    note_kept(model, len(layers), [numbers[layer] for layer in sorted(kept)])
 
 
 def _ordered(found: DepthUnits, units: Iterable[DepthUnit]) -> list[DepthUnit]:

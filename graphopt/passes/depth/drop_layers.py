@@ -18,6 +18,7 @@ from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.depth.bypass import Norms, bypass, obstacles
 from graphopt.passes.depth.closeness import Closeness, Span, closeness
 from graphopt.passes.depth.gates import gated
+from graphopt.passes.depth.healing import Heal, heal
 from graphopt.passes.depth.positions import Position, by_position
 from graphopt.search.allocation import Choice, Item, allocate
 from graphopt.search.evolutionary import evolve
@@ -98,11 +99,13 @@ class DropLayers(Pass):
         generations: int = 20,
         offspring: int = 8,
         seed: int = 0,
+        heal: Heal = "none",
+        ridge: float = 0.1,
     ) -> None:
         super().__init__()
         for option, value, known in (
             ("granularity", granularity, Granularity), ("score", score, Score), ("search", search, Search),
-            ("norms", norms, Norms),
+            ("norms", norms, Norms), ("heal", heal, Heal),
         ):  # fmt: skip
             if value not in get_args(known):
                 raise ValueError(f"{option} is one of {', '.join(get_args(known))}, not {value!r}")
@@ -116,18 +119,21 @@ class DropLayers(Pass):
             raise ValueError(f"the search {search!r} goes by the loss; score {score!r} is for one-shot alone")
         if score == "angular" and granularity != "block":
             raise ValueError("score 'angular' is of a run of layers; give granularity: block")
-        if min(samples, beam, generations, offspring) < 1 or min(keep, shortlist) < 0:
-            raise ValueError("samples, beam, generations and offspring must be at least 1, keep and shortlist 0")
+        if min(samples, beam, generations, offspring) < 1 or min(keep, shortlist) < 0 or ridge <= 0:
+            raise ValueError(
+                "samples, beam, generations and offspring must be at least 1, keep and shortlist 0, ridge above 0"
+            )
         self.count = count
         self.fraction = 0.1 if fraction is None and count is None else fraction
         self.granularity, self.score, self.search, self.norms = granularity, score, search, norms
         self.branches = None if branches is None else [str(name) for name in branches]
         self.keep, self.samples, self.beam, self.shortlist = keep, samples, beam, shortlist
         self.generations, self.offspring, self.seed = generations, offspring, seed
+        self.heal, self.ridge = heal, ridge
         self.scores: dict[str, float] = {}
         self.expected: float | None = None
-        if self.branches is None and score not in get_args(Position):
-            self.needs = ("samples",)
+        searches = self.branches is None and score not in get_args(Position)
+        self.needs = ("samples",) * searches + ("second-moment",) * (heal != "none")
 
     def option_values(self) -> dict[str, Any]:
         """See the base; with what was found, once it is."""
@@ -148,9 +154,22 @@ class DropLayers(Pass):
         for unit in chosen:
             gone = f", with its cache ({', '.join(pair.past for pair in unit.caches)})" if unit.caches else ""
             self.applied(unit.branch.add, f"{unit.name} removed: {unit.bytes} bytes of weights{gone}")
+        if self.heal != "none":
+            self._healed(model, found, chosen)
+            facts = infer(model, believe_names=True)
         bypass(model, found, chosen, facts, norms=self.norms)
         self.branches = [unit.name for unit in chosen]
         return True
+
+    def _healed(self, model: ir.Model, found: DepthUnits, chosen: list[DepthUnit]) -> None:
+        assert self.calibration is not None
+        done = heal(
+            model, found.units, chosen, self.calibration, form=self.heal, ridge=self.ridge, norms=self.norms
+        )  # fmt: skip
+        for unit, rest in done.writers:
+            self.applied(unit.branch.add, f"{unit.name} refitted: {rest:.1%} of the squared error at its sum is left")
+        for unit, reason in done.left:
+            self.left(unit.branch.add, f"{unit.name} isn't refitted: {reason}")
 
     def _given(self, model: ir.Model, found: DepthUnits, facts: ShapeFacts) -> list[DepthUnit]:
         assert self.branches is not None

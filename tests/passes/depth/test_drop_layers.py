@@ -1,0 +1,222 @@
+"""drop-layers: which branches go, by each score and search."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from tiny_decoders import decoder
+from zeroed import outputs, units_of
+
+from graphopt.calibration.calibration import Calibration
+from graphopt.calibration.data import BatchedDataset
+from graphopt.errors import UsageError
+from graphopt.pass_manager import PassManager
+from graphopt.passes.depth.closeness import Span, closeness
+from graphopt.passes.depth.drop_layers import DropLayers
+from graphopt.passes.depth.gates import gated
+from graphopt.passes.depth.positions import by_position
+from graphopt.verification.trials import Trials
+
+LAYERS = 6
+
+
+def stream(scales: list[float], seed: int = 0) -> ir.Model:
+    """Layers x + s · tanh(x·A)·B in a row."""
+    from calibration.small_models import residual
+
+    model = residual(len(scales), seed=seed)
+    for i, scale in enumerate(scales):
+        held = model.graph.initializers[f"b{i}"]
+        assert held.const_value is not None
+        held.const_value = ir.tensor(held.const_value.numpy() * np.float32(scale), name=held.name)
+    return model
+
+
+def data(samples: int = 3) -> Calibration:
+    rng = np.random.default_rng(1)
+    return Calibration(BatchedDataset({"x": rng.normal(size=(samples, 5, 8)).astype(np.float32)}, batch=1), threads=1)
+
+
+def run(model: ir.Model, **options: Any) -> DropLayers:
+    step = DropLayers(**{"granularity": "joint", "samples": 3, **options})
+    step.calibration = data()
+    step(model)
+    return step
+
+
+def losses(model: ir.Model) -> dict[tuple[int, ...], float]:
+    """What the model loses without each set of branches of up to three."""
+    units = units_of(model).units
+    made = gated(model, units)
+    trials = Trials(made.model, list(made.gates.values()), data().feeds(model), threads=1)
+    return {
+        chosen: trials.loss(made.closed(units[i] for i in chosen))
+        for size in (1, 2, 3)
+        for chosen in itertools.combinations(range(len(units)), size)
+    }
+
+
+def names(chosen: tuple[int, ...]) -> list[str]:
+    return [f"mlp.{i}" for i in chosen]
+
+
+@pytest.mark.parametrize("score", ["loss", "influence", "contribution"])
+def test_what_adds_least_goes_first(score: str) -> None:
+    model = stream([1, 0.03, 1, 1, 0.01, 1])
+    step = run(model, count=2, score=score)
+    assert step.branches == ["mlp.1", "mlp.4"]
+    assert len(units_of(model).units) == 4
+    assert len(step.scores) == LAYERS
+    assert (step.option_values().get("expected_divergence") is not None) == (score == "loss")
+
+
+def test_a_run_of_layers_goes_by_its_angle() -> None:
+    model = stream([1, 0.3, 0.3, 1, 0.05, 1])
+    step = run(model, count=2, score="angular", granularity="block")
+    assert step.branches == ["mlp.1", "mlp.2"]
+
+
+def test_one_shot_takes_the_lowest_losses() -> None:
+    model = stream([1.0] * LAYERS, seed=3)
+    known = losses(model)
+    best = sorted(range(LAYERS), key=lambda i: known[i,])[:3]
+    assert run(model, count=3).branches == names(tuple(sorted(best)))
+
+
+def test_greedy_takes_one_after_the_other_and_a_wide_beam_all() -> None:
+    model = stream([1.0] * LAYERS, seed=5)
+    known = losses(model)
+    step = run(model.clone(), count=3, search="greedy", beam=64)
+    best = min((c for c in known if len(c) == 3), key=known.__getitem__)
+    assert step.branches == names(best)
+    assert step.expected == pytest.approx(known[best])
+    narrow = run(model.clone(), count=3, search="greedy")
+    one = min((c for c in known if len(c) == 1), key=known.__getitem__)
+    two = min((c for c in known if len(c) == 2 and set(one) < set(c)), key=known.__getitem__)
+    three = min((c for c in known if len(c) == 3 and set(two) < set(c)), key=known.__getitem__)
+    assert narrow.branches == names(three)
+
+
+def test_evolution_is_no_worse_than_where_it_starts() -> None:
+    model = stream([1.0] * LAYERS, seed=7)
+    start = run(model.clone(), count=3)
+    found = run(model.clone(), count=3, search="evolutionary", generations=12)
+    assert found.branches is not None
+    assert len(found.branches) == 3
+    assert start.expected is not None
+    assert found.expected is not None
+    assert found.expected <= start.expected
+    assert run(model.clone(), count=3, search="evolutionary", generations=12).branches == found.branches
+
+
+def test_a_knapsack_removes_enough_bytes() -> None:
+    model = stream([1.0] * LAYERS, seed=2)
+    units = units_of(model).units
+    step = run(model, fraction=0.4, search="knapsack")
+    gone = sum(unit.bytes for unit in units if unit.name in (step.branches or ()))
+    assert gone >= 0.4 * sum(unit.bytes for unit in units)
+    assert len(step.branches or ()) == 3
+
+
+def test_what_was_found_can_be_given_without_data() -> None:
+    model = stream([1.0] * LAYERS, seed=4)
+    other = model.clone()
+    step = run(model, count=2)
+    found = step.option_values()
+    again = DropLayers(branches=found["branches"])
+    assert again.needs == ()
+    assert again(other).modified
+    given = {"x": np.random.default_rng(0).normal(size=(1, 4, 8)).astype(np.float32)}
+    np.testing.assert_array_equal(outputs(model, given)["y"], outputs(other, given)["y"])
+
+
+def test_a_recipe_runs_it_with_data_and_reports_it() -> None:
+    model = stream([1, 0.02, 1])
+    told: list[tuple[str, int, int]] = []
+    calibration = Calibration(data().data, threads=1, progress=lambda *a: told.append(a))
+    report = PassManager([DropLayers(count=1, granularity="mlp")], calibration=calibration, verify="none")(model)
+    assert [site.detail for site in report.records[0].sites] == ["mlp.1 removed: 768 bytes of weights"]
+    assert told == [("trying each branch", i, 3) for i in range(3)]
+
+
+def test_some_are_kept() -> None:
+    model = stream([0.001, 1, 1, 1, 1, 0.001])
+    assert set(run(model, count=2, keep=1).branches or ()) <= {f"mlp.{i}" for i in range(1, 5)}
+    with pytest.raises(UsageError, match="5 can't go, since there are 4"):
+        run(stream([1.0] * LAYERS), count=5, keep=1, score="last")
+
+
+def test_open_gates_change_nothing() -> None:
+    model = stream([1.0] * 3)
+    units = units_of(model).units
+    made = gated(model, units)
+    given = {"x": np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)}
+    np.testing.assert_array_equal(outputs(model, given)["y"], outputs(made.model, given)["y"])
+    made.gates["mlp.1"].const_value = ir.tensor(np.asarray(False))
+    DropLayers(branches=["mlp.1"])(model)
+    np.testing.assert_array_equal(outputs(model, given)["y"], outputs(made.model, given)["y"])
+
+
+def test_padded_tokens_dont_count() -> None:
+    model = ir.from_proto(decoder("concat"))
+    units = units_of(model).units
+    ids = np.array([[4, 9, 2, 30, 11, 7]])
+    cache = {
+        f"past_key_values.{i}.{part}": np.zeros((1, 2, 0, 16), np.float32)
+        for i in range(2)
+        for part in ("key", "value")
+    }
+
+    def measured(length: int, padding: int) -> list[float]:
+        feeds = {
+            "input_ids": np.concatenate([ids[:, :length], np.zeros((1, padding), np.int64)], axis=1),
+            "attention_mask": np.array([[1] * length + [0] * padding]),
+            **cache,
+        }
+        given = Calibration(BatchedDataset(feeds, batch=1), threads=1)
+        return [c.cosine for c in closeness(model, [Span(u, u) for u in units], given, 1)]
+
+    assert measured(4, 2) == pytest.approx(measured(4, 0), abs=1e-6)
+    assert measured(4, 2) != pytest.approx(measured(6, 0), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("position", "expected"),
+    [
+        ("last", [6, 7]), ("first", [0, 1]), ("symmetric", [3, 4]), ("alternate", [4, 6]), ("uniform", [2, 5]),
+    ],
+)  # fmt: skip
+def test_positions(position: Any, expected: list[int]) -> None:
+    assert by_position(position, 8, 2) == expected
+    for size in range(1, 9):
+        for count in range(size + 1):
+            chosen = by_position(position, size, count)
+            assert chosen == sorted(set(chosen))
+            assert len(chosen) == count
+            assert all(0 <= place < size for place in chosen)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "perplexity"}, "score is one of"),
+        ({"count": 1, "fraction": 0.5}, "give one of them"),
+        ({"fraction": 1}, "from 0 to below 1"),
+        ({"count": -1}, "must not be negative"),
+        ({"search": "greedy", "score": "influence"}, "goes by the loss"),
+        ({"score": "angular"}, "granularity: block"),
+        ({"samples": 0}, "must be at least 1"),
+    ],
+)
+def test_wrong_options_are_told_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DropLayers(**options)
+
+
+def test_a_branch_that_isnt_there() -> None:
+    with pytest.raises(UsageError, match=r"no branch 'attention\.9'"):
+        DropLayers(branches=["attention.9"])(stream([1.0] * 2))
