@@ -14,7 +14,7 @@ from graphopt.graph.kv_edits import remove_pairs
 from graphopt.graph.kv_interface import KVInterface, kv_interface
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.kv.cached_layers import CachedLayer, Sharing, cached_layers
-from graphopt.passes.kv.sharing_heal import Healing
+from graphopt.passes.kv.sharing_heal import Healing, of_layer
 from graphopt.passes.kv.sharing_trials import Pair, SharingTrials, by_distance, candidates, roots
 from graphopt.search.lazy_greedy import lazy_greedy
 
@@ -132,7 +132,7 @@ class ShareKV(Pass):
         for number, donor in sorted(final.items()):
             layer, told = layers[number], f"layer {number} reads the cache of layer {donor}"
             if healing is not None:
-                refit = healing.refit(model, layer, layers[donor], facts)
+                refit = healing.refit(model, layer, of_layer(layers[donor]), facts)
                 told += f"; {refit if isinstance(refit, str) else refit.put(layer, facts, edit)}"
             self.applied(layer.node, told)
             sharing.share(layer, layers[donor])

@@ -95,7 +95,7 @@ class SharingTrials:
                 stacked.append(edit.op("Squeeze", [chosen, first], like=layer.presents[part]))
             before = layer.node.outputs[0]
             users = [(use.node, use.idx) for use in before.uses()]
-            y = sharing.write(layer, stacked[0], stacked[1], layer)
+            y = sharing.write(layer, stacked[0], stacked[1])
             for user, slot in users:
                 user.replace_input_with(slot, y)
             indices[number] = index
@@ -126,7 +126,7 @@ class SharingTrials:
     @staticmethod
     def _error(layer: CachedLayer, donor: CachedLayer, edit: Editor, sharing: Sharing) -> ir.Value:
         own = layer.node.outputs[0]
-        other = sharing.write(layer, *donor.presents, donor)
+        other = sharing.write(layer, *donor.presents)
         difference = edit.op("ReduceSumSquare", [edit.op("Sub", [other, own])], {"keepdims": 0})
         return edit.op("Div", [difference, edit.op("ReduceSumSquare", [own], {"keepdims": 0})])
 
