@@ -308,9 +308,9 @@ class Healing:
         sort(copy)
         _prune(copy)
         session = make_session(copy, threads=self._threads)
-        wanted = {item.name for item in session.get_inputs()}
+        wanted = {value.name: value.shape for value in copy.graph.inputs}
         for sample in self._samples:
-            fed = {name: array for name, array in sample.items() if name in wanted}
+            fed = {name: _as_declared(array, wanted[name]) for name, array in sample.items() if name in wanted}
             found = dict(zip(distinct, run(session, fed), strict=True))
             yield {name: constants[name] if name in constants else found[value] for name, value in outputs.items()}
 
@@ -364,6 +364,14 @@ def _split(queries: Array, heads: int) -> Array:
         return queries
     batch, tokens, width = queries.shape
     return queries.reshape(batch, tokens, heads, width // heads).transpose(0, 2, 1, 3)
+
+
+def _as_declared(array: Array, shape: ir.Shape | None) -> Array:
+    """What is fed; an empty cache in the sizes that it has by now."""
+    if array.size or shape is None:
+        return array
+    sizes = [size if isinstance(size, int) else now for size, now in zip(shape, array.shape, strict=True)]
+    return np.zeros(sizes, array.dtype)
 
 
 def _prune(model: ir.Model) -> None:
