@@ -280,7 +280,7 @@ def _in_place(past: ir.Value, join: Join, operator: str) -> bool:
         return False
     places = [node for node, _ in past.uses() if node is join.node]
     others = [node for value in (past, join.joined) for node, _ in value.uses() if node is not join.node]
-    return len(places) == 1 and all(_asks_for_another_axis(node, join.axis) or _counts(node, join) for node in others)
+    return len(places) == 1 and all(asks_for_another_axis(node, join.axis) or _counts(node, join) for node in others)
 
 
 def _counts(node: ir.Node, join: Join) -> bool:
@@ -291,8 +291,8 @@ def _counts(node: ir.Node, join: Join) -> bool:
     return all(slot in FUSED[qualified(node)] for slot in slots)
 
 
-def _asks_for_another_axis(node: ir.Node, axis: int | None) -> bool:
-    """Whether `node` is a Shape of which the size along `axis` isn't read, as of the batch alone."""
+def asks_for_another_axis(node: ir.Node, axis: int | None) -> bool:
+    """Whether `node` is a Shape of a cache of which the size along `axis` isn't read, as of the batch alone."""
     if node.op_type != "Shape" or axis is None or any(a.is_ref() for a in node.attributes.values()):
         return False
     if node.outputs[0].is_graph_output():

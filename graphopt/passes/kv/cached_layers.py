@@ -116,16 +116,15 @@ class Sharing:
         """Let `layer` read keys and values of `donor`, which comes before it; its own projections and what leads to
         them go, and so do its outputs. Its cache inputs stay: see `graphopt.graph.kv_edits.remove_pairs`."""
         keys, values = donor.presents
-        y = self.write(layer, keys, values, donor)
+        y = self.write(layer, keys, values)
         edit, old = self._edit, layer.node
         edit.replace(old.outputs[0], y)
         for present in old.outputs[1:3]:
             edit.model.graph.outputs.remove(present)
         edit.remove_dead(old)
 
-    def write(self, layer: CachedLayer, keys: ir.Value, values: ir.Value, donor: CachedLayer) -> ir.Value:
-        """What the attention of `layer` gives on other `keys` and `values` [B, H, P + S, D], past and new; `donor` is
-        where they come from.
+    def write(self, layer: CachedLayer, keys: ir.Value, values: ir.Value) -> ir.Value:
+        """What the attention of `layer` gives on other `keys` and `values` [B, H, P + S, D], past and new.
 
         Without a past the operator aligns its causal mask at the first key, so that a mask says what a query sees.
         """

@@ -26,7 +26,7 @@ def query_targets(weights: Array, queries: Array, keys: Array, others: Array) ->
         weights: a, [H, S, T].
         queries: q, [H, S, D].
         keys: k, [KV, T, D]; H is a multiple of KV.
-        others: k', the same.
+        others: k', [KV', T, D]; KV is a multiple of KV'.
 
     Returns:
         q' [H, S, D], and what an error of it counts: the mean of the diagonal of M, [H, S]; both float32.
@@ -39,7 +39,7 @@ def query_targets(weights: Array, queries: Array, keys: Array, others: Array) ->
         own = slice(kv * group, (kv + 1) * group)
         a = weights[own].reshape(group * tokens, -1).astype(np.float32)
         scores = (queries[own] @ keys[kv].T).reshape(group * tokens, -1)
-        other = others[kv].astype(np.float32)
+        other = others[kv * len(others) // len(keys)].astype(np.float32)
         mean = a @ other
         squares = (other[:, :, None] * other[:, None, :]).reshape(len(other), -1)
         covariance = (a @ squares).reshape(-1, depth, depth) - mean[:, :, None] * mean[:, None, :]

@@ -14,9 +14,9 @@ from graphopt.graph.kv_edits import remove_pairs
 from graphopt.graph.kv_interface import KVInterface, kv_interface
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.kv.cached_layers import CachedLayer, Sharing, cached_layers
-from graphopt.passes.kv.sharing_heal import Healing
-from graphopt.passes.kv.sharing_trials import Pair, SharingTrials, by_distance, candidates, roots
-from graphopt.search.lazy_greedy import lazy_greedy
+from graphopt.passes.kv.sharing_heal import Healing, of_layer
+from graphopt.passes.kv.sharing_search import LossSearch
+from graphopt.passes.kv.sharing_trials import Pair, SharingTrials, by_distance, roots
 
 Search = Literal["loss", "similar", "dissimilar"]
 
@@ -37,18 +37,26 @@ class ShareKV(Pass):
     2. `search: loss`: one pair after the other, each where the divergence of the model's outputs from the original's
        is least. Candidates are, for each layer, the layer before it and the `donors` whose caches change the result of
        its attention least. All of them are tried alone; later steps try those again of which least is expected. A
-       trial gives indices to one session, in which each layer gathers its keys and values by index.
+       trial gives indices to one session, in which each layer gathers its keys and values by index. With healing the
+       candidates are refitted first, each to the cache of the layer before it: of those layers, twice as many as are
+       wanted, that lose least without.
     3. `search: dissimilar` (the paper's rule): pairs in the order of the Euclidean distance of their mean keys and
        values, the farthest first, each accepted where the cosine of the final hidden states with the original's stays
        at `threshold` at least. `search: similar`: the nearest first.
-    4. What was found is among the options that the report lists, as `pairs`; given so, nothing is searched, and no data
+    4. Healing (option `heal`): each layer that lost its cache is refitted, from the first to the last. W_q gets, by
+       least squares, the queries whose scores on the donor's keys come nearest to the original ones on its own (turned
+       back by the rotation, each token's weighted by its attention); W_o then the weights by which the attention's
+       result comes nearest to what the residual stream was behind it in the original, tokens counting by the inverse
+       square of its length. A ridge, chosen on held-out samples, keeps both small; what gives nothing there is left.
+    5. What was found is among the options that the report lists, as `pairs`; given so, nothing is searched, and no data
        is needed.
 
     **Options:** `pairs` (default: search): [layer, donor] for each layer that loses its cache, layers counted from 0
     among those with a cache; `count` (default: by `fraction`): how many layers lose their cache; `fraction` (default
     0.1): the same as a part of the layers; `search` (default "loss"): rules 2 and 3; `keep` (default none): layers that
     keep their cache; `donors` (default 2): rule 2; `looks` (default 6): candidates that a later step tries again;
-    `threshold` (default 0.5): rule 3; `samples` (default 2): of the data.
+    `threshold` (default 0.5): rule 3; `samples` (default 2): of the data, for trials; `heal` (default: true for a
+    search, false for given pairs): rule 4; `heal_samples` (default 8): of the data, for it.
 
     **Needs:** `Attention` with a cache, as `raise-attention` makes it; the same types and sizes of both caches; data
     for a search.
@@ -117,7 +125,7 @@ class ShareKV(Pass):
             if node is not None:
                 self.left(node, f"its cache stays: {reason}")
         if self.pairs is None:
-            pairs = self._searched(model, interface, layers)
+            pairs = self._searched(model, interface, layers, facts)
             self._found = [list(pair) for pair in pairs]
         else:
             pairs = [(layer, donor) for layer, donor in self.pairs]
@@ -132,7 +140,7 @@ class ShareKV(Pass):
         for number, donor in sorted(final.items()):
             layer, told = layers[number], f"layer {number} reads the cache of layer {donor}"
             if healing is not None:
-                refit = healing.refit(model, layer, layers[donor], facts)
+                refit = healing.refit(model, layer, of_layer(layers[donor]), facts)
                 told += f"; {refit if isinstance(refit, str) else refit.put(layer, facts, edit)}"
             self.applied(layer.node, told)
             sharing.share(layer, layers[donor])
@@ -142,10 +150,7 @@ class ShareKV(Pass):
     def _healing(self, model: ir.Model, layers: list[CachedLayer], facts: ShapeFacts) -> Healing | None:
         if not self.heal or self.calibration is None:
             return None
-        samples = list(itertools.islice(self.calibration.feeds(model), self.heal_samples))
-        if len(samples) < 2:
-            raise InputDataError("share-kv: healing needs at least two samples, of which one is held out.")
-        healing = Healing(samples, self.calibration.threads)
+        healing = self._healer(model)
         healing.remember(model, layers, facts)
         return healing
 
@@ -165,31 +170,31 @@ class ShareKV(Pass):
             return self.left(layers[layer].node, f"its cache has other sizes or types than that of layer {donor}")
         return True
 
-    def _searched(self, model: ir.Model, interface: KVInterface, layers: dict[int, CachedLayer]) -> list[Pair]:
+    def _searched(
+        self, model: ir.Model, interface: KVInterface, layers: dict[int, CachedLayer], facts: ShapeFacts
+    ) -> list[Pair]:
         assert self.calibration is not None
         count = self.count if self.count is not None else max(1, round(self.fraction * interface.layers))
+        if self.search == "loss":
+            search = LossSearch(
+                model, interface, layers, facts, self.calibration, self.samples, self.keep, self.donors, self.looks,
+                self.calibration.progress,
+            )  # fmt: skip
+            chosen = search.healed(count, self._healer(model)) if self.heal else search.plain(count)
+            self.expected = list(chosen.losses)
+            return list(chosen.items)
         trials = SharingTrials(model, interface, self.calibration, self.samples)
-        if self.search != "loss":
-            distances = {pair: d for pair, d in trials.distances().items() if pair[0] not in self.keep}
-            found = by_distance(
-                distances, count, trials.cosine, similar=self.search == "similar", threshold=self.threshold
-            )
-            self.expected = [trials.loss(found)] if found else []
-            return found
-        errors = {pair: e for pair, e in trials.local_errors().items() if pair[0] not in self.keep}
-        if not errors:
-            return []
-        tell = self.calibration.progress
-        chosen = lazy_greedy(
-            candidates(errors, self.donors),
-            count,
-            trials.loss,
-            lambda one, other: one[0] == other[0],
-            self.looks,
-            None if tell is None else lambda done, all_: tell("trying shared caches", done, all_),
-        )
-        self.expected = list(chosen.losses)
-        return list(chosen.items)
+        distances = {pair: d for pair, d in trials.distances().items() if pair[0] not in self.keep}
+        found = by_distance(distances, count, trials.cosine, similar=self.search == "similar", threshold=self.threshold)
+        self.expected = [trials.loss(found)] if found else []
+        return found
+
+    def _healer(self, model: ir.Model) -> Healing:
+        assert self.calibration is not None
+        samples = list(itertools.islice(self.calibration.feeds(model), self.heal_samples))
+        if len(samples) < 2:
+            raise InputDataError("share-kv: healing needs at least two samples, of which one is held out.")
+        return Healing(samples, self.calibration.threads)
 
 
 def _checked(pairs: list[list[int]]) -> list[list[int]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,10 @@ from graphopt.passes.lower.cached_site import CachedSite, NotTaken, projection, 
 from graphopt.runtime_ops.memory_session import make_session, run
 
 Array = npt.NDArray[Any]
+
+Presents: TypeAlias = Callable[[Editor, dict[str | None, ir.Value]], tuple[ir.Value, ir.Value]]
+"""Writes the keys and values [B, H, P + S, D] that an attention is to read, into a copy of a model at the editor's
+site, from the values of the copy by name."""
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """What is added to the diagonal of a normal matrix, as a part of its mean: the best on held-out samples is taken."""
@@ -69,7 +73,7 @@ class Refit:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a layer's weights stand.
 
     Attributes:
@@ -87,7 +91,13 @@ class _Place:
     residual: ir.Value | None
 
 
-def place_of(layer: CachedLayer, facts: ShapeFacts) -> _Place | str:
+def of_layer(donor: CachedLayer) -> Presents:
+    """The keys and values of an earlier layer."""
+    keys, values = donor.presents
+    return lambda edit, at: (at[keys.name], at[values.name])
+
+
+def place_of(layer: CachedLayer, facts: ShapeFacts) -> Place | str:
     """Where the weights of a layer stand, or why they can't be refitted."""
     try:
         site = read(layer.node, facts)
@@ -100,7 +110,7 @@ def place_of(layer: CachedLayer, facts: ShapeFacts) -> _Place | str:
         for user, slot in result.uses():
             found = layer_of(user) if is_op(user, "MatMul") and slot == 0 else ""
             if isinstance(found, Layer) and not found.sharers() and len(result.uses()) == 1:
-                return _Place(site, projection(site.q), found, result, _residual(found.node.outputs[0]))
+                return Place(site, projection(site.q), found, result, _residual(found.node.outputs[0]))
     return "no product with a weight of its own reads its result"
 
 
@@ -153,14 +163,14 @@ class Healing:
                     stream = self._scratch.array(found[f"c{layer.number}"] + found[f"r{layer.number}"])
                     self._streams.setdefault(layer.number, []).append(stream)
 
-    def refit(self, model: ir.Model, layer: CachedLayer, donor: CachedLayer, facts: ShapeFacts) -> Refit | str:
-        """New weights for `layer` on the cache of `donor`; the model stays as it is. A reason where there are none."""
+    def refit(self, model: ir.Model, layer: CachedLayer, other: Presents, facts: ShapeFacts) -> Refit | str:
+        """New weights for `layer` on `other` keys and values, or why there are none; the model stays as it is."""
         place = place_of(layer, facts)
         if isinstance(place, str):
             return place
-        queries = None if place.queries is None else self._queries(model, layer, donor, place, place.queries)
-        own = self._normal(model, layer, donor, place, None)
-        new = own if queries is None else self._normal(model, layer, donor, place, queries)
+        queries = None if place.queries is None else self._queries(model, layer, other, place, place.queries)
+        own = self._normal(model, layer, other, place, None)
+        new = own if queries is None else self._normal(model, layer, other, place, queries)
         weight = place.output.weight.numpy().astype(np.float64)
         before = _error(own[1], weight)
         best: tuple[float, Array | None, Array | None] = (before, None, None)
@@ -173,13 +183,13 @@ class Healing:
         return Refit(best[1], best[2], before, best[0])
 
     def _queries(
-        self, model: ir.Model, layer: CachedLayer, donor: CachedLayer, place: _Place, product: Layer
+        self, model: ir.Model, layer: CachedLayer, other: Presents, place: Place, product: Layer
     ) -> Array | None:
         """W_q for the other keys."""
         source, rotation = product.node.inputs[0], place.site.q.rotation
         assert source is not None
         values: dict[str, ir.Value | None] = {
-            "x": source, "q": layer.node.inputs[0], "k": layer.presents[0], "other": donor.presents[0],
+            "x": source, "q": layer.node.inputs[0], "k": layer.presents[0],
         }  # fmt: skip
         if rotation is not None:
             values |= {"cos": rotation.inputs[1], "sin": rotation.inputs[2], "ids": (*rotation.inputs, None)[3]}
@@ -187,7 +197,8 @@ class Healing:
         assert not isinstance(bias, str)
         normal: Array | None = None
         right: Array | None = None
-        for found in self._run(model, {name: value for name, value in values.items() if value is not None}, layer):
+        given = {name: value for name, value in values.items() if value is not None}
+        for found in self._run(model, given, layer, other):
             queries = _split(found["q"], layer.heads)
             targets, counts = np.empty_like(queries), np.empty(queries.shape[:3], np.float32)
             for row in range(len(queries)):
@@ -210,7 +221,7 @@ class Healing:
         return _ridge(normal, right, QUERY_RIDGE)
 
     def _normal(
-        self, model: ir.Model, layer: CachedLayer, donor: CachedLayer, place: _Place, queries: Array | None
+        self, model: ir.Model, layer: CachedLayer, other: Presents, place: Place, queries: Array | None
     ) -> tuple[_Moments, _Moments]:
         """Moments for W_o: of the samples that it is fitted on, and of those held out."""
         copy, at = _copied(model)
@@ -218,9 +229,6 @@ class Healing:
         node = at[layer.node.outputs[0].name].producer()
         assert node is not None
         own = dataclasses.replace(layer, node=node)
-        donor_node = at[donor.presents[0].name].producer()
-        assert donor_node is not None
-        other = dataclasses.replace(donor, node=donor_node)
         outputs: dict[str, ir.Value] = {"c": at[place.output.node.outputs[0].name]}
         if place.residual is not None:
             outputs["r"] = at[place.residual.name]
@@ -228,7 +236,8 @@ class Healing:
         if queries is not None:
             assert place.queries is not None
             self._other_queries(edit, at, node, place.queries, queries)
-        y = Sharing(edit, facts).write(own, *other.presents, other)
+        edit.at(node)
+        y = Sharing(edit, facts).write(own, *other(edit, at))
         if queries is not None:
             node.replace_input_with(0, mark)
         if not layer.joined:
@@ -273,8 +282,10 @@ class Healing:
         assert queries_now is not None
         node.replace_input_with(0, copies[queries_now])
 
-    def _run(self, model: ir.Model, values: Mapping[str, ir.Value], layer: CachedLayer) -> Iterator[dict[str, Array]]:
-        """Some values of a model on each sample, and the weights that an attention gives."""
+    def _run(
+        self, model: ir.Model, values: Mapping[str, ir.Value], layer: CachedLayer, other: Presents
+    ) -> Iterator[dict[str, Array]]:
+        """Some values of a model on each sample, the weights that an attention gives, and other keys."""
         copy, at = _copied(model)
         node = at[layer.node.outputs[0].name].producer()
         assert node is not None
@@ -284,7 +295,8 @@ class Healing:
         again = edit.op("Attention", list(node.inputs), attributes, outputs=4).producer()
         assert again is not None
         outputs = {name: at[value.name] for name, value in values.items()}
-        yield from self._outputs(copy, {**outputs, "weights": again.outputs[3]})
+        keys, _ = other(edit, at)
+        yield from self._outputs(copy, {**outputs, "weights": again.outputs[3], "other": keys})
 
     def _outputs(self, copy: ir.Model, outputs: Mapping[str, ir.Value]) -> Iterator[dict[str, Array]]:
         distinct = list(dict.fromkeys(outputs.values()))
@@ -296,9 +308,9 @@ class Healing:
         sort(copy)
         _prune(copy)
         session = make_session(copy, threads=self._threads)
-        wanted = {item.name for item in session.get_inputs()}
+        wanted = {value.name: value.shape for value in copy.graph.inputs}
         for sample in self._samples:
-            fed = {name: array for name, array in sample.items() if name in wanted}
+            fed = {name: _as_declared(array, wanted[name]) for name, array in sample.items() if name in wanted}
             found = dict(zip(distinct, run(session, fed), strict=True))
             yield {name: constants[name] if name in constants else found[value] for name, value in outputs.items()}
 
@@ -352,6 +364,14 @@ def _split(queries: Array, heads: int) -> Array:
         return queries
     batch, tokens, width = queries.shape
     return queries.reshape(batch, tokens, heads, width // heads).transpose(0, 2, 1, 3)
+
+
+def _as_declared(array: Array, shape: ir.Shape | None) -> Array:
+    """What is fed; an empty cache in the sizes that it has by now."""
+    if array.size or shape is None:
+        return array
+    sizes = [size if isinstance(size, int) else now for size, now in zip(shape, array.shape, strict=True)]
+    return np.zeros(sizes, array.dtype)
 
 
 def _prune(model: ir.Model) -> None:

@@ -48,32 +48,46 @@ class SharingTrials:
         interface: Its interface.
         calibration: The samples.
         samples: How many of them.
+        weights: Names of initializers that trials exchange too.
     """
 
-    def __init__(self, model: ir.Model, interface: KVInterface, calibration: Calibration, samples: int) -> None:
-        self._model, self._interface, self._calibration = model, interface, calibration
+    def __init__(
+        self,
+        model: ir.Model,
+        interface: KVInterface,
+        calibration: Calibration,
+        samples: int,
+        weights: Sequence[str] = (),
+    ) -> None:
+        self._model, self._interface, self._calibration, self._weights = model, interface, calibration, weights
         self._samples = list(itertools.islice(calibration.feeds(model), samples))
         self._trials: dict[bool, tuple[Trials, dict[int, ir.Value], dict[int, dict[int, int]]]] = {}
 
-    def loss(self, pairs: Sequence[Pair]) -> float:
-        """The mean divergence KL(original ‖ shared) of the distributions over the vocabulary, in nats."""
-        return self._loss(pairs, final=False)
+    def loss(self, pairs: Sequence[Pair], weights: Mapping[str, Array] | None = None) -> float:
+        """The mean divergence KL(original ‖ shared) of the distributions over the vocabulary, in nats.
+
+        Args:
+            pairs: Who reads whose cache.
+            weights: Other contents of some of the weights, by name, in their shape and type.
+        """
+        return self._loss(pairs, weights or {}, final=False)
 
     def cosine(self, pairs: Sequence[Pair]) -> float:
         """The mean cosine of the final hidden states with the original's, over tokens."""
-        return 1 - self._loss(pairs, final=True) / 2
+        return 1 - self._loss(pairs, {}, final=True) / 2
 
-    def _loss(self, pairs: Sequence[Pair], *, final: bool) -> float:
+    def _loss(self, pairs: Sequence[Pair], weights: Mapping[str, Array], *, final: bool) -> float:
         if final not in self._trials:
             model, indices, places = self._switched(final=final)
-            trials = Trials(model, list(indices.values()), self._samples, threads=self._calibration.threads)
+            exchanged = [*indices.values(), *(model.graph.initializers[name] for name in self._weights)]
+            trials = Trials(model, exchanged, self._samples, threads=self._calibration.threads)
             self._trials[final] = trials, indices, places
         trials, indices, places = self._trials[final]
         changed = {
             indices[layer].name or "": np.array([places[layer][root]], dtype=np.int64)
             for layer, root in roots(pairs).items()
         }
-        return trials.loss(changed)
+        return trials.loss({**changed, **weights})
 
     def _switched(self, *, final: bool) -> tuple[ir.Model, dict[int, ir.Value], dict[int, dict[int, int]]]:
         """A copy with an index for each layer, and for each layer the places of those that it may read."""
@@ -95,7 +109,7 @@ class SharingTrials:
                 stacked.append(edit.op("Squeeze", [chosen, first], like=layer.presents[part]))
             before = layer.node.outputs[0]
             users = [(use.node, use.idx) for use in before.uses()]
-            y = sharing.write(layer, stacked[0], stacked[1], layer)
+            y = sharing.write(layer, stacked[0], stacked[1])
             for user, slot in users:
                 user.replace_input_with(slot, y)
             indices[number] = index
@@ -126,7 +140,7 @@ class SharingTrials:
     @staticmethod
     def _error(layer: CachedLayer, donor: CachedLayer, edit: Editor, sharing: Sharing) -> ir.Value:
         own = layer.node.outputs[0]
-        other = sharing.write(layer, *donor.presents, donor)
+        other = sharing.write(layer, *donor.presents)
         difference = edit.op("ReduceSumSquare", [edit.op("Sub", [other, own])], {"keepdims": 0})
         return edit.op("Div", [difference, edit.op("ReduceSumSquare", [own], {"keepdims": 0})])
 
