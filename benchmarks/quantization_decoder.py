@@ -46,7 +46,7 @@ from graphopt.verification.quality.language import language_quality
 WINDOW = 512
 TOGETHER = 6
 """Systems that are judged or timed in one go, besides the float model."""
-BESIDE_PEERS = ("rtn, 4 bits, group 32", "auto, 4 bits, group 32")
+BESIDE_PEERS = ("gptq+decode, 4 bits, group 32", "gptq+decode, 4 bits, group 128")
 """Rows that are timed in the same rounds as the peers."""
 SERIES: dict[Kind, str] = {
     "data-free": "without data", "calibrated": "calibrated", "automatic": "auto", "peer": "others", "float": FLOAT

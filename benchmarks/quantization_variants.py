@@ -66,6 +66,7 @@ METHODS = (
     Method("higgs", "data-free", (4, 3, 2)),
     Method("awq", "calibrated", (4, 3, 2)),
     Method("gptq", "calibrated", (4, 3, 2)),
+    Method("gptq+decode", "calibrated", (4,)),
     Method("gptq2", "calibrated", (2,)),
     Method("rsq", "calibrated", (4, 3, 2)),
     Method("comq", "calibrated", (4, 3, 2)),
@@ -75,7 +76,7 @@ METHODS = (
     Method("auto", "automatic", (4, 3, 2)),
     Method("int8-dynamic", "data-free", ()),
     Method("int8-static", "calibrated", ()),
-    Method("llm-int8", "data-free", ()),
+    Method("llm-int8", "calibrated", ()),
 )
 
 

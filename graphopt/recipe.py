@@ -11,7 +11,8 @@
 
 `--recipe` takes such a file or the name of one that ships in `graphopt/models/recipes/`, and several joined by `+`,
 which run one behind the other: `exact+decode`. Where several are the recipe `canonical`, what compresses, and the
-recipe `lower`, they become one of that form: `rtn+kv8` compresses twice between the two.
+recipe `lower`, they become one of that form: `rtn+kv8` compresses twice between the two. A digit behind the name of a
+recipe that quantizes weights is their bits: `awq3`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,10 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe | None = No
             raise UsageError(f"The recipe {name} isn't text in UTF-8.") from error
     else:
         known = shipped()
+        if name not in known and (match := re.fullmatch(r"(.*\D)([2-8])", name)) and match[1] in known:
+            plain = load(match[1])
+            if any("bits" in _options_of(step.name) for step in plain.steps):
+                return dataclasses.replace(plain.with_options([f"bits={match[2]}"]), name=name)
         if name not in known:
             near = difflib.get_close_matches(name, known, n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else f"those that ship are {', '.join(known)}."

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.cost import Counted, cost
 from graphopt.analysis.shapes import ShapeFacts
-from graphopt.passes.base import Site
+from graphopt.passes.base import Guarantee, Site
 from graphopt.verification.verifier import Verdict
 
 Status = Literal["applied", "unchanged", "rolled back", "skipped"]
@@ -110,6 +110,18 @@ class RunReport:
         return any(r.status == "applied" for r in self.records)
 
     def left(self) -> list[tuple[str, Site]]:
-        """Sites left alone, each with its pass: those of the last run of every pass, whose word is final."""
-        last = {r.name: r for r in self.records if r.status in ("applied", "unchanged")}
-        return [(name, site) for name, r in last.items() for site in r.sites if site.outcome == "left"]
+        """Sites left alone, each with its pass: those of the last run of every pass, whose word is final.
+
+        Where a pass ran before a lossy one too, nodes that the lossy one made are nothing that it left.
+        """
+        ran = [r for r in self.records if r.status in ("applied", "unchanged")]
+        last = {r.name: r for r in ran}
+        lossy = next((i for i, r in enumerate(ran) if r.guarantee == Guarantee.LOSSY.value), len(ran))
+        before: dict[str, set[str]] = {}
+        for record in ran[:lossy]:
+            before.setdefault(record.name, set()).update(site.node for site in record.sites)
+
+        def known(name: str, site: Site) -> bool:
+            return lossy == len(ran) or name not in before or site.node in before[name]
+
+        return [(n, site) for n, r in last.items() for site in r.sites if site.outcome == "left" and known(n, site)]

@@ -113,6 +113,16 @@ def test_joined_recipes_share_the_exact_ones() -> None:
     assert load("decode+exact").steps == (*decode, *first, *last)
 
 
+def test_bits_behind_the_name() -> None:
+    assert load("awq3").steps == load("awq").with_options(["bits=3"]).steps
+    assert {k: v for s in load("kv4+awq3").steps for k, v in s.options.items() if k == "bits"} == {"bits": 3}
+    assert load("gptq2").name == "gptq2"  # one of its own comes first
+    assert load("gptq2").steps != load("gptq").with_options(["bits=2"]).steps
+    for name in ("exact4", "awq9", "decode4", "auto4"):  # no such bits, or none at all
+        with pytest.raises(UsageError, match=f"There is no recipe '{name}'"):
+            load(name)
+
+
 def test_options_of_a_recipe() -> None:
     recipe = load("rtn").with_options(["bits=3", "quantize-weights.exclude=[down]"])
     (step,) = [step for step in recipe.steps if step.name == "quantize-weights"]

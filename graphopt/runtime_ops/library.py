@@ -80,12 +80,12 @@ def described() -> str:
     return f"own operators: kernels for {', '.join(names)}, in {path}"
 
 
-def mentioned(path: Path) -> bool:
-    """Whether a model file may use operators of graphopt's, found without loading it."""
+def mentioned(path: Path, what: str = DOMAIN) -> bool:
+    """Whether a model file may use operators of graphopt's, or another one, found without loading it."""
     if path.stat().st_size == 0:
         return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.rfind(DOMAIN.encode()) >= 0
+        return content.rfind(what.encode()) >= 0
 
 
 def without_kernel(model: ir.Model, path: Path, providers: Iterable[str]) -> ir.Node | None:

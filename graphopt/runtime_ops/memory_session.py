@@ -27,6 +27,7 @@ from graphopt.graph.session_settings import read as read_settings
 from graphopt.graph.skeleton import Weight, first_line, serialized, skeleton
 from graphopt.runtime_ops.library import mentioned
 from graphopt.runtime_ops.operator import uses
+from graphopt.runtime_ops.packed_products import NO_PREPACKING, needs_folding
 from graphopt.runtime_ops.session import register
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 Optimizations = Literal["all", "none"]
 """ONNX Runtime's own graph optimizations: all of them, as users run a model, or none, as the graph is written."""
+
+GROWTH_BYTES = 64 << 20
+"""What a process may grow by before garbage is collected."""
+_resident_then = 0
 
 INLINE_TOTAL_BYTES = 64 << 20
 """Weights in memory of at most this many bytes together travel inside the protobuf; no file is written for them."""
@@ -132,7 +137,9 @@ def make_session(
         options.intra_op_num_threads = threads
     if requested is None and isinstance(model, ir.Model) and optimizations == "all":
         requested = read_settings(model)
-    asked = requested.config if requested is not None else {}
+    asked = dict(requested.config) if requested is not None else {}
+    if optimizations == "none" and _needs_folding(model):
+        asked[NO_PREPACKING] = "1"
     for key, value in {**asked, **(settings or {})}.items():
         options.add_session_config_entry(key, value)
     register_kernels(options, model, providers)
@@ -160,6 +167,13 @@ def make_session(
     if own_store is not None:
         session._graphopt_store = own_store
     return session
+
+
+def _needs_folding(model: ir.Model | str | os.PathLike[str]) -> bool:
+    """Whether a model, or the one in a file, has products that are wrong where ONNX Runtime folds nothing."""
+    if isinstance(model, ir.Model):
+        return needs_folding(model)
+    return Path(model).is_file() and mentioned(Path(model), "MatMulNBits") and needs_folding(load(model))
 
 
 def register_kernels(
@@ -210,14 +224,34 @@ def run(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> list
 
 
 def release_memory() -> None:
-    """Give the memory of deleted sessions back to the system (glibc otherwise keeps it for later)."""
-    gc.collect()
+    """Give the memory of deleted sessions and models back to the system (glibc otherwise keeps it for later).
+
+    Models are cycles of Python objects, which only the collector frees. In a process with large libraries it takes
+    half a second each time, so that it runs only where the process has grown by `GROWTH_BYTES` since it last ran.
+    """
+    global _resident_then
+    resident = _resident()
+    grown = resident is None or resident > _resident_then + GROWTH_BYTES
+    if grown:
+        gc.collect()
     if sys.platform == "linux":
         import ctypes
 
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+    after = _resident() or 0
+    # Where it has shrunk by itself, growth counts from there.
+    _resident_then = after if grown else min(_resident_then, after)
+
+
+def _resident() -> int | None:
+    """Bytes of the process in memory; None where the system doesn't tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _onnxruntime() -> Any:

@@ -19,6 +19,7 @@ from graphopt.graph.session_settings import read as read_settings
 from graphopt.runtime_ops.checked import checked_session
 from graphopt.runtime_ops.library import CUDA_ENTRY, REGISTERED_ENTRY, library_path, without_kernel
 from graphopt.runtime_ops.operator import uses
+from graphopt.runtime_ops.packed_products import NO_PREPACKING, needs_folding
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -52,7 +53,8 @@ def session(
 
     A model with operators of graphopt's runs on the library's kernels (`graphopt.runtime_ops.library_path`), and on the
     operators' portable bodies, with a `GraphoptWarning`, where there is no library or it can't run one of the nodes.
-    The options of a session may be those of another one; the library is registered with them once.
+    The options of a session may be those of another one; the library is registered with them once. Options without
+    ONNX Runtime's optimizations get what keeps its quantized products right (`graphopt.runtime_ops.packed_products`).
 
     Where the model is right for some inputs only (`graphopt.graph.assumptions`), running it on others raises
     `graphopt.errors.AssumptionError`; see `graphopt.runtime_ops.checked` for what is seen of bound inputs.
@@ -80,11 +82,14 @@ def session(
         providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
     make = checked_session(relied) if check and relied else onnxruntime.InferenceSession
     wanted = kernels and bool(uses(model))
+    folded = needs_folding(model)
 
     def opened(with_library: bool) -> tuple[onnxruntime.InferenceSession, str | None]:
         options = sess_options if sess_options is not None else onnxruntime.SessionOptions()
         for key, value in settings.config.items():
             _set(options, key, value)
+        if options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL and folded:
+            _set(options, NO_PREPACKING, "1")
         names = [p if isinstance(p, str) else p[0] for p in providers]
         why = register(options, model, names) if with_library else None
         disabled = settings.disabled_optimizers or None

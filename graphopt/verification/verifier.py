@@ -22,6 +22,7 @@ from graphopt.verification.codes import FLIPPED, code_outputs, settled
 from graphopt.verification.compare import TOLERANCES, OutputComparison, Tolerance, compare, finite
 from graphopt.verification.domain import Domain, Layout
 from graphopt.verification.probes import Probe, make_probes
+from graphopt.verification.unrounded import rounds, unrounded
 from graphopt.verification.usable import Runs, usable_probes
 
 MODES: tuple[Optimizations, ...] = ("none", "all")
@@ -132,6 +133,9 @@ class Verifier:
     more (they flip levels of quantized models), up to `SPREAD_FACTOR` times their change is allowed, capped at
     `SPREAD_CAP` of the scale; a note says so.
 
+    Where products of the original round what they read to 8 bits, original and candidate are compared without that
+    rounding (`graphopt.verification.unrounded`).
+
     A candidate that takes something for granted (`graphopt.graph.assumptions`) is compared where that holds: on the
     probes that suit it, and without what comes out at padded positions where it leaves that open.
 
@@ -164,7 +168,8 @@ class Verifier:
         self._threads = threads
         self._store = WeightStore()
         model = original if isinstance(original, ir.Model) else load(original)
-        self._source = original
+        self._unrounded = rounds(model)
+        self._source = unrounded(model) if self._unrounded else original
         self._outputs = [v.name or "" for v in model.graph.outputs]
         self._inputs = {v.name or "" for v in model.graph.inputs}
         self._codes = code_outputs(model)
@@ -174,6 +179,8 @@ class Verifier:
         self._kept: dict[tuple[Optimizations, str], list[Any]] = {}
         self._random: set[str] = set()
         self.notes: list[str] = []
+        if self._unrounded:
+            self.notes.append("Products that round what they read to 8 bits are compared without that rounding.")
         self.unusable: list[tuple[Probe, str]] = []
         self.probes = list(probes if probes is not None else make_probes(model, seed, assumptions=carried(model)))
         self.cost_seconds = 0.0
@@ -195,6 +202,7 @@ class Verifier:
         checked: list[Checked] = []
         failures: list[str] = []
         domain = Domain([*self._relied, *_relied(candidate)], self._layout)
+        candidate = self._comparable(candidate)
         probes = [probe for probe in self.probes if domain.covers(probe)]
         if self.probes and not probes:
             failures.append(
@@ -314,6 +322,15 @@ class Verifier:
         return result
 
     # ---- candidates
+
+    def _comparable(self, candidate: ir.Model | str | os.PathLike[str]) -> ir.Model | str | os.PathLike[str]:
+        """The candidate without rounding where the original is compared without."""
+        if not self._unrounded:
+            return candidate
+        try:
+            return unrounded(candidate if isinstance(candidate, ir.Model) else load(candidate))
+        except ModelError:  # a file that doesn't load is told of by the session
+            return candidate
 
     def _check_mode(
         self,

@@ -78,9 +78,20 @@ def _quantized_linear(op: Op) -> Result:
     return (*op.shape(0)[:-1], op.shape(2)[0])
 
 
-@rule("ai.graphopt::QuantizedMlp", "ai.graphopt::HadamardTransform")
+@rule("ai.graphopt::CodebookMatMul")
+def _codebook_matmul(op: Op) -> Result:
+    return (*op.shape(0)[:-1], op.shape(3)[0])
+
+
+@rule("ai.graphopt::QuantizedMlp", "ai.graphopt::HadamardTransform", "ai.graphopt::KroneckerTransform")
 def _as_the_first_input(op: Op) -> Result:
     return op.shape(0)
+
+
+@rule("ai.graphopt::HadamardQuantize", "ai.graphopt::KroneckerQuantize", types=(ir.DataType.UINT8, ir.DataType.FLOAT))
+def _quantized_by_token(op: Op) -> list[Result]:
+    x = op.shape(0)
+    return [x, (*x[:-1], ONE)]
 
 
 @rule("Einsum")

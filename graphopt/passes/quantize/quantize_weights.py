@@ -99,7 +99,9 @@ class QuantizeWeights(Pass):
     transposes what it reads; matrices of fewer than 1,024 numbers; what no operator carries.
 
     **When not to use it:** where many tokens are computed at once, as in encoders: integers of the activations
-    (`int8-dynamic`) save time there, weights alone don't.
+    (`int8-dynamic`) save time there, weights alone don't. For sessions with `ORT_DISABLE_ALL`: scales are stored in
+    half precision and cast, and ONNX Runtime 1.31 computes such products wrongly where it folds no constants;
+    `graphopt.session` sets what prevents that (`session.disable_prepacking`).
     """
 
     name: ClassVar[str] = "quantize-weights"
