@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import onnx_ir as ir
@@ -50,19 +50,23 @@ def kept_layers(model: ir.Model, since: ir.Model | None = None) -> KeptLayers | 
     return KeptLayers(len(before.kept), kept) if len(kept) < len(before.kept) else None
 
 
-def note_kept(model: ir.Model, of: int, kept: Sequence[int]) -> None:
-    """Note in a model which of its layers are left; numbers are those that the model had before.
+def note_kept(model: ir.Model, layers: Iterable[int], kept: Iterable[int]) -> None:
+    """Note in a model which of its layers are left.
 
     Args:
         model: The model.
-        of: How many it had.
-        kept: Those that are left, from 0, in order.
+        layers: The numbers of those that it had, in whatever order, each as often as may be.
+        kept: Those of them that are left.
     """
+    had, left = sorted(set(layers)), set(kept)
     before = kept_layers(model)
+    names = list(range(len(had)))
+    of = len(had)
     if before is not None and len(before.kept) == of:
-        of, kept = before.of, [before.kept[layer] for layer in kept]
-    if len(kept) < of:
-        model.metadata_props[KEPT_KEY] = json.dumps({"of": of, "kept": list(kept)})
+        of, names = before.of, list(before.kept)
+    found = [name for name, layer in zip(names, had, strict=True) if layer in left]
+    if len(found) < of:
+        model.metadata_props[KEPT_KEY] = json.dumps({"of": of, "kept": found})
 
 
 def shortened(config: dict[str, Any], layers: KeptLayers) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
+from graphopt.graph.kept_layers import note_kept
 from graphopt.graph.kv_interface import CachePair, KVInterface
 from graphopt.graph.kv_names import RENAMED_KEY, original_names, rename_ends, rename_in_assumptions
 
@@ -53,7 +54,9 @@ def forget_pairs(model: ir.Model, interface: KVInterface, gone: Collection[Cache
     pasts, presents = {pair.past for pair in gone}, {pair.present for pair in gone if pair.present is not None}
     graph.inputs[:] = [value for value in graph.inputs if value.name not in pasts]
     graph.outputs[:] = [value for value in graph.outputs if value.name not in presents]
-    stays = {pair.part: pair.past for pair in reversed(interface.pairs) if pair.past not in pasts}
+    left = [pair for pair in interface.pairs if pair.past not in pasts]
+    note_kept(model, (pair.layer for pair in interface.pairs), (pair.layer for pair in left))
+    stays = {pair.part: pair.past for pair in reversed(left)}
     rename_in_assumptions(model, {pair.past: stays.get(pair.part, pair.past) for pair in gone})
     return close_gaps(model, interface, pasts | presents)
 

@@ -202,28 +202,16 @@ def bypass(
     for dead in (*behind, *reversed(inside)):
         if dead is not None and dead.graph is not None:
             _remove_onward(dead, edit)
-    _note_kept(model, found, chosen)
     caches = [pair for unit in chosen for pair in unit.caches]
-    if found.interface is None or not caches:
+    if found.interface is None or not found.interface.pairs:
+        if len({unit.stream for unit in found.units}) == 1:
+            note_kept(model, [u.layer for u in found.units], [u.layer for u in found.units if u not in chosen])
+        return Bypassed((), (), {})
+    if not caches:
         return Bypassed((), (), {})
     renamed = forget_pairs(model, found.interface, caches)
     lost_names = tuple(pair.present for pair in caches if pair.present is not None)
     return Bypassed(tuple(pair.past for pair in caches), lost_names, renamed)
-
-
-def _note_kept(model: ir.Model, found: DepthUnits, removed: Sequence[DepthUnit]) -> None:
-    """Note which layers are left: those with a cache, or else those of the one stream with any branch."""
-    if found.interface is not None and found.interface.pairs:
-        gone = {pair.past for unit in removed for pair in unit.caches}
-        layers = {pair.layer for pair in found.interface.pairs}
-        kept = {pair.layer for pair in found.interface.pairs if pair.past not in gone}
-    elif len({unit.stream for unit in found.units}) == 1:
-        layers = {unit.layer for unit in found.units}
-        kept = {unit.layer for unit in found.units if unit not in removed}
-    else:
-        return
-    numbers = {layer: number for number, layer in enumerate(sorted(layers))}
-    note_kept(model, len(layers), [numbers[layer] for layer in sorted(kept)])
 
 
 def _ordered(found: DepthUnits, units: Iterable[DepthUnit]) -> list[DepthUnit]:
