@@ -36,7 +36,7 @@ class Choice:
         alternatives: ONNX text by alternative; the first is the baseline that the others are timed against.
         default: The alternative that is used where nothing was measured: it never lost on the machines seen.
         since: Other defaults from some version of ONNX Runtime on, as ((major, minor), alternative), ascending.
-        weights: Shapes of the weights by name: numbers, or products of numbers and "W" (the width).
+        weights: Shapes of the weights by name: numbers, products of numbers and "W" (the width), or parts ("W/32").
         derived: Weights that hold the numbers of others, joined along the last axis.
         constants: Constants by name: a number, floats, or integers.
         layout: How the tensors lie.
@@ -45,6 +45,7 @@ class Choice:
         blocks: How often the block stands in the model that is timed.
         heads: Attention heads, each W / heads wide: "{heads}" in the text, and what the constants `$heads`, `$joined`
             and `$scale` are made of; 0: none.
+        tolerance: How far alternatives may be apart, relative to the largest output.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Choice:
     blocks: int = 8
     heads: int = 0
     since: tuple[tuple[tuple[int, int], str], ...] = ()
+    tolerance: float = 1e-5
 
     def default_for(self, version: tuple[int, int] | None) -> str:
         """The default with a version of ONNX Runtime; None: with an unknown one."""
@@ -88,6 +90,28 @@ $v = Add($v0, $bv)
 _AFTER_SIBLINGS = """$m = Mul($q, $k)
 $y = Add($m, $v)
 """
+
+_NBITS_BLOCK = 32
+_NBITS_BITS = f"bits = 4, block_size = {_NBITS_BLOCK}"
+_NBITS = f"""$c = Mul($w, $spread)
+$i = Cast<to = 2>($c)
+$m = com.microsoft.MatMulNBits<K = {{width}}, N = {{width}}, {_NBITS_BITS}, accuracy_level = %d>(%s, $i, $s)
+"""
+_NBITS_TWICE = f"""$u = Cast<to = 2>($identity)
+$o = Reshape($u, $identity_shape)
+$b = Reshape($x, $by_block)
+$r = com.microsoft.MatMulNBits<K = {_NBITS_BLOCK}, N = {_NBITS_BLOCK}, {_NBITS_BITS}, accuracy_level = 4>($b, $o, $ones)
+$d = Sub($b, $r)
+$t = Concat<axis = 0>($b, $d)
+$f = Reshape($t, $by_row)
+{_NBITS % (4, "$f")}$g, $h = Split<axis = 0, num_outputs = 2>($m)
+$y = Add($g, $h)"""
+_NBITS_IDENTITY = [
+    0x88 + (16 ** (column % 2) if column // 2 == byte else 0)
+    for column in range(_NBITS_BLOCK)
+    for byte in range(_NBITS_BLOCK // 2)
+]
+"""The unit matrix in 4 bits, 8 being its 0."""
 
 CHOICES: dict[str, Choice] = {
     choice.name: choice
@@ -193,6 +217,24 @@ CHOICES: dict[str, Choice] = {
             {"w": ("W", "W"), "b": ("W",)},
             widths=HEAVY_WIDTHS,
             blocks=2,
+        ),
+        Choice(
+            "nbits-inputs",
+            "product with a weight of 4 bits, whose inputs are rounded to 8 bits, to 8 bits twice, or not at all",
+            {
+                "int8": _NBITS % (4, "$x") + "$y = Identity($m)",
+                "int8x2": _NBITS_TWICE,
+                "float32": _NBITS % (0, "$x") + "$y = Identity($m)",
+            },
+            "int8",
+            {"w": ("W", "W/32", 16), "s": ("W", "W/32")},
+            constants={
+                "spread": 100.0, "identity": _NBITS_IDENTITY, "identity_shape": [_NBITS_BLOCK, 1, _NBITS_BLOCK // 2],
+                "ones": [1.0] * _NBITS_BLOCK, "by_block": [0, 0, -1, _NBITS_BLOCK], "by_row": [0, 0, -1],
+            },
+            widths=(512, 2048),
+            blocks=2,
+            tolerance=0.05,
         ),
         Choice(
             "siblings",

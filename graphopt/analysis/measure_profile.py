@@ -117,7 +117,7 @@ def micro_model(choice: Choice, alternative: str, width: int) -> onnx.ModelProto
 
     The weights are the same for every alternative, so that all of them compute the same.
     """
-    text = choice.alternatives[alternative].replace("{heads}", str(choice.heads))
+    text = choice.alternatives[alternative].replace("{heads}", str(choice.heads)).replace("{width}", str(width))
     lines: list[str] = []
     previous = "x"
     for block in range(choice.blocks):
@@ -185,6 +185,8 @@ def _weights(choice: Choice, width: int) -> list[tuple[str, npt.NDArray[Any]]]:
 def _size(symbol: int | str, width: int) -> int:
     if isinstance(symbol, int):
         return symbol
+    if symbol.startswith("W/"):
+        return width // int(symbol.removeprefix("W/"))
     factor, _, _ = symbol.rpartition("*W")
     return int(factor or 1) * width
 

@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ Array = npt.NDArray[Any]
 FORMAT = "1"
 _UNFINISHED = ".tmp"
 _DAY_SECONDS = 86400
+_NOT_THERE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+"""What reading a file of arrays raises that isn't there, or not whole."""
 MOST_BYTES = 4 << 30
 """What the cache may hold; beyond it, what was used longest ago is removed."""
 
@@ -75,45 +77,92 @@ class StageCache:
                 ]
                 received = [file[f"received.{i}"] for i in range(int(file["received"]))]
             os.utime(path)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except _NOT_THERE:
             return None  # Not there, or not whole: it is made again.
         return summaries, received
 
     def save(self, summaries: Sequence[Summary], received: Sequence[Array]) -> None:
-        """Keep this stage. A disk that is full or read-only costs the cache, not the run."""
+        """Keep this stage."""
         rows = [[list(s.arrays), s.rows, s.weight, s.excluded] for s in summaries]
         arrays = {f"{i}.{name}": array for i, s in enumerate(summaries) for name, array in s.arrays.items()}
         arrays |= {f"received.{i}": array for i, array in enumerate(received)}
         arrays |= {"summaries": np.asarray(json.dumps(rows)), "received": np.asarray(len(received))}
-        path = self._path
-        temporary: str | None = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=_UNFINISHED, delete=False) as file:
-                temporary = file.name
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.replace(temporary, path)
-            self._prune()
-        except OSError:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+        _keep(self._path, arrays, self._most)
 
     @property
     def _path(self) -> Path:
         return self._folder / f"{self._key}.npz"
 
-    def _prune(self) -> None:
-        for path in self._folder.glob(f"*{_UNFINISHED}"):
-            if time.time() - path.stat().st_mtime > _DAY_SECONDS:  # of a run that was killed while it wrote
-                path.unlink(missing_ok=True)
-        files = sorted(self._folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)
-        total = sum(path.stat().st_size for path in files)
-        for path in files[:-1]:
-            if total <= self._most:
-                return
-            total -= path.stat().st_size
+
+class TrialCache:
+    """What trials on one model gave, by their names, each kept as soon as it is made.
+
+    Args:
+        folder: The folder, which is made at the first `save`; None: nothing is kept.
+        model: The model, with its weights.
+        parts: What else the trials hang on: the data, and what is tried.
+        most_bytes: What the folder may hold.
+    """
+
+    def __init__(self, folder: Path | None, model: ir.Model, *parts: str, most_bytes: int = MOST_BYTES) -> None:
+        self._most = most_bytes
+        self._path = None if folder is None else folder / f"{digest(FORMAT, 'trials', _content(model), *parts)}.npz"
+        self._found: dict[str, Array] = {}
+        if self._path is None:
+            return
+        try:
+            with np.load(self._path, allow_pickle=False) as file:
+                names = json.loads(str(file["names"]))
+                self._found = dict(zip(names, np.asarray(file["numbers"], np.float64), strict=True))
+            os.utime(self._path)
+        except _NOT_THERE:
+            self._found = {}
+
+    def load(self, name: str) -> Array | None:
+        """The numbers that a trial gave, float64; None: it wasn't made."""
+        return self._found.get(name)
+
+    def save(self, name: str, numbers: Array) -> None:
+        """Keep what a trial gave, as many numbers as the others did."""
+        self._found[name] = numbers
+        if self._path is not None:
+            arrays = {
+                "names": np.asarray(json.dumps(list(self._found))),
+                "numbers": np.stack(list(self._found.values())),
+            }
+            _keep(self._path, arrays, self._most)
+
+
+def _keep(path: Path, arrays: Mapping[str, Array], most_bytes: int) -> None:
+    """Write a file of arrays in one step, and remove what was used longest ago beyond what the folder may hold.
+
+    A disk that is full or read-only costs the cache, not the run.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=_UNFINISHED, delete=False) as file:
+            temporary = file.name
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+        _prune(path.parent, most_bytes)
+    except OSError:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _prune(folder: Path, most_bytes: int) -> None:
+    for path in folder.glob(f"*{_UNFINISHED}"):
+        if time.time() - path.stat().st_mtime > _DAY_SECONDS:  # of a run that was killed while it wrote
             path.unlink(missing_ok=True)
+    files = sorted(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)
+    total = sum(path.stat().st_size for path in files)
+    for path in files[:-1]:
+        if total <= most_bytes:
+            return
+        total -= path.stat().st_size
+        path.unlink(missing_ok=True)
 
 
 def _content(piece: ir.Model) -> str:

@@ -230,7 +230,7 @@ def test_alternatives_compute_the_same(name: str) -> None:
     expected = results[choice.default]
     for alternative, result in results.items():
         error = np.abs(result - expected).max() / np.abs(expected).max()
-        assert error < 1e-5, f"{alternative} is off by {error}"
+        assert error < choice.tolerance, f"{alternative} is off by {error}"
 
 
 def test_measuring() -> None:

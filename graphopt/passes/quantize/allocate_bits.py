@@ -14,16 +14,12 @@ import onnx_ir as ir
 from graphopt.analysis.attention_sites import attention_sites
 from graphopt.analysis.linear_sites import LinearSite
 from graphopt.analysis.shapes import infer
+from graphopt.calibration.cache import TrialCache
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.quantize.packing import packed_bytes
-from graphopt.passes.quantize.quantize_weights import (
-    TABLES,
-    QuantizeWeights,
-    as_stored,
-    table_group,
-    weight_rows,
-)
+from graphopt.passes.quantize.quantize_weights import TABLES, QuantizeWeights
 from graphopt.passes.quantize.setting import Setting
+from graphopt.passes.quantize.site_weights import as_stored, table_group, weight_rows
 from graphopt.search.allocation import Allocation, Choice, Item, allocate, frontier
 from graphopt.verification.trials import Trials
 
@@ -43,6 +39,7 @@ ROWS = 96
 _UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _TABLE_BITS = (4, 8)
 """Of what is looked up by rows."""
+Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 
@@ -65,11 +62,14 @@ class AllocateBits(Pass):
     2. A trial exchanges weights within one session, on the first `samples` of the data; no model is written for it.
     3. Errors are those of rounding to nearest, from some rows of a weight, whatever rounding follows: GPTQ lowers them
        all, and their order stays.
-    4. Then `quantize-weights` runs with what was chosen.
+    4. What a trial gave is kept in the cache of calibration as soon as it is made. It doesn't hang on the budget or the
+       candidates, so that another budget, or a run that was interrupted, takes up what is there.
+    5. Then `quantize-weights` runs with what was chosen.
 
     **Options:** `budget` (default 4.25): bits per weight, all weights together; or bytes of the weights, as "80MB"; or
     a divergence that may be expected, as "kl=0.1": the fewest bytes that keep below it; `candidates` (default: 2 bits
-    in groups of 32, 3 in 128, 4 in 128 and 32, 8 in 64): options of `quantize-weights` that a weight may get; `samples`
+    in groups of 32, 3 in 128, 4 in 128 and 32, 8 in 64): options of `quantize-weights` that a weight may get, of other
+    grids too, such as {grid: higgs, bits: 2} (what is looked up by rows gets integers in 4 or 8 bits); `samples`
     (default 2): of the data, for the trials; `symmetric` (default false): as of `quantize-weights`; `rounding` (default
     "gptq"): as of it; `tokens` (default "received"): as of it; `exclude` (default none): roles that are left alone.
 
@@ -105,14 +105,13 @@ class AllocateBits(Pass):
         self.samples, self.symmetric, self.rounding, self.tokens = samples, symmetric, rounding, tokens
         self.exclude = list(exclude or ())
         self.candidates = [dict(one) for one in (CANDIDATES if candidates is None else candidates)]
+        self._quantizer({})  # so that wrong options are told now
         if not self.candidates:
             raise ValueError("candidates must hold at least one set of options, such as {bits: 4, group_size: 32}")
         for one in self.candidates:
-            self._setting(one)
+            self._quantizer({"": one})
         self.sites_chosen: dict[str, dict[str, Any]] = {}
         self.expected: float | None = None
-        # Wrong options are told now.
-        self._quantizer({})
 
     def option_values(self) -> dict[str, Any]:
         """See the base; with what was chosen, once it is."""
@@ -149,7 +148,7 @@ class AllocateBits(Pass):
         found = []
         for index, options in enumerate(self.candidates):
             given = self._setting(options)
-            if given.bits in _TABLE_BITS:
+            if given.grid == "int" and given.bits in _TABLE_BITS:
                 group = table_group(given.group_size, sites[0])
                 plain = {"bits": given.bits, "group_size": group, "rounding": "nearest", "symmetric": True}
                 found.append((str(index), plain))
@@ -172,22 +171,23 @@ class AllocateBits(Pass):
         assert self.calibration is not None
         weights = list(dict.fromkeys(site.weight for sites in groups for site in sites))
         samples = itertools.islice(self.calibration.feeds(model), self.samples)
-        trials = Trials(model, weights, samples, threads=self.calibration.threads)
         probe = self._setting(PROBE)
+        made = TrialCache(
+            self.calibration.cache, model, self.calibration.data.fingerprint, str(self.samples), repr(probe)
+        )
+        trials: Trials | None = None
         items = []
         for number, sites in enumerate(groups):
             if self.calibration.progress is not None:
                 self.calibration.progress("sensitivity", number, len(groups))
             read = {site.weight.name or "": weight_rows(site) for site in sites}
-            rounded = {name: probe.round(rows).dequantized() for name, rows in read.items()}
-            changed = {}
-            for site in sites:
-                assert site.weight.const_value is not None
-                name = site.weight.name or ""
-                changed[name] = as_stored(site, rounded[name], site.weight.const_value.dtype.numpy())
-            loss = trials.loss(changed)
-            error = sum(float(np.square(read[name] - rounded[name]).sum()) for name in read)
-            per_error = loss / error if error else 0.0
+            known = made.load(" ".join(read))
+            if known is None:
+                trials = trials or Trials(model, weights, samples, threads=self.calibration.threads)
+                known = _tried(trials, sites, read, probe)
+                made.save(" ".join(read), known)
+            loss, error = known
+            per_error = float(loss / error) if error else 0.0
             choices = []
             for name, options in self._candidates_for(sites):
                 setting = self._setting(options)
@@ -208,6 +208,18 @@ class AllocateBits(Pass):
         return allocate(items, self._limit if self._measure == "bytes" else self._limit * numbers / 8)
 
 
+def _tried(trials: Trials, sites: list[LinearSite], read: Mapping[str, Floats], probe: Setting) -> Array:
+    """What the model loses where the weights of some sites are rounded, and the squared error of that, [2]."""
+    rounded = {name: probe.round(rows).dequantized() for name, rows in read.items()}
+    changed = {}
+    for site in sites:
+        assert site.weight.const_value is not None
+        name = site.weight.name or ""
+        changed[name] = as_stored(site, rounded[name], site.weight.const_value.dtype.numpy())
+    error = sum(float(np.square(read[name] - rounded[name]).sum()) for name in read)
+    return np.array([trials.loss(changed), error])
+
+
 def _joined(groups: list[list[LinearSite]]) -> list[list[LinearSite]]:
     """Groups of sites, those that share a weight (a tied head and its embedding) as one."""
     found: dict[ir.Value, list[LinearSite]] = {}
@@ -222,9 +234,12 @@ def _joined(groups: list[list[LinearSite]]) -> list[list[LinearSite]]:
 def _measured(rows: Floats, setting: Setting) -> tuple[float, float]:
     """Bytes of a weight [N, K] in a setting, and its squared error, both from some of its rows."""
     some = rows[:: max(1, len(rows) // ROWS)]
-    weight = setting.round(np.ascontiguousarray(some)).weight
+    plain = setting.with_options({"rounding": "nearest", "weighed": False, "compensation": "none"})
+    weight = plain.round(np.ascontiguousarray(some)).weight
     whole = len(rows) / len(some)
-    return packed_bytes(weight) * whole, float(np.square(some - weight.dequantized()).sum()) * whole
+    # All weights share a codebook.
+    bytes_ = packed_bytes(weight) - (0 if weight.levels is None else weight.levels.nbytes)
+    return bytes_ * whole, float(np.square(some - weight.dequantized()).sum()) * whole
 
 
 def _parsed(budget: float | str) -> tuple[Measure, float]:

@@ -22,7 +22,7 @@ from graphopt.graph.scratch import Scratch
 from graphopt.passes.quantize.codebook_packing import centred, codebook_inputs
 from graphopt.passes.quantize.compensation import LowRank
 from graphopt.passes.quantize.quantized_weight import QuantizedWeight
-from graphopt.runtime_ops.block_products import BlockMatrix, BlockProducts
+from graphopt.runtime_ops.block_products import BlockMatrix, BlockProducts, Inputs
 from graphopt.runtime_ops.hadamard_transform.factors import hadamard_factor
 from graphopt.runtime_ops.operator import DOMAIN, add_body, operators
 
@@ -85,11 +85,10 @@ class Packer:
         edit: The graph's editor.
         operator: "contrib": `MatMulNBits` where it carries a weight; "graphopt": `QuantizedLinear`; "standard":
             standard ONNX alone. What none of these carries goes to `CodebookMatMul`, whose body is standard ONNX.
-        level: The `accuracy_level` of `MatMulNBits`: 4 (activations in 8 bits) or 0 (float32).
     """
 
-    def __init__(self, edit: Editor, operator: Operator, level: int) -> None:
-        self.edit, self.operator, self.level = edit, operator, level
+    def __init__(self, edit: Editor, operator: Operator) -> None:
+        self.edit, self.operator = edit, operator
         self.products = BlockProducts(edit)
         self._scratch = Scratch()
         self._rotated: dict[tuple[ir.Value, int], ir.Value] = {}
@@ -130,8 +129,19 @@ class Packer:
             columns=0 if whole else weight.columns,
         )
 
-    def product(self, x: ir.Value, weight: QuantizedWeight, name: str) -> ir.Value:
+    def blocks_of(self, weight: QuantizedWeight) -> int | None:
+        """The block in which `MatMulNBits` carries a weight; None: another operator does."""
+        block = block_of(weight.group_size, weight.columns)
+        return block if self.operator == "contrib" and _in_blocks(weight) and not weight.hadamard else None
+
+    def product(self, x: ir.Value, weight: QuantizedWeight, name: str, inputs: Inputs = "int8") -> ir.Value:
         """The product of x with the transpose of a weight, [..., N], by the first operator that carries the weight.
+
+        Args:
+            x: [..., K].
+            weight: [N, K].
+            name: What initializers are called after.
+            inputs: What `MatMulNBits` makes of x, where it is the one.
 
         Raises:
             Unpackable: None does.
@@ -144,14 +154,13 @@ class Packer:
                 if weight.transposed or _in_blocks(weight):
                     raise
         elif _in_blocks(weight) and (self.operator == "contrib" or weight.columns % block == 0):
-            return self.multiply(self._rotate(x, weight.hadamard) if weight.hadamard else x, self.matrix(weight, name))
+            x = self._rotate(x, weight.hadamard) if weight.hadamard else x
+            return self.multiply(x, self.matrix(weight, name), inputs)
         return self.codebook(x, weight, name)
 
-    def multiply(self, x: ir.Value, matrix: BlockMatrix) -> ir.Value:
-        """The product of x with the transpose of a matrix, [..., N]."""
-        if self.operator == "graphopt":
-            return self.products.multiply(x, matrix, "int16")
-        return self.products.multiply(x, matrix, "int8" if self.level == 4 else "float32")
+    def multiply(self, x: ir.Value, matrix: BlockMatrix, inputs: Inputs = "int8") -> ir.Value:
+        """The product of x with the transpose of a matrix, [..., N]; `inputs` are for `MatMulNBits`."""
+        return self.products.multiply(x, matrix, "int16" if self.operator == "graphopt" else inputs)
 
     def dequantized(self, weight: QuantizedWeight, name: str) -> ir.Value:
         """The weight [K, N] as a DequantizeLinear makes it, in the layout that ONNX Runtime fuses with a MatMul; where

@@ -20,9 +20,11 @@ from graphopt.graph.computed import computed
 from graphopt.graph.edits import Editor
 from graphopt.graph.scratch import Scratch
 from graphopt.passes.base import Guarantee, Pass
+from graphopt.passes.quantize.activation_level import LEVELS, ActivationLevels
 from graphopt.passes.quantize.packing import Operator, Packer, Unpackable, packed_bytes, stacked
 from graphopt.passes.quantize.quantized_weight import QuantizedWeight
 from graphopt.passes.quantize.setting import Rounded, Setting
+from graphopt.passes.quantize.site_weights import as_stored, table_group, weight_rows
 from graphopt.passes.quantize.token_weights import TokensOf
 from graphopt.runtime_ops.block_products import BlockMatrix
 from graphopt.runtime_ops.operator import OLDEST_OPSET
@@ -71,6 +73,11 @@ class QuantizeWeights(Pass):
        with `sequential` each layer sees what the quantized ones before it make.
     5. `tokens` weighs the tokens by the attention that they receive, in the statistics of the `token_roles`: most of
        all is received by the first token, which is one of many in a text, but counts in every sum over values.
+    6. `accuracy_level` is chosen for each `MatMulNBits`: 4, unless the data show that rounding what it reads to 8 bits
+       loses more than the weight lost, and more than 5 % on a sample of its rows, or 25 % on those with the largest
+       outliers (of the first token, in a decoder). Then 0, with weights of 4 bits, or 8 bits twice, the second time of
+       what the first left over: what the target profile says is faster (`nbits-inputs`). Without data, 4, or what the
+       profile says is faster than that.
 
     Weights are read, rounded and written one at a time.
 
@@ -87,10 +94,10 @@ class QuantizeWeights(Pass):
     with `grid: higgs`, 0: the root of the mean square of those that are rotated together; `tokens` (default "all"):
     "all" alike, "linear" or "received": rule 5; `token_roles` (default k, v, kv, qkv; or all); `sequential` (default
     true): rule 4; `head_bits` (default 8): of the embedding and the head, 0: as they are; `operator` (default
-    "contrib"): rule 1; `level` (default 4): `accuracy_level` of `MatMulNBits`: 4: activations are rounded to 8 bits in
-    the weight's blocks, 0: they stay; `exclude` (default none): roles that are left alone, such as `down` (see
-    `graphopt inspect`); `roles` (default none): options of the weights of a role, as {v: {bits: 4}}; `sites` (default
-    none): of single weights, by name.
+    "contrib"): rule 1; `level` (default "auto"): `accuracy_level` of `MatMulNBits`: 4: activations are rounded to
+    8 bits in the weight's blocks, 0: they stay, "auto": rule 6; `exclude` (default none): roles that are left alone,
+    such as `down` (see `graphopt inspect`); `roles` (default none): options of the weights of a role, as
+    {v: {bits: 4}}; `sites` (default none): of single weights, by name.
 
     **Needs:** float32 or float16; opset 18 for graphopt's operators, 21 for `standard`; canonical operators (the
     recipe's passes before it); data for all roundings but nearest. **Guarantees:** LOSSY.
@@ -130,7 +137,7 @@ class QuantizeWeights(Pass):
         sequential: bool = True,
         head_bits: int = 8,
         operator: str = "contrib",
-        level: int = 4,
+        level: int | str = "auto",
         exclude: list[str] | None = None,
         sites: dict[str, dict[str, Any]] | None = None,
         roles: dict[str, dict[str, Any]] | None = None,
@@ -140,8 +147,8 @@ class QuantizeWeights(Pass):
             raise ValueError(f"the head has 2 to 8 bits, or 0 to stay, not {head_bits}")
         if operator not in _OPERATORS:
             raise ValueError(f"operator is one of {', '.join(_OPERATORS)}, not {operator!r}")
-        if level not in (0, 4):
-            raise ValueError(f"level is 0 or 4, not {level}")
+        if level not in LEVELS:
+            raise ValueError(f"level is auto, 4 or 0, not {level}")
         if tokens not in _TOKENS:
             raise ValueError(f"tokens is one of {', '.join(_TOKENS)}, not {tokens!r}")
         self.setting = Setting().with_options(
@@ -175,7 +182,8 @@ class QuantizeWeights(Pass):
         groups = self.groups(model, attention)
         if not groups:
             return False
-        self._packer = Packer(edit, self.operator, self.level)
+        self._packer = Packer(edit, self.operator)
+        self._levels = ActivationLevels(self.level if self.operator == "contrib" else 4, self.profile)
         self._scratch = Scratch()
         self._tables: dict[tuple[ir.Value, bool], BlockMatrix] = {}
         self._floats: dict[ir.Value, ir.TensorProtocol | None] = {}
@@ -183,7 +191,7 @@ class QuantizeWeights(Pass):
             rounded = self._calibrated(model, groups, attention) if self.needs else {}
             changed = [self._write(group, [rounded.get(site.node) for site in group.sites], edit) for group in groups]
         finally:
-            del self._packer, self._scratch, self._tables, self._floats
+            del self._packer, self._levels, self._scratch, self._tables, self._floats
         if any(changed) and self.operator != "standard":
             model.graph.opset_imports.setdefault("com.microsoft", 1)
         return any(changed)
@@ -242,18 +250,23 @@ class QuantizeWeights(Pass):
         requests: dict[Request, list[tuple[LinearSite, Setting]]] = {}
         for group in groups:
             for site in group.sites:
+                if site.x is not None and (group.setting.calibrated or site.role == "head"):
+                    requests.update({request: [] for request in self._levels.requests(site)})
                 if group.setting.calibrated and site.x is not None:
                     request = Request(site.x, SecondMoment(), weights.of(site))
                     requests.setdefault(request, []).append((site, group.setting))
         found: dict[ir.Node, Rounded] = {}
         for stage in self.calibration.stages(model, list(requests), sequential=self.sequential, grain="site"):
+            self._levels.see(stage)
             for request, summary in stage.summaries.items():
                 for site, setting in requests[request]:
                     rounded = self._kept(self._round(site, setting, summary.array))
+                    self._levels.measure(site, rounded, self._packer.blocks_of(rounded.weight))
                     found[site.node] = rounded
                     if self.sequential:
                         self._floats[site.weight] = site.weight.const_value
                         _give(site, rounded)
+            self._levels.forget()
         return found
 
     @staticmethod
@@ -293,8 +306,12 @@ class QuantizeWeights(Pass):
         x = first.node.inputs[0]
         assert x is not None
         mark = edit.made()
+        block = self._packer.blocks_of(weight)
+        for site, one in zip(sites, rounded, strict=True):
+            self._levels.measure(site, one, block)
+        inputs, why = self._levels.chosen(sites, weight.bits, block)
         try:
-            y = self._packer.product(x, weight, first.weight.name or "weight")
+            y = self._packer.product(x, weight, first.weight.name or "weight", inputs)
         except Unpackable as error:
             edit.discard(mark)
             for site in sites:
@@ -308,7 +325,7 @@ class QuantizeWeights(Pass):
             assert split is not None
             outputs = list(split.outputs)
         for site, output, one in zip(sites, outputs, rounded, strict=True):
-            self.applied(site.node, _said(weight, len(sites)))
+            self.applied(site.node, _said(weight, len(sites)) + why)
             edit.at(site.node)
             product = output if one.branch is None else self._packer.with_branch(output, x, one.branch)
             self._take_over(site, product, edit)
@@ -319,13 +336,20 @@ class QuantizeWeights(Pass):
         edit.at(site.node)
         name = site.weight.name or "weight"
         key = (site.weight, site.role == "embed" or site.orientation == "out,in")
+        rounded = given
+        if key not in self._tables or self._levels.waiting(site):
+            rounded = given or self._round(site, setting)
         if key not in self._tables:
+            assert rounded is not None
             try:
-                self._tables[key] = self._packer.matrix((given or self._round(site, setting)).weight, name)
+                self._tables[key] = self._packer.matrix(rounded.weight, name)
             except Unpackable as error:
                 return self.left(site.node, str(error))
         matrix = self._tables[key]
-        self.applied(site.node, f"{matrix.bits} bits in blocks of {matrix.block}, stored once")
+        if rounded is not None:
+            self._levels.measure(site, rounded, matrix.block)
+        inputs, why = self._levels.chosen([site], matrix.bits, matrix.block)
+        self.applied(site.node, f"{matrix.bits} bits in blocks of {matrix.block}, stored once{why}")
         if site.role == "embed":
             indices = site.node.inputs[1]
             assert indices is not None
@@ -333,7 +357,7 @@ class QuantizeWeights(Pass):
             return True
         x = site.node.inputs[0]
         assert x is not None
-        self._take_over(site, self._packer.multiply(x, matrix), edit)
+        self._take_over(site, self._packer.multiply(x, matrix, inputs), edit)
         return True
 
     @staticmethod
@@ -345,36 +369,6 @@ class QuantizeWeights(Pass):
             edit.at(site.node)
             product = edit.op("Add", [product, site.node.inputs[2]], like=old)
         edit.replace(old, product)
-
-
-def table_group(group_size: int, site: LinearSite) -> int:
-    """A group that divides rows, which a table's do since it is looked up by rows: this one, or the next power of two.
-
-    Where none divides them, the group itself.
-    """
-    columns = site.outputs if site.role == "embed" else site.inputs
-    if not group_size or columns % group_size == 0:
-        return group_size
-    power = 1 << (group_size.bit_length() - 1)
-    while power > 8 and columns % power:
-        power //= 2
-    return power if power > 8 else group_size
-
-
-def weight_rows(site: LinearSite) -> npt.NDArray[np.float32]:
-    """The weight of a site [outputs, inputs]; of an embedding as it is."""
-    assert site.weight.const_value is not None
-    array = site.weight.const_value.numpy()
-    return np.ascontiguousarray(array.T if _turned(site) else array, dtype=np.float32)
-
-
-def as_stored(site: LinearSite, rows: npt.NDArray[np.float32], dtype: npt.DTypeLike) -> Array:
-    """What `weight_rows` gives, in the weight's own orientation."""
-    return np.ascontiguousarray(rows.T if _turned(site) else rows).astype(dtype)
-
-
-def _turned(site: LinearSite) -> bool:
-    return site.role != "embed" and site.orientation == "in,out"
 
 
 def _give(site: LinearSite, rounded: Rounded) -> None:

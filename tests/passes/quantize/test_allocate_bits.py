@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx_ir as ir
 import pytest
 from exactness import parse_weighted
 
+from graphopt.calibration.calibration import Calibration
 from graphopt.calibration.data import ArrayDataset
 from graphopt.graph.edits import nodes
 from graphopt.pass_manager import PassManager
@@ -16,6 +18,7 @@ from graphopt.passes.quantize.allocate_bits import AllocateBits
 from graphopt.passes.quantize.quantize_weights import QuantizeWeights
 from graphopt.runtime_ops.memory_session import make_session
 from graphopt.verification.quality.generic import relative_error
+from graphopt.verification.trials import Trials
 
 HEAD = '<ir_version: 10, opset_import: ["": 21]>\n'
 TWO = (
@@ -41,8 +44,8 @@ def two() -> ir.Model:
     return model
 
 
-def data(count: int = 4) -> ArrayDataset:
-    rng = np.random.default_rng(DATA_SEED)
+def data(count: int = 4, seed: int = DATA_SEED) -> ArrayDataset:
+    rng = np.random.default_rng(seed)
     return ArrayDataset([{"x": rng.standard_normal((2, 24, 64)).astype(np.float32)} for _ in range(count)])
 
 
@@ -117,3 +120,43 @@ def test_the_report_lists_what_was_chosen() -> None:
 def test_budgets_of_no_known_form_are_refused(budget: Any) -> None:
     with pytest.raises(ValueError, match="budget is bits per weight"):
         AllocateBits(budget=budget)
+
+
+def test_trials_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[list[str]] = []
+    loss = Trials.loss
+
+    def counted(trials: Trials, changed: Any) -> float:
+        if len(tried) == 1 and budget == "interrupted":
+            raise KeyboardInterrupt
+        tried.append(list(changed))
+        return loss(trials, changed)
+
+    monkeypatch.setattr(Trials, "loss", counted)
+
+    def allocated(budget: float | str, seed: int = DATA_SEED) -> AllocateBits:
+        pass_ = AllocateBits(rounding="nearest", tokens="all", candidates=CANDIDATES, budget=budget)
+        PassManager([pass_], calibration=Calibration(data(seed=seed), cache=tmp_path), verify="none")(two())
+        return pass_
+
+    budget = "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        allocated(6.0)
+    budget = ""
+    first = allocated(6.0)
+    assert sorted(tried) == [["loud"], ["quiet"]]
+    assert allocated(4.0).sites_chosen != first.sites_chosen
+    assert allocated(6.0).option_values() == first.option_values()
+    assert len(tried) == 2
+    allocated(6.0, seed=DATA_SEED + 1)
+    assert len(tried) == 4
+
+
+def test_candidates_of_other_grids() -> None:
+    vectors = {"grid": "higgs", "bits": 2, "rounding": "gptq"}
+    model, pass_ = run_pass(candidates=[vectors, {"bits": 8, "group_size": 32}], budget=6.2)
+    assert pass_.sites_chosen["quiet"] == vectors
+    assert pass_.sites_chosen["loud"]["bits"] == 8
+    assert {node.op_type for node in nodes(model)} >= {"CodebookMatMul", "MatMulNBits"}
+    with pytest.raises(ValueError, match="higgs"):
+        AllocateBits(candidates=[{**vectors, "rounding": "comq"}])
