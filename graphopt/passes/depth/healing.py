@@ -118,7 +118,7 @@ def heal(
     *,
     form: Heal = "linear",
     ridge: float = 0.1,
-    norms: Norms = "remove",
+    norms: Norms = "keep",
 ) -> Healed:
     """Refit what writes beside branches that are going to be removed, in place; they are still there afterwards.
 
