@@ -72,8 +72,10 @@ class DropLayers(Pass):
     (default none): those that go by name, as "attention.7" or "7" for a whole layer, counted from 0; `keep` (default
     0): how many of the first and of the last are never removed; `norms` (default "keep"): what becomes of the
     normalization of a post-LN sum: it stays, or goes with its branch ("remove"); `samples` (default 2): of the data;
-    `beam` (default 1), `shortlist` (default 0: all), `generations` (default 20), `offspring` (default 8), `seed`
-    (default 0): of the searches; `heal` (default "none"), `ridge` (default 0.1): rule 5.
+    `beam` (default 1): sets that a greedy search keeps side by side; `shortlist` (default 0): candidates that each is
+    grown by, 0 for all; `generations` (default 20): of the evolutionary search; `offspring` (default 8): of each of
+    them; `seed` (default 0): of its draws; `heal` (default "none"): rule 5; `ridge` (default 0.1): of it, in parts of
+    the mean square of what is written.
 
     **Needs:** data, but for positions and `branches` without healing; a canonical graph. **Guarantees:** LOSSY.
 
