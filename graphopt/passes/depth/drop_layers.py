@@ -74,8 +74,8 @@ class DropLayers(Pass):
     normalization of a post-LN sum: it stays, or goes with its branch ("remove"); `samples` (default 2): of the data;
     `beam` (default 1): sets that a greedy search keeps side by side; `shortlist` (default 0): candidates that each is
     grown by, 0 for all; `generations` (default 20): of the evolutionary search; `offspring` (default 8): of each of
-    them; `seed` (default 0): of its draws; `heal` (default "none"): rule 5; `ridge` (default 0.1): of it, in parts of
-    the mean square of what is written.
+    them; `seed` (default 0): of its draws; `heal` (default "none"): rule 5; `ridge` (default 0): of it, in parts of the
+    mean square of what is written; 0: as generalised cross-validation on the same data picks it.
 
     **Needs:** data, but for positions and `branches` without healing; a canonical graph. **Guarantees:** LOSSY.
 
@@ -108,7 +108,7 @@ class DropLayers(Pass):
         offspring: int = 8,
         seed: int = 0,
         heal: Heal = "none",
-        ridge: float = 0.1,
+        ridge: float = 0.0,
     ) -> None:
         super().__init__()
         for option, value, known in (
@@ -127,10 +127,8 @@ class DropLayers(Pass):
             raise ValueError(f"the search {search!r} goes by the loss; score {score!r} is for one-shot alone")
         if score == "angular" and granularity != "block":
             raise ValueError("score 'angular' is of a run of layers; give granularity: block")
-        if min(samples, beam, generations, offspring) < 1 or min(keep, shortlist) < 0 or ridge <= 0:
-            raise ValueError(
-                "samples, beam, generations and offspring must be at least 1, keep and shortlist 0, ridge above 0"
-            )
+        if min(samples, beam, generations, offspring) < 1 or min(keep, shortlist) < 0 or ridge < 0:
+            raise ValueError("samples, beam, generations and offspring must be at least 1, keep, shortlist and ridge 0")
         self.count = count
         self.fraction = 0.1 if fraction is None and count is None else fraction
         self.granularity, self.score, self.search, self.norms = granularity, score, search, norms
