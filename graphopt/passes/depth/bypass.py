@@ -166,7 +166,7 @@ def bypass(
     units: Iterable[DepthUnit],
     facts: ShapeFacts,
     *,
-    norms: Norms = "remove",
+    norms: Norms = "keep",
 ) -> Bypassed:
     """Remove branches in place: each sum becomes its skip, and what served them alone goes with them.
 

@@ -48,7 +48,7 @@ class Closeness:
 
 
 def closeness(
-    model: ir.Model, spans: Sequence[Span], calibration: Calibration, samples: int, *, norms: Norms = "remove"
+    model: ir.Model, spans: Sequence[Span], calibration: Calibration, samples: int, *, norms: Norms = "keep"
 ) -> list[Closeness]:
     """What each span does to the stream, on the first samples of the data; padded tokens don't count.
 

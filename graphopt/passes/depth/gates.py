@@ -32,7 +32,7 @@ class GatedModel:
         return {self.gates[unit.name].name or "": np.asarray(False) for unit in units}
 
 
-def gated(model: ir.Model, units: Iterable[DepthUnit], *, norms: Norms = "remove") -> GatedModel:
+def gated(model: ir.Model, units: Iterable[DepthUnit], *, norms: Norms = "keep") -> GatedModel:
     """A copy of a model with a choice behind the addition of each unit: Where(gate, x + f(x), x).
 
     Args:

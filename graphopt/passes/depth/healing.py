@@ -31,14 +31,14 @@ from graphopt.analysis.depth_units import DepthUnit, depth_units
 from graphopt.analysis.shapes import infer
 from graphopt.calibration.calibration import Calibration
 from graphopt.calibration.request import Request
-from graphopt.calibration.statistics import SecondMoment
+from graphopt.calibration.statistics import SecondMoment, Summary
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor
 from graphopt.passes.depth.bypass import Norms
+from graphopt.passes.depth.refit import factors, linear_map, of_written
 
 Heal = Literal["none", "affine", "linear"]
 """Nothing; T diagonal; any T. A bias is refitted with either, where there is one."""
-Floats = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +117,8 @@ def heal(
     calibration: Calibration,
     *,
     form: Heal = "linear",
-    ridge: float = 0.1,
-    norms: Norms = "remove",
+    ridge: float = 0.0,
+    norms: Norms = "keep",
 ) -> Healed:
     """Refit what writes beside branches that are going to be removed, in place; they are still there afterwards.
 
@@ -128,7 +128,7 @@ def heal(
         removed: Those that will be removed.
         calibration: The data; all of it is used.
         form: "affine" or "linear".
-        ridge: λ, in parts of the mean of y².
+        ridge: λ, in parts of each channel's mean of y²; 0: as generalised cross-validation picks it.
         norms: As of `bypass`.
 
     Raises:
@@ -161,7 +161,7 @@ def heal(
                 continue
             unit = wanted[request]
             fit, writer = fits[pairs[unit.name]], writers[unit]
-            weight, shift, rest = _refitted(stage[request].array, fit, form, ridge)
+            weight, shift, rest = _refitted(stage[request], fit, form, ridge)
             done.append((unit, rest))
             kind = _dtype(writer.weight)
             fit.weight.const_value = ir.tensor(weight.astype(kind), name=fit.weight.name)
@@ -180,53 +180,20 @@ def heal(
 
 
 def _refitted(
-    second: npt.NDArray[np.float32], fit: _Fit, form: Heal, ridge: float
+    summary: Summary, fit: _Fit, form: Heal, ridge: float
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None, float]:
-    """A weight [K, N] and a shift [N] from the moments of (h, wanted, 1 / |s|), and the part of the error that is left.
-
-    Rows are divided by |s|, so that a shift is a weight of 1 / |s|.
-    """
-    moments = second.astype(np.float64)
-    size, last = fit.inputs, len(moments) - 1
+    """A weight [K, N] and a shift [N] from the moments of (h, wanted, 1) / |s|, and the part of the error that is
+    left."""
     assert fit.weight.const_value is not None
     held = np.asarray(fit.weight.const_value.numpy(), np.float64)
     shift = None if fit.shift is None or fit.shift.const_value is None else fit.shift.const_value.numpy()
-    rows = [*range(size), *([last] if shift is not None else [])]
+    moments = of_written(summary.array, held, shifted=shift is not None, rows=summary.rows)
     outputs = held.shape[1]
-    # Of h the moments become those of y = h W, and of the ones beside it.
-    written = np.zeros((len(rows), outputs + len(rows) - size))
-    written[:size, :outputs] = held
-    written[size:, outputs:] = 1
-    gram = written.T @ moments[np.ix_(rows, rows)] @ written
-    cross = written.T @ moments[np.ix_(rows, range(size, last))]
-    energy = np.diag(moments)[size:last]
     before = np.vstack([np.eye(outputs), *([shift.astype(np.float64)] if shift is not None else [])])
-    if form == "linear":
-        penalty = np.full(len(gram), ridge * float(np.trace(gram[:outputs, :outputs])) / outputs)
-        penalty[outputs:] = ridge * gram[outputs:, outputs:].sum()
-        after = np.linalg.solve(gram + np.diag(penalty), cross + penalty[:, None] * before)
-    else:
-        after = _affine(gram, cross, ridge)
-
-    def error(weight: Floats) -> float:
-        return float((energy - 2 * (weight * cross).sum(0) + (weight * (gram @ weight)).sum(0)).sum())
-
-    rest = error(after) / max(error(before), 1e-30)
+    after = linear_map(moments, before, ridge) if form == "linear" else factors(moments, ridge)
+    rest = moments.error(after) / max(moments.error(before), 1e-30)
     made = held @ after[:outputs]
     return made.astype(np.float32), after[-1].astype(np.float32) if shift is not None else None, rest
-
-
-def _affine(gram: Floats, cross: Floats, ridge: float) -> Floats:
-    """For each channel y the factor a, and the shift b where there are ones, of least error, with a ridge towards 1."""
-    size = cross.shape[1]
-    power, along = np.diag(gram)[:size], np.diag(cross)
-    if len(gram) == size:
-        return np.asarray(np.diag((along + ridge * power) / np.maximum((1 + ridge) * power, 1e-30)))
-    ones, tilt, wanted = gram[-1, -1], gram[-1, :size], cross[-1]
-    # Two equations for each channel: of the factor and of the shift.
-    determinant = np.maximum((1 + ridge) * power * ones - tilt**2, 1e-30)
-    factor = ((along + ridge * power) * ones - tilt * wanted) / determinant
-    return np.vstack([np.diag(factor), (wanted - factor * tilt) / ones])
 
 
 def _runs(units: Sequence[DepthUnit], removed: Sequence[DepthUnit]) -> list[list[DepthUnit]]:
