@@ -131,6 +131,17 @@ def parsed(layers: int = 4) -> ir.Model:
     return model
 
 
+@pytest.mark.export
+@pytest.mark.parametrize(("key", "width"), [("gpt2", 32), ("phi3", 32)])
+def test_packed_projections_are_cut_to_the_queries(key: str, width: int, exports: Path) -> None:
+    after, _ = shared(exported(key, exports), pairs=[[1, 0]])
+    products = [node for node in after.graph if node.op_type == "MatMul" and node.inputs[1].const_value is not None]
+    first, second = (node.inputs[1].const_value.shape for node in (products[0], products[len(products) // 2]))
+    assert first[1] > width
+    assert width in [node.inputs[1].const_value.shape[1] for node in products[1:]]
+    assert sum(node.inputs[1].const_value.shape == first for node in products) < 2 or second == first
+
+
 @pytest.mark.parametrize("cache", ["growing", "static"])
 def test_it_generates_as_the_equal_model_does(cache: Any, tmp_path: Path) -> None:
     model = parsed()
