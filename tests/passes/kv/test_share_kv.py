@@ -160,6 +160,22 @@ def test_it_generates_as_the_equal_model_does(cache: Any, tmp_path: Path) -> Non
     assert Generator(tmp_path / "shared.onnx").generate(prompt, max_new_tokens=20, stop=()) == expected
 
 
+def test_long_prompts_in_a_batch_beside_graphopts_operator(tmp_path: Path) -> None:
+    """A layer that reads another's cache stays ONNX Runtime's operator, which takes no chunks in a batch."""
+    after, _ = shared(parsed(3), pairs=[[2, 1]])
+    lowered = optimize(after.clone(), "lower+decode", verify="none", assume=ASSUMED).model
+    kinds = [node.op_type for node in lowered.graph if node.op_type in ("CachedAttention", "GroupQueryAttention")]
+    assert kinds == ["CachedAttention", "CachedAttention", "GroupQueryAttention"]
+    interface = kv_interface(lowered)
+    assert interface is not None
+    assert [pair.readers for pair in interface.pairs[::2]] == [(), ("GroupQueryAttention",)]
+    for name, one in (("plain", after), ("lowered", lowered)):
+        save(one, tmp_path / f"{name}.onnx")
+    prompts = [[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]
+    expected = Generator(tmp_path / "plain.onnx").generate(prompts, max_new_tokens=6, stop=())
+    assert Generator(tmp_path / "lowered.onnx").generate(prompts, max_new_tokens=6, stop=(), chunk=2) == expected
+
+
 def test_names_move_up_and_chains_end_at_their_root() -> None:
     model = parsed(5)
     after, rule = shared(model, pairs=[[1, 0], [3, 1]])
