@@ -47,6 +47,7 @@ class CachePair:
         cross: Whether nothing is joined: keys or values of another sequence, such as an encoder's.
         block_size: Tokens for which there is one place along `axis`.
         beside: Tokens that the cache has room for besides.
+        readers: Operators of later layers that read the present, and have no cache of their own.
     """
 
     layer: int
@@ -67,6 +68,7 @@ class CachePair:
     cross: bool
     block_size: int = 1
     beside: int = 0
+    readers: tuple[str, ...] = ()
 
     def places(self, tokens: int) -> int:
         """Places along `axis` of a cache with room for `tokens` tokens."""
@@ -228,6 +230,9 @@ def _pair(value: ir.Value, join: Join, layers: dict[ir.Node, int]) -> CachePair:
         cross=join.node is None,
         block_size=block,
         beside=(_int(join.node, "window") or 0) + block - 1 if quantized else 0,
+        readers=tuple(
+            sorted({n.op_type for n, _ in join.joined.uses() if n is not join.node and qualified(n) in FUSED})
+        ),
     )
 
 
@@ -281,6 +286,11 @@ def _in_place(past: ir.Value, join: Join, operator: str) -> bool:
     places = [node for node, _ in past.uses() if node is join.node]
     others = [node for value in (past, join.joined) for node, _ in value.uses() if node is not join.node]
     return len(places) == 1 and all(asks_for_another_axis(node, join.axis) or _counts(node, join) for node in others)
+
+
+def _is_later(node: ir.Node, join: Join) -> bool:
+    """Whether `node` is the attention of a later layer."""
+    return node is not join.node and qualified(node) in FUSED
 
 
 def _counts(node: ir.Node, join: Join) -> bool:

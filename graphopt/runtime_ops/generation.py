@@ -90,7 +90,9 @@ class Generator:
         self.session = _session(path, threads, sess_options) if path is not None else model
         counting = [pair.operator in _COUNTING for pair in self.interface.pairs]
         self._counting, self._mixed = any(counting), any(counting) and not all(counting)
-        self._row_by_row = any(pair.operator in _ROW_BY_ROW for pair in self.interface.pairs)
+        self._row_by_row = any(
+            operator in _ROW_BY_ROW for pair in self.interface.pairs for operator in (pair.operator, *pair.readers)
+        )
         self._compact = all(counting) and self.interface.mask_values
 
     # ---- what users call

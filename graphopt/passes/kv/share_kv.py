@@ -14,6 +14,7 @@ from graphopt.graph.kv_edits import remove_pairs
 from graphopt.graph.kv_interface import KVInterface, kv_interface
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.kv.cached_layers import CachedLayer, Sharing, cached_layers
+from graphopt.passes.kv.packed_queries import narrow_queries
 from graphopt.passes.kv.sharing_heal import Healing, of_layer
 from graphopt.passes.kv.sharing_search import LossSearch
 from graphopt.passes.kv.sharing_trials import Pair, SharingTrials, by_distance, roots
@@ -64,6 +65,9 @@ class ShareKV(Pass):
 
     **Left alone, with the reason:** a cache that isn't joined by `Attention`, or that isn't an input and an output of
     the model as it is; a pair of caches of other sizes.
+
+    A projection that makes queries, keys and values at once is cut to the queries, where these stand side by side in
+    it; where heads are packed one by one (GPT-NeoX), it goes on making all three.
 
     **When not to use it:** where the cache is to be quantized by `QuantizedKVAttention` too: neither a layer that reads
     another's cache nor its donor can be (`operator: contrib` can). On models that weren't trained so every layer costs
@@ -143,7 +147,10 @@ class ShareKV(Pass):
                 refit = healing.refit(model, layer, of_layer(layers[donor]), facts)
                 told += f"; {refit if isinstance(refit, str) else refit.put(layer, facts, edit)}"
             self.applied(layer.node, told)
+            query = layer.node.inputs[0]
+            assert query is not None
             sharing.share(layer, layers[donor])
+            narrow_queries(query, facts, edit)
         remove_pairs(model, interface, [pair for layer in final for pair in layers[layer].pairs])
         return True
 

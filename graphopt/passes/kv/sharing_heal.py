@@ -30,6 +30,8 @@ site, from the values of the copy by name."""
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """What is added to the diagonal of a normal matrix, as a part of its mean: the best on held-out samples is taken."""
 QUERY_RIDGE = 0.01
+MOST_QUERIES = 256
+"""Tokens of a sample that W_q is fitted on, spread evenly."""
 HELD_OUT = 4
 """One sample of so many is held out."""
 
@@ -169,8 +171,7 @@ class Healing:
         if isinstance(place, str):
             return place
         queries = None if place.queries is None else self._queries(model, layer, other, place, place.queries)
-        own = self._normal(model, layer, other, place, None)
-        new = own if queries is None else self._normal(model, layer, other, place, queries)
+        own, new = self._moments(model, layer, other, place, queries)
         weight = place.output.weight.numpy().astype(np.float64)
         before = _error(own[1], weight)
         best: tuple[float, Array | None, Array | None] = (before, None, None)
@@ -200,17 +201,19 @@ class Healing:
         given = {name: value for name, value in values.items() if value is not None}
         for found in self._run(model, given, layer, other):
             queries = _split(found["q"], layer.heads)
+            step = -(-queries.shape[2] // MOST_QUERIES)
+            queries, x = queries[:, :, step - 1 :: step], found["x"][:, step - 1 :: step]
             targets, counts = np.empty_like(queries), np.empty(queries.shape[:3], np.float32)
             for row in range(len(queries)):
                 targets[row], counts[row] = query_targets(
-                    found["weights"][row], queries[row], found["k"][row], found["other"][row]
+                    found["weights"][row][:, step - 1 :: step], queries[row], found["k"][row], found["other"][row]
                 )
             if rotation is not None:
                 cos, sin = found["cos"], found["sin"]
                 if "ids" in found:
                     cos, sin = cos[found["ids"]], sin[found["ids"]]
-                targets = turned_back(targets, rotation, cos, sin)
-            x = found["x"].reshape(-1, found["x"].shape[-1]).astype(np.float64)
+                targets = turned_back(targets, rotation, cos[:, step - 1 :: step], sin[:, step - 1 :: step])
+            x = x.reshape(-1, x.shape[-1]).astype(np.float64)
             t = targets.transpose(0, 2, 1, 3).reshape(len(x), -1) - bias
             seen = counts.mean(axis=1).reshape(-1, 1)
             scaled = x * (seen / max(float(seen.mean()), 1e-12))
@@ -220,40 +223,43 @@ class Healing:
             return None
         return _ridge(normal, right, QUERY_RIDGE)
 
-    def _normal(
+    def _moments(
         self, model: ir.Model, layer: CachedLayer, other: Presents, place: Place, queries: Array | None
-    ) -> tuple[_Moments, _Moments]:
-        """Moments for W_o: of the samples that it is fitted on, and of those held out."""
+    ) -> tuple[tuple[_Moments, _Moments], tuple[_Moments, _Moments]]:
+        """Moments for W_o with the layer's own queries, and with other ones: each of the samples that it is fitted on,
+        and of those held out."""
         copy, at = _copied(model)
         edit, facts = Editor(copy), infer(copy, believe_names=True)
         node = at[layer.node.outputs[0].name].producer()
         assert node is not None
-        own = dataclasses.replace(layer, node=node)
         outputs: dict[str, ir.Value] = {"c": at[place.output.node.outputs[0].name]}
         if place.residual is not None:
             outputs["r"] = at[place.residual.name]
-        mark = node.inputs[0]
-        if queries is not None:
-            assert place.queries is not None
-            self._other_queries(edit, at, node, place.queries, queries)
         edit.at(node)
-        y = Sharing(edit, facts).write(own, *other(edit, at))
-        if queries is not None:
-            node.replace_input_with(0, mark)
-        if not layer.joined:
-            made = [user for user, _ in node.outputs[0].uses() if is_op(user, "Transpose")]
-            edit.at(made[0])
-            y = edit.op("Transpose", [y], {"perm": [0, 2, 1, 3]})
-            y = edit.op("Reshape", [y, edit.constant(np.array([0, 0, -1]), "joined")])
-        outputs["a"] = y
-        parts = _Moments(), _Moments()
+        keys, values = other(edit, at)
+        mark = node.inputs[0]
+        for name, asked in (("own", None), ("new", queries)):
+            if asked is not None:
+                assert place.queries is not None
+                self._other_queries(edit, at, node, place.queries, asked)
+            y = Sharing(edit, facts).write(dataclasses.replace(layer, node=node), keys, values)
+            if not layer.joined:
+                y = edit.op("Transpose", [y], {"perm": [0, 2, 1, 3]})
+                y = edit.op("Reshape", [y, edit.constant(np.array([0, 0, -1]), "joined")])
+            outputs[name] = y
+            if queries is None:
+                outputs["new"] = y
+                break
+        node.replace_input_with(0, mark)
+        own, new = (_Moments(), _Moments()), (_Moments(), _Moments())
         for index, found in enumerate(self._outputs(copy, outputs)):
             held = index % HELD_OUT == min(HELD_OUT, len(self._samples)) - 1
             wanted, residual = found["c"], found.get("r")
             if residual is not None and layer.number in self._streams:
                 wanted = self._streams[layer.number][index] - residual
-            parts[held].add(found["a"], wanted, residual)
-        return parts
+            own[held].add(found["own"], wanted, residual)
+            new[held].add(found["new"], wanted, residual)
+        return own, new
 
     @staticmethod
     def _other_queries(

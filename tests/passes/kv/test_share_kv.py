@@ -131,6 +131,17 @@ def parsed(layers: int = 4) -> ir.Model:
     return model
 
 
+@pytest.mark.export
+@pytest.mark.parametrize(("key", "width"), [("gpt2", 32), ("phi3", 32)])
+def test_packed_projections_are_cut_to_the_queries(key: str, width: int, exports: Path) -> None:
+    after, _ = shared(exported(key, exports), pairs=[[1, 0]])
+    products = [node for node in after.graph if node.op_type == "MatMul" and node.inputs[1].const_value is not None]
+    first, second = (node.inputs[1].const_value.shape for node in (products[0], products[len(products) // 2]))
+    assert first[1] > width
+    assert width in [node.inputs[1].const_value.shape[1] for node in products[1:]]
+    assert sum(node.inputs[1].const_value.shape == first for node in products) < 2 or second == first
+
+
 @pytest.mark.parametrize("cache", ["growing", "static"])
 def test_it_generates_as_the_equal_model_does(cache: Any, tmp_path: Path) -> None:
     model = parsed()
@@ -147,6 +158,22 @@ def test_it_generates_as_the_equal_model_does(cache: Any, tmp_path: Path) -> Non
     assert generator.generate(prompt, max_new_tokens=20, stop=()) == expected
     assert generator.generate(prompt, max_new_tokens=20, stop=(), chunk=2) == expected
     assert Generator(tmp_path / "shared.onnx").generate(prompt, max_new_tokens=20, stop=()) == expected
+
+
+def test_long_prompts_in_a_batch_beside_graphopts_operator(tmp_path: Path) -> None:
+    """A layer that reads another's cache stays ONNX Runtime's operator, which takes no chunks in a batch."""
+    after, _ = shared(parsed(3), pairs=[[2, 1]])
+    lowered = optimize(after.clone(), "lower+decode", verify="none", assume=ASSUMED).model
+    kinds = [node.op_type for node in lowered.graph if node.op_type in ("CachedAttention", "GroupQueryAttention")]
+    assert kinds == ["CachedAttention", "CachedAttention", "GroupQueryAttention"]
+    interface = kv_interface(lowered)
+    assert interface is not None
+    assert [pair.readers for pair in interface.pairs[::2]] == [(), ("GroupQueryAttention",)]
+    for name, one in (("plain", after), ("lowered", lowered)):
+        save(one, tmp_path / f"{name}.onnx")
+    prompts = [[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]
+    expected = Generator(tmp_path / "plain.onnx").generate(prompts, max_new_tokens=6, stop=())
+    assert Generator(tmp_path / "lowered.onnx").generate(prompts, max_new_tokens=6, stop=(), chunk=2) == expected
 
 
 def test_names_move_up_and_chains_end_at_their_root() -> None:
