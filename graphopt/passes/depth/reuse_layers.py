@@ -14,6 +14,7 @@ import onnx_ir as ir
 from graphopt.analysis.depth_units import DepthUnits, depth_units
 from graphopt.analysis.shapes import infer
 from graphopt.errors import UsageError
+from graphopt.graph.constants import initializer_bytes
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.depth.corresponding import NotAlikeError, Place, corresponding
@@ -119,10 +120,10 @@ class ReuseLayers(Pass):
         edit = Editor(model)
         changed = False
         for layer, donor, places in changes:
-            before = _bytes(model)
+            before = initializer_bytes(model)
             for place in places:
                 edit.set_input(place.node, place.index, place.other)
-            saved = before - _bytes(model)
+            saved = before - initializer_bytes(model)
             self.saved += saved
             changed |= bool(places)
             add = found.layers[layer][-1].branch.add
@@ -219,7 +220,3 @@ def _exchangeable(places: list[Place]) -> list[Place]:
 def _array(value: ir.Value) -> npt.NDArray[Any]:
     assert value.const_value is not None
     return np.asarray(value.const_value.numpy())
-
-
-def _bytes(model: ir.Model) -> int:
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
