@@ -102,7 +102,9 @@ def head_groups(model: ir.Model, facts: ShapeFacts) -> tuple[list[HeadGroup], li
         if not heads or not kv_heads or heads % kv_heads:
             left.append((site.node, "the number of its heads isn't known"))
             continue
-        made = [_columns(value, n, linear) for value, n in ((site.q, heads), (site.k, kv_heads), (site.v, kv_heads))]
+        made = [
+            _columns(value, n, linear, facts) for value, n in ((site.q, heads), (site.k, kv_heads), (site.v, kv_heads))
+        ]
         if (reason := next((one for one in made if isinstance(one, str)), None)) is not None:
             left.append((site.node, reason))
             continue
@@ -118,7 +120,7 @@ def head_groups(model: ir.Model, facts: ShapeFacts) -> tuple[list[HeadGroup], li
 
 
 def _columns(
-    value: ir.Value, heads: int, linear: Mapping[ir.Node, LinearSite]
+    value: ir.Value, heads: int, linear: Mapping[ir.Node, LinearSite], facts: ShapeFacts
 ) -> tuple[ir.Node, Bias | None, Indices] | str:
     """The product that makes an operand of an attention, what is added to it, and the columns [heads, size] of each
     head; or why they aren't known."""
@@ -156,7 +158,7 @@ def _columns(
         return "the matrix of its heads is read elsewhere, too"
     columns: Indices | None = np.arange(site.outputs, dtype=np.int64).reshape(1, 1, -1)
     for node, output in reversed(steps):
-        columns = None if columns is None else _moved(columns, node, output)
+        columns = None if columns is None else _moved(columns, node, output, facts)
     if columns is None or columns.size % heads or (columns.ndim > 3 and columns.shape[1] != heads):
         return "the layout of its heads isn't known"
     if bias is not None:
@@ -166,7 +168,7 @@ def _columns(
     return site.node, bias, columns.reshape(heads, -1)
 
 
-def _moved(columns: Indices, node: ir.Node, output: int) -> Indices | None:
+def _moved(columns: Indices, node: ir.Node, output: int, facts: ShapeFacts) -> Indices | None:
     """Where a node puts columns, for one sample and one token; None where that isn't known."""
     arrays = [constant_array(v) for v in node.inputs[1:]]
     if is_op(node, "Transpose"):
@@ -175,13 +177,13 @@ def _moved(columns: Indices, node: ir.Node, output: int) -> Indices | None:
         return columns.transpose(axes) if axes is None or len(axes) == columns.ndim else None
     if is_op(node, "Reshape"):
         # The last axis may be parted; what is before it are samples and tokens, of whatever number.
-        shape = None if arrays[0] is None else [int(n) for n in arrays[0]]
-        if shape is None or len(shape) != columns.ndim + 1 or columns.ndim != 3:
+        before, shape = (
+            facts.shape(value) if value is not None else None for value in (node.inputs[0], node.outputs[0])
+        )
+        if before is None or shape is None or len(before) != 3 or len(shape) != 4 or shape[:2] != before[:2]:
             return None
-        heads, size = shape[-2:]
-        width = columns.shape[-1]
-        size = width // heads if size == -1 and heads > 0 else size
-        return columns.reshape(1, 1, -1, size) if size > 0 and width % size == 0 else None
+        heads, size = shape[2].value, shape[3].value
+        return columns.reshape(1, 1, heads, size) if heads and size and heads * size == columns.shape[-1] else None
     if is_op(node, "Split"):
         axis, count = attribute_int(node, "axis", 0), len(node.outputs)
         if axis is None or not -columns.ndim <= axis < columns.ndim:
