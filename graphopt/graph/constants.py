@@ -59,3 +59,8 @@ def stored_weight(value: ir.Value | None) -> ir.Value | None:
     if node is not None and node.op_type == "DequantizeLinear" and node.domain in ("", "ai.onnx", "com.microsoft"):
         value = node.inputs[0]
     return value if is_constant(value) else None
+
+
+def initializer_bytes(model: ir.Model) -> int:
+    """Bytes of the initializers of the main graph."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)

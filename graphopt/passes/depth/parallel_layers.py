@@ -50,7 +50,8 @@ class ParallelLayers(Pass):
     group; `granularity` (default "layer"): rules 1 and 2; `first` (default 1) and `last` (default −2): the layers
     between which groups lie, counted from 0, from the end where negative; `groups` (default none): lists of layers or
     branches by name that read one input, such as [[7, 8, 9]] or [["attention.3", "mlp.3"]]; `samples` (default 2): of
-    the data.
+    the data; `shortlist` (default 0: all): how many groups, those that last cost least, each further one is chosen
+    among.
 
     **Needs:** data, but for `groups`; a canonical graph. **Guarantees:** LOSSY.
 
@@ -75,15 +76,18 @@ class ParallelLayers(Pass):
         last: int = -2,
         groups: list[list[int | str]] | None = None,
         samples: int = 2,
+        shortlist: int = 0,
     ) -> None:
         super().__init__()
         if granularity not in get_args(Granularity):
             raise ValueError(f"granularity is one of {', '.join(get_args(Granularity))}, not {granularity!r}")
         least = 2 if granularity == "layer" else 1
-        if count < 1 or samples < 1 or (size is not None and size < least):
-            raise ValueError(f"count and samples must be at least 1, size {least} for granularity {granularity!r}")
+        if min(count, samples) < 1 or shortlist < 0 or (size is not None and size < least):
+            raise ValueError(
+                f"count and samples must be at least 1, shortlist 0, size {least} for granularity {granularity!r}"
+            )
         self.count, self.granularity, self.first, self.last, self.samples = count, granularity, first, last, samples
-        self.size = size
+        self.size, self.shortlist = size, shortlist
         self.groups: list[list[str]] | None = None
         if groups is None:
             self.needs = ("samples",)
@@ -162,7 +166,8 @@ class ParallelLayers(Pass):
             losses[chosen] = trials.loss(laned.joined([place - places[0] for run in chosen for place in run[1:]]))
             return losses[chosen]
 
-        best = greedy(runs, loss, self.count, progress=self.calibration.progress)[-1].chosen
+        shortlist, progress = self.shortlist or None, self.calibration.progress
+        best = greedy(runs, loss, self.count, shortlist=shortlist, progress=progress)[-1].chosen
         if best not in losses:
             raise UsageError(f"parallel-layers: there is no room for {self.count} groups beside those chosen first.")
         self.expected = losses[best]
