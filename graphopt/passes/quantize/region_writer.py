@@ -101,7 +101,8 @@ class RegionWriter:
             whole = np.rint(numbers / steps).astype(np.int32)
             inputs.append(self._constant(ir.tensor(whole), steps, "bias"))
         self._replace(node, inputs)
-        self._report.applied(node, f"int{self._grid.bits}, with a scale for each output channel")
+        nearest = "; rounded to nearest: its patches aren't rows" if self._rounded and rounded is None else ""
+        self._report.applied(node, f"int{self._grid.bits}, with a scale for each output channel{nearest}")
 
     def _product(self, node: ir.Node, layer: Layer) -> None:
         edit = self._edit

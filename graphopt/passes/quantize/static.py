@@ -31,7 +31,7 @@ from graphopt.passes.quantize.region_scales import Narrow, scale_of
 from graphopt.passes.quantize.region_writer import RegionWriter
 from graphopt.passes.quantize.roundings import Rounding
 from graphopt.passes.quantize.selection import Selection
-from graphopt.passes.quantize.twin_model import moments_known, round_layers
+from graphopt.passes.quantize.twin_model import round_layers
 from graphopt.passes.quantize.value_ranges import METHODS, Method, Seen, ValueRange, calibration_of, run_outputs, seen
 
 Array = npt.NDArray[Any]
@@ -305,8 +305,6 @@ class QuantizeStatic(Pass):
             root = found.root(data_inputs(node)[0])
             held, levels = (seen[root], 256) if narrow is None else (narrow.seen[root], narrow.levels)
             scales[node] = scale_of(root, held, found, levels)
-            if not moments_known(node):
-                self.left(node, "only its rounding to nearest is known: its patches aren't rows")
         data = calibration_of(self.calibration, self.samples)
         return round_layers(model, layers, scales, data, grid, self.rounding, self.correction)
 

@@ -281,6 +281,20 @@ def test_depthwise_and_one_dimension() -> None:
     assert error(before, after, images(2, 32, 17, seed=3)[0]) < 0.05
 
 
+def test_what_gptq_does_not_see_as_rows_is_rounded_to_nearest() -> None:
+    before = parse_weighted(f"""{HEAD} g (float[n, 32, h, w] x) => (float[n, 16, h, w] y)
+    <float[32, 1, 3, 3] w1, float[16, 32, 3, 3] w2> {{
+      c = Conv <kernel_shape = [3, 3], group = 32, pads = [1, 1, 1, 1]> (x, w1)
+      y = Conv {CONV} (c, w2)
+    }}""")
+    after, rule = written(before, images(1, 32, 9, 9), rounding="gptq")
+    first, second = [site for site in rule.sites if site.op_type == "Conv"]
+    assert {first.outcome, second.outcome} == {"applied"}
+    assert "rounded to nearest" in first.detail
+    assert "nearest" not in second.detail
+    assert error(before, after, images(2, 32, 7, 7, seed=3)[0]) < 0.05
+
+
 def test_a_bias_that_no_int32_holds() -> None:
     before = parse_weighted(BLOCK)
     weight = before.graph.initializers["w2"].const_value.numpy().copy()
