@@ -2,7 +2,7 @@
 
     python benchmarks/kv.py --source model.onnx --tokenizer folder --page docs/kv.md
     python benchmarks/kv.py                                       exports the model first (export_smollm2.py)
-    python benchmarks/kv.py --only "share 3" --windows 2 --pasts 256 --rounds 3
+    python benchmarks/kv.py --only "share-kv 3" --windows 2 --pasts 256 --rounds 3
 
 All files are made from one export with the same assumptions; what is searched, refitted or calibrated sees the
 calibration text of `graphopt.models.texts`. Perplexity and the mean divergence KL(original, variant) are over windows
@@ -70,9 +70,9 @@ MOST = 9
 STATIC = ({"quantize-kv": {"operator": "contrib"}},)
 VARIANTS = (
     Variant(FLOAT, "float32, GroupQueryAttention"),
-    Variant(f"share {MOST}", f"{MOST} of 30 layers read another's cache, by loss, refitted", _shared(MOST)),
-    Variant("share 6", "the first 6 of these pairs, refitted", _shared(6), pairs=(f"share {MOST}", 6)),
-    Variant("share 3", "the first 3 of these pairs, refitted", _shared(3), pairs=(f"share {MOST}", 3)),
+    Variant(f"share-kv {MOST}", f"{MOST} of 30 layers read another's cache, by loss, refitted", _shared(MOST)),
+    Variant("share-kv 6", "the first 6 of these pairs, refitted", _shared(6), pairs=(f"share-kv {MOST}", 6)),
+    Variant("share-kv 3", "the first 3 of these pairs, refitted", _shared(3), pairs=(f"share-kv {MOST}", 3)),
     *(Variant(f"{search} {count}", f"{count} layers, {search} caches (KVSharer{rule}), not refitted",
               _shared(count, search=search, heal=False))
       for search, rule in (("similar", " turned round"), ("dissimilar", "'s rule")) for count in (3, 6, 9)),
@@ -82,10 +82,10 @@ VARIANTS = (
     Variant("kv 3 by loss", "3 bits in the mean, by layer and part, by loss", ({"quantize-kv": {"budget": 3}},)),
     Variant("kv 3 by norms", "the same by norms", ({"quantize-kv": {"budget": 3, "sensitivity": "norms"}},)),
     Variant("int8", "8 bits, static scales, ONNX Runtime's operator", behind=STATIC),
-    Variant("share 3, int8", "share 3 and int8", _shared(3), STATIC, (f"share {MOST}", 3)),
-    Variant("share 9, int8", "share 9 and int8", _shared(9), STATIC, (f"share {MOST}", 9)),
+    Variant("share-kv 3, int8", "share-kv 3 and int8", _shared(3), STATIC, (f"share-kv {MOST}", 3)),
+    Variant("share-kv 9, int8", "share-kv 9 and int8", _shared(9), STATIC, (f"share-kv {MOST}", 9)),
 )  # fmt: skip
-TIMED = (FLOAT, "share 3", "share 6", "share 9", "one head", "kv3", "int8", "share 9, int8")
+TIMED = (FLOAT, "share-kv 3", "share-kv 6", "share-kv 9", "one head", "kv3", "int8", "share-kv 9, int8")
 
 
 class Kept:
@@ -266,9 +266,9 @@ def tables(kept: Kept, options: argparse.Namespace) -> list[str]:
             f"| {name} | {how[name]} | {row.perplexity:.3f} | {row.kl:.4f} | {recall:.0%} | {size / CACHED:,.0f} | "
             f"{size / whole:.1%} | {times} |"
         )
-    pairs = kept.more.get(f"share {MOST}", {}).get("pairs")
+    pairs = kept.more.get(f"share-kv {MOST}", {}).get("pairs")
     if pairs:
-        lines += ["", f"The pairs of share {MOST}, [layer, donor] in the order in which they were found: `{pairs}`."]
+        lines += ["", f"The pairs of share-kv {MOST}, [layer, donor] in the order in which they were found: `{pairs}`."]
     return lines
 
 
@@ -284,11 +284,11 @@ graphopt optimize model.onnx --recipe kv4 --assume max-length=8192
 
 {tables}
 
-- **share** are layers that read the cache of an earlier one; a token's bytes fall with their number, and their
+- **share-kv** are layers that read the cache of an earlier one; a token's bytes fall with their number, and their
   projections of keys and values aren't computed. Nothing but ONNX Runtime's own operator is needed.
 - **similar** and **dissimilar** order pairs of layers by the distance of their mean keys and values, as KVSharer does,
   and change no weight. On this model the rule of KVSharer, dissimilar first, isn't the better one.
-- KVSharer reports 30 % less cache and generation at least 1.3 times as fast; the rows share 9 say what the same
+- KVSharer reports 30 % less cache and generation at least 1.3 times as fast; the row share-kv 9 says what the same
   sharing gives here.
 - **kv** rows use `QuantizedKVAttention`, **int8** ONNX Runtime's operator, whose caches can be shared too.
 """

@@ -18,7 +18,7 @@ from graphopt.recipe import described, load, shipped
 from graphopt.report.markdown import cell, table
 
 FOLDER = "graphopt/models/recipes"
-MEASUREMENTS = ("quantization.md", "quantize-kv.md")
+MEASUREMENTS = ("quantization.md", "quantize-kv.md", "kv.md")
 """Pages with tables whose first column names recipes."""
 
 FAMILIES = {
@@ -145,7 +145,9 @@ def _measured(name: str, pages_: dict[str, tuple[MeasuredTable, ...]]) -> str:
         parts.append(f"From [{file.removesuffix('.md')}](../{file}), where the others stand beside it.")
     if parts:
         return "\n\n".join(parts)
-    if any(name in names for heading, names in FAMILIES.items() if "cache" in heading):
+    if name == "share-kv":
+        command = "python benchmarks/kv.py --page docs/kv.md"
+    elif any(name in names for heading, names in FAMILIES.items() if "cache" in heading):
         command = "python benchmarks/quantize_kv.py --page docs/quantize-kv.md"
     else:
         part = "--parts models" if name in _BY_MODEL else f"--only {_ROWS.get(name, name)}"
