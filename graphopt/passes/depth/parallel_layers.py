@@ -33,8 +33,9 @@ class ParallelLayers(Pass):
     of attention and MLP are equal, so that queries, keys, values, gate and up read one norm. A cache stays each
     attention's own.
 
-    Papers: Transformer Layers as Painters, which averages what parallel layers give; here what they add is summed,
-    which a stream of layers in a row does, too.
+    Papers: Transformer Layers as Painters, which averages what parallel layers give; here what they add is summed, as
+    in a stream of layers in a row. Measured on SmolLM2-135M (4 windows of 512 tokens, perplexity 22.95), one pair of
+    layers: summed 24.33, averaged 26.66.
 
     1. "layer": each of `size` neighbouring layers is as before, but reads what the first of them reads. Its own MLP
        reads its own sum.

@@ -60,8 +60,9 @@ class ReuseLayers(Pass):
 
     **Left alone, with the reason:** a layer that has no neighbour of its form.
 
-    **When not to use it:** for speed, for which `drop-layers` is; where weights are in few bits already, which costs
-    less quality for the same bytes.
+    **When not to use it:** for speed; without training on a model whose layers aren't alike: on SmolLM2-135M (4 windows
+    of 512 tokens, perplexity 22.95) the best layer that runs twice gives 29.5, while the model without its best layer
+    has 25.0 and saves the same bytes. Weights in few bits cost less quality for the same bytes, too.
     """
 
     name: ClassVar[str] = "reuse-layers"

@@ -29,13 +29,15 @@ _Key = tuple[ir.Node, int]
 class ShareHeads(Pass):
     """Let heads compute with the matrices of the most similar head of another layer.
 
-        [W_q W_k W_v]_h := [W_q W_k W_v]_g,   g = argmax cos([W_q W_k]_h, [W_q W_k]_g)
+        [W_q W_k]_h := [W_q W_k]_g,   g = argmax cos([W_q W_k]_h, [W_q W_k]_g)
 
     A bank of heads takes the place of the matrices: each head that is used twice is an initializer of its own, and a
     layer's matrix is the Concat of its heads. **The file gets smaller by the heads that are shared; a running session
     doesn't**, since the Concat is computed when the model is loaded, and time stays as it is. The cache stays, too.
 
-    Papers: Head-wise Shareable Attention for Large Language Models (DirectShare, without training).
+    Papers: Head-wise Shareable Attention for Large Language Models (DirectShare, without training). Measured on
+    SmolLM2-135M (4 windows of 512 tokens, perplexity 22.95): one head in twenty shared with "qk" 26.5, with "qkv" 32.8;
+    one in ten 30.9 and 36.7. Its most similar heads have a cosine of 0.04: heads that were trained apart aren't alike.
 
     1. A head of keys and values goes with all heads of queries that read it.
     2. Columns of a head are found by following them to the attention, so that joined products are parted, too. Biases
@@ -45,16 +47,16 @@ class ShareHeads(Pass):
     4. What was chosen is among the options that the report lists, as `pairs`.
 
     **Options:** `fraction` (default 0.05): of all heads of keys and values, how many get another's matrices; `matrices`
-    (default "qkv"): which, or "qk"; `pairs` (default none): head: donor, by layer and head of keys and values, counted
-    from 0, such as {"7.2": "3.0"}: nothing is compared then.
+    (default "qk"): which, or "qkv"; `pairs` (default none): a head and its donor, by layer and head of keys and values,
+    counted from 0, such as {"7.2": "3.0"}: nothing is compared then.
 
     **Needs:** a canonical graph; no data. **Guarantees:** LOSSY.
 
     **Left alone, with the reason:** an attention whose operands aren't made by one product with a plain matrix each, or
     whose matrix is read elsewhere, too.
 
-    **When not to use it:** before `quantize-weights`, which leaves a matrix alone that is put together when it is
-    loaded; where attention is a small part of the file.
+    **When not to use it:** on a model whose heads aren't alike, which the cosines in the report show; before
+    `quantize-weights`, which leaves a matrix alone that is put together when it is loaded.
     """
 
     name: ClassVar[str] = "share-heads"
@@ -63,7 +65,7 @@ class ShareHeads(Pass):
     paper: ClassVar[str] = "Head-wise Shareable Attention for Large Language Models"
 
     def __init__(
-        self, fraction: float = 0.05, matrices: Matrices = "qkv", pairs: dict[str | float, str | float] | None = None
+        self, fraction: float = 0.05, matrices: Matrices = "qk", pairs: dict[str | float, str | float] | None = None
     ) -> None:
         super().__init__()
         if not 0 < fraction < 1:

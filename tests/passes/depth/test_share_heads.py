@@ -51,7 +51,7 @@ def test_equal_heads_are_found_and_stored_once(name: str, tmp_path: Path) -> Non
     expected = outputs(model, given(name))
     before = weight_bytes(model)
     shared = model.clone()
-    step = ShareHeads(fraction=1.01 / len(groups))
+    step = ShareHeads(fraction=1.01 / len(groups), matrices="qkv")
     assert step(shared).modified
     assert step.pairs == {groups[-1].name: first.name}
     assert_same(outputs(shared, given(name)), expected)
@@ -117,7 +117,7 @@ def test_any_heads_can_be_shared(pairs: dict[str, str]) -> None:
     model = ir.from_proto(decoder("attention", layers=3))
     before = weight_bytes(model)
     shared = model.clone()
-    step = ShareHeads(pairs=dict(pairs))
+    step = ShareHeads(matrices="qkv", pairs=dict(pairs))
     step(shared)
     for head, donor in pairs.items():
         copied(model, head, donor)
