@@ -64,7 +64,11 @@ class DropLayers(Pass):
        writes what is missing too, W' = W T, with a ridge towards T = 1: "linear": any T; "affine": a factor for each
        channel, and a new bias where there is one. Nothing is added to the graph. Where a normalization stands between
        (post-LN), the branch behind the removed ones is refitted to its own sum instead. A linear T has a number for
-       each pair of channels, and needs several hundred times as many tokens as there are channels.
+       each pair of channels: with 4096 tokens for SmolLM2's 576 channels it gives back a quarter of the divergence on
+       other text, and two thirds on the same.
+    6. The norm of a post-LN sum stays by default. In MiniLM that loses less than without it where one branch goes
+       (rank correlation of similarities 0.977 to 0.972 for an attention, 0.974 to 0.949 for an MLP), and as much where
+       a layer does.
 
     **Options:** `count` (default none): how many go; `fraction` (default 0.1, where `count` isn't given): of all; for
     "knapsack" of their bytes; `granularity` (default "attention"): "attention" or "mlp" branches, "block": layers,

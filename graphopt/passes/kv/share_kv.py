@@ -20,6 +20,8 @@ from graphopt.passes.kv.sharing_search import LossSearch
 from graphopt.passes.kv.sharing_trials import Pair, SharingTrials, by_distance, roots
 
 Search = Literal["loss", "similar", "dissimilar"]
+SEARCH_SAMPLES = 4
+"""Samples at most that candidates are refitted on."""
 
 
 class ShareKV(Pass):
@@ -187,7 +189,7 @@ class ShareKV(Pass):
                 model, interface, layers, facts, self.calibration, self.samples, self.keep, self.donors, self.looks,
                 self.calibration.progress,
             )  # fmt: skip
-            chosen = search.healed(count, self._healer(model)) if self.heal else search.plain(count)
+            chosen = search.healed(count, self._healer(model, SEARCH_SAMPLES)) if self.heal else search.plain(count)
             self.expected = list(chosen.losses)
             return list(chosen.items)
         trials = SharingTrials(model, interface, self.calibration, self.samples)
@@ -196,9 +198,10 @@ class ShareKV(Pass):
         self.expected = [trials.loss(found)] if found else []
         return found
 
-    def _healer(self, model: ir.Model) -> Healing:
+    def _healer(self, model: ir.Model, most: int | None = None) -> Healing:
         assert self.calibration is not None
-        samples = list(itertools.islice(self.calibration.feeds(model), self.heal_samples))
+        count = self.heal_samples if most is None else min(most, self.heal_samples)
+        samples = list(itertools.islice(self.calibration.feeds(model), count))
         if len(samples) < 2:
             raise InputDataError("share-kv: healing needs at least two samples, of which one is held out.")
         return Healing(samples, self.calibration.threads)
