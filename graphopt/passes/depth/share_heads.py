@@ -37,7 +37,8 @@ class ShareHeads(Pass):
 
     Papers: Head-wise Shareable Attention for Large Language Models (DirectShare, without training). Measured on
     SmolLM2-135M (4 windows of 512 tokens, perplexity 22.95): one head in twenty shared with "qk" 26.5, with "qkv" 32.8;
-    one in ten 30.9 and 36.7. Its most similar heads have a cosine of 0.04: heads that were trained apart aren't alike.
+    one in ten 30.9 and 36.7, for 5.3 and 6.6 of 539.5 MB. Its most similar heads have a cosine of 0.04: heads that were
+    trained apart aren't alike. Loading takes as long as before, 1.0 s.
 
     1. A head of keys and values goes with all heads of queries that read it.
     2. Columns of a head are found by following them to the attention, so that joined products are parted, too. Biases
