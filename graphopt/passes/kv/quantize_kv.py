@@ -88,7 +88,7 @@ class QuantizeKV(CachedAttentionPass):
     all of a head; `window` (default 32): newest tokens that are never quantized; `rotate_at_read` (default true):
     rule 2; `operator` (default "graphopt"): "contrib": rule 3; `windows` (default 8): windows of text that rule 3 looks
     at; `sites` (default none): `key_bits` and `value_bits` of some layers, by number; `budget` (default none): the mean
-    bits of a number in the cache, rule 4; `sensitivity` (default "loss"), `samples` (default 1): rule 4.
+    bits of a number in the cache, rule 4; `sensitivity` (default "loss"): rule 4; `samples` (default 1): rule 4.
 
     **Needs:** opset 23, as `Attention` does; float32 or float16; heads of the same size for keys and values, a multiple
     of 8; an attention mask with its padding at the end (`--assume no-left-padding`); for rule 2 `--assume
