@@ -48,11 +48,11 @@ class ParallelLayers(Pass):
        and no data needed.
 
     **Options:** `count` (default 1): how many groups; `size` (default none: 2 for "layer", 1 for "branch"): layers in a
-    group; `granularity` (default "layer"): rules 1 and 2; `first` (default 1) and `last` (default −2): the layers
-    between which groups lie, counted from 0, from the end where negative; `groups` (default none): lists of layers or
-    branches by name that read one input, such as [[7, 8, 9]] or [["attention.3", "mlp.3"]]; `samples` (default 2): of
-    the data; `shortlist` (default 0: all): how many groups, those that last cost least, each further one is chosen
-    among.
+    group; `granularity` (default "layer"): rules 1 and 2; `first` (default 1): the first layer that may be in a group,
+    counted from 0, or from the end where negative; `last` (default -2): the last one; `groups` (default none): lists of
+    layers or branches by name that read one input, such as [[7, 8, 9]] or [["attention.3", "mlp.3"]]; `samples`
+    (default 2): of the data; `shortlist` (default 0: all): how many groups, those that last cost least, each further
+    one is chosen among.
 
     **Needs:** data, but for `groups`; a canonical graph. **Guarantees:** LOSSY.
 
