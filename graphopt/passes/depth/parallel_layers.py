@@ -35,7 +35,7 @@ class ParallelLayers(Pass):
 
     Papers: Transformer Layers as Painters, which averages what parallel layers give; here what they add is summed, as
     in a stream of layers in a row. Measured on SmolLM2-135M (4 windows of 512 tokens, perplexity 22.95), one pair of
-    layers: summed 24.33, averaged 26.66.
+    layers: summed 24.33, averaged 26.66; attention and MLP of one layer side by side 23.22.
 
     1. "layer": each of `size` neighbouring layers is as before, but reads what the first of them reads. Its own MLP
        reads its own sum.
