@@ -35,7 +35,7 @@ class ParallelLayers(Pass):
 
     Papers: Transformer Layers as Painters, which averages what parallel layers give; here what they add is summed, as
     in a stream of layers in a row. Measured on SmolLM2-135M (4 windows of 512 tokens, perplexity 22.95), one pair of
-    layers: summed 24.33, averaged 26.66.
+    layers: summed 24.33, averaged 26.66; attention and MLP of one layer side by side 23.22.
 
     1. "layer": each of `size` neighbouring layers is as before, but reads what the first of them reads. Its own MLP
        reads its own sum.
@@ -48,11 +48,11 @@ class ParallelLayers(Pass):
        and no data needed.
 
     **Options:** `count` (default 1): how many groups; `size` (default none: 2 for "layer", 1 for "branch"): layers in a
-    group; `granularity` (default "layer"): rules 1 and 2; `first` (default 1) and `last` (default −2): the layers
-    between which groups lie, counted from 0, from the end where negative; `groups` (default none): lists of layers or
-    branches by name that read one input, such as [[7, 8, 9]] or [["attention.3", "mlp.3"]]; `samples` (default 2): of
-    the data; `shortlist` (default 0: all): how many groups, those that last cost least, each further one is chosen
-    among.
+    group; `granularity` (default "layer"): rules 1 and 2; `first` (default 1): the first layer that may be in a group,
+    counted from 0, or from the end where negative; `last` (default -2): the last one; `groups` (default none): lists of
+    layers or branches by name that read one input, such as [[7, 8, 9]] or [["attention.3", "mlp.3"]]; `samples`
+    (default 2): of the data; `shortlist` (default 0: all): how many groups, those that last cost least, each further
+    one is chosen among.
 
     **Needs:** data, but for `groups`; a canonical graph. **Guarantees:** LOSSY.
 

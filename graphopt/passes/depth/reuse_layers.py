@@ -160,7 +160,7 @@ class ReuseLayers(Pass):
                 self.left(units[-1].branch.add, f"layer {layer} keeps its weights: {reasons[0]}")
         if not candidates:
             return {}
-        if self.count > len({layer for layer, _ in candidates}):
+        if self.count > len(candidates):
             raise UsageError(f"reuse-layers: {self.count} layers can't get another's weights, since few are alike.")
         weights = list(dict.fromkeys(place.own for places in candidates.values() for place in places))
         samples = itertools.islice(self.calibration.feeds(model), self.samples)
@@ -183,6 +183,8 @@ class ReuseLayers(Pass):
         shortlist = self.shortlist or None
         progress = self.calibration.progress
         best = greedy(list(candidates), loss, self.count, shortlist=shortlist, progress=progress)[-1].chosen
+        if best not in losses:
+            raise UsageError(f"reuse-layers: no {self.count} layers can get the weights of others that keep theirs.")
         self.scores = {f"{k[0][0]}: {k[0][1]}": value for k, value in losses.items() if len(k) == 1}
         self.expected = losses[best]
         return _resolved(_mapping(best))

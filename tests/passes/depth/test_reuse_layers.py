@@ -104,6 +104,11 @@ def test_the_pairs_that_lose_least_are_found() -> None:
     assert again.pairs is not None
     assert len(again.pairs) == 2
     assert len(set(again.pairs.values())) == 1
+    # One layer must keep its weights.
+    every = ReuseLayers(count=3, donors="adjacent", samples=1)
+    every.calibration = step.calibration
+    with pytest.raises(UsageError, match="others that keep theirs"):
+        every(made("llama"))
 
 
 @pytest.mark.export
