@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -430,10 +431,15 @@ def test_interrupted(model: Path, number: signal.Signals) -> None:
         [sys.executable, "-m", "graphopt", "bench", model, model, "--runs", "1000000"],
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests themselves run in the background of a shell, an interruption is ignored, by children too.
+        preexec_fn=functools.partial(signal.signal, number, signal.SIG_DFL),
     )
-    time.sleep(2.5)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    try:
+        time.sleep(2.5)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     if process.returncode == 0:
         pytest.fail("it ended before it could be interrupted")
     assert "Traceback" not in err
