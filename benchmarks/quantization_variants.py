@@ -138,7 +138,7 @@ def recipe_of(method: str, setting: Setting | None = None, options: dict[str, An
         given = {**(widths if "bits" in known else {}), **(options or {})}
         fitting = {name: value for name, value in given.items() if name in known}
         met |= set(fitting)
-        if setting is not None and "budget" in known:  # a pass that chooses bits itself gets as many in all
+        if setting is not None and "candidates" in known:  # a pass that chooses bits itself gets as many in all
             fitting["budget"] = setting.bits + (16 + setting.bits) / setting.group
             met |= set(widths)
         steps.append(Step(step.name, {**step.options, **fitting}))

@@ -9,7 +9,7 @@ import pytest
 from narrowing import decoder
 
 import graphopt
-from cli.test_cli import Run, run  # noqa: F401 (a fixture)
+from tests.cli.conftest import Run
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_help_explains_each(run: Run) -> None:  # noqa: F811
+def test_help_explains_each(run: Run) -> None:
     for command in ("optimize", "inspect"):
         text = words(run(command, "--help")[1])
         assert "batch=1: the batch is 1; e.g. a chat program." in text
@@ -37,7 +37,7 @@ def test_help_explains_each(run: Run) -> None:  # noqa: F811
         assert "no-left-padding: each row of the attention mask is ones, then zeros" in text
 
 
-def test_from_the_option_to_the_result(run: Run, model: Path, recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_from_the_option_to_the_result(run: Run, model: Path, recipe: Path, tmp_path: Path) -> None:
     out_file, page = tmp_path / "o.onnx", tmp_path / "r.html"
     options = ("--recipe", recipe, "--assume", "no-left-padding", "--assume", "batch=1", "--report", page)
     code, out, _ = run("optimize", model, "-o", out_file, *options)
@@ -61,7 +61,7 @@ def test_from_the_option_to_the_result(run: Run, model: Path, recipe: Path, tmp_
     assert (tmp_path / "p.onnx").read_bytes() == out_file.read_bytes()
 
 
-def test_mistakes(run: Run, model: Path) -> None:  # noqa: F811
+def test_mistakes(run: Run, model: Path) -> None:
     code, _, err = run("optimize", model, "--assume", "left-padding")
     assert code == 2
     assert "There is no assumption 'left-padding'; did you mean no-left-padding? There are no-padding, " in err

@@ -10,8 +10,6 @@ import onnx
 import pytest
 from tiny_decoders import decoder
 
-from cli.test_cli import run as run
-
 
 @pytest.fixture
 def models(tmp_path: Path) -> tuple[Path, Path]:
