@@ -182,6 +182,7 @@ def build(module: Any, output: Path, precision: str = "fp32") -> int:
     transformers = require("transformers")
     path = fetch("smollm2")
     output.parent.mkdir(parents=True, exist_ok=True)
+    output = output.resolve()
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as temporary:
         weights = Path(temporary) / "weights"
         model = module.model
@@ -195,7 +196,10 @@ def build(module: Any, output: Path, precision: str = "fp32") -> int:
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *places, "-p", precision, "-e", "cpu"]
         command += ["--extra_options", "hf_token=false", f"filename={output.name}"]
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        result = subprocess.run(command, env=offline, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # Not from here: the builder imports a module called quantization, and would find the benchmark of that name.
+        result = subprocess.run(
+            command, env=offline, cwd=temporary, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         if result.returncode:
             raise GraphoptError(f"the model builder of onnxruntime-genai fails: {result.stdout.strip()[-400:]}")
     return len(load(output).graph)
