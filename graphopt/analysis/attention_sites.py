@@ -16,7 +16,7 @@ from graphopt.analysis.algebra import attribute_int, is_op, producer
 from graphopt.analysis.attention_form import Bias, Keep, NotAttention, concatenated, read
 from graphopt.analysis.layout import NotAView
 from graphopt.analysis.shapes import ShapeFacts
-from graphopt.graph.constants import is_constant
+from graphopt.graph.constants import is_constant, is_nothing
 from graphopt.graph.edits import nodes
 
 FUSED = {
@@ -123,7 +123,7 @@ def _fused(node: ir.Node, places: tuple[int, ...] | None, facts: ShapeFacts) -> 
     assert q is not None
     assert k is not None
     assert v is not None
-    if _holds_nothing(k):  # queries, keys and values side by side
+    if is_nothing(k):  # queries, keys and values side by side
         return None
     shape = facts.shape(q)
     heads = attribute_int(node, "q_num_heads", 0) or attribute_int(node, "num_heads", 0) or None
@@ -144,16 +144,11 @@ def _fused(node: ir.Node, places: tuple[int, ...] | None, facts: ShapeFacts) -> 
         attribute_int(node, "do_rotary", 0)
     )
     if node.op_type == "CachedAttention":
-        rotary = not _holds_nothing(node.inputs[7])
+        rotary = not is_nothing(node.inputs[7])
     mask = node.inputs[3] if masked and node.op_type == "Attention" else None
     return AttentionSite(
         node, q, k, v, node.outputs[0], masked, heads, size, node.op_type, kv_heads, rotary, cached, mask
     )
-
-
-def _holds_nothing(value: ir.Value | None) -> bool:
-    """Whether a value is the empty constant by which an operator of graphopt's is told that an input isn't there."""
-    return value is not None and is_constant(value) and value.shape is not None and 0 in value.shape
 
 
 def _spelled_out(node: ir.Node, facts: ShapeFacts) -> AttentionSite | None:

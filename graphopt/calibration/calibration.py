@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,14 @@ class Calibration:
             progress=self.progress,
         )
 
-    def feeds(self, model: ir.Model) -> Iterator[Feeds]:
-        """The inputs of a model for each sample, for a pass that runs it in a way of its own."""
-        return self.data.feeds(model)
+    def feeds(self, model: ir.Model, limit: int | None = None) -> Iterator[Feeds]:
+        """The inputs of a model for each sample, for a pass that runs it in a way of its own.
+
+        Args:
+            model: The model.
+            limit: How many samples at most; None: all.
+        """
+        return itertools.islice(self.data.feeds(model), limit)
 
     def gather(self, model: ir.Model, requests: Sequence[Request]) -> dict[Request, Summary]:
         """All statistics at once, from one run of the model as it is; only for those that are small."""

@@ -64,3 +64,9 @@ def stored_weight(value: ir.Value | None) -> ir.Value | None:
 def initializer_bytes(model: ir.Model) -> int:
     """Bytes of the initializers of the main graph."""
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def is_nothing(value: ir.Value | None) -> bool:
+    """Whether a value is the empty constant by which an operator of graphopt's is told that an input isn't there."""
+    tensor = None if value is None else constant_tensor(value)
+    return tensor is not None and tensor.size == 0

@@ -148,6 +148,27 @@ class Pass(ir.passes.InPlacePass):
         return {name: getattr(self, name) for name in self.options() if hasattr(self, name)}
 
 
+class SearchPass(Pass):
+    """A pass that may search for what it changes.
+
+    Attributes:
+        scores: What each candidate scored by itself, where that was found.
+        expected: The divergence of the outputs from the original's with what was chosen, where that was found.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores: dict[str, float] = {}
+        self.expected: float | None = None
+
+    def option_values(self) -> dict[str, Any]:
+        """See the base; with what was found, once it is."""
+        found: dict[str, Any] = {"scores": self.scores} if self.scores else {}
+        if self.expected is not None:
+            found["expected_divergence"] = self.expected
+        return {**super().option_values(), **found}
+
+
 class RulePass(Pass):
     """A pass made of local rewrites, each tried at nodes of the anchor operators only.
 

@@ -82,13 +82,13 @@ def session(
         providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
     make = checked_session(relied) if check and relied else onnxruntime.InferenceSession
     wanted = kernels and bool(uses(model))
-    folded = needs_folding(model)
+    unfolded = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
 
     def opened(with_library: bool) -> tuple[onnxruntime.InferenceSession, str | None]:
         options = sess_options if sess_options is not None else onnxruntime.SessionOptions()
         for key, value in settings.config.items():
             _set(options, key, value)
-        if options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL and folded:
+        if options.graph_optimization_level == unfolded and needs_folding(model):
             _set(options, NO_PREPACKING, "1")
         names = [p if isinstance(p, str) else p[0] for p in providers]
         why = register(options, model, names) if with_library else None

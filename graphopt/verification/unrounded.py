@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int
+from graphopt.graph.constants import is_nothing
 from graphopt.graph.edits import Editor, nodes
 from graphopt.runtime_ops.operator import DOMAIN
 
@@ -61,7 +62,7 @@ def _linear(node: ir.Node, edit: Editor) -> ir.Value:
     x, norm, *weight, bias, residual = node.inputs
     y = _product(node, _normalised(node, x, norm, edit), weight, edit)
     for term in (bias, residual):
-        if not _is_nothing(term):
+        if not is_nothing(term):
             y = edit.op("Add", [y, _wide(term, edit)])
     return edit.op("CastLike", [y, x], like=node.outputs[0])
 
@@ -86,13 +87,13 @@ def _product(node: ir.Node, x: ir.Value, weight: Sequence[ir.Value | None], edit
     bits, block = attribute_int(node, "bits", 4) or 4, attribute_int(node, "block_size", 32) or 32
     rows, blocks = _sizes(packed)[:2]
     given: list[ir.Value | None] = [x, packed, _wide(scales, edit)]
-    if not _is_nothing(minimums):  # the numbers as they are, and minimums times the sums of x's blocks
+    if not is_nothing(minimums):  # the numbers as they are, and minimums times the sums of x's blocks
         given.append(edit.constant(np.zeros((rows, -(-blocks * bits // 8)), np.uint8)))
-    elif not _is_nothing(zeros):
+    elif not is_nothing(zeros):
         given.append(zeros)
     attributes = {"K": blocks * block, "N": rows, "bits": bits, "block_size": block, "accuracy_level": 1}
     y = edit.op("MatMulNBits", given, attributes, domain=CONTRIB)
-    if _is_nothing(minimums):
+    if is_nothing(minimums):
         return y
     into_blocks = edit.op(
         "Concat",
@@ -115,7 +116,7 @@ def _product(node: ir.Node, x: ir.Value, weight: Sequence[ir.Value | None], edit
 def _normalised(node: ir.Node, x: ir.Value | None, norm: ir.Value | None, edit: Editor) -> ir.Value:
     """x over its root mean square times the gains; as it is where there are none."""
     wide = _wide(x, edit)
-    if _is_nothing(norm):
+    if is_nothing(norm):
         return wide
     epsilon = node.attributes.get_float("epsilon", 1e-5)
     axes = edit.constant(np.array([-1], np.int64))
@@ -153,8 +154,3 @@ def _sizes(weight: ir.Value | None) -> tuple[int, ...]:
     assert weight is not None
     assert weight.shape is not None
     return weight.shape.numpy()
-
-
-def _is_nothing(value: ir.Value | None) -> bool:
-    """Whether a value is the empty tensor by which an operator is told that an input isn't there."""
-    return value is None or (value.shape is not None and 0 in value.shape)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import onnx_ir as ir
 
@@ -14,7 +13,7 @@ from graphopt.analysis.depth_units import DepthUnit, DepthUnits, depth_units
 from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.calibration.calibration import Calibration
 from graphopt.errors import UsageError
-from graphopt.passes.base import Guarantee, Pass
+from graphopt.passes.base import Guarantee, SearchPass
 from graphopt.passes.depth.bypass import Norms, bypass, obstacles
 from graphopt.passes.depth.closeness import Closeness, Span, closeness
 from graphopt.passes.depth.gates import gated
@@ -32,7 +31,7 @@ Group = tuple[DepthUnit, ...]
 """What goes together: a branch, or the branches of a layer."""
 
 
-class DropLayers(Pass):
+class DropLayers(SearchPass):
     """Remove the branches or layers that a model misses least.
 
         x_{l+1} = x_l + f_l(x_l)   becomes   x_{l+1} = x_l   for the chosen l
@@ -140,17 +139,8 @@ class DropLayers(Pass):
         self.keep, self.samples, self.beam, self.shortlist = keep, samples, beam, shortlist
         self.generations, self.offspring, self.seed = generations, offspring, seed
         self.heal, self.ridge = heal, ridge
-        self.scores: dict[str, float] = {}
-        self.expected: float | None = None
         searches = self.branches is None and score not in get_args(Position)
         self.needs = ("samples",) * searches + ("second-moment",) * (heal != "none")
-
-    def option_values(self) -> dict[str, Any]:
-        """See the base; with what was found, once it is."""
-        found: dict[str, Any] = {"scores": self.scores} if self.scores else {}
-        if self.expected is not None:
-            found["expected_divergence"] = self.expected
-        return {**super().option_values(), **found}
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
@@ -264,7 +254,7 @@ class _LossSearch:
 
     def __post_init__(self) -> None:
         self._gated = gated(self.model, [u for group in self.groups for u in group], norms=self.options.norms)
-        samples = itertools.islice(self.calibration.feeds(self.model), self.options.samples)
+        samples = self.calibration.feeds(self.model, self.options.samples)
         gates = list(self._gated.gates.values())
         self._trials = Trials(self._gated.model, gates, samples, threads=self.calibration.threads)
         self._known: dict[tuple[int, ...], float] = {}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import onnx_ir as ir
 
@@ -13,7 +12,7 @@ from graphopt.analysis.depth_units import DepthUnit, DepthUnits, depth_units
 from graphopt.analysis.shapes import infer
 from graphopt.errors import UsageError
 from graphopt.graph.edits import Editor
-from graphopt.passes.base import Guarantee, Pass
+from graphopt.passes.base import Guarantee, SearchPass
 from graphopt.passes.depth.lanes import Lane, obstacle, put_side_by_side, switched
 from graphopt.search.greedy import greedy
 from graphopt.verification.trials import Trials
@@ -23,7 +22,7 @@ Run = tuple[int, ...]
 """Places of the lanes of a group, one behind the other."""
 
 
-class ParallelLayers(Pass):
+class ParallelLayers(SearchPass):
     """Let neighbouring layers, or attention and MLP of a layer, read the same input; what they add is summed.
 
         x₂ = x₀ + f(x₀) + g(x₀ + f(x₀))   becomes   x₂ = x₀ + f(x₀) + g(x₀)
@@ -96,15 +95,6 @@ class ParallelLayers(Pass):
             raise ValueError("groups holds lists of two names or more, such as [[7, 8], [11, 12]]")
         else:
             self.groups = [[str(name) for name in group] for group in groups]
-        self.expected: float | None = None
-        self.scores: dict[str, float] = {}
-
-    def option_values(self) -> dict[str, Any]:
-        """See the base; with what was found, once it is."""
-        found: dict[str, Any] = {"scores": self.scores} if self.scores else {}
-        if self.expected is not None:
-            found["expected_divergence"] = self.expected
-        return {**super().option_values(), **found}
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
@@ -157,7 +147,7 @@ class ParallelLayers(Pass):
         places = sorted(longest)
         losses: dict[tuple[Run, ...], float] = {}
         laned = switched(model, [lanes[place] for place in places])
-        samples = itertools.islice(self.calibration.feeds(model), self.samples)
+        samples = self.calibration.feeds(model, self.samples)
         trials = Trials(laned.model, list(laned.switches.values()), samples, threads=self.calibration.threads)
 
         def loss(chosen: tuple[Run, ...]) -> float:

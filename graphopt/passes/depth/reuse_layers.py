@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
@@ -16,7 +15,7 @@ from graphopt.analysis.shapes import infer
 from graphopt.errors import UsageError
 from graphopt.graph.constants import initializer_bytes
 from graphopt.graph.edits import Editor
-from graphopt.passes.base import Guarantee, Pass
+from graphopt.passes.base import Guarantee, SearchPass
 from graphopt.passes.depth.corresponding import NotAlikeError, Place, corresponding
 from graphopt.search.greedy import greedy
 from graphopt.verification.trials import Trials
@@ -27,7 +26,7 @@ Pair = tuple[int, int]
 """The place of a layer, and that of the layer whose weights it gets."""
 
 
-class ReuseLayers(Pass):
+class ReuseLayers(SearchPass):
     """Let layers compute with the weights of another layer of the same form, usually the one before.
 
         W_l := W_d,   d = l − 1
@@ -97,16 +96,7 @@ class ReuseLayers(Pass):
                 raise ValueError(
                     f"pairs gives a layer's number its donor's, such as {{7: 6}}, not {pairs!r}"
                 ) from error
-        self.scores: dict[str, float] = {}
-        self.expected: float | None = None
         self.saved = 0
-
-    def option_values(self) -> dict[str, Any]:
-        """See the base; with what was found, once it is."""
-        found: dict[str, Any] = {"scores": self.scores} if self.scores else {}
-        if self.expected is not None:
-            found["expected_divergence"] = self.expected
-        return {**super().option_values(), **found}
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
@@ -163,7 +153,7 @@ class ReuseLayers(Pass):
         if self.count > len(candidates):
             raise UsageError(f"reuse-layers: {self.count} layers can't get another's weights, since few are alike.")
         weights = list(dict.fromkeys(place.own for places in candidates.values() for place in places))
-        samples = itertools.islice(self.calibration.feeds(model), self.samples)
+        samples = self.calibration.feeds(model, self.samples)
         trials = Trials(model, weights, samples, threads=self.calibration.threads)
         losses: dict[tuple[Pair, ...], float] = {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
@@ -116,7 +115,7 @@ def by_loss(
         gates[layer, "key"] = _gated(site.k, site, "key", edit, facts)
         gates[layer, "value"] = _gated(site.v, site, "value", edit, facts)
     sort(copy)
-    data = itertools.islice(calibration.feeds(model), samples)
+    data = calibration.feeds(model, samples)
     trials = Trials(copy, list(gates.values()), data, threads=calibration.threads)
     found: dict[tuple[int, Part], float] = {}
     for number, (key, gate) in enumerate(gates.items()):

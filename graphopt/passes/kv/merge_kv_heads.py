@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
@@ -88,7 +87,7 @@ class MergeKVHeads(Pass):
                 self.left(node, f"its heads stay: {reason}")
         healing = None
         if self.heal and self.calibration is not None:
-            feeds = list(itertools.islice(self.calibration.feeds(model), self.samples))
+            feeds = list(self.calibration.feeds(model, self.samples))
             healing = Healing(feeds, self.calibration.threads)
             healing.remember(model, list(layers.values()), facts)
         changed = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, ClassVar, Literal, get_args
 
 import onnx_ir as ir
@@ -201,7 +200,7 @@ class ShareKV(Pass):
     def _healer(self, model: ir.Model, most: int | None = None) -> Healing:
         assert self.calibration is not None
         count = self.heal_samples if most is None else min(most, self.heal_samples)
-        samples = list(itertools.islice(self.calibration.feeds(model), count))
+        samples = list(self.calibration.feeds(model, count))
         if len(samples) < 2:
             raise InputDataError("share-kv: healing needs at least two samples, of which one is held out.")
         return Healing(samples, self.calibration.threads)

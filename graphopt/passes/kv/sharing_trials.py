@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -60,7 +59,7 @@ class SharingTrials:
         weights: Sequence[str] = (),
     ) -> None:
         self._model, self._interface, self._calibration, self._weights = model, interface, calibration, weights
-        self._samples = list(itertools.islice(calibration.feeds(model), samples))
+        self._samples = list(calibration.feeds(model, samples))
         self._trials: dict[bool, tuple[Trials, dict[int, ir.Value], dict[int, dict[int, int]]]] = {}
 
     def loss(self, pairs: Sequence[Pair], weights: Mapping[str, Array] | None = None) -> float:

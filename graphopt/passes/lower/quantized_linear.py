@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.analysis.algebra import attribute_int, is_op
 from graphopt.graph.computed import concatenated, weight
 from graphopt.graph.computed import identity as identity_of
-from graphopt.graph.constants import constant_tensor
+from graphopt.graph.constants import constant_tensor, is_nothing
 from graphopt.graph.edits import Editor
 from graphopt.passes.raise_.shape_rules import ShapeRulePass
 from graphopt.runtime_ops.library import library_path
@@ -181,7 +181,7 @@ class QuantizedLinear(ShapeRulePass):
         """Rule 2."""
         normed, gains = node.inputs[_X], node.inputs[_NORM]
         norm = normed.producer() if normed is not None else None
-        if normed is None or norm is None or not _is_nothing(gains):
+        if normed is None or norm is None or not is_nothing(gains):
             return False
         skips = norm.op_type == "SkipSimplifiedLayerNormalization"
         if not skips and norm.op_type not in _NORMS:
@@ -218,7 +218,7 @@ class QuantizedLinear(ShapeRulePass):
         """Rule 3."""
         y = node.outputs[0]
         uses = tuple(y.uses())
-        if len(uses) != 1 or y.is_graph_output() or not _is_nothing(node.inputs[_RESIDUAL]):
+        if len(uses) != 1 or y.is_graph_output() or not is_nothing(node.inputs[_RESIDUAL]):
             return False
         addition = uses[0].node
         if addition.op_type not in ("Add", "Sum") or len(addition.inputs) != 2 or addition.graph is not node.graph:
@@ -256,7 +256,7 @@ class QuantizedLinear(ShapeRulePass):
         """The feed-forward branch that ends with a product; None: none does; a text: why it isn't taken."""
         residual, hidden = down.inputs[_RESIDUAL], down.inputs[_X]
         gated = _binary(hidden, "Mul")
-        if gated is None or residual is None or _is_nothing(residual) or not _is_nothing(down.inputs[_NORM]):
+        if gated is None or residual is None or is_nothing(residual) or not is_nothing(down.inputs[_NORM]):
             return None
         for act, up in (gated, gated[::-1]):
             found = _activation(act)
@@ -272,11 +272,11 @@ class QuantizedLinear(ShapeRulePass):
             if first is second and (place, other) != (0, 1):
                 return "gate and up stand in the other order in their weight"
             for product in {first, second}:
-                if not _is_nothing(product.inputs[_BIAS]) or not _is_nothing(product.inputs[_RESIDUAL]):
+                if not is_nothing(product.inputs[_BIAS]) or not is_nothing(product.inputs[_RESIDUAL]):
                     return "gate or up has a bias"
                 if any(_value(product, name) != _value(down, name) for name in _FORMAT):
                     return "gate, up and down aren't quantized alike"
-            if not _is_nothing(down.inputs[_BIAS]):
+            if not is_nothing(down.inputs[_BIAS]):
                 return "down has a bias"
             if first.inputs[_X] is not residual or second.inputs[_X] is not residual:
                 return "what is added behind it isn't what gate and up read"
@@ -323,11 +323,6 @@ def _given(node: ir.Node) -> dict[int, ir.Value | None]:
     if kept is not None and constant_tensor(kept) is not None and kept.dtype in _TYPES:
         given[2] = kept
     return given
-
-
-def _is_nothing(value: ir.Value | None) -> bool:
-    tensor = None if value is None else constant_tensor(value)
-    return tensor is not None and tensor.size == 0
 
 
 def _value(node: ir.Node, name: str) -> Any:

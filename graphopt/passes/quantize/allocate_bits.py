@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -15,7 +14,7 @@ from graphopt.analysis.attention_sites import attention_sites
 from graphopt.analysis.linear_sites import LinearSite
 from graphopt.analysis.shapes import infer
 from graphopt.calibration.cache import TrialCache
-from graphopt.passes.base import Guarantee, Pass
+from graphopt.passes.base import Guarantee, SearchPass
 from graphopt.passes.quantize.packing import packed_bytes
 from graphopt.passes.quantize.quantize_weights import TABLES, QuantizeWeights
 from graphopt.passes.quantize.setting import Setting
@@ -43,7 +42,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 
-class AllocateBits(Pass):
+class AllocateBits(SearchPass):
     """Quantize weights, each with the bits and groups that together lose least under a budget.
 
         minimise Σ_l α_l · e_l(c_l)   with   Σ_l bytes_l(c_l) ≤ budget
@@ -111,11 +110,10 @@ class AllocateBits(Pass):
         for one in self.candidates:
             self._quantizer({"": one})
         self.sites_chosen: dict[str, dict[str, Any]] = {}
-        self.expected: float | None = None
 
     def option_values(self) -> dict[str, Any]:
         """See the base; with what was chosen, once it is."""
-        found = {} if self.expected is None else {"sites": self.sites_chosen, "expected_divergence": self.expected}
+        found = {} if self.expected is None else {"sites": self.sites_chosen}
         return {**super().option_values(), **found}
 
     def apply(self, model: ir.Model) -> bool:
@@ -170,7 +168,7 @@ class AllocateBits(Pass):
         """What may be done to each group of sites, with bytes and the divergence to be expected."""
         assert self.calibration is not None
         weights = list(dict.fromkeys(site.weight for sites in groups for site in sites))
-        samples = itertools.islice(self.calibration.feeds(model), self.samples)
+        samples = self.calibration.feeds(model, self.samples)
         probe = self._setting(PROBE)
         made = TrialCache(
             self.calibration.cache, model, self.calibration.data.fingerprint, str(self.samples), repr(probe)

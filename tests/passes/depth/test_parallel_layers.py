@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from tied_models import ALL, DECODERS, assert_same, given, made, outputs, silence, units_of
+from tied_models import ALL, DECODERS, assert_same, given, made
 from tiny_decoders import decoder
+from zeroed import outputs, units_of, zero
 
 import graphopt
 import graphopt.pass_manager
@@ -28,7 +29,7 @@ PRE = [name for name in ALL if name != "bert"]
 @pytest.mark.parametrize("name", PRE)
 def test_behind_a_layer_that_adds_nothing_nothing_changes(name: str, tmp_path: Path) -> None:
     model = made(name)
-    silence(model, ["0"])
+    zero(model, ["0"])
     side = model.clone()
     step = ParallelLayers(groups=[[0, 1]])
     assert step(side).modified
@@ -43,7 +44,7 @@ def test_behind_a_layer_that_adds_nothing_nothing_changes(name: str, tmp_path: P
 @pytest.mark.parametrize("name", [n for n in PRE if n != "neox"])
 def test_behind_an_attention_that_adds_nothing_its_mlp_stays(name: str) -> None:
     model = made(name)
-    silence(model, ["attention.1"])
+    zero(model, ["attention.1"])
     side = model.clone()
     assert ParallelLayers(groups=[["mlp.1", "attention.1"]])(side).modified
     assert_same(outputs(side, given(name)), outputs(model, given(name)))
@@ -56,11 +57,11 @@ def test_parallel_layers_add_what_each_adds_alone(name: str) -> None:
     model = made(name)
     final = units_of(model).units[-1].branch.add
     last = max(unit.layer for unit in units_of(model).units)
-    silence(model, [str(last)] if last > 1 else [])
+    zero(model, [str(last)] if last > 1 else [])
 
     def stream(silent: list[str], side: bool) -> np.ndarray:
         one = model.clone()
-        silence(one, silent)
+        zero(one, silent)
         if side:
             ParallelLayers(groups=[[0, 1]])(one)
         total = next(node for node in one.graph if node.name == final.name).outputs[0]
@@ -93,7 +94,7 @@ def test_switches_are_what_the_pass_does() -> None:
 @pytest.mark.parametrize(("granularity", "expected"), [("layer", [["0", "1"]]), ("branch", [["attention.1", "mlp.1"]])])
 def test_the_group_that_loses_nothing_is_found(granularity: str, expected: list[list[str]]) -> None:
     model = made("llama")
-    silence(model, ["0"] if granularity == "layer" else ["attention.1"])
+    zero(model, ["0"] if granularity == "layer" else ["attention.1"])
     step = ParallelLayers(granularity=granularity, first=0, last=-1, samples=1)  # type: ignore[arg-type]
     step.calibration = Calibration(ArrayDataset([given("llama")]), threads=1)
     before = outputs(model, given("llama"))
@@ -107,10 +108,10 @@ def test_the_group_that_loses_nothing_is_found(granularity: str, expected: list[
 @pytest.mark.export
 def test_a_decoder_with_parallel_layers_generates(tmp_path: Path) -> None:
     model = made("llama")
-    silence(model, ["0"])
+    zero(model, ["0"])
     save(model, tmp_path / "row.onnx")
     ParallelLayers(groups=[[0, 1, 2]])(model)
-    silence(model, ["1"])
+    zero(model, ["1"])
     save(model, tmp_path / "side.onnx")
     for file in ("row", "side"):
         tokens = graphopt.Generator(tmp_path / f"{file}.onnx", threads=1).generate([[5, 6, 7]], max_new_tokens=5)

@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from tied_models import ALL, assert_same, given, made, outputs, units_of, weight_bytes
+from tied_models import ALL, assert_same, given, made, weight_bytes
 from tiny_decoders import decoder
+from zeroed import outputs, units_of
 
 import graphopt
 from graphopt.analysis.linear_sites import linear_sites

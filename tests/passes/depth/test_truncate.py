@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from tied_models import ALL, DECODERS, assert_same, given, made, outputs, silence, units_of
+from tied_models import ALL, DECODERS, assert_same, given, made
 from tiny_decoders import decoder
+from zeroed import outputs, units_of, zero
 
 import graphopt
 from graphopt.errors import UsageError
@@ -26,7 +27,7 @@ def test_later_layers_that_add_nothing_can_go(name: str, tmp_path: Path) -> None
     whole = model.clone()
     assert not Truncate(layers=layers)(whole).modified
     assert_same(outputs(whole, given(name)), outputs(model, given(name)), 0)
-    silence(model, later)
+    zero(model, later)
     cut = model.clone()
     assert Truncate(layers=1, norms="keep")(cut).modified
     save(cut, tmp_path / "cut.onnx")
