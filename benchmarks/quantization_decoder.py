@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -69,6 +70,8 @@ class Row:
         seconds: Of the making.
         peak: Bytes of memory of the making at most; 0: not known.
         missing: Why there is nothing; empty: there is.
+        form: Of its graph, see `form_of`.
+        timed_as: The row of the same form that was timed in its place; empty: itself.
     """
 
     kind: Kind = "data-free"
@@ -82,6 +85,8 @@ class Row:
     seconds: float = 0.0
     peak: int = 0
     missing: str = ""
+    form: str = ""
+    timed_as: str = ""
 
 
 class Kept:
@@ -124,14 +129,16 @@ def measure(options: argparse.Namespace) -> tuple[list[str], str | None]:
         row = kept.rows.setdefault(variant.name, Row(variant.kind, variant.section))
         file = made(variant, row, given, options)
         if file is not None:
-            files[variant.name], row.bytes = file, size(file)
+            files[variant.name], row.bytes = file, bytes_of(variant, file)
+            row.form = row.form or ("" if variant.kind == "peer" else form_of(file))
         elif row.missing:
             print(f"{variant.name} is left out: {row.missing}", flush=True)
         kept.write()
     present = [v for v in wanted if v.name in files and v.kind != "float"]
     judge([v for v in present if kept.rows[v.name].kl is None], files, kept, given.evaluation, options)
     if options.rounds:
-        time_all([v for v in present if kept.rows[v.name].decode is None], files, kept, given.evaluation, options)
+        time_all(one_of_each_form(present, kept), files, kept, given.evaluation, options)
+        share_times(kept)
     # What an earlier run measured is shown too, where this one goes on with it.
     order = [Variant(FLOAT, "float"), *variants([]), *PEERS]
     shown = {v.name: kept.rows[v.name] for v in order if v.name in kept.rows}
@@ -183,8 +190,13 @@ def made(variant: Variant, row: Row, given: Inputs, options: argparse.Namespace)
         return None
     row.seconds, row.peak, row.missing = found["seconds"], found["peak"], ""
     left = "".join(f"; left {count}: {reason}" for reason, count in found["left"].items())
-    print(f"{variant.name}: made in {row.seconds:.0f} s, {size(file) / 1e6:.1f} MB{left}", flush=True)
+    print(f"{variant.name}: made in {row.seconds:.0f} s, {bytes_of(variant, file) / 1e6:.1f} MB{left}", flush=True)
     return file
+
+
+def bytes_of(variant: Variant, file: Path) -> int:
+    """Bytes on disk; llama.cpp's files aren't ONNX models."""
+    return file.stat().st_size if variant.method in LLAMA else size(file)
 
 
 # ---- quality
@@ -243,6 +255,39 @@ def time_all(
         if group:
             time_group(group, files, kept, ids, options)
             kept.write()
+
+
+def form_of(file: Path) -> str:
+    """What the time of a file hangs on: its nodes with their settings, and the types and shapes of its weights."""
+    model = load(file)
+    lines = []
+    for node in model.graph:
+        settings = sorted(f"{name}={attr.value}" for name, attr in node.attributes.items() if attr.type.name != "GRAPH")
+        weights = [f"{v.dtype} {v.shape}" if v is not None and v.is_initializer() else "" for v in node.inputs]
+        lines.append(f"{node.domain} {node.op_type} {settings} {weights}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def one_of_each_form(present: Sequence[Variant], kept: Kept) -> list[Variant]:
+    """The variants that are to be timed: where files differ in the numbers of their weights alone, one of them."""
+    known = {row.form for row in kept.rows.values() if row.form and row.decode is not None}
+    chosen = []
+    for variant in sorted(present, key=lambda v: v.name not in BESIDE_PEERS):
+        form = kept.rows[variant.name].form
+        if kept.rows[variant.name].decode is None and (not form or form not in known):
+            chosen.append(variant)
+            known.add(form)
+    return chosen
+
+
+def share_times(kept: Kept) -> None:
+    """Give the rows that weren't timed the times of the row of their form."""
+    timed = {row.form: (name, row) for name, row in kept.rows.items() if row.form and row.decode and not row.timed_as}
+    for row in kept.rows.values():
+        if row.decode is None and row.form in timed:
+            row.timed_as, twin = timed[row.form]
+            row.prefill, row.decode = twin.prefill, twin.decode
+    kept.write()
 
 
 def time_group(
@@ -317,6 +362,8 @@ def tables(rows: dict[str, Row], rates: dict[str, float], options: argparse.Name
         lines += [line(name, row, base, rtn, rates, limit) for name, row in order]
     if "control" in rates:
         lines += ["", f"Noise: the float model against itself is off by up to {rates['control']:.1%}."]
+    if any(row.timed_as for row in rows.values()):
+        lines.append("Files that differ in the numbers of their weights alone are timed once; \\* marks the others.")
     missing = [(name, row.missing) for name, row in rows.items() if row.missing]
     if missing:
         lines += ["", "Left out:", ""] + [f"- {name}: {reason}" for name, reason in missing]
@@ -332,7 +379,9 @@ def line(name: str, row: Row, base: Row, rtn: Row | None, rates: dict[str, float
     speeds = []
     for part, ratio in (("prefill", row.prefill), ("decode", row.decode)):
         known = ratio is not None and part in rates
-        speeds.append(f"{rates[part] / ratio[0]:.0f} ± {rates[part] / ratio[0] ** 2 * ratio[1]:.0f}" if known else "")
+        mark = "\\*" if row.timed_as else ""
+        cell = f"{rates[part] / ratio[0]:.0f} ± {rates[part] / ratio[0] ** 2 * ratio[1]:.0f}{mark}" if known else ""
+        speeds.append(cell)
     share = f"{row.bytes * rates['decode'] / row.decode[0] / limit:.0%}" if row.decode and limit == limit else ""
     quality = ["", "", ""]
     if row.perplexity is not None and row.kl is not None and row.top1 is not None:
