@@ -18,10 +18,12 @@ class Found(Generic[T]):
     Attributes:
         chosen: Its members, in the order of the candidates.
         loss: What it costs.
+        order: Its members in the order in which they were added; empty where they came together.
     """
 
     chosen: tuple[T, ...]
     loss: float
+    order: tuple[T, ...] = ()
 
 
 def greedy(
@@ -31,6 +33,7 @@ def greedy(
     *,
     beam: int = 1,
     shortlist: int | None = None,
+    excludes: Callable[[T, T], bool] | None = None,
     progress: Progress | None = None,
 ) -> list[Found[T]]:
     """The best sets of 1, 2, ... `count` candidates that a beam search finds.
@@ -44,11 +47,12 @@ def greedy(
         count: How many are chosen.
         beam: Sets kept of each size. Each is grown by every candidate.
         shortlist: How many candidates a set is grown by: those that cost least, by what they last added to a set. None:
-            by all.
+            by all. Where what they add hangs little on the others, few are enough.
+        excludes: Whether a member rules out a candidate; None: never.
         progress: Called before each trial.
 
     Returns:
-        The best set of each size, smallest first.
+        The best set of each size, smallest first; fewer where candidates exclude each other.
 
     Raises:
         ValueError: There are fewer candidates than `count`, or `beam` or `shortlist` is below 1.
@@ -64,10 +68,12 @@ def greedy(
     total = trials_at_most(len(candidates), count, beam, shortlist)
     done = 0
     for _ in range(count):
-        grown: dict[tuple[T, ...], float] = {}
+        grown: dict[tuple[T, ...], Found[T]] = {}
         cost: dict[T, float] = {}
         for start in kept:
             free = [c for c in candidates if c not in start.chosen]
+            if excludes is not None:
+                free = [c for c in free if not any(excludes(member, c) for member in start.chosen)]
             if shortlist is not None and added:
                 free = sorted(free, key=lambda c: (added[c], place[c]))[:shortlist]
             for candidate in free:
@@ -76,12 +82,13 @@ def greedy(
                     if progress is not None:
                         progress("greedy search", done, total)
                     done += 1
-                    grown[chosen] = loss(chosen)
-                more = grown[chosen] - start.loss
+                    grown[chosen] = Found(chosen, loss(chosen), (*start.order, candidate))
+                more = grown[chosen].loss - start.loss
                 cost[candidate] = min(more, cost.get(candidate, more))
+        if not grown:
+            break
         added.update(cost)
-        order = sorted(grown, key=lambda chosen: (grown[chosen], [place[c] for c in chosen]))
-        kept = [Found(chosen, grown[chosen]) for chosen in order[:beam]]
+        kept = sorted(grown.values(), key=lambda one: (one.loss, [place[c] for c in one.chosen]))[:beam]
         best.append(kept[0])
     return best
 

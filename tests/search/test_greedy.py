@@ -59,6 +59,28 @@ def test_a_shortlist_saves_trials() -> None:
     assert told[-1] == ("greedy search", len(tried) - 1, len(tried))
 
 
+@given(st.dictionaries(st.integers(0, 30), st.integers(0, 1000), min_size=1), st.integers(1, 10), st.integers(1, 4))
+def test_where_losses_add_up_a_shortlist_finds_the_cheapest(costs: dict[int, int], count: int, shortlist: int) -> None:
+    candidates, count = sorted(costs), min(count, len(costs))
+    found = greedy(candidates, lambda items: float(sum(costs[item] for item in items)), count, shortlist=shortlist)
+    cheapest = sorted(costs.values())[:count]
+    assert [costs[item] for item in found[-1].order] == cheapest
+    assert [one.loss for one in found] == [sum(cheapest[: n + 1]) for n in range(count)]
+
+
+def test_what_is_excluded_isnt_chosen_and_ties_go_to_the_first() -> None:
+    pairs = [(3, 2), (1, 0), (2, 1), (2, 0)]
+    found = greedy(pairs, lambda items: -max(items)[0] * 9.0 + len(items), 4, excludes=lambda a, b: a[0] == b[0])
+    assert len(found) == 3
+    assert found[-1].chosen == found[-1].order == ((3, 2), (1, 0), (2, 1))
+
+
+def test_the_order_is_that_of_choosing() -> None:
+    costs = {"a": 2.0, "b": 3.0, "c": 1.0}
+    found = greedy("abc", lambda items: sum(costs[item] for item in items), 2)
+    assert (found[-1].chosen, found[-1].order) == (("a", "c"), ("c", "a"))
+
+
 @pytest.mark.parametrize(("count", "options"), [(4, {}), (1, {"beam": 0}), (1, {"shortlist": 0})])
 def test_what_cant_be(count: int, options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"must be at least 1|can't be chosen"):

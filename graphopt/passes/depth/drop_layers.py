@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import onnx_ir as ir
 
@@ -58,7 +58,7 @@ class DropLayers(SearchPass):
        on all; "knapsack": the least sum of single losses that removes enough bytes.
     3. A candidate is a run of one session in which branches are switched off; nothing is saved or loaded for it.
     4. What was chosen is among the options that the report lists, as `branches`; given as an option, nothing is
-       searched and no data needed.
+       searched and no data needed. A greedy search lists the best set of each size too, as `path`.
     5. Healing: the last linear layer of the branch before a removed run is refitted on all of the data so that it
        writes what is missing too, W' = W T, with a ridge towards T = 1: "linear": any T; "affine": a factor for each
        channel, and a new bias where there is one. Nothing is added to the graph. Where a normalization stands between
@@ -141,6 +141,11 @@ class DropLayers(SearchPass):
         self.heal, self.ridge = heal, ridge
         searches = self.branches is None and score not in get_args(Position)
         self.needs = ("samples",) * searches + ("second-moment",) * (heal != "none")
+        self.path: list[dict[str, Any]] = []
+
+    def option_values(self) -> dict[str, Any]:
+        """See the base; with the best set of each size that a greedy search went through."""
+        return {**super().option_values(), **({"path": self.path} if self.path else {})}
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
@@ -268,6 +273,9 @@ class _LossSearch:
                 indices, self._loss, count, beam=options.beam, shortlist=shortlist, progress=self.calibration.progress
             )
             best = steps[-1].chosen
+            options.path = [
+                {"branches": [_label(self.groups[i]) for i in step.chosen], "divergence": step.loss} for step in steps
+            ]
         else:
             single = self._single()
             best = tuple(sorted(sorted(indices, key=lambda i: (single[i], i))[:count]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal, get_args
 
@@ -151,17 +150,18 @@ class ParallelLayers(SearchPass):
         trials = Trials(laned.model, list(laned.switches.values()), samples, threads=self.calibration.threads)
 
         def loss(chosen: tuple[Run, ...]) -> float:
-            members = [place for run in chosen for place in run]
-            if len(set(members)) < len(members):
-                return math.inf
             losses[chosen] = trials.loss(laned.joined([place - places[0] for run in chosen for place in run[1:]]))
             return losses[chosen]
 
         shortlist, progress = self.shortlist or None, self.calibration.progress
-        best = greedy(runs, loss, self.count, shortlist=shortlist, progress=progress)[-1].chosen
-        if best not in losses:
+        steps = greedy(
+            runs, loss, self.count, shortlist=shortlist, progress=progress,
+            excludes=lambda one, other: not set(one).isdisjoint(other),
+        )  # fmt: skip
+        if len(steps) < self.count:
             raise UsageError(f"parallel-layers: there is no room for {self.count} groups beside those chosen first.")
-        self.expected = losses[best]
+        best = steps[-1].chosen
+        self.expected = steps[-1].loss
         self.scores = {_name(lanes[key[0][0]]): value for key, value in losses.items() if len(key) == 1}
         return [[lanes[place] for place in run] for run in best]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
@@ -158,12 +157,8 @@ class ReuseLayers(SearchPass):
         losses: dict[tuple[Pair, ...], float] = {}
 
         def loss(chosen: tuple[Pair, ...]) -> float:
-            try:
-                pairs = _resolved(_mapping(chosen))
-            except UsageError:
-                return math.inf
             changed: dict[str, npt.NDArray[Any]] = {}
-            for layer, donor in pairs.items():
+            for layer, donor in _resolved(dict(chosen)).items():
                 # Between neighbours all forms were compared; those of a chain are alike, too.
                 for place in _exchangeable(self._places(found, layer, donor)):
                     changed[place.own.name or ""] = _array(place.other)
@@ -172,19 +167,16 @@ class ReuseLayers(SearchPass):
 
         shortlist = self.shortlist or None
         progress = self.calibration.progress
-        best = greedy(list(candidates), loss, self.count, shortlist=shortlist, progress=progress)[-1].chosen
-        if best not in losses:
+        steps = greedy(
+            list(candidates), loss, self.count, shortlist=shortlist, progress=progress,
+            # A layer has one donor, and of two layers one keeps its weights.
+            excludes=lambda one, other: one[0] == other[0] or one == other[::-1],
+        )  # fmt: skip
+        if len(steps) < self.count:
             raise UsageError(f"reuse-layers: no {self.count} layers can get the weights of others that keep theirs.")
         self.scores = {f"{k[0][0]}: {k[0][1]}": value for k, value in losses.items() if len(k) == 1}
-        self.expected = losses[best]
-        return _resolved(_mapping(best))
-
-
-def _mapping(pairs: tuple[Pair, ...]) -> dict[int, int]:
-    """Raises UsageError where a layer stands in two pairs."""
-    if len({layer for layer, _ in pairs}) < len(pairs):
-        raise UsageError("reuse-layers: a layer can't have two donors.")
-    return dict(pairs)
+        self.expected = steps[-1].loss
+        return _resolved(dict(steps[-1].chosen))
 
 
 def _resolved(pairs: Mapping[int, int]) -> dict[int, int]:

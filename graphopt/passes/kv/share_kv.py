@@ -189,8 +189,8 @@ class ShareKV(Pass):
                 self.calibration.progress,
             )  # fmt: skip
             chosen = search.healed(count, self._healer(model, SEARCH_SAMPLES)) if self.heal else search.plain(count)
-            self.expected = list(chosen.losses)
-            return list(chosen.items)
+            self.expected = [one.loss for one in chosen]
+            return list(chosen[-1].order) if chosen else []
         trials = SharingTrials(model, interface, self.calibration, self.samples)
         distances = {pair: d for pair, d in trials.distances().items() if pair[0] not in self.keep}
         found = by_distance(distances, count, trials.cosine, similar=self.search == "similar", threshold=self.threshold)
@@ -212,6 +212,8 @@ def _checked(pairs: list[list[int]]) -> list[list[int]]:
     Raises:
         ValueError: They aren't, or a donor isn't an earlier layer, or a layer comes twice.
     """
+    if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) for pair in pairs):
+        raise ValueError(f"pairs is a list of [layer, donor], such as [[13, 12], [17, 16]], not {pairs!r}")
     for pair in pairs:
         if len(pair) != 2 or not all(isinstance(number, int) and number >= 0 for number in pair):
             raise ValueError(f"pairs holds [layer, donor] for each layer that loses its cache, not {pair}")

@@ -16,7 +16,7 @@ from graphopt.graph.kv_interface import KVInterface
 from graphopt.passes.kv.cached_layers import CachedLayer
 from graphopt.passes.kv.sharing_heal import Healing, of_layer, place_of
 from graphopt.passes.kv.sharing_trials import Pair, SharingTrials, candidates
-from graphopt.search.lazy_greedy import Chosen, lazy_greedy
+from graphopt.search.greedy import Found, greedy
 
 Array = npt.NDArray[Any]
 Tell = Callable[[str, int, int], None]
@@ -55,14 +55,14 @@ class LossSearch:
     looks: int
     tell: Tell | None
 
-    def plain(self, count: int) -> Chosen[Pair]:
-        """Pairs for layers whose weights stay as they are."""
+    def plain(self, count: int) -> list[Found[Pair]]:
+        """Pairs for layers whose weights stay as they are: the best set of each size."""
         trials = SharingTrials(self.model, self.interface, self.calibration, self.samples)
         errors = self._errors(trials)
         return self._greedy(candidates(errors, self.donors), count, trials.loss, lambda one, other: one[0] == other[0])
 
-    def healed(self, count: int, healing: Healing) -> Chosen[Pair]:
-        """Pairs for layers that will be refitted.
+    def healed(self, count: int, healing: Healing) -> list[Found[Pair]]:
+        """Pairs for layers that will be refitted: the best set of each size.
 
         Layers are ordered by the loss where they read the cache that changes their attention's result least. The first
         of them, twice as many as are wanted, are refitted to the cache of the layer before them (or to that one, where
@@ -118,12 +118,10 @@ class LossSearch:
         count: int,
         loss: Callable[[Sequence[Pair]], float],
         excludes: Callable[[Pair, Pair], bool],
-    ) -> Chosen[Pair]:
-        if not pairs:
-            return Chosen((), (), 0)
-        return lazy_greedy(
-            pairs, count, loss, excludes, self.looks, lambda done, all_: self._told("trying shared caches", done, all_)
-        )
+    ) -> list[Found[Pair]]:
+        return greedy(
+            pairs, loss, min(count, len(pairs)), shortlist=self.looks, excludes=excludes, progress=self.tell
+        )  # fmt: skip
 
     def _told(self, what: str, done: int, all_: int) -> None:
         if self.tell is not None:
