@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs library fuzzer sanitize zoo bench-attention attention-matrix export-matrix operator-speed quantize-kv clean
+.PHONY: demo test check docs library fuzzer sanitize zoo bench-attention attention-matrix export-matrix operator-speed quantize-kv depth kv clean
 
 JOBS = $(shell nproc 2>/dev/null || echo 2)
 NATIVE = $(wildcard graphopt/runtime_ops/native/* graphopt/runtime_ops/*/*.cc graphopt/runtime_ops/*/*.h graphopt/runtime_ops/*/*.cu)
@@ -77,7 +77,16 @@ operator-speed: $(VENV)/ready library
 	$(BIN)/python benchmarks/transforms.py --half --page docs/operator-speed.md
 	$(BIN)/python benchmarks/cached_attention.py --page docs/operator-speed.md
 
-# A decoder with quantized caches, into docs/quantize-kv.md; about 40 minutes. Options: make quantize-kv KV='--resume'
+# A decoder without some of its attentions or layers, into docs/depth.md; about an hour. Options: make depth
+# DEPTH='--windows 4 --pasts'
+depth: $(VENV)/ready
+	$(BIN)/python benchmarks/depth.py $(or $(DEPTH),--page docs/depth.md)
+
+# A decoder with a smaller cache by every method, into docs/kv.md; about an hour. Options: make kv KV='--windows 4'
+kv: $(VENV)/ready library
+	$(BIN)/python benchmarks/kv.py $(or $(KV),--page docs/kv.md)
+
+# A decoder with quantized caches, into docs/quantize-kv.md; about 40 minutes. Options: make quantize-kv KV='--windows 4'
 quantize-kv: $(VENV)/ready library
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,zoo]'
 	$(BIN)/python benchmarks/quantize_kv.py $(or $(KV),--page docs/quantize-kv.md)

@@ -4,8 +4,8 @@
     python benchmarks/depth.py                                    exports the model first (export_smollm2.py)
     python benchmarks/depth.py --only "attention, loss 4" --windows 2 --pasts --page ''
 
-All files are made from one export with the same assumptions. Searches see two windows of 512 tokens of the calibration
-text of `graphopt.models.texts`, healing all of it; perplexity and the mean divergence KL(original, variant) are over
+All files are made from one export with the same assumptions. Searches see windows of 512 tokens of the calibration text
+of `graphopt.models.texts`, two for attentions and four for layers, healing all of it; perplexity and the mean divergence KL(original, variant) are over
 windows of its evaluation text. One search gives all sizes: the rows of a greedy search are the sets that it went
 through, those of a score the lowest so many. Speeds are measured as by `quantize_kv.py`. What was measured is kept in
 the folder for graphs.
@@ -25,6 +25,7 @@ from graphopt.report.pareto import Point, pareto_svg
 FLOAT = "all layers"
 COUNTS = {"attention": (1, 2, 3, 4, 6, 8), "block": (1, 2, 3, 4)}
 CALLED = {"attention": "attention", "block": "layers"}
+SAMPLES = {"attention": 2, "block": 4}
 SHORTLIST = 10
 """Candidates by which a greedy search grows a set from the second step on."""
 OUTSIDE = {
@@ -36,7 +37,7 @@ OUTSIDE = {
 
 def _searched(granularity: str, **options: object) -> Steps:
     most = COUNTS[granularity][-1]
-    return ({"drop-layers": {"granularity": granularity, "count": most, "samples": 2, **options}},)
+    return ({"drop-layers": {"granularity": granularity, "count": most, "samples": SAMPLES[granularity], **options}},)
 
 
 def _lowest(count: int) -> Callable[[Found], Steps]:
@@ -138,7 +139,7 @@ def plot(decoder: Decoder) -> str:
     points = [
         Point(name, f"{name.split(',')[0]}, {row_series}", row.size / 1e6, max(row.kl, 1e-6))
         for name, row in decoder.shown().items()
-        if name != FLOAT
+        if name != FLOAT and "influence" not in name
         for row_series in [decoder.how[name].removeprefix("one-shot by ")]
     ]
     return pareto_svg(points, "MB on disk", "KL from all layers, nats", title="SmolLM2 with fewer layers")
