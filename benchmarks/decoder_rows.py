@@ -197,7 +197,8 @@ class Decoder:
 
     def evaluation(self) -> npt.NDArray[np.int64]:
         """The tokens that judge."""
-        return tokenize(wikipedia("evaluation"), self.options.tokenizer)
+        text = self.options.text
+        return tokenize(text.read_text("utf-8") if text else wikipedia("evaluation"), self.options.tokenizer)
 
     def generator(self, name: str) -> Generator:
         """One that runs a variant."""
@@ -287,6 +288,7 @@ def arguments(description: str, work: str, pasts: Sequence[int]) -> argparse.Arg
     parser.add_argument("--source", type=Path, help="an export of SmolLM2 by export_smollm2.py")
     parser.add_argument("--tokenizer", type=Path, help="the folder of its tokenizer.json")
     parser.add_argument("--only", nargs="+", default=[], help="rows besides the original")
+    parser.add_argument("--text", type=Path, help="text to judge with; default: graphopt's evaluation text")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--pasts", type=int, nargs="*", default=list(pasts), help="tokens in the cache")
     parser.add_argument("--rounds", type=int, default=11, help="rounds of each of two sittings")
