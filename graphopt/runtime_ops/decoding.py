@@ -69,8 +69,9 @@ class Decoding:
         self._total = 0
         self._types = {v.name: _DTYPES[v.type] for v in session.get_inputs() if v.type in _DTYPES}
         self._device = _device(session)
+        self._extra = extra or {}
         self._binding = session.io_binding()
-        for name, array in (extra or {}).items():
+        for name, array in self._extra.items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
         if interface.use_cache is not None:
             self._binding.bind_cpu_input(interface.use_cache, np.ones(1, dtype=np.bool_))
@@ -125,6 +126,21 @@ class Decoding:
         self._logits = outputs[self.interface.logits or ""]
         logits = _view(self._logits)
         return logits[:, None] if logits.ndim == 2 else logits
+
+    def fork(self) -> Decoding:
+        """Another batch that goes on from here by itself, on the same keys and values.
+
+        Raises:
+            UsageError: The cache is static: what is in it changes with each run.
+        """
+        if self.cache == "static":
+            raise UsageError("A batch can go on in two ways only with a growing cache.")
+        other = Decoding(self.session, self.interface, self.batch, compact=self.compact, extra=self._extra)
+        other.lengths, other.told, other._valid = self.lengths, self.told, self._valid
+        other._caches = list(self._caches)
+        for pair, value in zip(self.interface.pairs, other._caches, strict=True):
+            other._binding.bind_ortvalue_input(pair.past, value)
+        return other
 
     def keep(self, places: Mapping[int, npt.NDArray[np.int64]]) -> None:
         """Drop all tokens but some from the caches of layers.

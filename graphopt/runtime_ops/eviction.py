@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from typing import Any, TypeAlias, get_args
 
 import numpy as np
@@ -156,12 +157,22 @@ class Evictor:
             raise InputDataError("Tokens can be dropped where all prompts have one length: padding would be kept too.")
 
     def _drop(self) -> None:
-        """Cut the cache to its budget."""
-        layers = sorted(self._seen[-1])
-        scores = [_sum([told[layer] for told in self._seen]) for layer in layers]
-        chosen = self._eviction.chosen(scores, int(self._decoding.lengths.max()))
-        self._decoding.keep(dict(zip(layers, chosen, strict=True)))
+        told = {layer: _sum([told[layer] for told in self._seen]) for layer in self._seen[-1]}
+        drop(self._decoding, self._eviction, told)
         self._seen, self._since = [], 0
+
+
+def drop(decoding: Decoding, eviction: Eviction, told: Mapping[int, Array]) -> None:
+    """Cut a cache to its budget.
+
+    Args:
+        decoding: The batch whose cache it is.
+        eviction: What is kept.
+        told: The attention that its tokens got, as `Decoding.told`.
+    """
+    layers = sorted(told)
+    chosen = eviction.chosen([told[layer] for layer in layers], int(decoding.lengths.max()))
+    decoding.keep(dict(zip(layers, chosen, strict=True)))
 
 
 def _sum(parts: list[Array]) -> Array:
