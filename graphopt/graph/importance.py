@@ -43,3 +43,9 @@ def read_importance(metadata: Mapping[str, str]) -> Importance | None:
         return Importance(str(data["asked"]), int(data["window"]), outputs)
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
+
+
+def importance_names(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The input and the outputs that were added for it."""
+    importance = read_importance(metadata)
+    return () if importance is None else (importance.asked, *importance.outputs.values())
