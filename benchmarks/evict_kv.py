@@ -2,11 +2,11 @@
 
     python benchmarks/evict_kv.py --model decoder.onnx --tokenizer folder --page docs/kv.md
 
-`--model` is an export by `export_smollm2.py` that went through the recipe evictable-kv. Recall is measured as by `kv.py`:
-a sentence with a number somewhere in a text of 1024 tokens, and its beginning again at the end. Continuations are of the
-evaluation text of `graphopt.models.texts`: behind each prompt of 512 tokens, of which some are dropped then, 64 tokens of
-the text are read; perplexity and KL(all tokens, some dropped) are over what the model says behind each of them. Prompts
-are read once, and each rule goes on from there.
+`--model` is an export by `export_smollm2.py` that went through the recipe evictable-kv. Recall is measured as by
+`kv.py`: a sentence with a number somewhere in a text of 1024 tokens, and its beginning again at the end. Continuations
+are of the evaluation text of `graphopt.models.texts`: behind each prompt of 512 tokens, of which some are dropped then,
+64 tokens of the text are read; perplexity and KL(all tokens, some dropped) are over what the model says behind each of
+them. Prompts are read once, and each rule goes on from there.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def variants(generator: Generator, prompt: npt.NDArray[np.int64]) -> Iterator[tu
 
 
 def recalled(generator: Generator, prompt: npt.NDArray[np.int64], answer: list[int], rows: dict[str, Row]) -> None:
-    """Whether greedy decoding behind a prompt gives an answer. The first digit is that of all tokens, so that it doesn't
-    count."""
+    """Whether greedy decoding behind a prompt gives an answer. Its first token, a space, was known before any token was
+    dropped, so that it doesn't count."""
     for name, decoding, first in variants(generator, prompt):
         made = [first]
         while len(made) < len(answer):

@@ -135,7 +135,9 @@ def main() -> int:
     text = "\n".join(tables(kept, options))
     print(text)
     if options.page is not None:
-        options.page.write_text(PAGE.format(tables=text), encoding="utf-8")
+        # What evict_kv.py measured stays.
+        _, mark, rest = (options.page.read_text() if options.page.exists() else "").partition(EVICTION)
+        options.page.write_text(PAGE.format(tables=text) + mark + rest, encoding="utf-8")
     return 0
 
 
@@ -272,6 +274,8 @@ def tables(kept: Kept, options: argparse.Namespace) -> list[str]:
     return lines
 
 
+EVICTION = "\n## Tokens dropped from the cache\n"
+"""Where the part of the page begins that `evict_kv.py` fills."""
 PAGE = """# A smaller key/value cache: SmolLM2
 
 Made by `python benchmarks/kv.py --page docs/kv.md`; see [share-kv](passes/share-kv.md),

@@ -1,7 +1,9 @@
 """Dropping tokens from the key/value cache while a decoder runs: each layer keeps those that get most attention.
 
-    generator = graphopt.Generator("folder")            a model that the pass evictable-kv has prepared
+    generator = graphopt.Generator("folder")
     generator.generate([prompt_ids], eviction=graphopt.Eviction(budget=0.25, allocation="prefix"))
+
+The model must be one that the pass evictable-kv has prepared.
 """
 
 from __future__ import annotations
@@ -35,13 +37,13 @@ class Eviction:
             for Long-context Modeling based on Layer Uncertainty). "dynamic": the tokens of most attention in all layers
             together, with `most` times the budget in one layer (DynamicKV: Task-Aware Adaptive KV Cache Compression for
             Long Context LLMs; divided anew at each eviction).
-        chunk: Tokens in a row that go or stay together, by their attention in sum (ChunkKV: Semantic-Preserving KV Cache
-            Compression for Efficient Long-Context LLM Inference). 1: each by itself.
+        chunk: Tokens in a row that go or stay together, by their attention in sum (ChunkKV: Semantic-Preserving KV
+            Cache Compression for Efficient Long-Context LLM Inference). 1: each by itself.
         reuse: Neighbouring layers that keep the same places, those of the first of them (ChunkKV).
         recent: The last tokens, which stay.
         sinks: The first tokens, which stay.
-        every: Tokens after which the cache is cut to its budget again, by the attention of the tokens just before; None:
-            it is cut after the prompt alone, and grows from there.
+        every: Tokens after which the cache is cut to its budget again, by the attention of the tokens just before;
+            None: it is cut after the prompt alone, and grows from there.
         share: "uncertainty": part of the attention.
         minimum: "uncertainty": tokens of a layer; None: half of the budget.
         most: "dynamic": what one layer may keep, in budgets.
@@ -71,8 +73,8 @@ class Eviction:
             raise UsageError("At least one recent token must stay, and sinks can't be negative.")
         if whole and self.budget < self.recent + self.sinks:
             raise UsageError(
-                f"A budget of {self.budget} tokens has no room for the {self.recent} recent and {self.sinks} first ones "
-                "that always stay."
+                f"A budget of {self.budget} tokens has no room for the {self.recent} recent and {self.sinks} first "
+                "ones that always stay."
             )
         if self.chunk < 1 or self.reuse < 1 or (self.every is not None and self.every < 1):
             raise UsageError("chunk, reuse and every must be at least 1.")
@@ -119,7 +121,7 @@ class Evictor:
         if decoding.importance is None:
             raise UsageError(
                 f"{name} can't drop tokens from its cache; prepare it with the pass evictable-kv: graphopt optimize "
-                "model.onnx --recipe evictable-kv --assume no-left-padding"
+                "decoder.onnx --recipe evictable-kv"
             )
         self._decoding, self._eviction = decoding, eviction
         self.window = decoding.importance.window

@@ -89,9 +89,11 @@ def places(scores: Array, count: int, *, sinks: int = 0, recent: int = 0) -> npt
 
 
 def by_chunks(scores: Array, chunk: int, *, sinks: int = 0, recent: int = 0) -> Array:
-    """`scores` [batch, heads, tokens] with that of each token the mean of its chunk: `chunk` tokens in a row behind the
-    sinks, which then go or stay together (but for one that a budget cuts). The last chunk, before the recent tokens, may
-    be shorter, which is why it is a mean and not a sum."""
+    """`scores` [batch, heads, tokens] with that of each token the mean of its chunk.
+
+    A chunk is `chunk` tokens in a row, counted from behind the sinks, which then go or stay together (but for one that
+    a budget cuts). The last one, before the recent tokens, may be shorter, which is why it is a mean and not a sum.
+    """
     stop = scores.shape[-1] - recent
     starts = np.arange(sinks, max(stop, sinks), chunk)
     if chunk <= 1 or not len(starts):
@@ -124,4 +126,4 @@ def _smallest(values: Sequence[Array], count: int) -> list[int]:
     owners = np.repeat(np.arange(len(values)), [len(row) for row in values])
     count = min(max(count, 0), int(np.isfinite(joined).sum()))
     chosen = np.argsort(joined, kind="stable")[:count]
-    return np.bincount(owners[chosen], minlength=len(values)).tolist()
+    return [int(count) for count in np.bincount(owners[chosen], minlength=len(values))]

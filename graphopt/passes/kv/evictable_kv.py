@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -11,9 +10,8 @@ import onnx_ir as ir
 from graphopt.analysis.algebra import attribute_int
 from graphopt.analysis.masks import Masks, NoForm
 from graphopt.analysis.shapes import ShapeFacts, infer
-from graphopt.graph.assumptions import Reliance
 from graphopt.graph.cache_flow import qualified
-from graphopt.graph.edits import Editor, Names, captured_values, sort
+from graphopt.graph.edits import Editor, captured_values, nodes, sort
 from graphopt.graph.importance import Importance, note_importance, read_importance
 from graphopt.graph.kv_interface import KVInterface, asks_for_another_axis, kv_interface
 from graphopt.passes.base import Guarantee, Pass
@@ -36,10 +34,10 @@ class EvictableKV(Pass):
     `graphopt.Generator` drops tokens by it; anything else may too, by giving a layer fewer rows of keys and values than
     the layer before. What is kept needs no order: keys are stored rotated.
 
-    Papers: PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need for Efficient Generation;
-    ZigZagkv: Dynamic KV Cache Compression for Long-context Modeling based on Layer Uncertainty; DynamicKV: Task-Aware
-    Adaptive KV Cache Compression for Long Context LLMs; ChunkKV: Semantic-Preserving KV Cache Compression for Efficient
-    Long-Context LLM Inference.
+    Papers: PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need for Efficient
+    Generation; ZigZagkv: Dynamic KV Cache Compression for Long-context Modeling based on Layer Uncertainty; DynamicKV:
+    Task-Aware Adaptive KV Cache Compression for Long Context LLMs; ChunkKV: Semantic-Preserving KV Cache Compression
+    for Efficient Long-Context LLM Inference.
 
     1. A causal mask becomes `is_causal`, which the operator aligns at the end of the layer's own cache. A mask over
        padding goes with it: that no row is padded on the left is assumed (`--assume no-left-padding`).
@@ -64,8 +62,8 @@ class EvictableKV(Pass):
     before the operator, which would rotate by places in the cache. Past and present can't share a buffer then, and the
     projections of queries, keys and values stay apart, since those of the queries are read twice.
 
-    **When not to use it:** with quantize-kv, whose operator counts all tokens in the mask. Put it behind the passes that
-    change layers or caches: the outputs are numbered by layer.
+    **When not to use it:** with quantize-kv, whose operator counts all tokens in the mask. Put it behind the passes
+    that change layers or caches: the outputs are numbered by layer.
     """
 
     name: ClassVar[str] = "evictable-kv"
@@ -86,7 +84,10 @@ class EvictableKV(Pass):
             return False
         facts = infer(model, believe_names=True)
         found, left = cached_layers(model, interface, facts)
-        for node, reason in left.values():
+        joins = {pair.layer: pair.node for pair in interface.pairs}
+        named = {node.name: node for node in nodes(model)}
+        for number, (attention, reason) in left.items():
+            node = attention or named.get(joins[number])
             if node is not None:
                 self.left(node, f"its cache stays whole: {reason}")
         masks, paddings = Masks(facts), dict[ir.Node, ir.Value]()
@@ -150,11 +151,11 @@ class EvictableKV(Pass):
         pasts = {user for value in node.inputs[4:6] if value for user, _ in value.uses() if qualified(user) != "Shape"}
         if pasts != {node}:
             return "its past is read by something else besides"
-        if isinstance(layer.form[4], int) or getattr(layer.form[4], "value", None) is not None:
-            return "its length is fixed"
         query, past = facts.shape(node.inputs[0]), facts.shape(node.inputs[4])
         assert query is not None
         assert past is not None
+        if past[_LENGTH].value is not None:
+            return "its length is fixed"
         tokens = query[1 if layer.joined else 2]
         mask = node.inputs[_MASK]
         causal = bool(attribute_int(node, "is_causal", 0))
@@ -165,8 +166,8 @@ class EvictableKV(Pass):
         form = masks.form(mask, tokens, past[_LENGTH] + tokens)
         if isinstance(form, NoForm):
             return f"its mask isn't understood at {form.value.name!r}: {form.reason}"
-        by_places = form.biased or form.window is not None or form.positions is not None or form.other or form.shift != 0
-        if by_places or not ((form.causal and form.from_past) or tokens == 1):
+        further = form.window is not None or form.positions is not None or form.shift != 0 or bool(form.other)
+        if form.biased or further or not ((form.causal and form.from_past) or tokens == 1):
             return f"its mask, {form.describe()}, depends on the places of the keys"
         if any(value is not form.padding for value in form.binary):
             return f"its mask is {form.describe()}"

@@ -80,7 +80,8 @@ class ImportanceOutputs:
         start, end, axis = (constant(np.array([n]), "place") for n in (-self._window, whole, 2))
         zero, one = constant(np.array(0), "zero"), constant(np.array(1), "one")
         first, column = constant(np.array([0]), "first"), constant(np.array([1]), "column")
-        scale, hidden = constant(np.array(_scale(layer), number), "scale"), constant(np.array(-np.inf, number), "hidden")
+        scale = constant(np.array(_scale(layer), number), "scale")
+        hidden = constant(np.array(-np.inf, number), "hidden")
         pooled = constant(np.array([2, 3]), "pooled")
         share = constant(np.array(1 / groups, number), "share")
         cap = _number(layer.node, "softcap") or 0.0
