@@ -41,6 +41,9 @@ RULES = {
     "dynamic (DynamicKV)": {"allocation": "dynamic"},
     "chunks of 8 (ChunkKV)": {"chunk": 8},
     "chunks of 8, 2 layers alike (ChunkKV)": {"chunk": 8, "reuse": 2},
+    "chunks of 8, prefix": {"chunk": 8, "allocation": "prefix"},
+    "chunks of 8, uncertainty": {"chunk": 8, "allocation": "uncertainty"},
+    "chunks of 8, dynamic": {"chunk": 8, "allocation": "dynamic"},
 }
 
 

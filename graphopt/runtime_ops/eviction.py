@@ -97,7 +97,7 @@ class Eviction:
         groups = _groups(scores, self.reuse)
         leaders = [by_chunks(scores[group[0]], self.chunk, **ends) for group in groups]
         tokens = self.tokens(seen)
-        minimum = tokens // 2 if self.minimum is None else self.minimum
+        minimum = tokens // 2 if self.minimum is None else min(self.minimum, tokens)
         counts = budgets(
             leaders, tokens * len(groups), self.allocation, **ends, minimum=minimum, share=self.share, most=self.most
         )
