@@ -313,7 +313,9 @@ def test_other_names_change_nothing(tmp_path: Path) -> None:
     texts = []
     for name in ("before", "after"):
         save(model, tmp_path / f"{name}.onnx")
-        texts.append(Generator(tmp_path / f"{name}.onnx").generate(prompt, max_new_tokens=8, stop=(), eviction=eviction))
+        texts.append(
+            Generator(tmp_path / f"{name}.onnx").generate(prompt, max_new_tokens=8, stop=(), eviction=eviction)
+        )
         rename_kv_cache(model)
     assert texts[0] == texts[1]
     assert "present.0.key" in [value.name for value in model.graph.outputs]
