@@ -90,8 +90,8 @@ class EvictableKV(Pass):
             node = attention or named.get(joins[number])
             if node is not None:
                 self.left(node, f"its cache stays whole: {reason}")
-        masks, paddings = Masks(facts), dict[ir.Node, ir.Value]()
-        layers = []
+        masks, layers = Masks(facts), []
+        paddings: dict[ir.Value, None] = {}
         for layer in found.values():
             padding = self._padding(layer, masks, facts)
             if isinstance(padding, str):
@@ -99,7 +99,7 @@ class EvictableKV(Pass):
                 continue
             layers.append(layer)
             if padding is not None:
-                paddings[layer.node] = padding
+                paddings[padding] = None
         lengths = _length_readers(model.graph, layers)
         counted = _counted(model, interface)
         if lengths and counted is None:
@@ -109,8 +109,8 @@ class EvictableKV(Pass):
             return False
         if not layers:
             return False
-        for padding in dict.fromkeys(paddings.values()):
-            self.rely_on(model, LEFT, {"mask": padding.name or ""}, "each layer counts the tokens of its own cache")
+        for mask in paddings:
+            self.rely_on(model, LEFT, {"mask": mask.name or ""}, "each layer counts the tokens of its own cache")
         edit = Editor(model)
         for layer in layers:
             layer.node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
