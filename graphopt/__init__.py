@@ -30,6 +30,7 @@ _PLACES = {
     "session": "graphopt.runtime_ops.session",
     "Generator": "graphopt.runtime_ops.generation",
     "Sampling": "graphopt.runtime_ops.sampling",
+    "Eviction": "graphopt.runtime_ops.eviction",
     "perplexity": "graphopt.runtime_ops.scoring",
     "export_model": "graphopt.export",
     "package": "graphopt.export.serving_package",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from graphopt.passes.base import Pass as Pass
     from graphopt.passes.base import RulePass as RulePass
     from graphopt.recipe import Recipe as Recipe
+    from graphopt.runtime_ops.eviction import Eviction as Eviction
     from graphopt.runtime_ops.generation import Generator as Generator
     from graphopt.runtime_ops.sampling import Sampling as Sampling
     from graphopt.runtime_ops.scoring import perplexity as perplexity

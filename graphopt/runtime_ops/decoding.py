@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.errors import GraphoptError, InputDataError, ModelError, UsageError, first_line
+from graphopt.graph.importance import read_importance
 from graphopt.graph.kv_interface import CachePair, KVInterface
 
 if TYPE_CHECKING:
@@ -40,6 +42,10 @@ class Decoding:
         compact: Whether the mask only counts the tokens of each row, which lie at the start of its cache
             (GroupQueryAttention); else it says of every place in the cache whether it counts.
         extra: Further inputs by name, the same in every run.
+
+    Attributes:
+        importance: How the model tells which cached tokens matter; None: it doesn't.
+        told: What it told in the last run that asked: by layer [batch, KV heads, tokens].
     """
 
     def __init__(
@@ -55,14 +61,17 @@ class Decoding:
     ) -> None:
         self.session, self.interface, self.batch = session, interface, batch
         self.cache, self.capacity, self.compact = cache, capacity, compact
+        self.importance = read_importance(session.get_modelmeta().custom_metadata_map)
+        self.told: dict[int, npt.NDArray[Any]] = {}
         self.lengths: npt.NDArray[np.int64] = np.zeros(batch, dtype=np.int64)
         """Tokens that count, of each row."""
         self._valid = np.zeros((batch, 0), dtype=np.bool_)
         self._total = 0
         self._types = {v.name: _DTYPES[v.type] for v in session.get_inputs() if v.type in _DTYPES}
         self._device = _device(session)
+        self._extra = extra or {}
         self._binding = session.io_binding()
-        for name, array in (extra or {}).items():
+        for name, array in self._extra.items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
         if interface.use_cache is not None:
             self._binding.bind_cpu_input(interface.use_cache, np.ones(1, dtype=np.bool_))
@@ -70,12 +79,15 @@ class Decoding:
         for pair, value in zip(interface.pairs, self._caches, strict=True):
             self._binding.bind_ortvalue_input(pair.past, value)
 
-    def feed(self, ids: npt.NDArray[np.int64], valid: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[Any]:
+    def feed(
+        self, ids: npt.NDArray[np.int64], valid: npt.NDArray[np.bool_] | None = None, *, ask: bool = False
+    ) -> npt.NDArray[Any]:
         """Run the decoder on the next tokens of every row.
 
         Args:
             ids: [batch, new].
             valid: Which of them count, [batch, new]; None: all.
+            ask: Fill in `told`, where the model has an `importance`.
 
         Returns:
             The logits [batch, rows, vocabulary], of the last row alone where the model gives no more. It is memory of
@@ -94,7 +106,7 @@ class Decoding:
         self._bind(self.interface.token_ids, ids)
         self._bind(self.interface.position_ids, positions)
         self._bind(self.interface.attention_mask, self._mask(new, valid))
-        names = self._bind_outputs()
+        names = self._bind_outputs(ask)
         try:
             self.session.run_with_iobinding(self._binding)
         except GraphoptError:  # a session that checks what it is given
@@ -109,9 +121,38 @@ class Decoding:
             self._caches = [outputs[pair.present or ""] for pair in self.interface.pairs]
             for pair, value in zip(self.interface.pairs, self._caches, strict=True):
                 self._binding.bind_ortvalue_input(pair.past, value)
+        if self.importance is not None and ask:
+            self.told = {layer: outputs[name].numpy() for layer, name in self.importance.outputs.items()}
         self._logits = outputs[self.interface.logits or ""]
         logits = _view(self._logits)
         return logits[:, None] if logits.ndim == 2 else logits
+
+    def fork(self) -> Decoding:
+        """Another batch that goes on from here by itself, on the same keys and values.
+
+        Raises:
+            UsageError: The cache is static: what is in it changes with each run.
+        """
+        if self.cache == "static":
+            raise UsageError("A batch can go on in two ways only with a growing cache.")
+        other = Decoding(self.session, self.interface, self.batch, compact=self.compact, extra=self._extra)
+        other.lengths, other.told, other._valid = self.lengths, self.told, self._valid
+        other._caches = list(self._caches)
+        for pair, value in zip(self.interface.pairs, other._caches, strict=True):
+            other._binding.bind_ortvalue_input(pair.past, value)
+        return other
+
+    def keep(self, places: Mapping[int, npt.NDArray[np.int64]]) -> None:
+        """Drop all tokens but some from the caches of layers.
+
+        Args:
+            places: By layer, the places in its cache of those that stay [batch, KV heads, kept].
+        """
+        for index, pair in enumerate(self.interface.pairs):
+            kept = places.get(pair.layer)
+            if kept is not None and kept.shape[-1] < self._caches[index].shape()[2]:
+                self._caches[index] = _gathered(self._caches[index], kept)
+                self._binding.bind_ortvalue_input(pair.past, self._caches[index])
 
     @property
     def caches(self) -> dict[str, onnxruntime.OrtValue]:
@@ -129,7 +170,9 @@ class Decoding:
         total = max(int(self.lengths.max()), new if self._valid.shape[1] == new else 0)
         return np.arange(total) < self.lengths[:, None]
 
-    def _bind_outputs(self) -> list[str]:
+    def _bind_outputs(self, ask: bool) -> list[str]:
+        import onnxruntime
+
         assert self.interface.logits is not None
         names = [self.interface.logits]
         # A binding keeps the values of the run before, so outputs of new sizes are bound anew.
@@ -141,6 +184,13 @@ class Decoding:
                 self._binding.bind_ortvalue_output(pair.present, value)
             else:
                 self._binding.bind_output(pair.present, self._device)
+        if self.importance is not None:
+            # By a value: a binding knows no array for an input that has a default.
+            asked = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(ask))
+            self._binding.bind_ortvalue_input(self.importance.asked, asked)
+            for name in self.importance.outputs.values():
+                names.append(name)
+                self._binding.bind_output(name, "cpu")
         return names
 
 
@@ -211,6 +261,22 @@ def empty_shape(pair: CachePair, batch: int, length: int) -> list[int]:
             f"The sizes of an empty cache {pair.past!r} can't be told; declare its KV heads and head size in the file."
         )
     return [size for size in sizes if isinstance(size, int)]
+
+
+def _gathered(value: onnxruntime.OrtValue, places: npt.NDArray[np.int64]) -> onnxruntime.OrtValue:
+    """Rows of a cache [batch, heads, length, size] at `places` [batch, heads, kept]."""
+    import onnxruntime
+
+    batch, heads, length, size = value.shape()
+    first = length * np.arange(batch * heads).reshape(batch, heads, 1)
+    rows = (first + places).reshape(-1)
+    shape = [batch, heads, places.shape[-1], size]
+    if (device := value.device_name()) != "cpu":
+        found = value.numpy().reshape(-1, size)[rows].reshape(shape)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(found, device)
+    made = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, _DTYPES[value.data_type()][0], device)
+    np.take(_view(value).reshape(-1, size), rows, axis=0, out=_view(made).reshape(-1, size), mode="clip")
+    return made
 
 
 def _view(value: onnxruntime.OrtValue) -> npt.NDArray[Any]:

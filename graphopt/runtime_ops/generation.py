@@ -8,6 +8,7 @@ The inputs and outputs are read off the graph (`graphopt.graph.kv_interface`), s
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from graphopt.errors import InputDataError, ModelError, UsageError
 from graphopt.graph.kv_interface import KVInterface, kv_interface
 from graphopt.graph.load import load
 from graphopt.runtime_ops.decoding import Cache, Decoding, empty_shape
+from graphopt.runtime_ops.eviction import Eviction, Evictor
 from graphopt.runtime_ops.folder import model_file, stop_tokens
 from graphopt.runtime_ops.sampling import Sampling
 from graphopt.runtime_ops.session import session as make_session
@@ -106,6 +108,7 @@ class Generator:
         stop: Collection[int] | None = None,
         padding: Padding | None = None,
         chunk: int = CHUNK,
+        eviction: Eviction | None = None,
     ) -> list[list[int]]:
         """The new tokens of each prompt, up to the first stop token, which is the last one then.
 
@@ -116,15 +119,18 @@ class Generator:
             stop: Tokens that end a row; None: those of the attribute `stop`.
             padding: The side on which shorter prompts are filled up; None: the one that the model knows.
             chunk: Prompt tokens of one run, at most.
+            eviction: Which tokens the cache keeps; None: all.
 
         Raises:
             InputDataError: The prompts don't fit the model: empty, or of different lengths where it can't tell padding
                 from text.
+            UsageError: Tokens are to be dropped by a model that isn't made for it.
         """
         rows: list[list[int]] = [[] for _ in prompts]
         steps = self.stream(
-            prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, padding=padding, chunk=chunk
-        )
+            prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, padding=padding, chunk=chunk,
+            eviction=eviction,
+        )  # fmt: skip
         for step in steps:
             for row, token in zip(rows, step, strict=True):
                 if token is not None:
@@ -140,6 +146,7 @@ class Generator:
         stop: Collection[int] | None = None,
         padding: Padding | None = None,
         chunk: int = CHUNK,
+        eviction: Eviction | None = None,
     ) -> Iterator[list[int | None]]:
         """As `generate`, token by token: at each step one for every row, None for rows that have ended."""
         if max_new_tokens < 1:
@@ -147,7 +154,9 @@ class Generator:
         choose = (sampling or Sampling()).chooser()
         ids, valid = self._padded(prompts, padding)
         decoding = self.start(len(ids), ids.shape[1] + max_new_tokens)
-        logits = self.prefill(decoding, ids, valid, chunk)
+        evictor = None if eviction is None else Evictor(decoding, eviction, self.name)
+        step = decoding.feed if evictor is None else evictor.step
+        logits = self.prefill(decoding, ids, valid, chunk, evictor)
         running = np.ones(len(ids), dtype=np.bool_)
         for count in range(1, max_new_tokens + 1):
             tokens = choose(logits)
@@ -155,7 +164,7 @@ class Generator:
             running &= ~np.isin(tokens, list(self.stop if stop is None else stop))
             if count == max_new_tokens or not running.any():
                 return
-            logits = decoding.feed(tokens[:, None])[:, -1]
+            logits = step(tokens[:, None])[:, -1]
 
     # ---- its parts, for whoever measures or scores
 
@@ -172,8 +181,13 @@ class Generator:
         ids: npt.NDArray[np.int64],
         valid: npt.NDArray[np.bool_] | None = None,
         chunk: int = CHUNK,
+        evictor: Evictor | None = None,
     ) -> npt.NDArray[Any]:
-        """Feed a prompt, piece by piece, and return the logits after the last token of each row [batch, vocabulary]."""
+        """Feed a prompt, piece by piece, and return the logits after the last token of each row [batch, vocabulary].
+
+        With an `evictor` (of `decoding`) it drops tokens behind it; the last piece has as many tokens then as the
+        evictor looks at.
+        """
         batch, tokens = ids.shape
         if chunk < 1:
             raise UsageError(f"A chunk must hold at least one token, not {chunk}.")
@@ -183,9 +197,13 @@ class Generator:
             chunk = tokens
         last = tokens - 1 - np.argmax(valid[:, ::-1], axis=1)
         result: npt.NDArray[Any] | None = None
-        for begin in range(0, tokens, chunk):
-            end = min(begin + chunk, tokens)
-            logits = decoding.feed(ids[:, begin:end], valid[:, begin:end])
+        begins = list(range(0, tokens, chunk))
+        if evictor is not None and len(begins) > 1 and tokens - begins[-1] < evictor.window:
+            begins[-1] = max(tokens - evictor.window, 0)
+            begins = sorted(begin for begin in begins[:-1] if begin < begins[-1]) + begins[-1:]
+        for begin, end in itertools.pairwise((*begins, tokens)):
+            feed = decoding.feed if evictor is None else evictor.feed if end < tokens else evictor.end_prompt
+            logits = feed(ids[:, begin:end], valid[:, begin:end])
             if result is None:
                 result = np.zeros((batch, logits.shape[-1]), dtype=logits.dtype)
             for row in np.flatnonzero((begin <= last) & (last < end)):

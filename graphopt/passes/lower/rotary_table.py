@@ -15,6 +15,7 @@ from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.assumptions import Assumptions
 from graphopt.graph.constants import constant_tensor, is_constant
 from graphopt.graph.edits import Editor
+from graphopt.graph.importance import read_importance
 from graphopt.passes.clean.fold_constants import computable, evaluate
 from graphopt.passes.lower.cached_site import CachedSite
 from graphopt.passes.lower.token_lengths import TokenLengths
@@ -101,8 +102,10 @@ class RotaryTables:
         return (cos, sin, positions) if positions is not None else (self._bare(cos), self._bare(sin), None)
 
     def plan(self, site: CachedSite, mask: ir.Value | None) -> Table | None:
-        """The table for a site; None where the operator can't rotate."""
-        if (found := self.sources(site)) is None:
+        """The table for a site; None where the operator can't rotate, as where it would do so by places in a cache that
+        may have lost tokens (`evictable-kv`)."""
+        losing = read_importance(self._edit.model.metadata_props) is not None
+        if losing or (found := self.sources(site)) is None:
             return None
         cos, sin, positions = found
         if (fixed := self._fixed(cos, sin, positions, site, mask)) is not None:
