@@ -122,9 +122,9 @@ class LowRankKV(Pass):
         for node, reason in left.values():
             if node is not None:
                 self.left(node, f"its cache stays: {reason}")
-        tables = RotaryTables(facts, edit, self.assumptions, TokenLengths(facts, edit))
-        positions = PositionTables(tables, edit, self.assumptions)
-        groups = self._groups(model, layers, facts, positions)
+        rotations = RotaryTables(facts, edit, self.assumptions, TokenLengths(facts, edit))
+        positions = PositionTables(rotations, edit, self.assumptions)
+        groups = self._groups(model, layers, facts, rotations, positions)
         if not groups or self.calibration is None:
             return False
         spectra = self._spectra(model, groups, facts)
@@ -148,14 +148,19 @@ class LowRankKV(Pass):
     # ---- which layers
 
     def _groups(
-        self, model: ir.Model, layers: dict[int, CachedLayer], facts: ShapeFacts, positions: PositionTables
+        self,
+        model: ir.Model,
+        layers: dict[int, CachedLayer],
+        facts: ShapeFacts,
+        rotations: RotaryTables,
+        positions: PositionTables,
     ) -> list[list[Member]]:
         """The layers that can be worked on, neighbours of one form together."""
         found: dict[int, Member] = {}
         for number, layer in sorted(layers.items()):
             if number in self.keep:
                 continue
-            member = self._member(model, layer, facts, positions)
+            member = self._member(model, layer, facts, rotations, positions)
             if isinstance(member, str):
                 self.left(layer.node, f"its cache stays: {member}")
             else:
@@ -171,7 +176,7 @@ class LowRankKV(Pass):
         return groups
 
     def _member(
-        self, model: ir.Model, layer: CachedLayer, facts: ShapeFacts, positions: PositionTables
+        self, model: ir.Model, layer: CachedLayer, facts: ShapeFacts, rotations: RotaryTables, positions: PositionTables
     ) -> Member | str:
         """A layer with what its writing needs, or why it can't be written."""
         try:
@@ -188,6 +193,8 @@ class LowRankKV(Pass):
                 return "its rotation has no cosines and sines"
             if not self.assumptions.holds(COUNTED):
                 return f"the positions of what is cached aren't known: --assume {COUNTED}"
+            if indices is None:
+                cos, sin = rotations.bare(cos), rotations.bare(sin)
             table = positions.plan_from(cos, sin, indices, site, mask)
             if table is None:
                 return "its rotations don't follow from the position ids alone"

@@ -123,9 +123,7 @@ def read(node: ir.Node, facts: ShapeFacts) -> CachedSite | None:
     if shared is not None:
         past_key, past_value = shared
     if past_key is None and past_value is None and _from_features(k) and _from_features(v):
-        raise NotTaken(
-            "its keys and values are rebuilt from a cache of features, and the operator caches them as they are"
-        )
+        raise NotTaken("its keys and values are rebuilt from features, and the operator caches them as they are")
     if past_key is None or past_value is None:
         return None
     if any(attribute.is_ref() for attribute in node.attributes.values()):
