@@ -275,7 +275,8 @@ def tables(kept: Kept, options: argparse.Namespace) -> list[str]:
 PAGE = """# A smaller key/value cache: SmolLM2
 
 Made by `python benchmarks/kv.py --page docs/kv.md`; see [share-kv](passes/share-kv.md),
-[merge-kv-heads](passes/merge-kv-heads.md) and [quantize-kv](passes/quantize-kv.md) for the passes.
+[merge-kv-heads](passes/merge-kv-heads.md) and [quantize-kv](passes/quantize-kv.md) for the passes;
+[low-rank-kv](recipes/low-rank-kv.md) has its numbers on the page of its recipe.
 
 ```sh
 graphopt optimize model.onnx --recipe share-kv --calibration text.txt --tokenizer folder

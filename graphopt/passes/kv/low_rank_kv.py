@@ -45,9 +45,10 @@ class LowRankKV(Pass):
 
     1. E and D lose least, in the mean over the data, of (k − k̂) M (k − k̂)ᵀ among all maps of rank r. With M = L Lᵀ
        they are L U and Uᵀ L⁻¹, U the first r principal axes of (k − μ) L. Keys: M holds for each KV head the second
-       moment of the queries that ask it, turned by the distances of a sample, so that the errors of the scores count.
-       Values: M is what the output projection makes of the head, Σ W_o W_oᵀ over the query heads that read it. Without
-       `weighted` M is the identity, as in both papers.
+       moment of the queries that ask it, turned by the distances of a sample, so that the errors of the scores count;
+       half of what a key counts is the attention that it receives. Values: M is what the output projection makes of the
+       head, Σ W_o W_oᵀ over the query heads that read it, and the rows are values as each head averages them. Without
+       `weighted` M is the identity and tokens count alike, as in both papers.
     2. `layers: 2` or more (xKV): so many neighbouring layers have one cache of their keys side by side, and one of
        their values, of as many times the rank. Features of a token are there when its last layer is done, so that the
        tokens of a run see each other's own keys and values, and only those of earlier runs are rebuilt. The quality of
@@ -213,7 +214,8 @@ class LowRankKV(Pass):
             raise InputDataError("low-rank-kv: the data holds no sample.")
         sites = [[member.site for member in group] for group in groups]
         found = []
-        for group, moments in zip(groups, gathered(model, sites, samples, self.calibration.threads), strict=True):
+        every = gathered(model, sites, samples, self.calibration.threads, attended=self.weighted)
+        for group, moments in zip(groups, every, strict=True):
             asked = moments.asked if self.weighted else None
             read_by = _read_by(group, facts) if self.weighted else None
             found.append((spectrum(moments.keys, moments.key_mean, asked),

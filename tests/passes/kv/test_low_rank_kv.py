@@ -19,9 +19,9 @@ import tiny_decoders
 from test_share_kv import ASSUMED, Arrays, exported, exports, off, parsed, run, shared  # noqa: F401
 
 from graphopt.analysis.shapes import infer
-from graphopt.api import Result, canonical, optimize
+from graphopt.api import Result, canonical, optimize, verify
 from graphopt.calibration.text import TextDataset
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, VerificationError
 from graphopt.graph.kept_layers import kept_layers
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.kv_names import rename_kv_cache
@@ -320,6 +320,12 @@ def test_what_is_written_is_verified() -> None:
     assert result.report.run.records[0].status == "applied"
 
 
+def test_caches_of_other_sizes_cant_be_compared() -> None:
+    model = parsed(2)
+    with pytest.raises(VerificationError, match=r"past_key_values.0.key' is \[batch, 2, past, 16\]"):
+        verify(model, rewritten(model).model)
+
+
 # ---- bases
 
 
@@ -378,7 +384,7 @@ def test_moments_are_those_of_what_the_attention_reads(key: str, exports: Path) 
     site = read(layer.node, facts)
     assert site is not None
     samples = list(text().feeds(model))
-    (found,) = gathered(model, [[site]], samples, 1)
+    (found,) = gathered(model, [[site]], samples, 1, attended=False)
     names = {"q": layer.node.inputs[0], "k": layer.node.inputs[1], "v": layer.node.inputs[2]}
     copy = model.clone()
     values = {v.name: v for node in copy.graph for v in node.outputs}
