@@ -42,7 +42,7 @@ def values_of(
     copy.graph.outputs[:] = distinct
     sort(copy)
     _prune(copy)
-    session = make_session(copy, threads=threads)
+    session = make_session(copy, threads=threads, reuse=False)
     wanted = {value.name: value.shape for value in copy.graph.inputs}
     for sample in samples:
         fed = {name: _as_declared(array, wanted[name]) for name, array in sample.items() if name in wanted}

@@ -51,16 +51,19 @@ class LowRankKV(Pass):
        `weighted` M is the identity and tokens count alike, as in both papers.
     2. `layers: 2` or more (xKV): so many neighbouring layers have one cache of their keys side by side, and one of
        their values, of as many times the rank. Features of a token are there when its last layer is done, so that the
-       tokens of a run see each other's own keys and values, and only those of earlier runs are rebuilt. The quality of
-       one long prompt says nothing about it, then: judge what is generated token by token.
+       tokens of a run see each other's own keys and values, and only those of earlier runs are rebuilt. `exact` makes
+       that so for single layers too. The quality of one long prompt says nothing about it, then: judge what is
+       generated token by token.
     3. Ranks: a part of the channels (`keys`, `values`); a number of them for each layer (`key_rank`, `value_rank`); as
        many as keep a part of the energy that rule 1 counts (`energy`); or allocated over layers, keys and values so
        that the whole cache has a part of its size (`fraction`) and the sum of the lost parts of energy is least.
 
-    **Options:** `keys` and `values` (default 0.5): part of the channels that stay, up to 1; `key_rank`, `value_rank`
-    (default: by these): channels for each layer; `energy` (default: none): rule 3; `fraction` (default: none): rule 3;
-    `layers` (default 1): rule 2; `weighted` (default true): rule 1; `samples` (default 8): of the data; `keep` (default
-    none): layers that stay as they are, counted from 0 among those with a cache.
+    **Options:** `keys` (default 0.5): part of the channels of keys that stay, up to 1; `values` (default 0.75): the
+    same of values; `key_rank` (default: by `keys`): channels of keys for each layer; `value_rank` (default: by
+    `values`): the same of values; `energy` (default: none): part of the energy that is kept, in place of these;
+    `fraction` (default: none): part of the whole cache, in place of these; `layers` (default 1): layers with one cache,
+    rule 2; `exact` (default false): rule 2; `weighted` (default true): rule 1; `samples` (default 8): of the data;
+    `keep` (default none): layers that stay as they are, counted from 0 among those with a cache.
 
     **Needs:** `Attention` with a cache, as `raise-attention` makes it; data; for keys that are rotated the assumption
     counted-positions, and max-length where the table of rotations is to be a constant.
@@ -87,12 +90,13 @@ class LowRankKV(Pass):
     def __init__(
         self,
         keys: float = 0.5,
-        values: float = 0.5,
+        values: float = 0.75,
         key_rank: int | None = None,
         value_rank: int | None = None,
         energy: float | None = None,
         fraction: float | None = None,
         layers: int = 1,
+        exact: bool = False,
         weighted: bool = True,
         samples: int = 8,
         keep: list[int] | None = None,
@@ -111,7 +115,7 @@ class LowRankKV(Pass):
             raise ValueError(f"layers and samples must be positive, not {layers} and {samples}")
         self.keys, self.values, self.key_rank, self.value_rank = keys, values, key_rank, value_rank
         self.energy, self.fraction, self.layers, self.weighted = energy, fraction, layers, weighted
-        self.samples, self.keep = samples, list(keep or ())
+        self.exact, self.samples, self.keep = exact, samples, list(keep or ())
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
@@ -137,7 +141,7 @@ class LowRankKV(Pass):
                 self.rely_on(model, need.assumption, need.inputs, need.reason)
             self._tell(members, key, value, key_rank, value_rank)
             bases = key.basis(key_rank), value.basis(value_rank)
-            if len(members) == 1:
+            if len(members) == 1 and not self.exact:
                 writer.alone(members[0], *bases)
             else:
                 writer.together(members, *bases)
@@ -260,7 +264,7 @@ class LowRankKV(Pass):
         )
         numbers = [member.layer.number for member in members]
         for member in members:
-            shared = f"in one cache with layers {numbers[0]} to {numbers[-1]}: " if len(members) > 1 else ""
+            shared = f"of layers {numbers[0]} to {numbers[-1]} together: " if len(members) > 1 else ""
             self.applied(member.layer.node, f"cached in features {shared}{told}")
 
 

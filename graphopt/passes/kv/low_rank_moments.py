@@ -100,9 +100,9 @@ def gathered(
 
 
 def _weights(node: ir.Node, edit: Editor) -> ir.Value:
-    """The weights that an attention gives, [B, H, S, S]."""
+    """The weights that an attention gives where its past is empty, [B, H, S, S]."""
     attributes = {name: a.value for name, a in node.attributes.items()} | {"qk_matmul_output_mode": 3}
-    again = edit.op("Attention", list(node.inputs), attributes, outputs=4).producer()
+    again = edit.op("Attention", list(node.inputs[:4]), attributes, outputs=4).producer()
     assert again is not None
     return again.outputs[3]
 

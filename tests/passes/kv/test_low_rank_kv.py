@@ -152,10 +152,10 @@ def test_features_are_made_by_the_projection_itself(exports: Path) -> None:  # n
     assert widths.count(3) == widths.count(6) == 2
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_it_generates_as_the_model_of_that_rank_does(layers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layers", "exact"), [(1, False), (1, True), (2, False), (3, False)])
+def test_it_generates_as_the_model_of_that_rank_does(layers: int, exact: bool, tmp_path: Path) -> None:
     model = narrowed(parsed(5), 4)
-    result = rewritten(model, key_rank=4, value_rank=4, layers=layers)
+    result = rewritten(model, key_rank=4, value_rank=4, layers=layers, exact=exact)
     save(model, tmp_path / "model.onnx")
     save(optimize(result.model, "lower", verify="none", assume=ASSUMED).model, tmp_path / "after.onnx")
     prompts = [[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]]
@@ -175,10 +175,10 @@ def test_neighbours_have_one_cache_and_the_names_move_up(tmp_path: Path) -> None
         for layer in range(3)
         for part, size in (("key", 32), ("value", 16))
     ]
-    assert [detail[:52] for detail in details(result)] == [
-        *["cached in features in one cache with layers 0 to 1: k"[:52]] * 2,
-        *["cached in features in one cache with layers 2 to 3: k"[:52]] * 2,
-        details(result)[4][:52],
+    assert [detail[:53] for detail in details(result)] == [
+        *["cached in features of layers 0 to 1 together: keys 32"] * 2,
+        *["cached in features of layers 2 to 3 together: keys 32"] * 2,
+        details(result)[4][:53],
     ]
     kept = kept_layers(result.model)
     assert kept is not None
@@ -190,7 +190,7 @@ def test_neighbours_have_one_cache_and_the_names_move_up(tmp_path: Path) -> None
 
 
 def test_layers_that_stay_part_their_neighbours() -> None:
-    result = rewritten(parsed(5), layers=2, keep=[1])
+    result = rewritten(parsed(5), values=0.5, layers=2, keep=[1])
     now = kv_interface(result.model)
     assert now is not None
     assert [pair.operator for pair in now.pairs[::2]] == ["Concat", "Attention", "Concat", "Concat"]
