@@ -77,8 +77,9 @@ class LowRankKV(Pass):
     `group-query-attention` and `quantize-kv` leave such a layer alone, since they know no other cache than one of keys
     and values; `Attention` runs it.
 
-    **When not to use it:** where time counts, not memory: rebuilding takes r · d products for each token of the past at
-    each step. Beside a quantized cache, which costs less for the same bytes: see docs/kv.md.
+    **When not to use it:** for batches of prompts of different lengths, where keys are rotated: a row's positions have
+    to be its places in the cache. Where time counts, not memory: rebuilding takes r · d products for each token of the
+    past at each step. Where quantize-kv will do, which costs less for the same bytes: see docs/kv.md.
     """
 
     name: ClassVar[str] = "low-rank-kv"
