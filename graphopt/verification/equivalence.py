@@ -63,11 +63,11 @@ def verify(
                     f"and {second[name].type} in {_label(path_b)}."
                 )
     for value in a.graph.inputs:
-        other = next(one for one in b.graph.inputs if one.name == value.name)
-        if _apart(value.shape, other.shape):
+        same = next(one for one in b.graph.inputs if one.name == value.name)
+        if _apart(value.shape, same.shape):
             raise VerificationError(
                 f"The models can't be compared: input {value.name!r} is {_sizes(value)} in {_label(path_a)} and "
-                f"{_sizes(other)} in {_label(path_b)}."
+                f"{_sizes(same)} in {_label(path_b)}."
             )
     known = carried(a) | carried(b)
     probes = load_probes(inputs, a) if inputs is not None else make_probes(a, seed, assumptions=known)
