@@ -10,6 +10,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from graphopt.graph.constants import is_constant
 from graphopt.graph.edits import inner_graphs, subgraphs_of
 
 Part = Literal["key", "value", "both", "codes", "scales", "recent"]
@@ -107,6 +108,9 @@ class CacheFlow:
                     found = self._spelled_out(node, axes)
                     if found is not None:
                         return found
+        beside = self._joined_beside(past)
+        if beside is not None:
+            return beside
         part, attention = self.reader(past, _AS_IT_IS)
         if part is not None:
             unjoined = Join(None, past, self.present(past)[0], None, part, attention, False)
@@ -126,9 +130,34 @@ class CacheFlow:
 
     def _spelled_out(self, node: ir.Node, axes: tuple[int, ...] | None) -> Join | None:
         part, attention = self.reader(node.outputs[0])
+        present, windowed = self.present(node.outputs[0])
+        if part is None and present is not None:
+            part, attention = self.reader(node.outputs[0], products=True)
         if part is None:
             return None
-        present, windowed = self.present(node.outputs[0])
+        return self._concatenated(node, axes, present, windowed, part, attention)
+
+    def _joined_beside(self, past: ir.Value) -> Join | None:
+        """Where new rows are put behind `past` for the next step alone, and an attention reads the past without them,
+        as where layers share features of low rank (see `low-rank-kv`)."""
+        for node, slot in past.uses():
+            if qualified(node) != "Concat" or slot or len(node.inputs) < 2 or not node.outputs[0].is_graph_output():
+                continue
+            part, attention = self.reader(past, products=True)
+            if part is not None:
+                axes = None if past.shape is None else tuple(range(len(past.shape)))
+                return self._concatenated(node, axes, node.outputs[0], False, part, attention)
+        return None
+
+    @staticmethod
+    def _concatenated(
+        node: ir.Node,
+        axes: tuple[int, ...] | None,
+        present: ir.Value | None,
+        windowed: bool,
+        part: Part,
+        attention: ir.Node | None,
+    ) -> Join:
         attribute = node.attributes.get("axis")
         axis = None if attribute is not None and attribute.is_ref() else attribute.as_int() if attribute else -2
         rank = len(axes) if axes is not None else None
@@ -170,9 +199,12 @@ class CacheFlow:
             for body in bodies:
                 yield from (owner.outputs[i] for i, output in enumerate(body.outputs) if output is value)
 
-    def reader(self, value: ir.Value, through: AbstractSet[str] = _ON_KEYS) -> tuple[Part | None, ir.Node | None]:
+    def reader(
+        self, value: ir.Value, through: AbstractSet[str] = _ON_KEYS, *, products: bool = False
+    ) -> tuple[Part | None, ir.Node | None]:
         """As what an attention reads `value`, `through` some operators, and that attention: its Softmax, or the
-        operator."""
+        operator. With `products` through products with constants too, which rebuild keys from features of lower rank.
+        """
         pending, seen = deque([value]), {value}
         while pending and len(seen) <= _FURTHEST:
             current = pending.popleft()
@@ -187,6 +219,11 @@ class CacheFlow:
                     left = slot == 0 and node.op_type != "Einsum"
                     if not left and (scores := _softmax_below(node)) is not None:
                         return "key", scores
+                    if products and node.op_type == "MatMul" and left and is_constant(node.inputs[1]):
+                        rebuilt = node.outputs[0]
+                        if rebuilt not in seen:
+                            seen.add(rebuilt)
+                            pending.append(rebuilt)
                 elif (slot == 0 or node.op_type in ("Concat", "Mul", "Add")) and node.op_type in through:
                     for output in node.outputs:
                         if output not in seen:

@@ -107,6 +107,7 @@ def make_session(
     settings: Mapping[str, str] | None = None,
     requested: SessionSettings | None = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
+    reuse: bool = True,
 ) -> onnxruntime.InferenceSession:
     """Make an ONNX Runtime session for a model in memory or a file.
 
@@ -121,6 +122,8 @@ def make_session(
         requested: What the model asks of a session, to be granted; `settings` go before it. A model in memory says
             itself what it asks for, which counts where optimizations are on.
         providers: Execution providers by name.
+        reuse: Whether a result may take the memory of another that has, by inference, the same sizes. ONNX Runtime
+            1.31 infers those of an `Attention`'s weights wrongly.
 
     Raises:
         VerificationError: ONNX Runtime isn't installed or doesn't load the model.
@@ -131,6 +134,7 @@ def make_session(
     options.log_severity_level = 4
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
+    options.enable_mem_reuse = reuse
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimizations == "all" else level.ORT_DISABLE_ALL
     if threads is not None:

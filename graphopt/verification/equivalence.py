@@ -66,6 +66,13 @@ def verify(
                     f"The models can't be compared: {kind} {name!r} is {first[name].type} in {_label(path_a)} "
                     f"and {second[name].type} in {_label(path_b)}."
                 )
+    for value in a.graph.inputs:
+        same = next(one for one in b.graph.inputs if one.name == value.name)
+        if _apart(value.shape, same.shape):
+            raise VerificationError(
+                f"The models can't be compared: input {value.name!r} is {_sizes(value)} in {_label(path_a)} and "
+                f"{_sizes(same)} in {_label(path_b)}."
+            )
     known = carried(a) | carried(b)
     probes = load_probes(inputs, a) if inputs is not None else make_probes(a, seed, assumptions=known)
     verifier = Verifier(path_a, probes, seed=seed, threads=threads)
@@ -73,6 +80,18 @@ def verify(
         return verifier.check(path_b, bitwise)
     finally:
         verifier.close()
+
+
+def _apart(a: ir.Shape | None, b: ir.Shape | None) -> bool:
+    """Whether no array has both shapes."""
+    if a is None or b is None:
+        return False
+    both = zip(a, b, strict=False)
+    return len(a) != len(b) or any(isinstance(m, int) and isinstance(n, int) and m != n for m, n in both)
+
+
+def _sizes(value: ir.Value) -> str:
+    return f"[{', '.join(str(size) for size in value.shape or ())}]"
 
 
 def _ends(model: ir.Model) -> set[str | None]:

@@ -46,15 +46,28 @@ class PositionTables:
             mask: The attention mask [B, past and new tokens], an input of the model.
         """
         found = self._tables.sources(site)
-        counted = None if found is None else self._tables.counted(found[2] or found[0], site, mask)
-        if found is None or counted is None:
+        return None if found is None else self.plan_from(*found, site, mask)
+
+    def plan_from(
+        self, cos: ir.Value, sin: ir.Value, indices: ir.Value | None, site: CachedSite, mask: ir.Value | None
+    ) -> PositionTable | None:
+        """The table behind some cosines and sines of the new tokens; None where no other rows are known.
+
+        Args:
+            cos: [B, S, R/2], or [positions, R/2] with `indices`.
+            sin: The same.
+            indices: Rows of these [B, S], or None.
+            site: The site.
+            mask: The attention mask [B, past and new tokens], an input of the model; None: there is none, and the cache
+                tells how many tokens there are.
+        """
+        counted = self._tables.counted(indices or cos, site, mask)
+        if counted is None:
             return None
-        (cos, sin, indices), (positions, need) = found, counted
-        name = mask.name or ""
-        needs = [
-            dataclasses.replace(need, inputs={"positions": positions.name or "", "mask": name},
-                                reason="each row counts its positions from 0"),
-        ]  # fmt: skip
+        positions, need = counted
+        name = "" if mask is None else mask.name or ""
+        shows = {"positions": positions.name or "", "mask": name} if mask is not None else need.inputs
+        needs = [dataclasses.replace(need, inputs=shows, reason="each row counts its positions from 0")]
         if indices is not None:
             rows = [constant_tensor(value) for value in (cos, sin)]
             if positions is not indices or rows[0] is None or rows[1] is None:
@@ -64,13 +77,14 @@ class PositionTables:
         numbers = [self._tables.evaluated(value, positions, longest or 2) for value in (cos, sin)]
         if any(n is None or n.ndim != 3 or n.shape[:2] != (1, longest or 2) for n in numbers):
             return None
-        if longest is None:
+        if longest is None or mask is None:
             return PositionTable((cos, sin), positions, None, needs)
         needs.append(Need(f"max-length={longest}", {"mask": name}, "the table of rotations is that long", ""))
         return PositionTable((cos, sin), positions, _pair([n[0] for n in numbers if n is not None]), needs)
 
     def write(self, table: PositionTable, mask: ir.Value) -> list[ir.Value]:
-        """[cosines, sines], each [positions, R/2], float32; the site of the editor is that of the attention."""
+        """[cosines, sines], each [positions, R/2], float32; the site of the editor is that of the attention. `mask` is
+        any value whose second axis is as long as past and new tokens together."""
         key = (*table.sources, table.positions, mask)
         if key not in self._known:
             self._known[key] = self._write(table, mask)

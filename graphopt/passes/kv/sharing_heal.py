@@ -13,13 +13,13 @@ import onnx_ir as ir
 from graphopt.analysis.algebra import is_op
 from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.graph.constants import is_constant
-from graphopt.graph.edits import Editor, sort
+from graphopt.graph.edits import Editor
 from graphopt.graph.scratch import Scratch
 from graphopt.passes.fold.layers import Layer, layer_of
 from graphopt.passes.kv.cached_layers import CachedLayer, Sharing
+from graphopt.passes.kv.copies import copied, values_of
 from graphopt.passes.kv.query_targets import query_targets, turned_back
 from graphopt.passes.lower.cached_site import CachedSite, NotTaken, projection, read, token_outputs
-from graphopt.runtime_ops.memory_session import make_session, run
 
 Array = npt.NDArray[Any]
 
@@ -158,8 +158,10 @@ class Healing:
                 wanted |= {f"c{layer.number}": place.output.node.outputs[0], f"r{layer.number}": place.residual}
         if not wanted:
             return
-        copy, at = _copied(model)
-        for found in self._outputs(copy, {name: at[value.name] for name, value in wanted.items()}):
+        copy, at = copied(model)
+        for found in values_of(
+            copy, {name: at[value.name] for name, value in wanted.items()}, self._samples, self._threads
+        ):
             for layer in layers:
                 if f"c{layer.number}" in found:
                     stream = self._scratch.array(found[f"c{layer.number}"] + found[f"r{layer.number}"])
@@ -228,7 +230,7 @@ class Healing:
     ) -> tuple[tuple[_Moments, _Moments], tuple[_Moments, _Moments]]:
         """Moments for W_o with the layer's own queries, and with other ones: each of the samples that it is fitted on,
         and of those held out."""
-        copy, at = _copied(model)
+        copy, at = copied(model)
         edit, facts = Editor(copy), infer(copy, believe_names=True)
         node = at[layer.node.outputs[0].name].producer()
         assert node is not None
@@ -252,7 +254,7 @@ class Healing:
                 break
         node.replace_input_with(0, mark)
         own, new = (_Moments(), _Moments()), (_Moments(), _Moments())
-        for index, found in enumerate(self._outputs(copy, outputs)):
+        for index, found in enumerate(values_of(copy, outputs, self._samples, self._threads)):
             held = index % HELD_OUT == min(HELD_OUT, len(self._samples)) - 1
             wanted, residual = found["c"], found.get("r")
             if residual is not None and layer.number in self._streams:
@@ -292,7 +294,7 @@ class Healing:
         self, model: ir.Model, values: Mapping[str, ir.Value], layer: CachedLayer, other: Presents
     ) -> Iterator[dict[str, Array]]:
         """Some values of a model on each sample, the weights that an attention gives, and other keys."""
-        copy, at = _copied(model)
+        copy, at = copied(model)
         node = at[layer.node.outputs[0].name].producer()
         assert node is not None
         edit = Editor(copy)
@@ -302,23 +304,9 @@ class Healing:
         assert again is not None
         outputs = {name: at[value.name] for name, value in values.items()}
         keys, _ = other(edit, at)
-        yield from self._outputs(copy, {**outputs, "weights": again.outputs[3], "other": keys})
-
-    def _outputs(self, copy: ir.Model, outputs: Mapping[str, ir.Value]) -> Iterator[dict[str, Array]]:
-        distinct = list(dict.fromkeys(outputs.values()))
-        constants = {name: v.const_value.numpy() for name, v in outputs.items() if v.const_value is not None}
-        distinct = [value for value in distinct if value.const_value is None]
-        for value in distinct:
-            value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
-        copy.graph.outputs[:] = distinct
-        sort(copy)
-        _prune(copy)
-        session = make_session(copy, threads=self._threads)
-        wanted = {value.name: value.shape for value in copy.graph.inputs}
-        for sample in self._samples:
-            fed = {name: _as_declared(array, wanted[name]) for name, array in sample.items() if name in wanted}
-            found = dict(zip(distinct, run(session, fed), strict=True))
-            yield {name: constants[name] if name in constants else found[value] for name, value in outputs.items()}
+        yield from values_of(
+            copy, {**outputs, "weights": again.outputs[3], "other": keys}, self._samples, self._threads
+        )
 
 
 @dataclasses.dataclass
@@ -370,26 +358,3 @@ def _split(queries: Array, heads: int) -> Array:
         return queries
     batch, tokens, width = queries.shape
     return queries.reshape(batch, tokens, heads, width // heads).transpose(0, 2, 1, 3)
-
-
-def _as_declared(array: Array, shape: ir.Shape | None) -> Array:
-    """What is fed; an empty cache in the sizes that it has by now."""
-    if array.size or shape is None:
-        return array
-    sizes = [size if isinstance(size, int) else now for size, now in zip(shape, array.shape, strict=True)]
-    return np.zeros(sizes, array.dtype)
-
-
-def _prune(model: ir.Model) -> None:
-    """Remove nodes of which nothing is used. Optional outputs stay: an `Attention` with a past needs its presents."""
-    for node in reversed(model.graph):
-        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
-            model.graph.remove(node, safe=True)
-
-
-def _copied(model: ir.Model) -> tuple[ir.Model, dict[str | None, ir.Value]]:
-    """A copy, and its values by name."""
-    copy = model.clone()
-    values = {v.name: v for v in (*copy.graph.inputs, *copy.graph.initializers.values())}
-    values |= {v.name: v for node in copy.graph for v in node.outputs}
-    return copy, values

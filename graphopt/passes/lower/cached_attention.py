@@ -12,7 +12,7 @@ from graphopt.analysis.masks import Masks, NoForm
 from graphopt.analysis.shapes import ShapeFacts, lazily
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import RulePass
-from graphopt.passes.lower.cached_site import CachedSite, NotTaken, Operand, read, token_outputs
+from graphopt.passes.lower.cached_site import CachedSite, NotTaken, Operand, as_tokens, read, token_outputs
 from graphopt.passes.lower.rotary_table import Need, RotaryTables
 from graphopt.passes.lower.token_lengths import TokenLengths
 
@@ -106,11 +106,7 @@ class CachedAttentionPass(RulePass):
 
     def tokens(self, operand: Operand, site: CachedSite, edit: Editor, *, rotated: bool) -> ir.Value:
         """An operand as [batch, tokens, heads · depth], with its rotation or without."""
-        value, width = operand.value, operand.heads * site.depth
-        if operand.layout == "heads":
-            value = edit.op("Transpose", [value], {"perm": [0, 2, 1, 3]})
-        if operand.layout != "tokens":
-            value = edit.op("Reshape", [value, edit.constant(np.array([0, 0, width]), "joined")])
+        value = as_tokens(operand, site.depth, edit)
         if operand.rotation is None or not rotated:
             return value
         attributes = {name: attribute.value for name, attribute in operand.rotation.attributes.items()}

@@ -6,16 +6,21 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int, is_op, producer
 from graphopt.analysis.dims import Dim
 from graphopt.analysis.shapes import Shape, ShapeFacts
 from graphopt.graph.cache_flow import qualified
+from graphopt.graph.constants import is_constant
+from graphopt.graph.edits import Editor
 from graphopt.passes.fold.layers import Layer, layer_of, sole_reader
 
 TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _SWAPPED = [0, 2, 1, 3]
+_FURTHEST = 6
+"""Nodes between a cache of features and the keys that are rebuilt from it, at most."""
 
 
 class NotTaken(Exception):
@@ -117,6 +122,8 @@ def read(node: ir.Node, facts: ShapeFacts) -> CachedSite | None:
     shared = shared_cache(k, v) if past_key is None and past_value is None else None
     if shared is not None:
         past_key, past_value = shared
+    if past_key is None and past_value is None and _from_features(k) and _from_features(v):
+        raise NotTaken("its keys and values are rebuilt from features, and the operator caches them as they are")
     if past_key is None or past_value is None:
         return None
     if any(attribute.is_ref() for attribute in node.attributes.values()):
@@ -194,6 +201,19 @@ def shared_cache(keys: ir.Value, values: ir.Value) -> tuple[ir.Value, ir.Value] 
     return past_key, past_value
 
 
+def _from_features(value: ir.Value) -> bool:
+    """Whether keys or values are a product of what is cached with a constant, as `low-rank-kv` writes them."""
+    current: ir.Value | None = value
+    product = False
+    for _ in range(_FURTHEST):
+        node = None if current is None else current.producer()
+        if node is None or not is_op(node, "Add", "Concat", "MatMul", "RotaryEmbedding"):
+            break
+        product |= node.op_type == "MatMul" and is_constant(node.inputs[1])
+        current = node.inputs[0]
+    return product and current is not None and current.is_graph_input()
+
+
 def _number(node: ir.Node, name: str) -> float | None:
     attribute = node.attributes.get(name)
     return None if attribute is None else float(attribute.as_float())
@@ -235,6 +255,16 @@ def swaps(transpose: ir.Node) -> bool:
 def is_joined(shape: Shape | None, rows: tuple[Dim, Dim], width: int) -> bool:
     """Whether a shape is [batch, tokens, heads · depth]."""
     return shape is not None and len(shape) == 3 and tuple(shape[:2]) == rows and shape[2] == width
+
+
+def as_tokens(operand: Operand, depth: int, edit: Editor) -> ir.Value:
+    """An operand, before its rotation, as [batch, tokens, heads · depth]; written at the editor's site."""
+    value = operand.value
+    if operand.layout == "heads":
+        value = edit.op("Transpose", [value], {"perm": _SWAPPED})
+    if operand.layout != "tokens":
+        value = edit.op("Reshape", [value, edit.constant(np.array([0, 0, operand.heads * depth]), "joined")])
+    return value
 
 
 def token_outputs(result: ir.Value, site: CachedSite, facts: ShapeFacts) -> Iterator[ir.Value]:

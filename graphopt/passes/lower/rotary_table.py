@@ -99,7 +99,7 @@ class RotaryTables:
             or len(shape) != (3 if positions is None else 2)
         ):
             return None
-        return (cos, sin, positions) if positions is not None else (self._bare(cos), self._bare(sin), None)
+        return (cos, sin, positions) if positions is not None else (self.bare(cos), self.bare(sin), None)
 
     def plan(self, site: CachedSite, mask: ir.Value | None) -> Table | None:
         """The table for a site; None where the operator can't rotate, as where it would do so by places in a cache that
@@ -215,7 +215,7 @@ class RotaryTables:
             made.append(edit.op("Pad", [new, pads, None, axes]))
         return made
 
-    def _bare(self, value: ir.Value) -> ir.Value:
+    def bare(self, value: ir.Value) -> ir.Value:
         """What an Expand repeats nothing of, or only along the batch."""
         node = producer(value, "Expand")
         source = None if node is None else node.inputs[0]
