@@ -12,7 +12,6 @@ from exactness import parse_weighted
 
 from graphopt.calibration.calibration import Calibration
 from graphopt.calibration.data import ArrayDataset
-from graphopt.errors import UsageError
 from graphopt.graph.edits import nodes
 from graphopt.pass_manager import PassManager
 from graphopt.passes.quantize.allocate_bits import AllocateBits
