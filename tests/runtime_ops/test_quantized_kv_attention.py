@@ -249,6 +249,22 @@ def test_a_shared_cache_that_is_too_short_is_told() -> None:
         run(attributes, inputs)
 
 
+def test_models_without_the_attribute_run_as_ever() -> None:
+    attributes = node()
+    inputs = feed(attributes, tokens(attributes, 1, 12, 16), cache(attributes, 1, 20, 16), [11], 6)
+    content = onnx.load_from_string(node_model(NAME, inputs, attributes))
+    kept = [attribute for attribute in content.graph.node[0].attribute if attribute.name != "shared"]
+    del content.graph.node[0].attribute[:], content.functions[:]
+    content.graph.node[0].attribute.extend(kept)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library_path()))
+    session = onnxruntime.InferenceSession(content.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for have, want in zip(
+        session.run(None, {f"input{i}": array for i, array in enumerate(inputs)}), run(attributes, inputs), strict=True
+    ):
+        np.testing.assert_array_equal(have, want)
+
+
 def test_a_present_that_is_left_out_is_told() -> None:
     attributes = node()
     inputs = feed(attributes, tokens(attributes, 1, 1, 16), cache(attributes, 1, 20, 16), [0], 6)
