@@ -44,6 +44,7 @@ def _first(count: int) -> tuple[str, Callable[[Found], Steps]]:
     return f"share-kv {MOST}", lambda found: ({"share-kv": {"pairs": found["pairs"][:count], "heal": True}},)
 
 
+KV4: Steps = ({"quantize-kv": {"key_bits": 4, "value_bits": 4}},)
 STATIC: Steps = ({"quantize-kv": {"operator": "contrib"}},)
 VARIANTS = (
     Variant(FLOAT, "float32, GroupQueryAttention"),
@@ -56,13 +57,15 @@ VARIANTS = (
     Variant("one head", "one head of keys and values of three, refitted", ({"merge-kv-heads": {"heal": True}},)),
     Variant("one head, mean", "the same, the mean alone", ({"merge-kv-heads": {}},)),
     Variant("kv8", "8 bits", ({"quantize-kv": {}},)),
-    Variant("kv4", "4 bits", ({"quantize-kv": {"key_bits": 4, "value_bits": 4}},)),
+    Variant("kv4", "4 bits", KV4),
     Variant("kv3", "3 bits", ({"quantize-kv": {"key_bits": 3, "value_bits": 3}},)),
     Variant("K4V2", "keys 4 bits, values 2", ({"quantize-kv": {"key_bits": 4, "value_bits": 2}},)),
     Variant("K2V4", "keys 2 bits, values 4", ({"quantize-kv": {"key_bits": 2, "value_bits": 4}},)),
     Variant("kv 3 by loss", "3 bits in the mean, by layer and part, by loss", ({"quantize-kv": {"budget": 3}},)),
     Variant("kv 3 by norms", "the same by norms", ({"quantize-kv": {"budget": 3, "sensitivity": "norms"}},)),
     Variant("int8", "8 bits, static scales, ONNX Runtime's operator", behind=STATIC),
+    Variant("share-kv 3, kv4", "share-kv 3 and kv4",
+            takes=(f"share-kv {MOST}", lambda found: (*_first(3)[1](found), *KV4))),
     Variant("share-kv 3, int8", "share-kv 3 and int8", behind=STATIC, takes=_first(3)),
     Variant(f"share-kv {MOST}, int8", f"share-kv {MOST} and int8", behind=STATIC, takes=_first(MOST)),
 )  # fmt: skip

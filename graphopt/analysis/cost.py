@@ -242,7 +242,7 @@ def _flops(node: ir.Node, shape: ShapeOf) -> int | None:
     if node.domain == DOMAIN and (operator := operators().get(node.op_type)) is not None:
         try:
             return operator.cost([shape(v) for v in node.inputs], operator.read(node)).flops
-        except (TypeError, IndexError, KeyError, AssertionError):  # a size that isn't known
+        except (TypeError, IndexError, KeyError, ValueError, AssertionError):  # a size that isn't known
             return None
     if node.op_type in MOVES:
         return 0

@@ -99,14 +99,16 @@ class TrialCache:
 
     Args:
         folder: The folder, which is made at the first `save`; None: nothing is kept.
-        model: The model, with its weights.
+        model: The model, with its weights; None: they hang on no model.
         parts: What else the trials hang on: the data, and what is tried.
         most_bytes: What the folder may hold.
     """
 
-    def __init__(self, folder: Path | None, model: ir.Model, *parts: str, most_bytes: int = MOST_BYTES) -> None:
-        self._most = most_bytes
-        self._path = None if folder is None else folder / f"{digest(FORMAT, 'trials', _content(model), *parts)}.npz"
+    def __init__(self, folder: Path | None, model: ir.Model | None, *parts: str, most_bytes: int = MOST_BYTES) -> None:
+        self._most, self._path = most_bytes, None
+        if folder is not None:
+            content = "" if model is None else _content(model)
+            self._path = folder / f"{digest(FORMAT, 'trials', content, *parts)}.npz"
         self._found: dict[str, Array] = {}
         if self._path is None:
             return

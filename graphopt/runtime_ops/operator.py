@@ -124,12 +124,13 @@ class Operator:
         return values
 
     def read(self, node: ir.Node) -> dict[str, Any]:
-        """The attributes of a node, by name.
+        """The attributes of a node, by name, with the defaults of those that are younger than its model.
 
         Raises:
-            KeyError: One is missing.
+            ValueError: One is missing.
         """
-        return {attribute.name: node.attributes[attribute.name].value for attribute in self.attributes}
+        known = {attribute.name for attribute in self.attributes} & node.attributes.keys()
+        return self.attributes_of(**{name: node.attributes[name].value for name in known})
 
     def bodies(self) -> list[ir.Function]:
         """New copies of the portable body and of the functions that it is made of, the body first."""

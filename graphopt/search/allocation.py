@@ -20,6 +20,8 @@ from graphopt.errors import UsageError
 
 UNITS = 8192
 """Parts that a budget is counted in: the allocation may use less than the whole by one part for each item at most."""
+PRICES = 40
+"""Prices that a search tries, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +120,69 @@ def allocate(items: Sequence[Item], budget: float, units: int = UNITS) -> Alloca
         if choice.cost > floor:
             spent -= math.ceil((choice.cost - floor) / part - 1e-9)
     return Allocation(tuple(reversed(chosen)))
+
+
+def allocate_both(
+    items: Sequence[Item], budget: float, others: Sequence[Sequence[float]], other_budget: float
+) -> Allocation:
+    """The choices of little loss whose costs keep one budget, and whose costs of another kind keep another.
+
+    By Lagrangian relaxation: `allocate` with losses to which the other costs are added at a price, and the least price
+    is taken, by bisection, at which they keep their budget. Both budgets always hold. The loss is the least of all
+    allocations that cost no more of both; where the other costs end below their budget a better one may have been
+    missed, which takes choices between two prices.
+
+    Args:
+        items: What to choose for, with choices of different names.
+        budget: The most that the costs may sum to.
+        others: The other cost of each choice of each item.
+        other_budget: The most that these may sum to.
+
+    Raises:
+        UsageError: As `allocate`, or no choices keep both.
+    """
+    _check(items)
+    known = {
+        (number, choice.name): (choice, cost)
+        for number, (item, costs) in enumerate(zip(items, others, strict=True))
+        for choice, cost in zip(item.choices, costs, strict=True)
+    }
+
+    def priced(price: float, weight: float = 1.0) -> tuple[Allocation, float]:
+        changed = []
+        for number, item in enumerate(items):
+            choices = (known[number, choice.name] for choice in item.choices)
+            changed.append(
+                Item(item.name, tuple(dataclasses.replace(c, loss=weight * c.loss + price * o) for c, o in choices))
+            )
+        found = [known[number, choice.name] for number, choice in enumerate(allocate(changed, budget).chosen)]
+        return Allocation(tuple(choice for choice, _ in found)), math.fsum(cost for _, cost in found)
+
+    best, spent = priced(0.0)
+    if spent <= other_budget:
+        return best
+    best, spent = priced(1.0, 0.0)
+    if spent > other_budget:
+        raise UsageError(
+            f"No choices keep both budgets: within {budget:g} of the one cost, the other comes to {spent:g}, more than "
+            f"{other_budget:g}."
+        )
+    scale = max(abs(choice.loss) for choice, _ in known.values()) or 1.0
+    low, high = 0.0, scale / max(other_budget, spent, 1e-300)
+    for _ in range(PRICES):
+        found, spent = priced(high)
+        if spent <= other_budget:
+            best = found
+            break
+        low, high = high, 2 * high
+    for _ in range(PRICES):
+        middle = (low + high) / 2
+        found, spent = priced(middle)
+        if spent <= other_budget:
+            best, high = found, middle
+        else:
+            low = middle
+    return best
 
 
 def frontier(items: Sequence[Item]) -> list[Allocation]:

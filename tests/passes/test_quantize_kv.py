@@ -313,7 +313,7 @@ def test_a_window_and_a_softcap(tmp_path: Path) -> None:
         ("x = Gather(embedding, input_ids)", "n = ReduceMax<keepdims = 0>(past_key)\n  e = Gather(embedding, input_ids)\n"
          "  x = Add(e, n)", "'past_key' is read by a ReduceMax too"),
         ("logits = MatMul(o2, wo)", "n = ReduceMax<keepdims = 0>(present_key)\n  raw = MatMul(o2, wo)\n"
-         "  logits = Add(raw, n)", "'present_key' is read in the graph"),
+         "  logits = Add(raw, n)", "'present_key' is read by a ReduceMax"),
         ("mask, past_key, past_value)", ", past_key, past_value)", "--assume"),
     ],
 )  # fmt: skip

@@ -20,7 +20,12 @@ ISAS = ("generic", "avx2", "avx512")
 
 
 def node_model(
-    name: str, inputs: Sequence[Any], attributes: Mapping[str, Any], opset: int = 21, fixed: bool = False
+    name: str,
+    inputs: Sequence[Any],
+    attributes: Mapping[str, Any],
+    opset: int = 21,
+    fixed: bool = False,
+    outputs: int | None = None,
 ) -> bytes:
     """A model of one node.
 
@@ -30,6 +35,7 @@ def node_model(
         attributes: The node's attributes; defaults are added.
         opset: Of the standard operators.
         fixed: Declare the sizes of the inputs, as a model's constants do.
+        outputs: How many of its outputs are the model's; None: all.
     """
     operator = operators()[name]
     values: list[ir.Value | None] = []
@@ -53,7 +59,7 @@ def node_model(
         given = values[0].dtype if kind == "T" and values[0] is not None else ir.DataType[kind.upper()]
         output.type = ir.TensorType(ir.DataType(int(given or 1)))
     graph = ir.Graph(
-        [v for v in values if v is not None], node.outputs, nodes=[node], opset_imports={"": opset}, name="g"
+        [v for v in values if v is not None], node.outputs[:outputs], nodes=[node], opset_imports={"": opset}, name="g"
     )
     model = ir.Model(graph, ir_version=10 if opset > 20 else 9)
     add_body(model, name)

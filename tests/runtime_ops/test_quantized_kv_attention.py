@@ -36,7 +36,7 @@ def model(attributes: tuple[tuple[str, Any], ...], half: bool, opset: int = 21) 
     dtype = np.float16 if half else np.float32
     given = [np.zeros((1, 1, 1), dtype)] * 3 + [np.zeros((1,) * 4, np.uint8), np.zeros((1,) * 4, np.float16)]
     given += [np.zeros((1,) * 5, np.float16), np.zeros(1, np.int32)] + [np.zeros((1, 1), np.float32)] * 2
-    return node_model(NAME, given, dict(attributes), opset)
+    return node_model(NAME, given, dict(attributes), opset, outputs=1 if dict(attributes)["shared"] else None)
 
 
 @functools.lru_cache(64)
@@ -204,6 +204,77 @@ def test_all_instructions(isa: str, case: dict[str, Any]) -> None:
             first = feed(attributes, [a[:, :139] for a in everything], past, [138], 8)
             _, *past = judge(attributes, first, 5e-4)
             judge(attributes, feed(attributes, [a[:, 139:] for a in everything], past, [139], 8), 5e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_shared_cache_is_read_as_its_own(name: str, kernel: bool) -> None:
+    """With other queries than those of the node that wrote it: a prompt of rows of two lengths, then token by token."""
+    attributes, depth = node(**CASES[name]), 16
+    everything = tokens(attributes, 2, 70, depth)
+    past, done = cache(attributes, 2, 90, depth), np.array([0, 0])
+    for new, count in ((47, (47, 20)), *[(1, (1, 1))] * 9):
+        done = done + count
+        inputs = feed(attributes, [array[:, :new] for array in everything], past, list(done - 1), 6)
+        inputs[0] = inputs[0][:, :, ::-1].copy()
+        own, *present = run(attributes, inputs, kernel)
+        reading = [*inputs[:3], *present, *inputs[6:]]
+        (shared,) = run({**attributes, "shared": 1}, reading, kernel)
+        np.testing.assert_allclose(shared, own, atol=1e-5)
+        past = present
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pieces_behind_a_shared_cache(name: str) -> None:
+    """The first tokens of a long piece see blocks whose tokens have left the ring; the kernel and the body alike."""
+    attributes, depth = node(**CASES[name]), 16
+    everything = tokens(attributes, 2, 70, depth)
+    past, done = cache(attributes, 2, 90, depth), np.array([0, 0])
+    for new, count in ((26, (26, 19)), (30, (30, 30)), (3, (3, 3)), (9, (9, 9))):
+        done = done + count
+        inputs = feed(attributes, [array[:, :new] for array in everything], past, list(done - 1), 6)
+        own, *past = run(attributes, inputs)
+        (shared,) = judge({**attributes, "shared": 1}, [*inputs[:3], *past, *inputs[6:]], 5e-4)
+        assert not shared[1, count[1] :].any()
+        # What the two newest tokens see hasn't left the ring.
+        for row, real in enumerate(count):
+            np.testing.assert_allclose(shared[row, :real][-2:], own[row, :real][-2:], atol=1e-5)
+
+
+def test_a_shared_cache_that_is_too_short_is_told() -> None:
+    attributes = node(shared=1)
+    everything = tokens(attributes, 1, 70, 16)
+    inputs = feed(attributes, everything, cache(attributes, 1, 20, 16), [69], 6)
+    with pytest.raises(Exception, match="the shared cache has 1 blocks, and its tokens take 8"):
+        run(attributes, inputs)
+
+
+def test_models_without_the_attribute_run_as_ever() -> None:
+    attributes = node()
+    inputs = feed(attributes, tokens(attributes, 1, 12, 16), cache(attributes, 1, 20, 16), [11], 6)
+    content = onnx.load_from_string(node_model(NAME, inputs, attributes))
+    kept = [attribute for attribute in content.graph.node[0].attribute if attribute.name != "shared"]
+    del content.graph.node[0].attribute[:], content.functions[:]
+    content.graph.node[0].attribute.extend(kept)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library_path()))
+    session = onnxruntime.InferenceSession(content.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for have, want in zip(
+        session.run(None, {f"input{i}": array for i, array in enumerate(inputs)}), run(attributes, inputs), strict=True
+    ):
+        np.testing.assert_array_equal(have, want)
+
+
+def test_a_present_that_is_left_out_is_told() -> None:
+    attributes = node()
+    inputs = feed(attributes, tokens(attributes, 1, 1, 16), cache(attributes, 1, 20, 16), [0], 6)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(library_path()))
+    content = onnx.load_from_string(node_model(NAME, inputs, attributes, outputs=1))
+    content.graph.node[0].output[1:] = ["", "", ""]
+    session = onnxruntime.InferenceSession(content.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    with pytest.raises(Exception, match="only a shared cache"):
+        session.run(None, {f"input{i}": array for i, array in enumerate(inputs)})
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from graphopt.errors import UsageError
-from graphopt.search.allocation import Allocation, Choice, Item, allocate, frontier
+from graphopt.search.allocation import Allocation, Choice, Item, allocate, allocate_both, frontier
 
 WHOLE = st.integers(0, 12)
 CHOICES = st.lists(st.tuples(WHOLE, WHOLE), min_size=1, max_size=4)
@@ -95,3 +96,38 @@ def test_mistakes(items: list[Item], why: str) -> None:
     for function in (lambda: allocate(items, 1), lambda: frontier(items)):
         with pytest.raises(UsageError, match=why):
             function()
+
+
+@given(ITEMS, st.integers(0, 60), st.integers(0, 60), st.randoms(use_true_random=False))
+def test_two_budgets_hold_together(drawn: list[list[tuple[int, int]]], budget: int, other: int, random: Random) -> None:
+    items = [Item(f"site{n}", tuple(Choice(str(c), *one) for c, one in enumerate(of))) for n, of in enumerate(drawn)]
+    others = [[float(random.randint(0, 12)) for _ in item.choices] for item in items]
+
+    def other_cost(found: Allocation) -> float:
+        return sum(costs[int(choice.name)] for costs, choice in zip(others, found.chosen, strict=True))
+
+    possible = [one for one in every(items) if one.cost <= budget and other_cost(one) <= other]
+    try:
+        found = allocate_both(items, budget, others, other)
+    except UsageError:
+        assert not possible
+        return
+    assert found.cost <= budget * (1 + 1e-9) + 1e-9
+    assert other_cost(found) <= other
+    assert all(choice in item.choices for choice, item in zip(found.chosen, items, strict=True))
+    # What costs less of both and loses less would have been taken.
+    better = [one for one in possible if one.loss < found.loss - 1e-9 and one.cost <= found.cost]
+    assert not [one for one in better if other_cost(one) <= other_cost(found)]
+
+
+def test_one_of_two_budgets_that_binds_decides() -> None:
+    items = [
+        Item("a", (Choice("small", 1, 4), Choice("large", 3, 0))),
+        Item("b", (Choice("small", 1, 1), Choice("large", 3, 0))),
+    ]
+    assert allocate_both(items, 4, [[9, 9], [9, 9]], 18) == allocate(items, 4)
+    # The large one of "a" is the slow one.
+    found = allocate_both(items, 4, [[1, 5], [1, 1]], 4)
+    assert [choice.name for choice in found.chosen] == ["small", "large"]
+    with pytest.raises(UsageError, match="both budgets"):
+        allocate_both(items, 2, [[5, 1], [5, 1]], 4)

@@ -16,10 +16,11 @@ from graphopt.graph.edits import Editor
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.passes.base import Guarantee
 from graphopt.passes.kv.cache_bits import WIDTHS, allocated, as_options, bits_given, by_loss, by_norms, cached_sites
+from graphopt.passes.kv.cache_readers import cache_readers, same_rotation
 from graphopt.passes.kv.position_tables import PositionTable, PositionTables
 from graphopt.passes.kv.static_cache import GROUP_QUERY, StaticCaches
 from graphopt.passes.lower.cached_attention import CachedAttentionPass
-from graphopt.passes.lower.cached_site import CachedSite, NotTaken
+from graphopt.passes.lower.cached_site import CachedSite, NotTaken, read
 from graphopt.passes.lower.rotary_table import Need, first_input
 from graphopt.runtime_ops.operator import DOMAIN, OLDEST_OPSET, add_body, operators
 from graphopt.runtime_ops.quantized_kv_attention import CacheLayout, layout_of
@@ -41,6 +42,7 @@ class _Plan:
         table: The rotations by position; None: nothing is rotated inside.
         readers: Nodes that ask for the shape of the old cache.
         ids: An input [B, new tokens, ...] where there are such, else None.
+        borrowers: Later sites that read this one's cache, with their plans.
     """
 
     mask: ir.Value
@@ -50,6 +52,7 @@ class _Plan:
     table: PositionTable | None
     readers: list[ir.Node]
     ids: ir.Value | None
+    borrowers: list[tuple[CachedSite, _Plan]] = dataclasses.field(default_factory=list)
 
 
 class QuantizeKV(CachedAttentionPass):
@@ -78,6 +81,8 @@ class QuantizeKV(CachedAttentionPass):
        alone are rounded to 3 bits, told by trials in one session; with `norms` the squared norm of the projection,
        without data (More for Keys, Less for Values: Adaptive KV Cache Quantization, Hariri et al., 2025). What was
        chosen is among the options that the report lists, as `sites`.
+    5. Layers that read an earlier layer's cache (`share-kv`) get the operator together with that layer: its cache is
+       written by the earlier one alone, and they read it (`shared`).
 
     The portable body of the operator goes into the model, so that it runs on an ONNX Runtime without the library too,
     but slowly: for every token the whole cache is unpacked.
@@ -171,7 +176,7 @@ class QuantizeKV(CachedAttentionPass):
         self._none: ir.Value | None = None
         self._static = None
         interface = kv_interface(model)
-        pairs = interface.pairs if interface is not None else ()
+        pairs = () if interface is None else interface.pairs
         self._layers = {pair.past: pair.layer for pair in pairs if pair.part == "key"}
         if self.budget is not None and interface is not None:
             if self.sensitivity == "loss":
@@ -200,8 +205,9 @@ class QuantizeKV(CachedAttentionPass):
     def take(self, site: CachedSite, edit: Editor) -> bool:
         """Write the operator in place of a site; see the base."""
         plan = self._plan(site, edit)
-        self.rely_on_all(plan.needs, edit.model)
-        self.applied(site.node, self._said(site, plan))
+        for one, of_one in [(site, plan), *plan.borrowers]:
+            self.rely_on_all(of_one.needs, edit.model)
+            self.applied(one.node, self._said(site, of_one) + ("" if one is site else ", of an earlier layer's cache"))
         self._write(site, plan, edit)
         return True
 
@@ -211,12 +217,12 @@ class QuantizeKV(CachedAttentionPass):
         if site.node.graph is not edit.model.graph:
             raise NotTaken("it stands in a subgraph or function")
         if site.shared is not None:
-            raise NotTaken("it reads the cache of an earlier layer, of which the operator would need the codes")
+            raise NotTaken("it reads the cache of an earlier layer, which stays as it is")
         if edit.opset < OLDEST_OPSET:
             raise NotTaken(f"the operator's body needs opset {OLDEST_OPSET}")
         if self.group_size and site.depth % self.group_size:
             raise NotTaken(f"groups of {self.group_size} don't divide its {site.depth} features")
-        readers = self._readers(site)
+        readers, sharing = cache_readers(site)
         ids = first_input(edit.model, self._facts, site)
         if readers and ids is None:
             raise NotTaken("the length of its cache is read, and no input tells how many tokens are new")
@@ -226,31 +232,30 @@ class QuantizeKV(CachedAttentionPass):
         if table is not None:
             needs += table.needs
         self.require(needs)
-        return _Plan(mask, padding is not None, window, needs, table, readers, ids)
+        plan = _Plan(mask, padding is not None, window, needs, table, readers, ids)
+        return dataclasses.replace(plan, borrowers=[self._borrower(node, site, plan) for node in sharing])
 
-    @staticmethod
-    def _readers(site: CachedSite) -> list[ir.Node]:
-        """The nodes that ask for the shape of a site's cache; nothing else may read it.
+    def _borrower(self, node: ir.Node, donor: CachedSite, plan: _Plan) -> tuple[CachedSite, _Plan]:
+        """A site that reads the cache of an earlier one, and how it is written.
 
         Raises:
-            NotTaken: Something does, or it isn't given in and out.
+            NotTaken: It can't be written with that cache.
         """
-        if len(site.node.outputs) < 3 or site.past_key is site.past_value:
-            raise NotTaken("its keys and values aren't given in and out each by itself")
-        found: dict[ir.Node, None] = {}
-        for past, present in zip((site.past_key, site.past_value), site.node.outputs[1:3], strict=True):
-            if not past.is_graph_input() or past.is_initializer() or not present.is_graph_output():
-                raise NotTaken("its cache isn't an input and an output of the model")
-            if present.uses():
-                layers = all(user.op_type in ("Attention", "GroupQueryAttention") for user, _ in present.uses())
-                raise NotTaken(f"{present.name!r} is read {'by a later layer' if layers else 'in the graph'}")
-            for user, _ in past.uses():
-                if user is site.node:
-                    continue
-                if user.op_type != "Shape" or user.graph is not site.node.graph:
-                    raise NotTaken(f"{past.name!r} is read by a {user.op_type} too")
-                found[user] = None
-        return list(found)
+        try:
+            site = read(node, self._facts)
+            if site is None or site.shared != tuple(donor.node.outputs[1:3]) or node.graph is not donor.node.graph:
+                raise NotTaken("it reads something else than the whole of that cache")
+            padding, window, needs = self.mask(site)
+            if padding is not (plan.mask if plan.padded else None):
+                raise NotTaken("its mask counts other tokens")
+            if plan.table is not None:
+                table = self._positions.plan(site, plan.mask)
+                if table is None or not same_rotation(site, table, donor, plan.table):
+                    raise NotTaken("its queries aren't rotated as the keys of that cache are")
+            self.require(needs)
+        except NotTaken as reason:
+            raise NotTaken(f"a later layer reads its cache ({node.name!r}), and {reason}") from reason
+        return site, dataclasses.replace(plan, window=window, needs=needs, readers=[], borrowers=[])
 
     def _whole_mask(self, site: CachedSite, model: ir.Model) -> ir.Value:
         """An input [B, past and new tokens], of which the length counts where its padding isn't read."""
@@ -264,22 +269,7 @@ class QuantizeKV(CachedAttentionPass):
 
     def _write(self, site: CachedSite, plan: _Plan, edit: Editor) -> None:
         edit.at(site.node)
-        rotation = site.rotation if plan.table is not None else None
-        attributes = operators()[OPERATOR].attributes_of(
-            num_heads=site.heads,
-            kv_num_heads=site.kv_heads,
-            scale=1 / math.sqrt(site.depth) if site.scale is None else site.scale,
-            softcap=site.softcap,
-            local_window_size=plan.window or -1,
-            key_bits=self._bits(site)[0],
-            value_bits=self._bits(site)[1],
-            key_per_channel=int(self.key_per_channel),
-            block_size=self.block_size,
-            group_size=self.group_size,
-            window=self.window,
-            rotate_at_read=int(self.rotate_at_read and plan.table is not None),
-            rotary_interleaved=0 if rotation is None else attribute_int(rotation, "interleaved", 0),
-        )
+        attributes = self._attributes(site, site, plan)
         tokens = [self.tokens(o, site, edit, rotated=plan.table is None) for o in (site.q, site.k, site.v)]
         pasts = self._inputs(site, layout_of(attributes, site.depth), edit)
         lengths = self._lengths_of(plan.mask, plan.padded, edit)
@@ -290,10 +280,38 @@ class QuantizeKV(CachedAttentionPass):
         assert made is not None
         for reader in plan.readers:
             self._answer(reader, site, plan, edit)
+        presents = list(made.outputs[1:])
+        for borrower, of_borrower in plan.borrowers:
+            edit.at(borrower.node)
+            query = self.tokens(borrower.q, borrower, edit, rotated=plan.table is None)
+            attributes = self._attributes(borrower, site, of_borrower) | {"shared": 1}
+            inputs = [query, *tokens[1:], *presents, lengths, *tables]
+            # The body has four outputs, and checks of types take no fewer on the node.
+            self.replace(borrower, edit.op(OPERATOR, inputs, attributes, domain=DOMAIN, outputs=4), edit)
+        edit.at(site.node)
         self._outputs(site, made, edit)
         self.replace(site, y, edit)
         for value in (site.past_key, site.past_value):
             edit.model.graph.inputs.remove(value)
+
+    def _attributes(self, site: CachedSite, donor: CachedSite, plan: _Plan) -> dict[str, Any]:
+        """The attributes of the operator in place of `site`, whose cache is that of `donor`."""
+        rotation = site.rotation if plan.table is not None else None
+        return operators()[OPERATOR].attributes_of(
+            num_heads=site.heads,
+            kv_num_heads=site.kv_heads,
+            scale=1 / math.sqrt(site.depth) if site.scale is None else site.scale,
+            softcap=site.softcap,
+            local_window_size=plan.window or -1,
+            key_bits=self._bits(donor)[0],
+            value_bits=self._bits(donor)[1],
+            key_per_channel=int(self.key_per_channel),
+            block_size=self.block_size,
+            group_size=self.group_size,
+            window=self.window,
+            rotate_at_read=int(self.rotate_at_read and plan.table is not None),
+            rotary_interleaved=0 if rotation is None else attribute_int(rotation, "interleaved", 0),
+        )
 
     def _inputs(self, site: CachedSite, layout: CacheLayout, edit: Editor) -> list[ir.Value]:
         """The new caches, among the inputs where the old ones are."""

@@ -70,9 +70,8 @@ class ShareKV(Pass):
     A projection that makes queries, keys and values at once is cut to the queries, where these stand side by side in
     it; where heads are packed one by one (GPT-NeoX), it goes on making all three.
 
-    **When not to use it:** where the cache is to be quantized by `QuantizedKVAttention` too: neither a layer that reads
-    another's cache nor its donor can be (`operator: contrib` can). On models that weren't trained so every layer costs
-    much.
+    **When not to use it:** on models that weren't trained so every layer costs much. `quantize-kv` behind it quantizes
+    the caches that are left.
     """
 
     name: ClassVar[str] = "share-kv"

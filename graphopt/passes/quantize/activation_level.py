@@ -139,14 +139,26 @@ class ActivationLevels:
         """Find the errors of a site whose rows were seen, while its weight is still the original one."""
         if block is None or not self.waiting(site):
             return
-        assert site.x is not None
         step = -(-rounded.weight.rows // OUTPUTS)
         numbers = some_rows(rounded.weight, step).dequantized()
         if rounded.branch is not None:
             numbers = numbers + rounded.branch.b[::step] @ rounded.branch.a
-        weight = weight_rows(site)[::step]
-        found = [activation_errors(rows, weight, numbers, block, limit) for rows, limit in self._rows[site.x]]
-        self._errors[site.node] = max(found, key=lambda one: one.excess)
+        errors = self.errors(site, weight_rows(site)[::step], numbers, block)
+        if errors is not None:
+            self._errors[site.node] = errors
+
+    def errors(self, site: LinearSite, weight: Floats, rounded: Floats, block: int) -> ActivationErrors | None:
+        """The largest errors on the rows that were seen of what a site reads; None: none were.
+
+        Args:
+            site: The site.
+            weight: Its weight, or some outputs of it, [N, K].
+            rounded: The same after rounding.
+            block: Neighbouring inputs that share a scale.
+        """
+        rows_seen = () if site.x is None else self._rows.get(site.x, ())
+        found = [activation_errors(rows, weight, rounded, block, limit) for rows, limit in rows_seen]
+        return max(found, key=lambda one: one.excess, default=None)
 
     def chosen(self, sites: Sequence[LinearSite], bits: int, block: int | None) -> tuple[Inputs, str]:
         """What the product with the weights of some sites makes of its inputs, and what the report says of it."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,17 +11,21 @@ import onnx_ir as ir
 
 from graphopt.analysis.attention_sites import attention_sites
 from graphopt.analysis.linear_sites import LinearSite
+from graphopt.analysis.profile_cache import this_machine
 from graphopt.analysis.shapes import infer
 from graphopt.calibration.cache import TrialCache
+from graphopt.errors import UsageError
 from graphopt.passes.base import Guarantee, SearchPass
+from graphopt.passes.quantize.bit_budget import parsed
+from graphopt.passes.quantize.latency import ROWS, Latency, latency
 from graphopt.passes.quantize.packing import packed_bytes
+from graphopt.passes.quantize.product_times import nearest
 from graphopt.passes.quantize.quantize_weights import TABLES, QuantizeWeights
 from graphopt.passes.quantize.setting import Setting
 from graphopt.passes.quantize.site_weights import as_stored, table_group, weight_rows
-from graphopt.search.allocation import Allocation, Choice, Item, allocate, frontier
+from graphopt.search.allocation import Allocation, Choice, Item, allocate, allocate_both, frontier
 from graphopt.verification.trials import Trials
 
-Measure = Literal["bits", "bytes", "kl"]
 CANDIDATES: tuple[dict[str, Any], ...] = (
     {"bits": 2, "group_size": 32},
     {"bits": 3, "group_size": 128},
@@ -33,9 +36,6 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
 """What a weight may get: widths and groups that the operators run fast, from the smallest to what loses nothing."""
 PROBE = {"bits": 4, "group_size": 128}
 """What each weight is rounded to for its sensitivity."""
-ROWS = 96
-"""Rows of a weight by which its errors are told."""
-_UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _TABLE_BITS = (4, 8)
 """Of what is looked up by rows."""
 Array = npt.NDArray[Any]
@@ -45,7 +45,7 @@ Floats = npt.NDArray[np.float32]
 class AllocateBits(SearchPass):
     """Quantize weights, each with the bits and groups that together lose least under a budget.
 
-        minimise Σ_l α_l · e_l(c_l)   with   Σ_l bytes_l(c_l) ≤ budget
+        minimise Σ_l α_l · e_l(c_l)   with   Σ_l bytes_l(c_l) ≤ budget   (or seconds)
         e_l(c) = |W_l − Q_c(W_l)|² / |W_l|²,   α_l = D_l(p) / e_l(p)
 
     For small errors the loss of a model is a sum over its weights, each in proportion to the weight's relative squared
@@ -63,10 +63,20 @@ class AllocateBits(SearchPass):
        all, and their order stays.
     4. What a trial gave is kept in the cache of calibration as soon as it is made. It doesn't hang on the budget or the
        candidates, so that another budget, or a run that was interrupted, takes up what is there.
-    5. Then `quantize-weights` runs with what was chosen.
+    5. A budget of latency counts the time of the products of one token, on the machine at hand: Σ_l t_l(c_l) in place
+       of bytes. Each distinct shape with each candidate, and with a float weight, is timed in ONNX Runtime, all in
+       turn; products stand in chains of several, with weights of their own, and between two runs of a chain all others
+       run, so that weights come from where they come from in the model, and not always from the cache. What a product
+       makes of its inputs counts too (rule 6 of `quantize-weights`). The rest of a token (attention, normalizations)
+       isn't counted, nor are branches of low rank. The times are kept in the cache of calibration; the report has the
+       time that was predicted, and that of float products. With bytes and latency both are kept, by a price on time
+       (Lagrangian relaxation).
+    6. Then `quantize-weights` runs with what was chosen.
 
     **Options:** `budget` (default 4.25): bits per weight, all weights together; or bytes of the weights, as "80MB"; or
-    a divergence that may be expected, as "kl=0.1": the fewest bytes that keep below it; `candidates` (default: 2 bits
+    a divergence that may be expected, as "kl=0.1": the fewest bytes that keep below it; or a latency, as "latency=0.5",
+    half of the time of the float products, or "latency=12ms", their time at one token, by rule 5; or bits or bytes with
+    a latency, as "80MB, latency=0.5"; `candidates` (default: 2 bits
     in groups of 32, 3 in 128, 4 in 128 and 32, 8 in 64): options of `quantize-weights` that a weight may get, of other
     grids too, such as {grid: higgs, bits: 2} (what is looked up by rows gets integers in 4 or 8 bits); `samples`
     (default 2): of the data, for the trials; `symmetric` (default false): as of `quantize-weights`; `rounding` (default
@@ -98,7 +108,7 @@ class AllocateBits(SearchPass):
     ) -> None:
         super().__init__()
         self.budget = budget
-        self._measure, self._limit = _parsed(budget)
+        self._budget = parsed(budget)
         if samples < 1:
             raise ValueError(f"samples must be at least 1, not {samples}")
         self.samples, self.symmetric, self.rounding, self.tokens = samples, symmetric, rounding, tokens
@@ -110,11 +120,13 @@ class AllocateBits(SearchPass):
         for one in self.candidates:
             self._quantizer({"": one})
         self.sites_chosen: dict[str, dict[str, Any]] = {}
+        self.latency: dict[str, Any] | None = None
 
     def option_values(self) -> dict[str, Any]:
         """See the base; with what was chosen, once it is."""
         found = {} if self.expected is None else {"sites": self.sites_chosen}
-        return {**super().option_values(), **found}
+        timed = {} if self.latency is None else {"latency": self.latency}
+        return {**super().option_values(), **timed, **found}
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
@@ -126,7 +138,7 @@ class AllocateBits(SearchPass):
         if not groups:
             return False
         items = self._items(model, groups)
-        chosen = self._allocated(items, groups)
+        chosen = self._allocated(model, items, groups)
         self.expected = chosen.loss
         self.sites_chosen = {}
         for sites, choice in zip(groups, chosen.chosen, strict=True):
@@ -197,13 +209,54 @@ class AllocateBits(SearchPass):
             items.append(Item(sites[0].weight.name or "weight", tuple(choices)))
         return items
 
-    def _allocated(self, items: list[Item], groups: list[list[LinearSite]]) -> Allocation:
-        if self._measure == "kl":
+    def _allocated(self, model: ir.Model, items: list[Item], groups: list[list[LinearSite]]) -> Allocation:
+        budget = self._budget
+        if budget.divergence is not None:
             steps = frontier(items)
-            return next((one for one in steps if one.loss <= self._limit), steps[-1])
+            return next((one for one in steps if one.loss <= budget.divergence), steps[-1])
         weights = {site.weight: site.inputs * site.outputs for sites in groups for site in sites}
-        numbers = sum(weights.values())
-        return allocate(items, self._limit if self._measure == "bytes" else self._limit * numbers / 8)
+        most_bytes = budget.most_bytes(sum(weights.values())) if budget.sized else None
+        if not budget.timed:
+            assert most_bytes is not None
+            return allocate(items, most_bytes)
+        assert self.calibration is not None
+        settings = [[self._setting(options) for _, options in self._candidates_for(sites)] for sites in groups]
+        timed = latency(model, groups, settings, self.calibration, self.profile)
+        most_seconds = budget.most_seconds(timed.floats)
+        least = sum(min(seconds) for seconds in timed.seconds)
+        if least > most_seconds:
+            raise UsageError(
+                f"The budget {self.budget!r} can't be kept: the fastest candidates' products take {least * 1e3:.3g} ms "
+                f"for a token here, {least / timed.floats:.0%} of the {timed.floats * 1e3:.3g} ms of float ones."
+            )
+        if most_bytes is not None:
+            found = allocate_both(items, most_bytes, timed.seconds, most_seconds)
+        else:
+            found = allocate([_costing(*one) for one in zip(items, timed.seconds, strict=True)], most_seconds)
+        self.latency = _said(timed, items, found, self.calibration.threads)
+        return found
+
+
+def _costing(item: Item, costs: list[float]) -> Item:
+    """An item whose choices have other costs."""
+    pairs = zip(item.choices, costs, strict=True)
+    return Item(item.name, tuple(Choice(one.name, cost, one.loss) for one, cost in pairs))
+
+
+def _said(timed: Latency, items: list[Item], found: Allocation, threads: int | None) -> dict[str, Any]:
+    """What the report tells of times."""
+    predicted = sum(
+        costs[[choice.name for choice in item.choices].index(chosen.name)]
+        for item, costs, chosen in zip(items, timed.seconds, found.chosen, strict=True)
+    )
+    runtime, _, _ = this_machine()
+    counted = "its usual number of threads" if threads is None else f"{threads} thread{'s' if threads > 1 else ''}"
+    return {
+        "predicted_ms": round(predicted * 1e3, 4),
+        "float_ms": round(timed.floats * 1e3, 4),
+        "part": round(predicted / timed.floats, 4),
+        "measured": f"{timed.kinds} kinds of products at one token, in turn, by {runtime} with {counted}",
+    }
 
 
 def _tried(trials: Trials, sites: list[LinearSite], read: Mapping[str, Floats], probe: Setting) -> Array:
@@ -232,25 +285,8 @@ def _joined(groups: list[list[LinearSite]]) -> list[list[LinearSite]]:
 def _measured(rows: Floats, setting: Setting) -> tuple[float, float]:
     """Bytes of a weight [N, K] in a setting, and its squared error, both from some of its rows."""
     some = rows[:: max(1, len(rows) // ROWS)]
-    plain = setting.with_options({"rounding": "nearest", "weighed": False, "compensation": "none"})
-    weight = plain.round(np.ascontiguousarray(some)).weight
+    weight = nearest(setting).round(np.ascontiguousarray(some)).weight
     whole = len(rows) / len(some)
     # All weights share a codebook.
     bytes_ = packed_bytes(weight) - (0 if weight.levels is None else weight.levels.nbytes)
     return bytes_ * whole, float(np.square(some - weight.dequantized()).sum()) * whole
-
-
-def _parsed(budget: float | str) -> tuple[Measure, float]:
-    """What a budget counts, and how much of it there is.
-
-    Raises:
-        ValueError: It isn't of a known form.
-    """
-    if isinstance(budget, int | float) and not isinstance(budget, bool) and 0 < budget < 32:
-        return "bits", float(budget)
-    text = str(budget).strip().lower()
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b)", text):
-        return "bytes", float(match[1]) * _UNITS[match[2]]
-    if match := re.fullmatch(r"kl\s*=\s*(\d+(?:\.\d+)?)", text):
-        return "kl", float(match[1])
-    raise ValueError(f"budget is bits per weight (4.25), bytes (80MB) or a divergence (kl=0.1), not {budget!r}")

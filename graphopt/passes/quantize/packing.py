@@ -131,8 +131,7 @@ class Packer:
 
     def blocks_of(self, weight: QuantizedWeight) -> int | None:
         """The block in which `MatMulNBits` carries a weight; None: another operator does."""
-        block = block_of(weight.group_size, weight.columns)
-        return block if self.operator == "contrib" and _in_blocks(weight) and not weight.hadamard else None
+        return block_in_contrib(weight) if self.operator == "contrib" else None
 
     def product(self, x: ir.Value, weight: QuantizedWeight, name: str, inputs: Inputs = "int8") -> ir.Value:
         """The product of x with the transpose of a weight, [..., N], by the first operator that carries the weight.
@@ -315,6 +314,11 @@ def _in_blocks(weight: QuantizedWeight) -> bool:
     """Whether `MatMulNBits` and its kin carry a weight."""
     plain = weight.levels is None and weight.outliers is None and not weight.transposed
     return plain and weight.bits in _BLOCK_BITS and block_of(weight.group_size, weight.columns) is not None
+
+
+def block_in_contrib(weight: QuantizedWeight) -> int | None:
+    """The block in which `MatMulNBits` carries a weight; None: another operator does."""
+    return block_of(weight.group_size, weight.columns) if _in_blocks(weight) and not weight.hadamard else None
 
 
 def packed_bytes(weight: QuantizedWeight) -> int:

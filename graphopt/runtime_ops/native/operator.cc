@@ -141,6 +141,14 @@ int64_t Node::integer(const char* attribute) const {
   return value;
 }
 
+int64_t Node::integer(const char* attribute, int64_t otherwise) const {
+  int64_t value = 0;
+  OrtStatus* status = api_.KernelInfoGetAttribute_int64(info_, attribute, &value);
+  if (status == nullptr) return value;
+  api_.ReleaseStatus(status);
+  return otherwise;
+}
+
 float Node::number(const char* attribute) const {
   float value = 0;
   check(api_, api_.KernelInfoGetAttribute_float(info_, attribute, &value));
@@ -260,6 +268,17 @@ int64_t Inference::integer(const char* attribute) const {
   size_t size = 0;
   check(api_, api_.ReadOpAttr(found, abi::kInt, &value, sizeof value, &size));
   return value;
+}
+
+int64_t Inference::integer(const char* attribute, int64_t otherwise) const {
+  const OrtOpAttr* found = nullptr;
+  int64_t value = 0;
+  size_t size = 0;
+  OrtStatus* status = api_.ShapeInferContext_GetAttribute(context_, attribute, &found);
+  if (status == nullptr) status = api_.ReadOpAttr(found, abi::kInt, &value, sizeof value, &size);
+  if (status == nullptr) return value;
+  api_.ReleaseStatus(status);
+  return otherwise;
 }
 
 void Inference::output(size_t index, ElementType type, const Dims& dims) {

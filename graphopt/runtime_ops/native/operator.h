@@ -67,6 +67,8 @@ class Node {
 
   std::string name() const;
   int64_t integer(const char* attribute) const;
+  // `otherwise` where the node hasn't the attribute: models are older than it.
+  int64_t integer(const char* attribute, int64_t otherwise) const;
   float number(const char* attribute) const;
   std::vector<int64_t> integers(const char* attribute) const;
   // Whether input `index` is a constant of the model; then `tensor` is it.
@@ -138,6 +140,7 @@ class Inference {
   Dims input(size_t index) const;
   ElementType type(size_t index) const;
   int64_t integer(const char* attribute) const;
+  int64_t integer(const char* attribute, int64_t otherwise) const;  // as of Node
   void output(size_t index, ElementType type, const Dims& dims);
 
  private:

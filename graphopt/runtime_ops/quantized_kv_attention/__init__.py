@@ -134,6 +134,13 @@ outputs are longer; a bound buffer that is too short is an error. What isn't fil
 (keys that are rotated at read, and prompts, are multiplied in float32): results are within some 10⁻⁴ of the body's.
 The cache is the body's to the bit.
 
+**A shared cache.** With `shared` the cache that is given is the present of another node, which holds the new tokens
+already; key and value are those that this other node was given. Nothing is written, and the present is left out. The
+result is that of a node which puts the same new tokens behind the same past, with one exception: unquantized tokens of
+the past are known only as far as they are still in the ring of the present. So where several new tokens follow a past,
+the first of them see blocks quantized that a node of its own would still see as they were. In a prompt in one piece,
+and token by token, there are none.
+
 **Rows.** Row b holds seqlens_k[b] + 1 tokens in the end, of which the last S are new; where there are fewer than S, the
 first ones of the new tokens are its text and the rest is padding, whose outputs are 0. So a batch of prompts is padded
 on the right, and rows of different lengths go on from there by any number of tokens.
@@ -151,13 +158,11 @@ on the right, and rows of different lengths go on from there by any number of to
     ),
     outputs=(
         Parameter("output", "T", "[B, S, H · D]", "the attention's result"),
+        Parameter("present_codes", "uint8", "[B, max(C, blocks needed), KV, code bytes]", "the codes of both", True),
         Parameter(
-            "present_codes", "uint8", "[B, max(C, blocks needed), KV, code bytes]", "the codes with the new ones"
+            "present_scales", "float16", "[B, max(C, blocks needed), KV, scale numbers]", "the scales of both", True
         ),
-        Parameter(
-            "present_scales", "float16", "[B, max(C, blocks needed), KV, scale numbers]", "the scales with the new ones"
-        ),
-        Parameter("present_recent", "float16", "[B, KV, 2, window + W, D]", "the newest tokens"),
+        Parameter("present_recent", "float16", "[B, KV, 2, window + W, D]", "the newest tokens", True),
     ),
     attributes=(
         Attribute("num_heads", "int", "heads H of queries, a multiple of KV"),
@@ -173,6 +178,7 @@ on the right, and rows of different lengths go on from there by any number of to
         Attribute("window", "int", "newest tokens that are never quantized", 32),
         Attribute("rotate_at_read", "int", "1: keys are stored as they come and rotated when they are read", 0),
         Attribute("rotary_interleaved", "int", "1: features 2c and 2c + 1 turn together; 0: c and c + R/2", 0),
+        Attribute("shared", "int", "1: the cache is another node's present, and is read alone", 0),
     ),
     cost=_cost,
     source="KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",

@@ -110,7 +110,7 @@ def QuantizedKVAttention(
     query, key, value, past_codes, past_scales, past_recent, seqlens_k, cos_cache, sin_cache,
     num_heads: int, kv_num_heads: int, scale: float, softcap: float, local_window_size: int,
     key_bits: int, value_bits: int, key_per_channel: int, block_size: int, group_size: int, window: int,
-    rotate_at_read: int, rotary_interleaved: int,
+    rotate_at_read: int, rotary_interleaved: int, shared: int,
 ):  # fmt: skip
     # Sizes, each an int64 [1].
     one = op.Constant(value_ints=[1])
@@ -124,6 +124,7 @@ def QuantizedKVAttention(
     kept = op.Reshape(op.Constant(value_int=window), one)
     group = op.Where(op.Greater(group_size, 0), op.Reshape(op.Constant(value_int=group_size), one), depth)
     at_read = op.Equal(op.Constant(value_int=rotate_at_read), 1)
+    is_shared = op.Equal(op.Constant(value_int=shared), 1)
 
     # Tokens of each row [B, 1]: all, those of the past, and of both those that are quantized.
     total = op.Unsqueeze(op.Cast(seqlens_k, to=7) + 1, [1])
@@ -182,6 +183,7 @@ def QuantizedKVAttention(
 
     number = op.Range(0, op.Squeeze(blocks), 1)
     is_made = op.And(op.GreaterOrEqual(number, quantized_before), op.Less(number, quantized_after))
+    is_made = op.And(is_made, op.Not(is_shared))
     is_made = op.Unsqueeze(is_made, [2, 3])
     grown = op.Concat(
         op.Constant(value_ints=[0, 0, 0, 0, 0]), blocks - capacity, op.Constant(value_ints=[0, 0]), axis=0
@@ -233,6 +235,11 @@ def QuantizedKVAttention(
     key_all = op.Concat(op.Reshape(key_read, joined, allowzero=1), op.Cast(recent_keys, to=1), axis=1)
     value_all = op.Concat(op.Reshape(value_read, joined, allowzero=1), op.Cast(recent_values, to=1), axis=1)
     quantized_at = op.Expand(token, op.Concat(batch, blocks * width, axis=0))
+    # The ring of a shared cache has new tokens, which are at hand already; of others it has no more.
+    in_shared = op.Where(op.Less(in_ring_after, past), in_ring_after, op.Constant(value_ints=[-1]))
+    in_ring = op.Where(is_shared, in_shared, in_ring)
+    gone = op.Max(op.Min(past, total - ring), op.Constant(value_ints=[0]))
+    gone = op.Where(is_shared, (gone + width - 1) / width * width, op.Constant(value_ints=[0]))
     at_token = op.Concat(quantized_at, in_ring, position, axis=1)
     rotated = Rotated(key_all, at_token, cos_cache, sin_cache, interleaved=rotary_interleaved)
     key_all = op.Where(at_read, rotated, key_all)
@@ -240,6 +247,7 @@ def QuantizedKVAttention(
     # What query i sees: quantized tokens as they are once it is the newest, the others after them.
     query_at = op.Unsqueeze(position, [2])
     boundary = op.Max(query_at + 1 - kept, op.Constant(value_ints=[0])) / width * width
+    boundary = op.Max(boundary, op.Unsqueeze(gone, [2]))
     column_at = op.Unsqueeze(at_token, [1])
     is_quantized = op.Less(op.Range(0, op.Squeeze(op.Shape(at_token, start=1, end=2)), 1), blocks * width)
     seen = op.And(op.Equal(is_quantized, op.Less(column_at, boundary)), op.LessOrEqual(column_at, query_at))

@@ -28,7 +28,7 @@ class QuantizedKVAttention final : public Kernel {
         totals.data(), r.cos, r.sin, work.output, work.cache.codes, work.cache.scales, work.cache.recent, scratch.get(),
         work.batch, work.fresh, given.past_blocks, work.cache.blocks, l.heads, l.kv_heads, l.depth, l.width, l.window,
         l.group, l.key_bits, l.value_bits, r.half, work.local, l.per_channel, r.interleaved, r.at_read, work.half,
-        work.scale, work.softcap, stream));
+        work.shared, work.scale, work.softcap, stream));
   }
 
  private:

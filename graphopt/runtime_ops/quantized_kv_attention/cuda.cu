@@ -51,6 +51,7 @@ struct Run {
   int32_t interleaved;
   int32_t at_read;
   int32_t half;
+  int32_t shared;
   float scale;
   float softcap;
 };
@@ -60,6 +61,19 @@ __host__ __device__ inline int64_t blocks_of(const Run& r, int64_t tokens) {
 }
 __host__ __device__ inline int64_t past_of(const Run& r, int64_t total) {
   return total > r.fresh ? total - r.fresh : 0;
+}
+// The first block with tokens that some query sees unquantized. Of the past of a shared cache, which has the new tokens
+// already, no more is known unquantized than what they left in the ring.
+__host__ __device__ inline int64_t first_open(const Run& r, int64_t total) {
+  const int64_t past = past_of(r, total), newest = total - r.window - r.width;
+  const int64_t gone = r.shared == 0 ? 0 : past < newest ? past : newest;
+  const int64_t full = blocks_of(r, past), left = gone > 0 ? (gone + r.width - 1) / r.width : 0;
+  return full < left ? left : full;
+}
+// Blocks that are quantized to the query at place `at`.
+__host__ __device__ inline int64_t quantized_to(const Run& r, int64_t total, int64_t at) {
+  const int64_t full = blocks_of(r, at + 1), first = first_open(r, total);
+  return full < first ? first : full;
 }
 __host__ __device__ inline int64_t key_scales(const Run& r) {
   return r.per_channel != 0 ? r.depth : r.depth / r.group * r.width;
@@ -92,10 +106,12 @@ Plan plan_of(const Run& r) {
   Plan p{};
   int64_t units = 1;
   for (int64_t row = 0; row < r.batch; ++row) {
-    const int64_t total = r.totals[row], past = past_of(r, total), first = blocks_of(r, past);
+    const int64_t total = r.totals[row], past = past_of(r, total), first = first_open(r, total);
     p.tokens = std::max(p.tokens, ((total + r.width - 1) / r.width - first) * r.width);
-    p.made = std::max(p.made, blocks_of(r, total) - first);
-    p.newest = std::max(p.newest, std::min(total - past, ring(r)));
+    if (r.shared == 0) {
+      p.made = std::max(p.made, blocks_of(r, total) - first);
+      p.newest = std::max(p.newest, std::min(total - past, ring(r)));
+    }
     units = std::max(units, (total + r.width - 1) / r.width + 1);
   }
   p.queries = r.heads / r.kv_heads;
@@ -143,7 +159,7 @@ template <typename V>
 __global__ void gather(Run r, Plan p) {
   const int64_t kv = blockIdx.y;
   for (int64_t row = blockIdx.z; row < r.batch; row += gridDim.z) {
-    const int64_t total = p.totals[row], past = past_of(r, total), first = blocks_of(r, past) * r.width;
+    const int64_t total = p.totals[row], past = past_of(r, total), first = first_open(r, total) * r.width;
     for (int64_t t = blockIdx.x; t < p.tokens; t += gridDim.x) {
       const int64_t token = first + t;
       __half* keys = gathered_at(r, p, row, kv, 0, t);
@@ -319,8 +335,9 @@ __global__ void __launch_bounds__(kThreads) attend(Run r, Plan p) {
     // Units: blocks of tokens that some query sees quantized, then those that some query sees unquantized.
     const int64_t first_at = past + first_place, last_at = past + end_place - 1;
     const int64_t seen = r.local >= 0 && first_at + 1 > r.local ? (first_at + 1 - r.local) / width : 0;
-    const int64_t start = min(seen, blocks_of(r, last_at + 1)), quantized = blocks_of(r, last_at + 1) - start;
-    const int64_t open = max(seen, blocks_of(r, first_at + 1));
+    const int64_t start = min(seen, quantized_to(r, total, last_at));
+    const int64_t quantized = quantized_to(r, total, last_at) - start;
+    const int64_t open = max(seen, quantized_to(r, total, first_at));
     const int64_t units = end_place > first_place ? quantized + last_at / width + 1 - open : 0;
     const int64_t together = (units + p.splits - 1) / p.splits;
     for (int64_t unit = split * together; unit < min((split + 1) * together, units); ++unit) {
@@ -329,7 +346,7 @@ __global__ void __launch_bounds__(kThreads) attend(Run r, Plan p) {
       const int64_t at = (row * r.blocks + block) * r.kv_heads + kv;
       const uint8_t* packed = r.codes + at * code_bytes(r);
       const __half* scale = static_cast<const __half*>(r.scales) + at * scale_numbers(r);
-      const int64_t token = (block - blocks_of(r, past)) * width;  // among the gathered ones
+      const int64_t token = (block - first_open(r, total)) * width;  // among the gathered ones
       const int group = int(r.group);
 
       // Keys.
@@ -364,7 +381,7 @@ __global__ void __launch_bounds__(kThreads) attend(Run r, Plan p) {
         const int i = n / width, t = n % width;
         const int64_t query = past + place_of(i), place = block * width + t;
         float score = -INFINITY;
-        const bool sees = is_real(i) && place <= query && (block < blocks_of(r, query + 1)) == is_quantized &&
+        const bool sees = is_real(i) && place <= query && (block < quantized_to(r, total, query)) == is_quantized &&
                           (r.local < 0 || place > query - r.local);
         if (sees) {
           score = 0.0f;
@@ -532,11 +549,11 @@ int graphopt_cuda_quantized_kv_attention(
     void* scales, void* recent, void* scratch, int64_t batch, int64_t fresh, int64_t past_blocks, int64_t blocks,
     int64_t heads, int64_t kv_heads, int64_t depth, int64_t width, int64_t window, int64_t group, int64_t key_bits,
     int64_t value_bits, int64_t turned, int64_t local, int32_t per_channel, int32_t interleaved, int32_t at_read,
-    int32_t half, float scale, float softcap, void* stream) {
+    int32_t half, int32_t shared, float scale, float softcap, void* stream) {
   using namespace graphopt::quantized_kv_attention;
   const Run r{query, key, value, past_codes, past_scales, past_recent, totals, cos, sin, output, codes, scales, recent,
               scratch, batch, fresh, past_blocks, blocks, heads, kv_heads, depth, width, window, group, key_bits,
-              value_bits, turned, local, per_channel, interleaved, at_read, half, scale, softcap};
+              value_bits, turned, local, per_channel, interleaved, at_read, half, shared, scale, softcap};
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const int64_t unit = kv_heads * code_bytes(r), numbers = 2 * kv_heads * scale_numbers(r);
   const int64_t kept = 4 * kv_heads * ring(r) * depth;

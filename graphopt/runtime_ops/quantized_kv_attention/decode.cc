@@ -69,7 +69,7 @@ class Decode {
   void start(size_t task) const {
     const int64_t row = int64_t(task) / l_.kv_heads, kv = int64_t(task) % l_.kv_heads;
     if (work_.rows[row].total == 0) return;
-    append(work_, row, kv);
+    if (!work_.shared) append(work_, row, kv);
     for (int64_t i = 0; i < l_.queries(); ++i) {
       const int64_t head = kv * l_.queries() + i;
       work_.query_of(row, 0, head, queries_of(row, head));

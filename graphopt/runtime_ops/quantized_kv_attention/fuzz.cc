@@ -30,9 +30,11 @@ const Maker maker{"QuantizedKVAttention", [](Random& random, Case& made) {
   made.attribute("window", l.window);
   made.attribute("rotate_at_read", random.below(2));
   made.attribute("rotary_interleaved", random.below(2));
+  const bool shared = random.chance(30);
+  made.attribute("shared", int64_t(shared));
   const int64_t batch = random.below(4), fresh = random.chance(50) ? 1 : random.below(20);
   // In place there is no room for more blocks.
-  const bool in_place = random.chance(40);
+  const bool in_place = shared || random.chance(40);
   const int64_t blocks = random.below(5), room = blocks * l.width + l.ring() - 1, most = in_place ? room : room + fresh;
   const int64_t half = random.chance(30) ? 0 : random.between(1, l.depth / 2);
   made.input({batch, fresh, l.heads * l.depth});
@@ -44,7 +46,9 @@ const Maker maker{"QuantizedKVAttention", [](Random& random, Case& made) {
   made.input({batch}, -1, most - 1);
   made.input({most, half});
   made.input({most, half});
-  if (in_place) {
+  if (shared) {
+    for (size_t i = 1; i < 4; ++i) made.outputs[i].wanted = false;
+  } else if (in_place) {
     for (size_t i = 1; i < 4; ++i) made.share(i, i + 2);
   }
 }};

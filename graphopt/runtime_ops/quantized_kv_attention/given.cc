@@ -12,6 +12,7 @@ constexpr const char* kNames[kInputs] = {"query",       "key",       "value",   
 
 void infer(Inference& inference) {
   inference.output(0, inference.type(kQuery), inference.input(kQuery));
+  if (inference.integer("shared", 0) != 0) return;
   for (size_t i = 0; i < 3; ++i) {
     Inference::Dims dims = inference.input(kPastCodes + i);
     if (i < 2 && dims.size() == 4) dims[1] = {};  // longer where more blocks are needed
@@ -49,6 +50,7 @@ Settings::Settings(const Node& node)
       per_channel_(node.integer("key_per_channel") != 0),
       at_read_(node.integer("rotate_at_read") != 0),
       interleaved_(node.integer("rotary_interleaved") != 0),
+      shared_(node.integer("shared", 0) != 0),
       scale_(node.number("scale")),
       softcap_(node.number("softcap")) {
   GRAPHOPT_REQUIRE(kv_heads_ > 0 && heads_ > 0 && heads_ % kv_heads_ == 0 && heads_ <= kMostTokens,
@@ -107,9 +109,16 @@ void Settings::read(Call& call, Given& given) const {
     GRAPHOPT_REQUIRE(half == 0 || total <= rows, "there are %lld tokens (row %lld), and the tables have %lld rows",
                      (long long)total, (long long)row, (long long)rows);
     given.rows[size_t(row)] = {total, past};
+    if (shared_) {
+      // The ring has the newest tokens alone; what was before them is in full blocks.
+      const int64_t gone = std::min(past, total - l.ring());
+      if (gone > 0) given.rows[size_t(row)].left = (gone + width_ - 1) / width_;
+    }
     needed = std::max(needed, l.blocks(total));
   }
   given.past_blocks = blocks;
+  GRAPHOPT_REQUIRE(!shared_ || needed == blocks, "the shared cache has %lld blocks, and its tokens take %lld",
+                   (long long)blocks, (long long)needed);
 
   work.rotation = {in[kCosCache].as<float>(), in[kSinCache].as<float>(), rows, half, interleaved_, at_read_};
   work.rows = given.rows.data();
@@ -123,19 +132,30 @@ void Settings::read(Call& call, Given& given) const {
   work.softcap = softcap_;
   work.local = local_;
   work.output = call.output(0, in[kQuery].shape);
+  work.shared = shared_;
+  if (shared_) {  // which nothing is written to
+    work.cache = {const_cast<uint8_t*>(in[kPastCodes].as<uint8_t>()), const_cast<uint16_t*>(in[kPastScales].as<uint16_t>()),
+                  const_cast<uint16_t*>(in[kPastRecent].as<uint16_t>()), blocks};
+    return;
+  }
   work.cache = {call.output<uint8_t>(1, {batch, needed, kv_heads_, l.code_bytes()}),
                 call.output<uint16_t>(2, {batch, needed, kv_heads_, l.scale_numbers()}),
                 call.output<uint16_t>(3, in[kPastRecent].shape), needed};
+  for (size_t i = 0; i < 3; ++i) {  // what has no numbers may lie nowhere
+    GRAPHOPT_REQUIRE(given.present(i) != nullptr || batch * given.row_bytes(i, needed) == 0,
+                     "the present is left out, and only a shared cache has none");
+  }
 }
 
 Operator described(std::unique_ptr<Kernel> (*make)(const Node&), const char* provider) {
   using E = ElementType;
   const std::vector<E> t = {E::float32, E::float16};
-  Parameter lengths{{E::int32}};
+  Parameter lengths{{E::int32}}, codes{{E::uint8}}, halves{{E::float16}};
   lengths.on_host = true;
+  codes.optional = halves.optional = true;
   return {"QuantizedKVAttention",
           {{t}, {t}, {t}, {{E::uint8}}, {{E::float16}}, {{E::float16}}, lengths, {{E::float32}}, {{E::float32}}},
-          {{t}, {{E::uint8}}, {{E::float16}}, {{E::float16}}},
+          {{t}, codes, halves, halves},
           make,
           infer,
           provider};

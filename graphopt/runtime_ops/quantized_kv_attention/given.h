@@ -33,12 +33,13 @@ class Settings {
   explicit Settings(const Node& node);
   // Throws where something is wrong. `given.work` points into `given`.
   void read(Call& call, Given& given) const;
+  bool shared() const { return shared_; }
   bool turns_at_read() const { return at_read_; }
   int64_t width() const { return width_; }
 
  private:
   int64_t heads_, kv_heads_, width_, window_, key_bits_, value_bits_, group_, local_;
-  bool per_channel_, at_read_, interleaved_;
+  bool per_channel_, at_read_, interleaved_, shared_;
   float scale_, softcap_;
 };
 

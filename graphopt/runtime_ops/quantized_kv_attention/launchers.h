@@ -14,6 +14,7 @@
 //   scratch: as many bytes as the function below says
 //   width, window, group: tokens of a block, tokens that aren't quantized, features with one scale per token
 //   local: tokens that a query sees at most; negative: all
+//   shared: not 0: the past holds the new tokens already, and is the present too; nothing is written to it
 //
 // cudaErrorInvalidValue: a block of keys of one head and 16 queries don't fit into shared memory.
 GRAPHOPT_LAUNCHER int graphopt_cuda_quantized_kv_attention(
@@ -22,7 +23,7 @@ GRAPHOPT_LAUNCHER int graphopt_cuda_quantized_kv_attention(
     void* scales, void* recent, void* scratch, int64_t batch, int64_t fresh, int64_t past_blocks, int64_t blocks,
     int64_t heads, int64_t kv_heads, int64_t depth, int64_t width, int64_t window, int64_t group, int64_t key_bits,
     int64_t value_bits, int64_t turned, int64_t local, int32_t per_channel, int32_t interleaved, int32_t at_read,
-    int32_t half, float scale, float softcap, void* stream);
+    int32_t half, int32_t shared, float scale, float softcap, void* stream);
 
 // Bytes of working memory; negative where sizes are too large for a grid.
 GRAPHOPT_LAUNCHER int64_t graphopt_cuda_quantized_kv_attention_scratch_bytes(const int32_t* totals, int64_t batch,

@@ -30,6 +30,7 @@ struct Layout {
 // One row's tokens.
 struct Row {
   int64_t total, past;
+  int64_t left = 0;  // of a shared cache: its first blocks, of which tokens before the new ones are quantized for all
   int64_t fresh() const { return total - past; }
 };
 
@@ -87,6 +88,7 @@ struct Work {
   const Row* rows;
   int64_t batch, fresh;  // B, S
   bool half;
+  bool shared;  // the cache holds the new tokens, and isn't written
   const void* query;
   const void* key;
   const void* value;
@@ -121,6 +123,16 @@ struct Work {
         static_cast<float*>(output)[at + i] = values == nullptr ? 0.0f : values[i] * factor;
       }
     }
+  }
+  // Blocks that are quantized to the query at place `at`.
+  int64_t blocks(const Row& row, int64_t at) const {
+    const int64_t full = layout.blocks(at + 1);
+    return full < row.left ? row.left : full;
+  }
+  // The first block with tokens that some query sees unquantized.
+  int64_t first_unquantized(const Row& row) const {
+    const int64_t full = layout.blocks(row.past);
+    return full < row.left ? row.left : full;
   }
   // The first place that the query at place `at` sees.
   int64_t first_seen(int64_t at) const { return local >= 0 && at + 1 > local ? at + 1 - local : 0; }

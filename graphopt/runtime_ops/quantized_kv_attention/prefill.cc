@@ -24,7 +24,7 @@ class Prefill {
   Prefill(const Work& work, Buffer& memory) : work_(work), l_(work.layout) {
     for (int64_t row = 0; row < work.batch; ++row) {
       const Row& r = work.rows[row];
-      tiles_ = std::max(tiles_, (r.total + l_.width - 1) / l_.width - l_.blocks(r.past));
+      tiles_ = std::max(tiles_, (r.total + l_.width - 1) / l_.width - work.first_unquantized(r));
       tables_ = std::max(tables_, (r.total + l_.width - 1) / l_.width);
     }
     if (!work.rotation.reads() || work.tables != nullptr) tables_ = 0;
@@ -63,7 +63,7 @@ class Prefill {
     };
     thread_local std::vector<float> features;
     features.resize(size_t(l_.depth));
-    const int64_t first = l_.blocks(tokens.past), full = l_.blocks(tokens.total);
+    const int64_t first = work_.first_unquantized(tokens), full = work_.shared ? 0 : l_.blocks(tokens.total);
     for (int64_t block = first; block * l_.width < tokens.total; ++block) {
       float* keys = keys_of(row, kv, block - first);
       float* values = values_of(row, kv, block - first);
@@ -81,6 +81,7 @@ class Prefill {
       if (block < full) write_block(work_, row, block, kv, keys, values);
       if (work_.rotation.reads()) turn(keys, block);
     }
+    if (work_.shared) return;
     for (int64_t token = std::max(tokens.past, tokens.total - l_.ring()); token < tokens.total; ++token) {
       for (int64_t part = 0; part < 2; ++part) {
         const uint16_t* from = half(part, token);
@@ -102,12 +103,12 @@ class Prefill {
     thread_local Queries q;
     q.start(*this, row, kv, begin, real);
     const int64_t first_at = tokens.past + begin, last_at = tokens.past + real - 1;
-    const int64_t seen = work_.first_seen(first_at) / l_.width, first_tile = l_.blocks(tokens.past);
-    for (int64_t block = seen; block < l_.blocks(last_at + 1); ++block) {
+    const int64_t seen = work_.first_seen(first_at) / l_.width, first_tile = work_.first_unquantized(tokens);
+    for (int64_t block = seen; block < work_.blocks(tokens, last_at); ++block) {
       const float* keys = q.reader.keys(row, block, kv, cos_of(block), sin_of(block));
       q.add(*this, block, true, keys, q.reader.values(row, block, kv));
     }
-    for (int64_t block = std::max(seen, l_.blocks(first_at + 1)); block * l_.width <= last_at; ++block) {
+    for (int64_t block = std::max(seen, work_.blocks(tokens, first_at)); block * l_.width <= last_at; ++block) {
       q.add(*this, block, false, keys_of(row, kv, block - first_tile), values_of(row, kv, block - first_tile));
     }
     q.finish(*this, row, kv);
@@ -119,13 +120,15 @@ class Prefill {
     FloatReader reader;
     std::vector<float> queries, scores, values, largest, total;
     int64_t begin, rows, first_at;
+    const Row* of;
 
     void start(const Prefill& p, int64_t row, int64_t kv, int64_t first, int64_t end) {
       const Layout& l = p.l_;
       reader.prepare(p.work_);
       begin = first;
       rows = (end - first) * l.queries();
-      first_at = p.work_.rows[row].past + first;
+      of = &p.work_.rows[row];
+      first_at = of->past + first;
       queries.resize(size_t(rows * l.depth));
       scores.resize(size_t(rows * l.width));
       values.assign(size_t(rows * l.depth), 0.0f);
@@ -147,7 +150,7 @@ class Prefill {
         const int64_t at = first_at + r / l.queries();
         const int64_t low = std::max(p.work_.first_seen(at) - from, int64_t(0));
         const int64_t high = std::min(at + 1 - from, width);
-        if ((block < l.blocks(at + 1)) != quantized || low >= high) {
+        if ((block < p.work_.blocks(*of, at)) != quantized || low >= high) {
           std::fill(of_row, of_row + width, 0.0f);
           continue;
         }

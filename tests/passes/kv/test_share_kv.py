@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -234,17 +235,36 @@ def test_the_quantized_cache_of_onnx_runtime_is_shared_too(bits: int) -> None:
     assert off({"logits": found["logits"]}, run(equal, more | pasts)) < 1e-5
 
 
-def test_graphopts_quantized_cache_leaves_both_alone() -> None:
-    after, _ = shared(parsed(3), pairs=[[2, 1]])
-    result = optimize(after.clone(), {"passes": ["quantize-kv"]}, verify="none", assume=ASSUMED)
-    (step,) = result.report.run.records
-    told = {site.outcome: [] for site in step.sites}
-    for site in step.sites:
-        told[site.outcome].append(site.detail)
-    assert len(told["applied"]) == 1
-    assert [detail.rpartition("read ")[2][:10] for detail in told["left"]] != []
-    assert any("by a later layer" in detail for detail in told["left"])
-    assert any("the cache of an earlier layer" in detail for detail in told["left"])
+SMALL_BLOCKS = {"block_size": 8, "window": 4}
+
+
+@pytest.mark.parametrize("options", [{}, {"key_bits": 4, "value_bits": 4}, {"rotate_at_read": False}])
+@pytest.mark.parametrize("cache", ["static", "growing"])
+def test_graphopts_quantized_cache_is_shared_too(options: dict[str, Any], cache: Any, tmp_path: Path) -> None:
+    """It computes what the model of equal layers does, whose caches are equal."""
+    model, recipe = parsed(3), {"passes": [{"quantize-kv": SMALL_BLOCKS | options}]}
+    found = []
+    for one in (shared(model, pairs=[[1, 0], [2, 0]])[0], made_equal(made_equal(model, 1, 0), 2, 0)):
+        result = optimize(one, recipe, verify="none", assume=(*ASSUMED, "counted-positions"))
+        found.append(result.model)
+    after = found[0]
+    attentions = [node for node in after.graph if node.op_type == "QuantizedKVAttention"]
+    assert [node.attributes["shared"].as_int() for node in attentions] == [0, 1, 1]
+    assert not any(value.uses() for node in attentions[1:] for value in node.outputs[1:])
+    interface = kv_interface(after)
+    assert interface is not None
+    assert (interface.layers, interface.shared_buffer) == (1, True)
+    ids = np.random.default_rng(0).integers(0, 41, (3, 40))
+    results = []
+    for number, one in enumerate(found):
+        save(one, tmp_path / f"{number}.onnx")
+        for pieces in ([40], [20, *[1] * 20]):
+            decoding = Generator(tmp_path / f"{number}.onnx", cache=cache).start(3, 40)
+            ends = list(itertools.accumulate(pieces))
+            parts = [decoding.feed(ids[:, e - n : e]).copy() for n, e in zip(pieces, ends, strict=True)]
+            results.append(np.concatenate(parts, axis=1))
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], atol=2e-3 * np.abs(results[0]).max())
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from graphopt.calibration.data import ArrayDataset
 from graphopt.graph.edits import nodes
 from graphopt.pass_manager import PassManager
 from graphopt.passes.quantize.allocate_bits import AllocateBits
+from graphopt.passes.quantize.product_times import Product
 from graphopt.passes.quantize.quantize_weights import QuantizeWeights
 from graphopt.runtime_ops.memory_session import make_session
 from graphopt.verification.quality.generic import relative_error
@@ -54,6 +55,22 @@ def run_pass(**options: Any) -> tuple[ir.Model, AllocateBits]:
     pass_ = AllocateBits(rounding="nearest", tokens="all", **options)
     PassManager([pass_], calibration=data(), verify="none")(model)
     return model, pass_
+
+
+SECONDS = {None: 8e-3, 2: 1e-3, 4: 3e-3, 8: 4e-3}
+"""Of a product with weights of so many bits; None: float ones."""
+
+
+def fake_times(monkeypatch: pytest.MonkeyPatch) -> list[Product]:
+    """Let products take `SECONDS`; what is asked for is in the list."""
+    asked: list[Product] = []
+
+    def seconds(products: dict[Product, int], threads: int | None, cache: Path | None) -> dict[Product, float]:
+        asked.extend(products)
+        return {one: SECONDS[None if one.setting is None else one.setting.bits] for one in products}
+
+    monkeypatch.setattr("graphopt.passes.quantize.latency.product_seconds", seconds)
+    return asked
 
 
 CANDIDATES = [{"bits": 2, "group_size": 32}, {"bits": 4, "group_size": 32}, {"bits": 8, "group_size": 32}]
@@ -116,7 +133,11 @@ def test_the_report_lists_what_was_chosen() -> None:
     assert any(node.domain for node in nodes(model))
 
 
-@pytest.mark.parametrize("budget", [0, -1, "80", "kl=x", 40, True])
+@pytest.mark.parametrize(
+    "budget",
+    [0, -1, "80", "kl=x", 40, True, "latency=", "latency=0", "latency=2", "latency=5h", "80MB, kl=0.1", "1kB, 2kB",
+     "latency=1ms, latency=0.5"],
+)  # fmt: skip
 def test_budgets_of_no_known_form_are_refused(budget: Any) -> None:
     with pytest.raises(ValueError, match="budget is bits per weight"):
         AllocateBits(budget=budget)
@@ -160,3 +181,37 @@ def test_candidates_of_other_grids() -> None:
     assert {node.op_type for node in nodes(model)} >= {"CodebookMatMul", "MatMulNBits"}
     with pytest.raises(ValueError, match="higgs"):
         AllocateBits(candidates=[{**vectors, "rounding": "comq"}])
+
+
+@pytest.mark.parametrize(
+    ("budget", "bits", "part"),
+    [
+        ("latency=0.45", (8, 4), 7 / 16),
+        ("latency=0.4", (8, 2), 5 / 16),
+        ("latency=4.5ms", (4, 2), 4 / 16),
+        ("latency=8ms", (8, 8), 8 / 16),
+        ("9.3, latency=0.5", (8, 8), 8 / 16),
+        ("7, latency=0.5", (8, 4), 7 / 16),
+        ("9, latency=0.3", (4, 2), 4 / 16),
+    ],
+)
+def test_a_latency_is_kept(monkeypatch: pytest.MonkeyPatch, budget: str, bits: tuple[int, int], part: float) -> None:
+    asked = fake_times(monkeypatch)
+    _, pass_ = run_pass(candidates=CANDIDATES, budget=budget)
+    assert tuple(pass_.sites_chosen[name]["bits"] for name in ("loud", "quiet")) == bits
+    assert {one.shape for one in asked} == {(64, 64)}
+    found = pass_.option_values()["latency"]
+    assert (found["part"], found["float_ms"]) == (round(part, 4), 16.0)
+    assert found["predicted_ms"] == pytest.approx(part * 16)
+    assert "kinds of products" in found["measured"]
+
+
+def test_a_latency_that_no_candidate_keeps_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_times(monkeypatch)
+
+    def told(budget: str, candidates: list[dict[str, int]]) -> str:
+        pass_ = AllocateBits(rounding="nearest", tokens="all", budget=budget, candidates=candidates)
+        return PassManager([pass_], calibration=data(), verify="none")(two()).records[0].detail
+
+    said = told("latency=0.1", CANDIDATES)
+    assert "'latency=0.1' can't be kept: the fastest candidates' products take 2 ms for a token here, 12% of" in said
