@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.errors import InputDataError, ModelError, UsageError
+from graphopt.graph.importance import read_importance
 from graphopt.graph.kv_interface import KVInterface, kv_interface
 from graphopt.graph.load import load
 from graphopt.runtime_ops.decoding import Cache, Decoding, empty_shape
@@ -96,6 +97,7 @@ class Generator:
             operator in _ROW_BY_ROW for pair in self.interface.pairs for operator in (pair.operator, *pair.readers)
         )
         self._compact = all(counting) and self.interface.mask_values
+        self._own_lengths = read_importance(self.session.get_modelmeta().custom_metadata_map) is not None
 
     # ---- what users call
 
@@ -244,6 +246,10 @@ class Generator:
         interface = self.interface
         if interface.attention_mask is None:
             raise InputDataError(f"{which}, because it has no attention mask; {advice}.")
+        if self._own_lengths:
+            raise InputDataError(
+                f"{which}, because its layers count the tokens of caches of their own (evictable-kv); {advice}."
+            )
         if not interface.mask_values:
             raise InputDataError(f"{which}, because it takes nothing but a length from its attention mask; {advice}.")
         if self._mixed:

@@ -66,9 +66,10 @@ def verify(
                     f"The models can't be compared: {kind} {name!r} is {first[name].type} in {_label(path_a)} "
                     f"and {second[name].type} in {_label(path_b)}."
                 )
+    inputs_b = {value.name: value for value in b.graph.inputs}
     for value in a.graph.inputs:
-        same = next(one for one in b.graph.inputs if one.name == value.name)
-        if _apart(value.shape, same.shape):
+        same = inputs_b.get(value.name)
+        if same is not None and _apart(value.shape, same.shape):
             raise VerificationError(
                 f"The models can't be compared: input {value.name!r} is {_sizes(value)} in {_label(path_a)} and "
                 f"{_sizes(same)} in {_label(path_b)}."

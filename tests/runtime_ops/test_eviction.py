@@ -219,6 +219,10 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     generator = Generator(folder / "prepared.onnx")
     with pytest.raises(InputDataError, match="different lengths"):
         generator.generate([PROMPT, PROMPT[:5]], eviction=eviction)
+    for name in ("prepared", "lowered", "own"):
+        # Without eviction, too: padding would be counted.
+        with pytest.raises(InputDataError, match="different lengths"):
+            Generator(folder / f"{name}.onnx").generate([PROMPT, PROMPT[:5]])
     decoding = generator.start(2, 8)
     with pytest.raises(InputDataError, match="all prompts have one length"):
         Evictor(decoding, eviction).feed(np.array([[1], [2]]), np.array([[True], [False]]))

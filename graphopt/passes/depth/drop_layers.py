@@ -149,6 +149,7 @@ class DropLayers(SearchPass):
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
+        self.scores, self.path, self.expected = {}, [], None
         facts = infer(model, believe_names=True)
         found = depth_units(model, facts)
         for node, reason in found.left:

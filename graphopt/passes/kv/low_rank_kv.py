@@ -12,6 +12,7 @@ import onnx_ir as ir
 from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.errors import InputDataError
 from graphopt.graph.edits import Editor
+from graphopt.graph.importance import read_importance
 from graphopt.graph.kv_edits import forget_pairs
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.passes.base import Guarantee, Pass
@@ -128,6 +129,10 @@ class LowRankKV(Pass):
         for node, reason in left.values():
             if node is not None:
                 self.left(node, f"its cache stays: {reason}")
+        if read_importance(model.metadata_props) is not None:
+            for layer in layers.values():
+                self.left(layer.node, "its cache stays: tokens may be dropped from it (evictable-kv)")
+            return False
         rotations = RotaryTables(facts, edit, self.assumptions, TokenLengths(facts, edit))
         positions = PositionTables(rotations, edit, self.assumptions)
         groups = self._groups(model, layers, facts, rotations, positions)
@@ -221,6 +226,11 @@ class LowRankKV(Pass):
         found = []
         every = gathered(model, sites, samples, self.calibration.threads, attended=self.weighted)
         for group, moments in zip(groups, every, strict=True):
+            if not all(np.isfinite(one).all() for one in (moments.keys, moments.values, moments.asked)):
+                numbers = ", ".join(str(member.layer.number) for member in group)
+                raise InputDataError(
+                    f"low-rank-kv: on this data keys, values or queries of layer {numbers} aren't finite numbers."
+                )
             asked = moments.asked if self.weighted else None
             read_by = _read_by(group, facts) if self.weighted else None
             found.append((spectrum(moments.keys, moments.key_mean, asked),

@@ -68,11 +68,13 @@ def gathered(
         for place, (site, node) in enumerate(zip(sites, nodes, strict=True)):
             assert node is not None
             edit.at(node)
-            keys.append(as_tokens(_of(site.k, at), site.depth, edit))
-            values.append(as_tokens(_of(site.v, at), site.depth, edit))
-            outputs[f"q{number}.{place}"] = _by_head(as_tokens(_of(site.q, at), site.depth, edit), site, edit)
+            # Sums over tokens of squares leave the range of half precision.
+            q, k, v = (_float(as_tokens(_of(one, at), site.depth, edit), edit) for one in (site.q, site.k, site.v))
+            keys.append(k)
+            values.append(v)
+            outputs[f"q{number}.{place}"] = _by_head(q, site, edit)
             if attended:
-                weights.append(_weights(node, edit))
+                weights.append(_float(_weights(node, edit), edit))
             if (turn := site.k.rotation) is not None:
                 given = {"cos": turn.inputs[1], "sin": turn.inputs[2], "ids": (*turn.inputs, None)[3]}
                 outputs |= {f"{name}{number}.{place}": at[v.name] for name, v in given.items() if v is not None}
@@ -97,6 +99,11 @@ def gathered(
         )
         for number, sites in enumerate(groups)
     ]  # fmt: skip
+
+
+def _float(value: ir.Value, edit: Editor) -> ir.Value:
+    """The same in float32."""
+    return value if value.dtype == ir.DataType.FLOAT else edit.op("Cast", [value], {"to": ir.DataType.FLOAT.value})
 
 
 def _weights(node: ir.Node, edit: Editor) -> ir.Value:

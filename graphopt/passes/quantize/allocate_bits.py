@@ -131,6 +131,7 @@ class AllocateBits(SearchPass):
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
         assert self.calibration is not None
+        self.latency, self.expected, self.sites_chosen = None, None, {}
         quantizer = self._quantizer({})
         attention = attention_sites(model, infer(model))
         groups = _joined([group.sites for group in quantizer.groups(model, attention)])
@@ -140,7 +141,6 @@ class AllocateBits(SearchPass):
         items = self._items(model, groups)
         chosen = self._allocated(model, items, groups)
         self.expected = chosen.loss
-        self.sites_chosen = {}
         for sites, choice in zip(groups, chosen.chosen, strict=True):
             options = dict(self._candidates_for(sites))[choice.name]
             for site in sites:
@@ -222,6 +222,8 @@ class AllocateBits(SearchPass):
         assert self.calibration is not None
         settings = [[self._setting(options) for _, options in self._candidates_for(sites)] for sites in groups]
         timed = latency(model, groups, settings, self.calibration, self.profile)
+        if not timed.floats:
+            raise UsageError(f"The budget {self.budget!r} needs products with weights; there are tables alone here.")
         most_seconds = budget.most_seconds(timed.floats)
         least = sum(min(seconds) for seconds in timed.seconds)
         if least > most_seconds:

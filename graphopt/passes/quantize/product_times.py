@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import statistics
@@ -18,9 +19,10 @@ from graphopt.analysis.interleaved import NO_SPINNING, Interleaved
 from graphopt.analysis.profile_cache import this_machine
 from graphopt.calibration.cache import TrialCache
 from graphopt.graph.edits import Editor
-from graphopt.passes.quantize.packing import Packer
+from graphopt.passes.quantize.packing import Packer, Unpackable
 from graphopt.passes.quantize.setting import Setting
 from graphopt.runtime_ops.block_products import Inputs
+from graphopt.runtime_ops.library import library_path
 from graphopt.runtime_ops.memory_session import make_session
 
 Array = npt.NDArray[Any]
@@ -71,14 +73,16 @@ def product_seconds(
         products: What is timed, and how often the model has a product of that shape.
         threads: Threads within an operator; None leaves it to ONNX Runtime.
         cache: A folder in which times are kept, and found again on the same machine with the same runtime. They are
-            found only where all of them were measured together: those of another hour can't be compared.
-
-    Raises:
-        Unpackable: No operator carries one of them.
+            found only where all of them were measured together, with the same library of kernels: those of another
+            hour can't be compared.
     """
     kinds = list(products)
+    if not kinds:
+        return {}
     key = repr((OPSET, LONGEST, LARGEST_BYTES, threads, [(one, products[one]) for one in kinds]))
-    kept = TrialCache(cache, None, "products", *map(str, this_machine()), key)
+    library = library_path()
+    built = "" if library is None else f"{library.stat().st_size} {library.stat().st_mtime_ns}"
+    kept = TrialCache(cache, None, "products", *map(str, this_machine()), built, key)
     known = kept.load("seconds")
     if known is None:
         known = np.array(_measured([(one, _length(one, products[one])) for one in kinds], threads))
@@ -110,13 +114,16 @@ def chain(product: Product, length: int) -> ir.Model:
         edit.at(site)
         # Rolled, so that no two weights are the same.
         index = np.roll(np.resize(np.arange(len(some)), product.outputs), number)
-        if rounded is None:
-            y = edit.op("MatMul", [x, edit.constant(some[index].T.astype(product.dtype.numpy()), "weight")])
-        else:
+        y: ir.Value | None = None
+        if rounded is not None:
             names = ("codes", "scales", "zero_points", "offsets", "selectors")
             arrays = {name: getattr(rounded, name) for name in names}
             rows = {name: array[index] for name, array in arrays.items() if array is not None}
-            y = packer.product(x, dataclasses.replace(rounded, **rows), f"weight_{number}", product.level)
+            # What no operator carries stays in floats, and takes their time.
+            with contextlib.suppress(Unpackable):
+                y = packer.product(x, dataclasses.replace(rounded, **rows), f"weight_{number}", product.level)
+        if y is None:
+            y = edit.op("MatMul", [x, edit.constant(some[index].T.astype(product.dtype.numpy()), "weight")])
         edit.replace(site.outputs[0], y)
     return model
 

@@ -301,6 +301,27 @@ def test_float64_is_left() -> None:
     assert details(result, "left") == ["its cache stays: it computes in DOUBLE"] * 2
 
 
+def test_moments_of_half_precision_are_summed_in_floats() -> None:
+    """Keys of some hundreds, whose squares are beyond half precision, with queries as much smaller."""
+    model = canonical(ir.from_proto(tiny_decoders.decoder("attention", dtype="float16")))
+    for name, value in model.graph.initializers.items():
+        factor = {"wk": 150.0, "wq": 1 / 150}.get(name[:2])
+        if factor is not None and value.const_value is not None:
+            value.const_value = ir.tensor((value.const_value.numpy() * factor).astype(np.float16), name=name)
+    result = rewritten(model, keys=0.5, values=0.5)
+    assert len(details(result)) == 2
+    for value in result.model.graph.initializers.values():
+        assert value.const_value is not None
+        assert np.isfinite(value.const_value.numpy().astype(np.float64)).all()
+
+
+def test_a_cache_that_may_lose_tokens_is_left() -> None:
+    model = optimize(parsed(2), {"passes": ["evictable-kv"]}, verify="none", assume=ASSUMED).model
+    result = rewritten(model)
+    assert details(result, "left") == ["its cache stays: tokens may be dropped from it (evictable-kv)"] * 2
+    assert not details(result)
+
+
 def test_other_passes_say_why_they_leave_it() -> None:
     model = rewritten(parsed(2)).model
     for recipe in ("lower", "lower+decode"):

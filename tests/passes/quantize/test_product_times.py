@@ -41,6 +41,15 @@ def test_a_chain_has_products_of_its_own(product: Product, expected: dict[str, i
     assert max(Counter(array for array in arrays if len(array) > 300).values()) == 1
 
 
+def test_what_no_operator_carries_is_a_float_product() -> None:
+    found = Counter(node.op_type for node in nodes(chain(Product(20, 8, Setting(bits=4, group_size=10)), 2)))
+    assert found["MatMul"] == 2
+
+
+def test_nothing_to_time_takes_none() -> None:
+    assert product_seconds({}) == {}
+
+
 def test_products_are_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product_times, "MAX_ROUNDS", 3)
     measured = product_times._measured
