@@ -90,14 +90,15 @@ class Generator:
                 f"{_joined(self.interface)}."
             )
         self.cache: Cache = "static" if possible and cache != "growing" else "growing"
-        self.session = _session(path, threads, sess_options) if path is not None else model
+        session: Any = _session(path, threads, sess_options) if path is not None else model
+        self.session: onnxruntime.InferenceSession = session
         counting = [pair.operator in _COUNTING for pair in self.interface.pairs]
         self._counting, self._mixed = any(counting), any(counting) and not all(counting)
         self._row_by_row = any(
             operator in _ROW_BY_ROW for pair in self.interface.pairs for operator in (pair.operator, *pair.readers)
         )
         self._compact = all(counting) and self.interface.mask_values
-        self._own_lengths = read_importance(self.session.get_modelmeta().custom_metadata_map) is not None
+        self._own_lengths = read_importance(session.get_modelmeta().custom_metadata_map) is not None
 
     # ---- what users call
 
