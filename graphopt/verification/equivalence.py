@@ -74,6 +74,9 @@ def verify(
                 f"The models can't be compared: input {value.name!r} is {_sizes(value)} in {_label(path_a)} and "
                 f"{_sizes(same)} in {_label(path_b)}."
             )
+    if told & {v.name for v in a.graph.outputs} - {v.name for v in b.graph.outputs}:
+        path_a = a = a.clone()
+        a.graph.outputs[:] = [v for v in a.graph.outputs if v.name not in told]
     known = carried(a) | carried(b)
     probes = load_probes(inputs, a) if inputs is not None else make_probes(a, seed, assumptions=known)
     verifier = Verifier(path_a, probes, seed=seed, threads=threads)

@@ -11,6 +11,7 @@ import pytest
 
 from graphopt.graph.edits import nodes
 from graphopt.passes.quantize import product_times
+from graphopt.passes.quantize.packing import Packer, Unpackable
 from graphopt.passes.quantize.product_times import Product, chain, product_seconds
 from graphopt.passes.quantize.setting import Setting
 from graphopt.runtime_ops.memory_session import make_session
@@ -41,8 +42,12 @@ def test_a_chain_has_products_of_its_own(product: Product, expected: dict[str, i
     assert max(Counter(array for array in arrays if len(array) > 300).values()) == 1
 
 
-def test_what_no_operator_carries_is_a_float_product() -> None:
-    found = Counter(node.op_type for node in nodes(chain(Product(20, 8, Setting(bits=4, group_size=10)), 2)))
+def test_what_no_operator_carries_is_a_float_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise Unpackable("no operator has such numbers")
+
+    monkeypatch.setattr(Packer, "product", refused)
+    found = Counter(node.op_type for node in nodes(chain(Product(64, 8, Setting(bits=4, group_size=32)), 2)))
     assert found["MatMul"] == 2
 
 
