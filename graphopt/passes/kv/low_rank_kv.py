@@ -22,7 +22,7 @@ from graphopt.passes.kv.low_rank_moments import gathered
 from graphopt.passes.kv.low_rank_writer import LowRankWriter, Member
 from graphopt.passes.kv.position_tables import PositionTables
 from graphopt.passes.kv.sharing_heal import place_of
-from graphopt.passes.lower.cached_site import CachedSite, NotTaken, read
+from graphopt.passes.lower.cached_site import NotTaken, read, whole_mask
 from graphopt.passes.lower.rotary_table import COUNTED, RotaryTables
 from graphopt.passes.lower.token_lengths import TokenLengths
 from graphopt.search.allocation import Choice, Item, allocate
@@ -196,7 +196,7 @@ class LowRankKV(Pass):
             return str(reason)
         if site is None or site.shared is not None:
             return "it has none of its own"
-        mask = _whole_mask(model, site, facts)
+        mask = whole_mask(model, site, facts)
         table = None
         if (turn := site.k.rotation) is not None:
             cos, sin, indices = (*turn.inputs, None)[1:4]
@@ -277,15 +277,6 @@ class LowRankKV(Pass):
         for member in members:
             shared = f"of layers {numbers[0]} to {numbers[-1]} together: " if len(members) > 1 else ""
             self.applied(member.layer.node, f"cached in features {shared}{told}")
-
-
-def _whole_mask(model: ir.Model, site: CachedSite, facts: ShapeFacts) -> ir.Value | None:
-    """An input [B, past and new tokens], None where there is none."""
-    for value in model.graph.inputs:
-        shape = facts.shape(value)
-        if shape is not None and tuple(shape) == (site.batch, site.total) and not value.is_initializer():
-            return value
-    return None
 
 
 def _read_by(group: Sequence[Member], facts: ShapeFacts) -> Floats | None:

@@ -20,7 +20,7 @@ from graphopt.passes.kv.cache_readers import cache_readers, same_rotation
 from graphopt.passes.kv.position_tables import PositionTable, PositionTables
 from graphopt.passes.kv.static_cache import GROUP_QUERY, StaticCaches
 from graphopt.passes.lower.cached_attention import CachedAttentionPass
-from graphopt.passes.lower.cached_site import CachedSite, NotTaken, read
+from graphopt.passes.lower.cached_site import CachedSite, NotTaken, read, whole_mask
 from graphopt.passes.lower.rotary_table import Need, first_input
 from graphopt.runtime_ops.operator import DOMAIN, OLDEST_OPSET, add_body, operators
 from graphopt.runtime_ops.quantized_kv_attention import CacheLayout, layout_of
@@ -227,7 +227,11 @@ class QuantizeKV(CachedAttentionPass):
         if readers and ids is None:
             raise NotTaken("the length of its cache is read, and no input tells how many tokens are new")
         padding, window, needs = self.mask(site)
-        mask = padding if padding is not None else self._whole_mask(site, edit.model)
+        mask = padding if padding is not None else whole_mask(edit.model, site, self._facts)
+        if mask is None:
+            raise NotTaken(
+                "nothing but the cache would tell how many tokens there are: the model has no attention mask"
+            )
         table = self._positions.plan(site, mask)
         if table is not None:
             needs += table.needs
@@ -256,14 +260,6 @@ class QuantizeKV(CachedAttentionPass):
         except NotTaken as reason:
             raise NotTaken(f"a later layer reads its cache ({node.name!r}), and {reason}") from reason
         return site, dataclasses.replace(plan, window=window, needs=needs, readers=[], borrowers=[])
-
-    def _whole_mask(self, site: CachedSite, model: ir.Model) -> ir.Value:
-        """An input [B, past and new tokens], of which the length counts where its padding isn't read."""
-        for value in model.graph.inputs:
-            shape = self._facts.shape(value)
-            if shape is not None and tuple(shape) == (site.batch, site.total) and not value.is_initializer():
-                return value
-        raise NotTaken("nothing but the cache would tell how many tokens there are: the model has no attention mask")
 
     # ---- writing
 

@@ -84,7 +84,7 @@ class ImportanceOutputs:
         hidden = constant(np.array(-np.inf, number), "hidden")
         pooled = constant(np.array([2, 3]), "pooled")
         share = constant(np.array(1 / groups, number), "share")
-        cap = _number(layer.node, "softcap") or 0.0
+        cap = layer.node.attributes.get_float("softcap") or 0.0
         limit = constant(np.array(cap or 1.0, number), "cap") if cap else scale
         edit.at(last)
         q = self._again(query)
@@ -127,9 +127,4 @@ class ImportanceOutputs:
 
 
 def _scale(layer: CachedLayer) -> float:
-    return _number(layer.node, "scale") or 1 / math.sqrt(layer.depth)
-
-
-def _number(node: ir.Node, name: str) -> float | None:
-    attribute = node.attributes.get(name)
-    return None if attribute is None else float(attribute.as_float())
+    return layer.node.attributes.get_float("scale") or 1 / math.sqrt(layer.depth)

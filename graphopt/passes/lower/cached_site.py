@@ -173,8 +173,8 @@ def read(node: ir.Node, facts: ShapeFacts) -> CachedSite | None:
         past_key,
         past_value,
         bool(attribute_int(node, "is_causal", 0)),
-        _number(node, "scale"),
-        _number(node, "softcap") or 0.0,
+        node.attributes.get_float("scale"),
+        node.attributes.get_float("softcap") or 0.0,
         depth,
         batch,
         tokens,
@@ -212,11 +212,6 @@ def _from_features(value: ir.Value) -> bool:
         product |= node.op_type == "MatMul" and is_constant(node.inputs[1])
         current = node.inputs[0]
     return product and current is not None and current.is_graph_input()
-
-
-def _number(node: ir.Node, name: str) -> float | None:
-    attribute = node.attributes.get(name)
-    return None if attribute is None else float(attribute.as_float())
 
 
 def _operand(value: ir.Value, heads: int, depth: int, rows: tuple[Dim, Dim], facts: ShapeFacts) -> Operand:
@@ -265,6 +260,15 @@ def as_tokens(operand: Operand, depth: int, edit: Editor) -> ir.Value:
     if operand.layout != "tokens":
         value = edit.op("Reshape", [value, edit.constant(np.array([0, 0, operand.heads * depth]), "joined")])
     return value
+
+
+def whole_mask(model: ir.Model, site: CachedSite, facts: ShapeFacts) -> ir.Value | None:
+    """An input [B, past and new tokens], whose length tells how many tokens there are; None: there is none."""
+    for value in model.graph.inputs:
+        shape = facts.shape(value)
+        if shape is not None and tuple(shape) == (site.batch, site.total) and not value.is_initializer():
+            return value
+    return None
 
 
 def token_outputs(result: ir.Value, site: CachedSite, facts: ShapeFacts) -> Iterator[ir.Value]:

@@ -14,10 +14,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
+import test_share_kv
 import tiny_decoders
 from exactness import assert_exact
 from matrix_models import MODELS
 from matrix_variants import Variant
+from test_share_kv import run
 
 from graphopt.api import canonical, optimize, verify
 from graphopt.graph.assumptions import Assumptions
@@ -29,7 +31,6 @@ from graphopt.graph.save import save
 from graphopt.passes.kv.evictable_kv import EvictableKV
 from graphopt.runtime_ops.eviction import Eviction
 from graphopt.runtime_ops.generation import Generator
-from graphopt.runtime_ops.memory_session import make_session
 
 Arrays = dict[str, npt.NDArray[Any]]
 CACHED = Variant("script", 17, "eager", cached=True)
@@ -60,28 +61,9 @@ def prepared(model: ir.Model, *recipe: Any, assume: tuple[str, ...] = ASSUMED, *
     return result.model
 
 
-def run(model: ir.Model, feeds: Arrays) -> Arrays:
-    session = make_session(model)
-    names = [output.name for output in session.get_outputs()]
-    wanted = {item.name for item in (*session.get_inputs(), *session.get_overridable_initializers())}
-    return dict(zip(names, session.run(names, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
-
-
 def fed(model: ir.Model, past: int, tokens: int, batch: int = 1) -> Arrays:
-    interface = kv_interface(model)
-    assert interface is not None
-    rng = np.random.default_rng(past + tokens)
-    feeds: Arrays = {}
-    for name, array in (
-        (interface.token_ids, rng.integers(3, 40, size=(batch, tokens))),
-        (interface.attention_mask, np.ones((batch, past + tokens), dtype=np.int64)),
-        (interface.position_ids, np.tile(np.arange(past, past + tokens), (batch, 1))),
-    ):
-        if name is not None:
-            feeds[name] = array
-    for pair in interface.pairs:
-        feeds[pair.past] = rng.normal(size=(batch, pair.heads or 0, past, pair.head_size or 0)).astype(np.float32)
-    return feeds
+    """Inputs of a decoder, with another cache in each layer."""
+    return test_share_kv.fed(model, past, tokens, batch, alike=False)
 
 
 def without(model: ir.Model, feeds: Arrays, places: list[int], layers: list[int]) -> Arrays:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny_decoders
-from test_share_kv import ASSUMED, Arrays, exported, exports, off, parsed, run, shared  # noqa: F401
+from test_share_kv import ASSUMED, Arrays, exported, exports, off, parsed, run, shared, told  # noqa: F401
 
 from graphopt.analysis.shapes import infer
 from graphopt.api import Result, canonical, optimize, verify
@@ -64,14 +64,7 @@ def steps(model: ir.Model, pieces: list[int], batch: int = 1) -> list[npt.NDArra
     }
     past, found = 0, []
     for count in pieces:
-        feeds: Arrays = dict(caches)
-        for name, array in (
-            (interface.token_ids, rng.integers(3, 40, size=(batch, count))),
-            (interface.attention_mask, np.ones((batch, past + count), dtype=np.int64)),
-            (interface.position_ids, np.tile(np.arange(past, past + count), (batch, 1))),
-        ):
-            if name is not None:
-                feeds[name] = array
+        feeds = {**caches, **told(interface, rng.integers(3, 40, size=(batch, count)), past)}
         given = run(model, feeds)
         found.append(given[interface.logits or ""])
         caches = {pair.past: given[pair.present or ""] for pair in interface.pairs}

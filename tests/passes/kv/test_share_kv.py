@@ -22,7 +22,7 @@ from graphopt.api import canonical, optimize
 from graphopt.calibration.text import TextDataset
 from graphopt.errors import UsageError
 from graphopt.graph.edits import sort
-from graphopt.graph.kv_interface import kv_interface
+from graphopt.graph.kv_interface import KVInterface, kv_interface
 from graphopt.graph.load import load
 from graphopt.graph.save import save
 from graphopt.passes.kv.share_kv import ShareKV
@@ -53,25 +53,29 @@ def exported(key: str, folder: Path) -> ir.Model:
 def run(model: ir.Model, feeds: Arrays) -> Arrays:
     session = make_session(model)
     names = [output.name for output in session.get_outputs()]
-    wanted = {item.name for item in session.get_inputs()}
+    wanted = {item.name for item in (*session.get_inputs(), *session.get_overridable_initializers())}
     return dict(zip(names, session.run(names, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
 
 
-def fed(model: ir.Model, past: int, tokens: int, batch: int = 2) -> Arrays:
-    """Inputs of a decoder, with equal caches in all layers."""
+def told(interface: KVInterface, ids: npt.NDArray[np.int64], past: int) -> Arrays:
+    """Tokens [batch, new] behind `past` others, their mask and their positions, by the names that a decoder has."""
+    batch, tokens = ids.shape
+    given = {
+        interface.token_ids: ids,
+        interface.attention_mask: np.ones((batch, past + tokens), dtype=np.int64),
+        interface.position_ids: np.tile(np.arange(past, past + tokens), (batch, 1)),
+    }
+    return {name: array for name, array in given.items() if name is not None}
+
+
+def fed(model: ir.Model, past: int, tokens: int, batch: int = 2, *, alike: bool = True) -> Arrays:
+    """Inputs of a decoder, with equal caches in all layers where they are to be `alike`."""
     interface = kv_interface(model)
     assert interface is not None
     rng = np.random.default_rng(past + tokens)
-    feeds: Arrays = {}
-    for name, array in (
-        (interface.token_ids, rng.integers(3, 40, size=(batch, tokens))),
-        (interface.attention_mask, np.ones((batch, past + tokens), dtype=np.int64)),
-        (interface.position_ids, np.tile(np.arange(past, past + tokens), (batch, 1))),
-    ):
-        if name is not None:
-            feeds[name] = array
+    feeds = told(interface, rng.integers(3, 40, size=(batch, tokens)), past)
     for pair in interface.pairs:
-        rng = np.random.default_rng(pair.part == "key")
+        rng = np.random.default_rng(pair.part == "key") if alike else rng
         feeds[pair.past] = rng.normal(size=(batch, pair.heads or 0, past, pair.head_size or 0)).astype(np.float32)
     return feeds
 
