@@ -178,6 +178,20 @@ def test_a_constant_table_up_to_the_longest_length() -> None:
     check(before, after, (1, 3), rtol=1e-5)  # the table is rounded to float32 when it is written
 
 
+def test_a_long_table_is_computed_when_it_is_loaded() -> None:
+    before = decoder()
+    after, _ = lowered(before, *BATCHES, "max-length=8192")
+    assert {"Range", "Cos", "Sin"} <= set(op_types(after))
+    assert not any(8192 in v.const_value.shape for v in after.graph.initializers.values() if v.const_value is not None)
+    check(before, after, (1, 3))
+    (node,) = [n for n in after.graph if n.op_type == "GroupQueryAttention"]
+    work = [table for table in node.inputs[7:9] if table is not None]
+    while work:  # constants alone, so that a session computes it once
+        value = work.pop()
+        assert not value.is_graph_input() or value.is_initializer()
+        work += [] if value.producer() is None else [v for v in value.producer().inputs if v is not None]
+
+
 def test_without_a_word_about_positions_the_rotation_stays_before_it() -> None:
     before = decoder()
     after, rule = lowered(before, *BATCHES[:2])

@@ -84,6 +84,41 @@ def test_zero_points_that_are_floats_become_minimums() -> None:
     )
 
 
+HEAD = f"com.microsoft.MatMulNBits<K = 64, N = 64, bits = 8, block_size = 32, accuracy_level = 4>(n, h, {{}})"
+TABLE = """
+  ids = ArgMax<axis = -1, keepdims = 0>(x)
+  table = Reshape(hs, by_block)
+  n = com.microsoft.GatherBlockQuantized<bits = 8, block_size = 32, gather_axis = 0, quantize_axis = 2>(h, ids, table)
+  n64 = Reshape(n, row)
+  y = """
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_scales_of_halves_that_a_table_shares_are_stored_once_in_half(exact: bool) -> None:
+    text = (TEXT % ("", 64, "", TABLE + HEAD.format("hs").replace("(n,", "(n64,"))).replace(
+        "int64[2] halves",
+        "int64[2] halves, uint8[64, 2, 32] h, float[128] hs, int64[3] by_block = {64, 2, 1}, int64[3] row = {0, 0, -1}",
+    )
+    before = parse_weighted(text)
+    rng = np.random.default_rng(2)
+    scales = rng.uniform(0.01, 0.03, 128).astype(np.float32)
+    given = {
+        "h": rng.integers(0, 256, (64, 2, 32), dtype=np.uint8),
+        "hs": scales.astype(np.float16).astype(np.float32) if exact else scales,
+    }
+    for name, numbers in given.items():
+        before.graph.initializers[name].const_value = ir.tensor(numbers, name=name)
+    after, rule = before.clone(), QuantizedLinear()
+    rule(after)
+    (node,) = [n for n in after.graph if n.op_type == "QuantizedLinear"]
+    assert node.inputs[3].dtype == (ir.DataType.FLOAT16 if exact else ir.DataType.FLOAT)
+    assert ("Cast" in op_types(after)) == exact
+    feeds = random_feeds(before)
+    (want,) = make_session(before).run(None, feeds)
+    (have,) = make_session(after).run(None, feeds)
+    np.testing.assert_allclose(have, want, atol=0.02 * np.abs(want).max())
+
+
 def test_norm_and_residual_go_in() -> None:
     body = f"n = RMSNormalization<axis = -1, epsilon = 0.001>(x, w)\n  p = {SQUARE}(n, o, os)\n  y = Add(x, p)"
     after, _ = lowered(body)

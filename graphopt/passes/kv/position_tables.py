@@ -11,7 +11,7 @@ from graphopt.graph.assumptions import Assumptions
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor
 from graphopt.passes.lower.cached_site import CachedSite
-from graphopt.passes.lower.rotary_table import Need, Numbers, RotaryTables
+from graphopt.passes.lower.rotary_table import Need, Numbers, RotaryTables, computed_anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,8 @@ class PositionTables:
     def _write(self, table: PositionTable, mask: ir.Value) -> list[ir.Value]:
         edit = self._edit
         if table.constants is not None:
-            return [edit.constant(numbers, "rotations") for numbers in table.constants]
+            given = zip(table.sources, table.constants, strict=True)
+            return [self._tables.stored(numbers, source, table.positions) for source, numbers in given]
         first = edit.constant(np.array([0]), "first")
         count = edit.op("Squeeze", [edit.op("Shape", [mask], {"start": 1, "end": 2}), first])
         zero, one = edit.constant(np.array(0), "zero"), edit.constant(np.array(1), "one")
@@ -104,36 +105,11 @@ class PositionTables:
         copies = {table.positions: every}
         made = []
         for source in table.sources:
-            rows = edit.op("Squeeze", [self._copied(source, copies), first])
+            rows = edit.op("Squeeze", [computed_anew(edit, source, copies), first])
             if source.dtype != ir.DataType.FLOAT:
                 rows = edit.op("Cast", [rows], {"to": ir.DataType.FLOAT.value})
             made.append(rows)
         return made
-
-    def _copied(self, value: ir.Value, copies: dict[ir.Value, ir.Value]) -> ir.Value:
-        """What computes `value`, anew from the values that `copies` has in place of others."""
-        stack = [value]
-        while stack:
-            current = stack[-1]
-            node = current.producer()
-            if current in copies or node is None:
-                copies.setdefault(current, current)
-                stack.pop()
-                continue
-            waiting = [v for v in node.inputs if v is not None and v not in copies]
-            if waiting:
-                stack.extend(waiting)
-                continue
-            inputs = [None if v is None else copies[v] for v in node.inputs]
-            if list(node.inputs) == inputs:
-                copies.update((output, output) for output in node.outputs)
-                continue
-            attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-            first = self._edit.op(node.op_type, inputs, attributes, domain=node.domain, outputs=len(node.outputs))
-            made = first.producer()
-            assert made is not None
-            copies.update(zip(node.outputs, made.outputs, strict=True))
-        return copies[value]
 
 
 def _pair(numbers: list[Numbers]) -> tuple[Numbers, Numbers]:

@@ -70,8 +70,8 @@ class QuantizeKV(CachedAttentionPass):
        `value`, under names made from theirs. How many tokens are in the cache only the attention mask tells: its sums
        are the lengths of the rows. See docs/generation.md.
     2. Keys are stored before their rotation and rotated when they are read (option `rotate_at_read`), since channels
-       have steadier ranges then. That takes the rotations of all positions: a constant table where `max-length` is
-       assumed, else one that is computed anew in each run. Where position ids needn't count up from the first token,
+       have steadier ranges then. That takes the rotations of all positions: computed once where `max-length` is
+       assumed, else anew in each run. Where position ids needn't count up from the first token,
        `RotaryEmbedding` stays before the operator, and keys are stored rotated.
     3. `operator: contrib` takes ONNX Runtime's own operator in its place: each `GroupQueryAttention` gets a cache of 8
        or 4 bits with one static scale for each channel, calibrated on text (`--calibration`). It needs no library,

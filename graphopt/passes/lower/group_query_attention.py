@@ -62,7 +62,9 @@ class GroupQueryAttention(CachedAttentionPass):
        any scaling of frequencies is in it already. Inside, all rows of a batch have the same positions. That is so
        where the cosines don't depend on the batch, where the batch is 1, or by assumption (`--assume
        counted-positions`). Elsewhere the rotation stays an operator before it, in the layout of the projections. With
-       `max-length=N` assumed too, the table is a constant of N rows.
+       `max-length=N` assumed too, the table has N rows, the same in every run: up to 16 KB are stored, larger ones
+       computed by nodes that read constants alone, which a session with its usual optimizations does once, when it is
+       loaded (8192 rows of 64 features would be 2 MB of the file).
     4. Three projections of one value whose weights nothing else reads become one product (option `packed`), biases too.
        The operator reads the packed result without a Split.
 

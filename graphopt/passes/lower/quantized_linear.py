@@ -121,6 +121,7 @@ class QuantizedLinear(ShapeRulePass):
         assert x is not None
         assert packed is not None
         assert scales is not None
+        scales = self._in_half(scales, node, edit)
         zeros, bias = given.get(3), given.get(5)
         level = attribute_int(node, "accuracy_level", 0)
         attributes = operators()[LINEAR].attributes_of(
@@ -161,6 +162,28 @@ class QuantizedLinear(ShapeRulePass):
         tensor = constant_tensor(value)
         assert tensor is not None
         return edit.constant(tensor.numpy().astype(np.float32), "as_float")
+
+    @staticmethod
+    def _in_half(scales: ir.Value, node: ir.Node, edit: Editor) -> ir.Value:
+        """Scales of numbers in half precision that are stored in float32 as float16, which the operator takes; others
+        as they are. Other readers (the look-up in a table that the head shares) get them cast, which a session does
+        when it is loaded; not another `MatMulNBits`, whose scales must be constant (`BlockProducts`)."""
+        tensor, others = constant_tensor(scales), [use for use in scales.uses() if use.node is not node]
+        if scales.dtype != ir.DataType.FLOAT or tensor is None or scales.is_graph_output():
+            return scales
+        if any(use.node.op_type == "MatMulNBits" or use.node.graph is not node.graph for use in others):
+            return scales
+        numbers = tensor.numpy()
+        with np.errstate(over="ignore"):
+            half = numbers.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), numbers):
+            return scales
+        kept = edit.constant(half, "scales")
+        for reader, index in others:
+            edit.at(reader)
+            edit.set_input(reader, index, edit.op("Cast", [kept], {"to": ir.DataType.FLOAT.value}))
+        edit.at(node)
+        return kept
 
     @staticmethod
     def _minimums(scales: ir.Value, zeros: ir.Value, edit: Editor) -> ir.Value:

@@ -25,7 +25,9 @@ _ALONG = ("Add", "Cast", "Cos", "Div", "Identity", "Mul", "Neg", "Sin", "Sub")
 """Operators that compute each row of a batch alike."""
 _LIMIT = 64
 _LARGEST = 1 << 24
-"""Elements of a table that is written into the model."""
+"""Elements of a table."""
+_LARGEST_STORED = 1 << 14
+"""Bytes of a table that is written into the model, as for results of `fold-constants`."""
 
 Numbers = npt.NDArray[Any]
 
@@ -60,6 +62,7 @@ class Table:
         longest: Whether the row of the batch with the longest mask is to be taken, else the first.
         needs: What is taken for granted.
         fixed: [cosines, sines] of all positions that may come, where they are constant; nothing else counts then.
+        counted: The position ids that numbers in `fixed` were computed from.
     """
 
     cos: ir.Value
@@ -68,6 +71,7 @@ class Table:
     longest: bool
     needs: list[Need]
     fixed: list[ir.Value | Numbers] | None = None
+    counted: ir.Value | None = None
 
 
 class RotaryTables:
@@ -157,7 +161,7 @@ class RotaryTables:
         roles = {"mask": mask.name or ""} if mask is not None else {**need.inputs, "ids": ids.name or "" if ids else ""}
         roles.pop("positions", None)
         length = Need(f"max-length={longest}", roles, "the table of rotations is that long", "")
-        return Table(cos, sin, positions, False, [need, length], made)
+        return Table(cos, sin, positions, False, [need, length], made, source)
 
     def evaluated(self, value: ir.Value, positions: ir.Value, length: int) -> Numbers | None:
         """The numbers of `value` where the position ids of one row count up from 0."""
@@ -203,7 +207,8 @@ class RotaryTables:
     def _write(self, table: Table, site: CachedSite, mask: ir.Value | None) -> list[ir.Value]:
         edit = self._edit
         if table.fixed is not None:
-            return [v if isinstance(v, ir.Value) else edit.constant(v, "rotations") for v in table.fixed]
+            given = zip((table.cos, table.sin), table.fixed, strict=True)
+            return [v if isinstance(v, ir.Value) else self.stored(v, source, table.counted) for source, v in given]
         past = edit.op("Sub", [self._lengths.of(site, mask).all, self._lengths.new(site)])
         pads = edit.op("Concat", [past, edit.constant(_integers([0]), "zero")], {"axis": 0})
         axes = edit.constant(_integers([0]), "axes")
@@ -214,6 +219,31 @@ class RotaryTables:
             new = edit.op("Gather", [whole, row if index is None else index], {"axis": 0})
             made.append(edit.op("Pad", [new, pads, None, axes]))
         return made
+
+    def stored(self, numbers: Numbers, source: ir.Value, positions: ir.Value | None) -> ir.Value:
+        """A table [positions, R/2] in the model: a small one as it is, a larger one as what computes it.
+
+        A session with its usual optimizations computes the larger one when it is loaded, and the file is smaller by it:
+        2 MB for 8192 positions of 64 features.
+
+        Args:
+            numbers: The table.
+            source: What the model computes by [B, S, R/2], of any type of floats.
+            positions: The position ids that `source` is computed from; None, or an input that `source` is, for a table
+                that is a constant of the model already.
+        """
+        edit = self._edit
+        if numbers.nbytes <= _LARGEST_STORED or positions is None or is_constant(source):
+            return edit.constant(numbers, "rotations")
+        dtype = self._facts.dtype(positions)
+        first = edit.constant(_integers([0]), "first")
+        ends = [edit.constant(_integers(n), "position") for n in (0, len(numbers), 1)]
+        every = edit.op("Unsqueeze", [edit.op("Range", ends), first])
+        if dtype not in (None, ir.DataType.INT64):
+            every = edit.op("Cast", [every], {"to": dtype.value})
+        rows = edit.op("Squeeze", [computed_anew(edit, source, {positions: every}), first])
+        kind = ir.DataType.from_numpy(numbers.dtype)
+        return rows if self._facts.dtype(source) == kind else edit.op("Cast", [rows], {"to": kind.value})
 
     def bare(self, value: ir.Value) -> ir.Value:
         """What an Expand repeats nothing of, or only along the batch."""
@@ -312,6 +342,38 @@ def first_input(model: ir.Model, facts: ShapeFacts, site: CachedSite) -> ir.Valu
         if shape is not None and len(shape) > 1 and tuple(shape[:2]) == (site.batch, site.tokens):
             return value
     return None
+
+
+def computed_anew(edit: Editor, value: ir.Value, copies: dict[ir.Value, ir.Value]) -> ir.Value:
+    """What computes `value`, written anew at the editor's site from the values that `copies` has in place of others.
+
+    Args:
+        edit: The graph's editor.
+        value: The value.
+        copies: Values by those that they replace; what was written joins them.
+    """
+    stack = [value]
+    while stack:
+        current = stack[-1]
+        node = current.producer()
+        if current in copies or node is None:
+            copies.setdefault(current, current)
+            stack.pop()
+            continue
+        waiting = [v for v in node.inputs if v is not None and v not in copies]
+        if waiting:
+            stack.extend(waiting)
+            continue
+        inputs = [None if v is None else copies[v] for v in node.inputs]
+        if list(node.inputs) == inputs:
+            copies.update((output, output) for output in node.outputs)
+            continue
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        first = edit.op(node.op_type, inputs, attributes, domain=node.domain, outputs=len(node.outputs))
+        made = first.producer()
+        assert made is not None
+        copies.update(zip(node.outputs, made.outputs, strict=True))
+    return copies[value]
 
 
 def _integers(numbers: int | list[int]) -> ir.TensorProtocol:
