@@ -84,7 +84,7 @@ def test_zero_points_that_are_floats_become_minimums() -> None:
     )
 
 
-HEAD = f"com.microsoft.MatMulNBits<K = 64, N = 64, bits = 8, block_size = 32, accuracy_level = 4>(n, h, {{}})"
+HEAD = "com.microsoft.MatMulNBits<K = 64, N = 64, bits = 8, block_size = 32, accuracy_level = 4>(n, h, {})"
 TABLE = """
   ids = ArgMax<axis = -1, keepdims = 0>(x)
   table = Reshape(hs, by_block)
