@@ -4,8 +4,8 @@
     python benchmarks/depth.py                                    exports the model first (export_smollm2.py)
     python benchmarks/depth.py --only "attention, loss 4" --windows 2 --pasts --page ''
 
-All files are made from one export with the same assumptions. Searches see windows of 512 tokens of the calibration text
-of `graphopt.models.texts`, two for attentions and four for layers, healing all of it; perplexity and the mean
+All files are made from one export with the same assumptions. Searches see eight windows of 512 tokens of the calibration text
+of `graphopt.models.texts`, healing all of it; perplexity and the mean
 divergence KL(original, variant) are over windows of its evaluation text. One search gives all sizes: the rows of a
 greedy search are the sets that it went through, those of a score the lowest so many. Speeds are measured as by
 `quantize_kv.py`. What was measured is kept in the folder for graphs.
@@ -25,7 +25,8 @@ from graphopt.report.pareto import Point, pareto_svg
 FLOAT = "all layers"
 COUNTS = {"attention": (1, 2, 3, 4, 6, 8), "block": (1, 2, 3, 4)}
 CALLED = {"attention": "attention", "block": "layers"}
-SAMPLES = {"attention": 2, "block": 4}
+SAMPLES = 8
+"""Windows of 512 tokens that a search sees. By two an attention was chosen whose loss on others isn't the smallest."""
 SHORTLIST = 10
 """Candidates by which a greedy search grows a set from the second step on."""
 OUTSIDE = {
@@ -37,7 +38,7 @@ OUTSIDE = {
 
 def _searched(granularity: str, **options: object) -> Steps:
     most = COUNTS[granularity][-1]
-    return ({"drop-layers": {"granularity": granularity, "count": most, "samples": SAMPLES[granularity], **options}},)
+    return ({"drop-layers": {"granularity": granularity, "count": most, "samples": SAMPLES, **options}},)
 
 
 def _lowest(count: int) -> Callable[[Found], Steps]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shared_files import made_once
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
 _WHISPER = {
@@ -69,19 +67,15 @@ def feeds(name: str, batch: int = 2, tokens: int = 9) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": np.ones((batch, tokens), dtype=np.int64)}
 
 
-@functools.cache
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-@functools.cache
 def exported(name: str, exporter: str = "dynamo") -> Path:
-    """The model `name` as "dynamo" (torch.export, opset 18) or "torchscript" (opset 17) writes it; made once a process.
+    """The model `name` as "dynamo" (torch.export, opset 18) or "torchscript" (opset 17) writes it; made once a run.
 
     Every gain and bias is random, so that a rewrite that forgets one is seen.
     """
+    return made_once(f"{name}-{exporter}.onnx", functools.partial(_export, name, exporter))
+
+
+def _export(name: str, exporter: str, path: Path) -> None:
     import torch
 
     torch.manual_seed(0)
@@ -102,7 +96,6 @@ def exported(name: str, exporter: str = "dynamo") -> Path:
     arguments = tuple(torch.from_numpy(array) for array in feeds(name).values())
     module = Positional().eval()
     model.set_attn_implementation("eager")
-    path = _folder() / f"{name}-{exporter}.onnx"
     tokens = inputs[0] == "input_ids"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -119,7 +112,6 @@ def exported(name: str, exporter: str = "dynamo") -> Path:
                 module, arguments, path, dynamo=False, opset_version=17, dynamic_axes=axes,
                 input_names=inputs, output_names=["out"],
             )  # fmt: skip
-    return path
 
 
 def cached_feeds(name: str, batch: int = 2, tokens: int = 3, past: int = 4) -> dict[str, np.ndarray]:
@@ -157,9 +149,12 @@ def cached_model(name: str) -> Any:
     return model
 
 
-@functools.cache
 def exported_cached(name: str, exporter: str = "dynamo") -> Path:
     """The decoder `name` with its KV cache: past_key_values.N.key/value in, logits and present.N.key/value out."""
+    return made_once(f"{name}-cached-{exporter}.onnx", functools.partial(_export_cached, name, exporter))
+
+
+def _export_cached(name: str, exporter: str, path: Path) -> None:
     import torch
     import transformers
 
@@ -187,7 +182,6 @@ def exported_cached(name: str, exporter: str = "dynamo") -> Path:
     sizes = {key: {0: "batch", 2: "past"} if key in pasts else {0: "batch", 1: "sequence"} for key in inputs}
     sizes["attention_mask"] = {0: "batch", 1: "total"}
     arguments = tuple(torch.from_numpy(array) for array in arrays.values())
-    path = _folder() / f"{name}-cached-{exporter}.onnx"
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         if exporter == "dynamo":
@@ -201,4 +195,3 @@ def exported_cached(name: str, exporter: str = "dynamo") -> Path:
                 WithCache().eval(), arguments, path, dynamo=False, opset_version=17, dynamic_axes=axes,
                 input_names=inputs, output_names=outputs,
             )  # fmt: skip
-    return path

@@ -17,9 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 import test_share_kv
 import tiny_decoders
 from exactness import assert_exact
-from matrix_models import MODELS
-from matrix_variants import Variant
-from test_share_kv import run
+from test_share_kv import exported, run
 
 from graphopt.api import canonical, optimize, verify
 from graphopt.graph.assumptions import Assumptions
@@ -33,18 +31,12 @@ from graphopt.runtime_ops.eviction import Eviction
 from graphopt.runtime_ops.generation import Generator
 
 Arrays = dict[str, npt.NDArray[Any]]
-CACHED = Variant("script", 17, "eager", cached=True)
 ASSUMED = ("no-left-padding", "no-batched-chunks", "counted-positions", "max-length=64")
 ALL = {
     "llama": [0, 1], "mistral": [], "qwen3": [0, 1], "gemma2": [1], "phi3": [0, 1], "gpt2": [0, 1], "gptneox": [0, 1],
     "gptj": [0, 1], "opt": [0, 1], "gptbigcode": [0, 1],
 }  # fmt: skip
 """The layers of each architecture whose caches may lose tokens: those without a window."""
-
-
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("exports")
 
 
 def parsed(kind: Any = "attention", layers: int = 2, **more: Any) -> ir.Model:
@@ -86,11 +78,8 @@ def hidden(model: ir.Model, feeds: Arrays, places: list[int]) -> Arrays:
 
 @pytest.mark.export
 @pytest.mark.parametrize("key", ALL)
-def test_a_cache_without_some_tokens_is_one_where_they_are_hidden(key: str, exports: Path, tmp_path: Path) -> None:
-    from matrix_exports import make
-
-    make(MODELS[key], CACHED, exports)
-    model = optimize(exports / CACHED.file(key), "canonical", verify="none").model
+def test_a_cache_without_some_tokens_is_one_where_they_are_hidden(key: str, tmp_path: Path) -> None:
+    model = exported(key)
     after = prepared(model)
     told = read_importance(after.metadata_props)
     assert (list(told.outputs) if told is not None else []) == ALL[key]

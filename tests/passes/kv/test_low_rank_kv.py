@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny_decoders
-from test_share_kv import ASSUMED, Arrays, exported, exports, off, parsed, run, shared, told  # noqa: F401
+from test_share_kv import ASSUMED, Arrays, exported, off, parsed, run, shared, told
 
 from graphopt.analysis.shapes import infer
 from graphopt.api import Result, canonical, optimize, verify
@@ -99,8 +99,8 @@ def narrowed(model: ir.Model, rank: int) -> ir.Model:
 @pytest.mark.export
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("key", ARCHITECTURES)
-def test_a_full_rank_changes_nothing(key: str, layers: int, exports: Path, tmp_path: Path) -> None:  # noqa: F811
-    model = exported(key, exports)
+def test_a_full_rank_changes_nothing(key: str, layers: int, tmp_path: Path) -> None:
+    model = exported(key)
     result = rewritten(model, keys=1.0, values=1.0, layers=layers)
     assert len(details(result)) == 2
     now = kv_interface(result.model)
@@ -125,8 +125,8 @@ def test_a_full_rank_changes_nothing(key: str, layers: int, exports: Path, tmp_p
 @pytest.mark.export
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("key", SEPARATE)
-def test_products_of_a_rank_are_cached_in_that_rank(key: str, weighted: bool, exports: Path) -> None:  # noqa: F811
-    model = narrowed(exported(key, exports), 5)
+def test_products_of_a_rank_are_cached_in_that_rank(key: str, weighted: bool) -> None:
+    model = narrowed(exported(key), 5)
     after = rewritten(model, key_rank=5, value_rank=5, weighted=weighted).model
     interface = kv_interface(after)
     assert interface is not None
@@ -135,8 +135,8 @@ def test_products_of_a_rank_are_cached_in_that_rank(key: str, weighted: bool, ex
 
 
 @pytest.mark.export
-def test_features_are_made_by_the_projection_itself(exports: Path) -> None:  # noqa: F811
-    after = rewritten(exported("llama", exports), key_rank=3, value_rank=6).model
+def test_features_are_made_by_the_projection_itself() -> None:
+    after = rewritten(exported("llama"), key_rank=3, value_rank=6).model
     widths = [
         node.inputs[1].shape[1]
         for node in after.graph
@@ -253,8 +253,8 @@ def test_data_is_needed() -> None:
 
 
 @pytest.mark.export
-def test_positions_have_to_be_counted(exports: Path) -> None:  # noqa: F811
-    model = exported("llama", exports)
+def test_positions_have_to_be_counted() -> None:
+    model = exported("llama")
     result = rewritten(model, assume=())
     assert (
         details(result, "left")
@@ -388,9 +388,9 @@ def test_a_basis_loses_what_it_says_and_no_other_of_its_rank_loses_less(
 
 @pytest.mark.export
 @pytest.mark.parametrize("key", ["llama", "gptj", "gptneox"])
-def test_moments_are_those_of_what_the_attention_reads(key: str, exports: Path) -> None:  # noqa: F811
+def test_moments_are_those_of_what_the_attention_reads(key: str) -> None:
     """Of queries turned by the distance, whose moments are those of their scores on keys before their rotation."""
-    model = exported(key, exports)
+    model = exported(key)
     interface = kv_interface(model)
     assert interface is not None
     facts = infer(model, believe_names=True)

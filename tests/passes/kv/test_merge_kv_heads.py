@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_share_kv import ASSUMED, Arrays, exported, exports, fed, off, parsed, run  # noqa: F401
+from test_share_kv import ASSUMED, Arrays, exported, fed, off, parsed, run
 
 from graphopt.analysis.shapes import infer
 from graphopt.api import optimize
@@ -74,8 +74,8 @@ def with_heads(feeds: Arrays, source: list[int]) -> Arrays:
 
 @pytest.mark.export
 @pytest.mark.parametrize("key", ARCHITECTURES)
-def test_equal_heads_merge_exactly(key: str, exports: Path, tmp_path: Path) -> None:  # noqa: F811
-    model = exported(key, exports)
+def test_equal_heads_merge_exactly(key: str, tmp_path: Path) -> None:
+    model = exported(key)
     interface = kv_interface(model)
     assert interface is not None
     heads = interface.pairs[0].heads or 0

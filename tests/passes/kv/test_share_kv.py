@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 import tiny_decoders
 from matrix_models import MODELS
 from matrix_variants import Variant
+from shared_files import made_once
 
 from graphopt.api import canonical, optimize
 from graphopt.calibration.text import TextDataset
@@ -37,17 +38,16 @@ ARCHITECTURES = [
 ASSUMED = ("no-left-padding", "no-batched-chunks", "counted-positions", "max-length=64")
 
 
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("exports")
-
-
-def exported(key: str, folder: Path) -> ir.Model:
+def exported(key: str) -> ir.Model:
     """The canonical graph of a tiny decoder with two layers and random weights."""
-    from matrix_exports import make
 
-    make(MODELS[key], CACHED, folder)
-    return optimize(folder / CACHED.file(key), "canonical", verify="none").model
+    def write(path: Path) -> None:
+        from matrix_exports import make
+
+        make(MODELS[key], CACHED, path.parent)
+        save(optimize(path.parent / CACHED.file(key), "canonical", verify="none").model, path)
+
+    return load(made_once(f"{key}-canonical.onnx", write))
 
 
 def run(model: ir.Model, feeds: Arrays) -> Arrays:
@@ -107,8 +107,8 @@ def off(found: Arrays, expected: Arrays) -> float:
 
 @pytest.mark.export
 @pytest.mark.parametrize("key", ARCHITECTURES)
-def test_sharing_between_equal_layers_changes_nothing(key: str, exports: Path, tmp_path: Path) -> None:
-    model = exported(key, exports)
+def test_sharing_between_equal_layers_changes_nothing(key: str, tmp_path: Path) -> None:
+    model = exported(key)
     equal = made_equal(model, 1, 0)
     after, rule = shared(model, pairs=[[1, 0]])
     assert [site.detail for site in rule.sites] == ["layer 1 reads the cache of layer 0"]
@@ -138,8 +138,8 @@ def parsed(layers: int = 4) -> ir.Model:
 
 @pytest.mark.export
 @pytest.mark.parametrize(("key", "width"), [("gpt2", 32), ("phi3", 32)])
-def test_packed_projections_are_cut_to_the_queries(key: str, width: int, exports: Path) -> None:
-    after, _ = shared(exported(key, exports), pairs=[[1, 0]])
+def test_packed_projections_are_cut_to_the_queries(key: str, width: int) -> None:
+    after, _ = shared(exported(key), pairs=[[1, 0]])
     products = [node for node in after.graph if node.op_type == "MatMul" and node.inputs[1].const_value is not None]
     first, second = (node.inputs[1].const_value.shape for node in (products[0], products[len(products) // 2]))
     assert first[1] > width
