@@ -23,7 +23,7 @@ from graphopt.cli.console import (
     write_text,
 )  # fmt: skip
 from graphopt.cli.judging import judge_of, quality_options
-from graphopt.errors import QualityError, UsageError
+from graphopt.errors import GraphoptError, QualityError, UsageError
 
 ROLLED_BACK = 6
 """Exit code: the output is good, but a pass broke its promise and was taken back."""
@@ -142,7 +142,7 @@ def command(
     needless = [option for option, value in about_both.items() if value is not None]
     if needless and calibration is None and judging["quality"] is None:
         raise UsageError(f"{needless[0]} is for the data of --calibration or --quality; give one of them.")
-    failure: QualityError | None = None
+    failure: GraphoptError | None = None
     with progress(as_json) as bar:
         data_set = None
         if calibration is not None:
@@ -198,7 +198,10 @@ def command(
             from graphopt.verification.workload import benchmark_models
 
             bar("timing", 0, 1)
-            result.report.timing = benchmark_models([model, destination], inputs=inputs, seed=seed).to_dict()
+            try:
+                result.report.timing = benchmark_models([model, destination], inputs=inputs, seed=seed).to_dict()
+            except GraphoptError as error:
+                failure = error  # The model is written, and what was done to it is told.
     given: dict[str, Any] = {
         "--verify": verify,
         "--inputs": inputs,

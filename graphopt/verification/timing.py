@@ -83,6 +83,7 @@ def benchmark(
     *,
     min_round_ms: float = 2.0,
     last_first: bool = False,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> BenchResult:
     """Time models against each other: in every round each of them runs once, so that noise meets all alike.
 
@@ -98,6 +99,7 @@ def benchmark(
         min_round_ms: A model runs several times in a round where one run of the first takes less than this.
         last_first: Make the sessions in the other order. The first ones made in a process find other memory than the
             later ones, and are a few percent slower at times.
+        own: Inputs that other models don't have, by the model's path and the input's name.
 
     Raises:
         UsageError: No models, or no rounds.
@@ -118,15 +120,18 @@ def benchmark(
     if last_first:
         sessions.reverse()
         loads.reverse()
+    runs_of = []
     for name, session in zip([*names, names[0]], sessions, strict=True):
+        given = {**feeds, **(own or {}).get(name, {})}
+        runs_of.append(functools.partial(run, session, given))
         try:
-            run(session, feeds)
+            run(session, given)
         except Exception as error:
             raise VerificationError(f"{name} doesn't run on the given inputs: {first_line(error)}") from error
 
-    single = min(seconds(functools.partial(run, sessions[0], feeds))[0] for _ in range(3))
+    single = min(seconds(runs_of[0])[0] for _ in range(3))
     calls = max(1, min(1000, round(min_round_ms / 1e3 / max(single, 1e-7))))
-    measured = Interleaved([functools.partial(run, session, feeds) for session in sessions], calls)
+    measured = Interleaved(runs_of, calls)
     for number in range(warmup + runs):
         measured.round(keep=number >= warmup)
     wall, cpu = measured.wall, measured.cpu
@@ -142,6 +147,7 @@ def benchmark(
         for i, name in enumerate([*names, f"{names[0]} (control)"])
     ]
     sessions.clear()
+    runs_of.clear()
     del measured  # holds the sessions too
     release_memory()
     shapes = {name: list(np.shape(array)) for name, array in feeds.items()}

@@ -6,7 +6,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from graphopt.errors import UsageError
+import numpy as np
+
+from graphopt.errors import UsageError, VerificationError
+from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.load import load
 from graphopt.verification.probes import Probe, Recipe, load_probes, make_feeds
 from graphopt.verification.signature import Kind, signature
@@ -53,6 +56,8 @@ def benchmark_models(
 ) -> BenchResult:
     """Time models against each other on the same inputs, made from the first one's signature or given.
 
+    A decoder whose cache is another than the first one's (quantized, of lower rank) gets an empty one of its own.
+
     Args:
         paths: The models; ratios are to the first.
         inputs: An .npz file with an array for each input, in place of a typical workload.
@@ -65,7 +70,7 @@ def benchmark_models(
     Raises:
         UsageError: An unknown dimension, or dimensions besides `inputs`.
         InputDataError: `inputs` doesn't fit the first model.
-        VerificationError: A model doesn't load or run.
+        VerificationError: A model doesn't load or run, or has inputs besides its cache that the first one hasn't.
     """
     if progress is not None:
         progress("timing", 0, 1)
@@ -75,4 +80,37 @@ def benchmark_models(
         feeds = load_probes(inputs, load(paths[0]))[0].feeds
     else:
         feeds = typical_feeds(paths[0], dims, seed)
-    return benchmark(paths, feeds, runs=runs, threads=threads or None)
+    own = {os.fspath(path): _own_cache(path, paths[0], feeds, dims, seed) for path in paths[1:]}
+    return benchmark(paths, feeds, runs=runs, threads=threads or None, own=own)
+
+
+def _own_cache(
+    path: str | os.PathLike[str],
+    first: str | os.PathLike[str],
+    feeds: Mapping[str, Any],
+    dims: Mapping[str, int] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """The inputs of a model's cache that `feeds` hasn't, with nothing in them.
+
+    Raises:
+        VerificationError: Other inputs are missing too, or the caches in `feeds` hold something.
+    """
+    model = load(path)
+    missing = [name for name in (given.name for given in signature(model).inputs) if name not in feeds]
+    if not missing:
+        return {}
+    interface = kv_interface(model)
+    caches = set() if interface is None else {pair.past for pair in interface.pairs}
+    if others := [name for name in missing if name not in caches]:
+        raise VerificationError(f"{path} doesn't run on the inputs of {first}: it has {', '.join(others)} besides.")
+    before = kv_interface(load(first))
+    held = {} if before is None else {pair.past: pair for pair in before.pairs}
+    if any(name in feeds and pair.grows and np.size(feeds[name]) for name, pair in held.items()):
+        raise VerificationError(
+            f"{path} has another cache than {first} and can't be fed the tokens in that one; time them as they generate: "
+            "graphopt bench --generate."
+        )
+    known = signature(model).variables
+    made = typical_feeds(path, {name: size for name, size in (dims or {}).items() if name in known}, seed)
+    return {name: made[name] for name in missing}
