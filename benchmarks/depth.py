@@ -4,11 +4,11 @@
     python benchmarks/depth.py                                    exports the model first (export_smollm2.py)
     python benchmarks/depth.py --only "attention, loss 4" --windows 2 --pasts --page ''
 
-All files are made from one export with the same assumptions. Searches see eight windows of 512 tokens of the calibration text
-of `graphopt.models.texts`, healing all of it; perplexity and the mean
-divergence KL(original, variant) are over windows of its evaluation text. One search gives all sizes: the rows of a
-greedy search are the sets that it went through, those of a score the lowest so many. Speeds are measured as by
-`quantize_kv.py`. What was measured is kept in the folder for graphs.
+All files are made from one export with the same assumptions. Searches see eight windows of 512 tokens of the
+calibration text of `graphopt.models.texts`, healing all of it; perplexity and the mean divergence KL(original, variant)
+are over windows of its evaluation text. One search gives all sizes: the rows of a greedy search are the sets that it
+went through, those of a score the lowest so many. Speeds are measured as by `quantize_kv.py`. What was measured is kept
+in the folder for graphs.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ def _own_cache(
     held = {} if before is None else {pair.past: pair for pair in before.pairs}
     if any(name in feeds and pair.grows and np.size(feeds[name]) for name, pair in held.items()):
         raise VerificationError(
-            f"{path} has another cache than {first} and can't be fed the tokens in that one; time them as they generate: "
-            "graphopt bench --generate."
+            f"{path} has another cache than {first} and can't be fed the tokens in that one; time them as they "
+            "generate: graphopt bench --generate."
         )
     known = signature(model).variables
     made = typical_feeds(path, {name: size for name, size in (dims or {}).items() if name in known}, seed)
