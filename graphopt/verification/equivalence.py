@@ -12,6 +12,7 @@ import onnx_ir as ir
 from graphopt.errors import VerificationError
 from graphopt.graph.assumptions import carried
 from graphopt.graph.importance import importance_names
+from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.kv_names import original_names, restore_names
 from graphopt.graph.load import load
 from graphopt.verification.probes import load_probes, make_probes
@@ -59,7 +60,7 @@ def verify(
                 lacking, other = (path_b, path_a) if name in first else (path_a, path_b)
                 raise VerificationError(
                     f"The models can't be compared: {_label(lacking)} has no {kind} {name!r}, "
-                    f"which {_label(other)} has."
+                    f"which {_label(other)} has.{_of_caches(a, b)}"
                 )
             if first[name].type is not None and second[name].type is not None and first[name].type != second[name].type:
                 raise VerificationError(
@@ -84,6 +85,14 @@ def verify(
         return verifier.check(path_b, bitwise)
     finally:
         verifier.close()
+
+
+def _of_caches(a: ir.Model, b: ir.Model) -> str:
+    """What to do with two decoders that keep their pasts differently, as a sentence; of other models nothing."""
+    known = [kv_interface(model) for model in (a, b)]
+    if any(interface is None or not interface.pairs for interface in known):
+        return ""
+    return " Their caches differ, and with them what is right: judge the text that they predict (--quality)."
 
 
 def _apart(a: ir.Shape | None, b: ir.Shape | None) -> bool:
