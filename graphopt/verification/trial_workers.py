@@ -133,7 +133,7 @@ class Workers:
         lanes: dict[Try, _Worker | None] = {own: None, **{worker.loss: worker for worker in self._workers}}
         running: dict[Future[float], tuple[Try, int, Changed]] = {}
         known: dict[int, float] = {}
-        waiting, following, whole = enumerate(candidates), 0, False
+        waiting, following = enumerate(candidates), 0
         try:
             while True:
                 busy = {lane for lane, _, _ in running.values()}
@@ -159,9 +159,8 @@ class Workers:
                         self._workers.remove(worker)
                         _warn(f"A process that tried candidates {worker.ended(error)}. The search goes on without it.")
                         running[self._threads.submit(own, changed, samples)] = (own, index, changed)
-            whole = True
         finally:
-            if not whole:
+            if running:  # an error, an interrupt, or nobody wants to know the rest
                 self.close()
 
     def close(self) -> None:
