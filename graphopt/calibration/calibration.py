@@ -16,6 +16,7 @@ from graphopt.calibration.pieces import Grain
 from graphopt.calibration.request import Request
 from graphopt.calibration.stages import BUDGET_BYTES, PIECE_BYTES, Progress, Stage, stages
 from graphopt.calibration.statistics import Summary
+from graphopt.errors import UsageError
 
 T = TypeVar("T")
 
@@ -43,6 +44,10 @@ class Calibration:
     jobs: int | None = None
     cache: Path | None = None
     progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.jobs is not None and self.jobs < 1:
+            raise UsageError(f"At least one process must try the candidates of a search, not {self.jobs}.")
 
     def stages(
         self, model: ir.Model, requests: Sequence[Request], *, sequential: bool = False, grain: Grain = "layer"
