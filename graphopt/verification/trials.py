@@ -30,8 +30,10 @@ from graphopt.verification.trial_workers import Workers
 
 Array = npt.NDArray[Any]
 
-PAYS_SECONDS = 10.0
+PAYS_SECONDS = 30.0
 """What the trials of a search must take in one process, at least, for more to be started without being asked for."""
+PAYS_CORES = 4
+"""Cores from which on they are: with two, ONNX Runtime's own threads leave little idle (see docs/calibration.md)."""
 PROCESS_BYTES = 128 << 20
 """What a process takes before it has a session."""
 SPARE = 0.8
@@ -54,7 +56,7 @@ class Trials:
         samples: Inputs, an array each by name.
         threads: Threads within an operator, of all processes together; None: one for each core.
         jobs: Processes; None: one for each core as far as `together` and the memory that is free go (by what the first
-            session takes), and one where all trials take less than `PAYS_SECONDS`.
+            session takes), and one with fewer than `PAYS_CORES` or where all trials take less than `PAYS_SECONDS`.
         together: Candidates that `losses` is given at a time, at most.
         trials: How many are made in all, at least about; None: `together`.
 
@@ -91,7 +93,10 @@ class Trials:
         given = {name: found(array) for name, array in own.items()}
         feeds = [{name: found(array) for name, array in sample.items()} for sample in kept]
         all_threads = threads or cores()
-        self._jobs = 1 if getattr(sys, "frozen", False) else min(jobs or all_threads, max(together, 1))
+        most = (
+            1 if getattr(sys, "frozen", False) or (jobs is None and all_threads < PAYS_CORES) else jobs or all_threads
+        )
+        self._jobs = min(most, max(together, 1))
         with _PeakMemory() as memory:
             self._threads = _shared(threads, all_threads, self._jobs)
             session = make_session(self._model, threads=self._threads, store=self._store)

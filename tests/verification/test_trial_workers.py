@@ -213,6 +213,7 @@ def test_processes_are_as_many_as_pay_and_fit(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "available_bytes", lambda: 64 << 30)
     assert (made(jobs=None, threads=None).jobs, made(jobs=None, threads=None)._threads) == (6, 1)
     assert (made(jobs=None, threads=None, together=3).jobs, made(jobs=None, threads=4, together=2)._threads) == (3, 2)
+    assert made(jobs=None, threads=3).jobs == 1  # few threads are busy in one process, too
     assert made(jobs=None, threads=None, together=1).jobs == made(threads=None, jobs=4, together=1).jobs == 1
     for free, jobs, threads in ((0, 1, None), (module.PROCESS_BYTES * 3 // 2, 2, 3)):
         monkeypatch.setattr(module, "available_bytes", lambda free=free: free)
