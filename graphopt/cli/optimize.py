@@ -63,7 +63,7 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
 @click.option("--calibration-window", "window", type=click.IntRange(min=2), metavar="N",
               help="Tokens of a window of text  [default: decoder 512, encoder 128, self 256]")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N",
-              help="Processes that try the candidates of a search side by side  [default: as many as pay and fit]")  # fmt: skip
+              help="Processes that try candidates of a search side by side  [default: as many as pay]")  # fmt: skip
 @click.option("--image-values", type=click.Choice(["unit", "signed", "imagenet", "raw"]),
               help="What the model takes for pixels of images  [default: unit, 0 to 1]")  # fmt: skip
 @click.option(
