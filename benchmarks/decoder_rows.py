@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -296,6 +297,36 @@ def arguments(description: str, work: str, pasts: Sequence[int]) -> argparse.Arg
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--page", type=Path, help="write the tables there")
     return parser
+
+
+def measured(
+    decoder: Decoder,
+    timed: Sequence[str],
+    tables: Callable[[Decoder], Sequence[str]],
+    put: Callable[[Path, str], None],
+    recall: Callable[[], Callable[[Generator], float]] | None = None,
+) -> int:
+    """Make what is missing, measure, print, and write the page; the exit code.
+
+    Args:
+        decoder: The variants.
+        timed: Those whose speed is measured.
+        tables: Lines of Markdown of what was measured.
+        put: Writes them into the page.
+        recall: Makes what `Decoder.judge` is given, once the files are made.
+    """
+    try:
+        decoder.make()
+        decoder.judge(None if recall is None else recall())
+        decoder.time(timed)
+    except GraphoptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    text = "\n".join(tables(decoder))
+    print(text)
+    if (page := decoder.options.page) is not None:
+        put(page, text)
+    return 0
 
 
 def cache_bytes(generator: Generator, tokens: int) -> int:

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from decoder_rows import WINDOW, Decoder, Found, Steps, Variant, arguments
+from decoder_rows import WINDOW, Decoder, Found, Steps, Variant, arguments, measured
 from measured_page import circumstances, put_tables
 
-from graphopt.errors import GraphoptError
 from graphopt.report.pareto import Point, pareto_svg
 
 FLOAT = "all layers"
@@ -88,19 +88,12 @@ def main() -> int:
     """Make what is missing, measure, print, and write the page."""
     options = arguments(__doc__, "depth-benchmark", (256,)).parse_args()
     decoder = Decoder(variants(), options, keep=("scores", "path", "branches"))
-    try:
-        decoder.make()
-        decoder.judge()
-        decoder.time(TIMED)
-    except GraphoptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = "\n".join([circumstances(), "", *tables(decoder)])
-    print(text)
-    if options.page is not None:
-        put_tables(options.page, "depth", text)
-        options.page.with_suffix(".svg").write_text(plot(decoder), encoding="utf-8")
-    return 0
+
+    def put(page: Path, text: str) -> None:
+        put_tables(page, "depth", text)
+        page.with_suffix(".svg").write_text(plot(decoder), encoding="utf-8")
+
+    return measured(decoder, TIMED, lambda decoder: [circumstances(), "", *tables(decoder)], put)
 
 
 def tables(decoder: Decoder) -> list[str]:

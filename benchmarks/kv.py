@@ -21,11 +21,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from decoder_rows import WINDOW, Decoder, Found, Steps, Variant, arguments
+from decoder_rows import WINDOW, Decoder, Found, Steps, Variant, arguments, measured
 from measured_page import circumstances, put_tables
 
 from graphopt.calibration.text import tokenize
-from graphopt.errors import GraphoptError
 from graphopt.runtime_ops.generation import Generator
 
 FLOAT = "float cache"
@@ -76,19 +75,18 @@ def main() -> int:
     """Make what is missing, measure, print, and write the page."""
     options = arguments(__doc__, "kv-cache-benchmark", (256, 1024, 2048)).parse_args()
     decoder = Decoder(VARIANTS, options, keep=("pairs", "sites"))
-    try:
-        decoder.make()
+
+    def recall() -> Callable[[Generator], float]:
         needles = list(texts_with_needles(decoder.evaluation(), options.tokenizer))
-        decoder.judge(lambda generator: float(np.mean([digits_right(generator, *needle) for needle in needles])))
-        decoder.time(TIMED)
-    except GraphoptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = "\n".join([circumstances(), "", *tables(decoder)])
-    print(text)
-    if options.page is not None:
-        put_tables(options.page, "cache", text)
-    return 0
+        return lambda generator: float(np.mean([digits_right(generator, *needle) for needle in needles]))
+
+    return measured(
+        decoder,
+        TIMED,
+        lambda decoder: [circumstances(), "", *tables(decoder)],
+        lambda page, text: put_tables(page, "cache", text),
+        recall,
+    )
 
 
 def digits_right(generator: Generator, prompt: list[int], wanted: list[int]) -> float:

@@ -15,10 +15,9 @@ in two sittings, in which the sessions are made in opposite order. What was meas
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from decoder_rows import WINDOW, Decoder, Variant, arguments
-
-from graphopt.errors import GraphoptError
+from decoder_rows import WINDOW, Decoder, Variant, arguments, measured
 
 FLOAT = "float cache"
 FOUR = {"key_bits": 4, "value_bits": 4}
@@ -42,20 +41,12 @@ TIMED = (FLOAT, "kv8", "kv4", "kv3", "GQA int8", "GQA int4")
 
 def main() -> int:
     """Make what is missing, measure, print, and write the page."""
-    options = arguments(__doc__, "kv-benchmark", (256, 1024, 4096)).parse_args()
-    decoder = Decoder(VARIANTS, options)
-    try:
-        decoder.make()
-        decoder.judge()
-        decoder.time(TIMED)
-    except GraphoptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    text = "\n".join(tables(decoder))
-    print(text)
-    if options.page is not None:
-        options.page.write_text(PAGE.format(tables=text), encoding="utf-8")
-    return 0
+    decoder = Decoder(VARIANTS, arguments(__doc__, "kv-benchmark", (256, 1024, 4096)).parse_args())
+
+    def put(page: Path, text: str) -> None:
+        page.write_text(PAGE.format(tables=text), encoding="utf-8")
+
+    return measured(decoder, TIMED, tables, put)
 
 
 def tables(decoder: Decoder) -> list[str]:

@@ -92,6 +92,7 @@ def optimize(
     assume: str | Sequence[str] = (),
     rename_kv: bool = False,
     seed: int = 0,
+    jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Run a recipe on a model, verifying as it goes.
@@ -113,7 +114,9 @@ def optimize(
             into the result, which is judged where that holds, and `graphopt.session` refuses other inputs.
         rename_kv: Give the inputs and outputs of a decoder the names of docs/generation.md at the end.
         seed: Seed of the generated probe inputs.
-        progress: Called before each pass.
+        jobs: Processes that try the candidates of a search side by side; None: as many as pay and fit, or as a
+            `Calibration` says.
+        progress: Called before each pass, and before each step of what takes long.
 
     Raises:
         ModelError: The model is broken or ONNX Runtime can't run it.
@@ -173,6 +176,8 @@ def optimize(
         calibration = ArrayDataset(calibration)
     if isinstance(calibration, Dataset):
         calibration = Calibration(calibration, cache=stage_cache(), progress=progress)
+    if calibration is not None and jobs is not None:
+        calibration = dataclasses.replace(calibration, jobs=jobs)
     source = describe_source(model)
     before = Counter(node.op_type for node in nodes(model))
     manager = PassManager(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import os
 import platform
 from pathlib import Path
 
 from graphopt.analysis.profile import Profile, load
 from graphopt.cache import cache_folder
 from graphopt.errors import UsageError
+from graphopt.runtime_ops.machine import cores
 
 
 def this_machine() -> tuple[str, str, int]:
@@ -23,7 +23,7 @@ def this_machine() -> tuple[str, str, int]:
     # Not `onnxruntime.__version__`: importing it takes longer than many a whole run of the command.
     for package in ("onnxruntime", "onnxruntime-gpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return f"ONNX Runtime {importlib.metadata.version(package)}", _processor(), _cores()
+            return f"ONNX Runtime {importlib.metadata.version(package)}", _processor(), cores()
     raise ImportError("ONNX Runtime is missing")
 
 
@@ -66,9 +66,3 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine() or "unknown"
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

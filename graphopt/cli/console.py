@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,7 +69,8 @@ def print_json(data: Any) -> None:
 
 @contextlib.contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error, as `progress(what, done, total)`; silent where nobody looks."""
+    """A progress bar on standard error, as `progress(what, done, total)`, with an estimate of the time that is left;
+    silent where nobody looks."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal or console.is_dumb_terminal:
         yield lambda what, done, total: None
@@ -76,10 +79,43 @@ def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console, transient=True,
+        TextColumn("{task.fields[left]}"), console=console, transient=True,
     ) as bar:  # fmt: skip
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        task, left = bar.add_task("", total=None, left=""), TimeLeft()
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total, left=left.told(what, done, total))
+
+        yield tell
+
+
+class TimeLeft:
+    """How long something that is told step by step takes from now on, by how long its steps took on average.
+
+    Args:
+        clock: Seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begun = ("", 0, 0.0)
+        self._last = 0
+
+    def told(self, what: str, done: int, total: int) -> str:
+        """What is said of it, as "about 0:01:30 left"; nothing before a step is done, or for less than a second.
+
+        Args:
+            what: What is done; something else begins anew.
+            done: Steps that are done.
+            total: Steps in all.
+        """
+        now = self._clock()
+        if what != self._begun[0] or done < self._last:
+            self._begun = what, done, now
+        self._last = done
+        _, first, begin = self._begun
+        seconds = (now - begin) / (done - first) * (total - done) if done > first else 0.0
+        return f"about {datetime.timedelta(seconds=round(seconds))} left" if seconds >= 1 else ""
 
 
 def write_text(path: Path, text: str) -> None:

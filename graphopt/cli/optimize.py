@@ -62,6 +62,8 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
               help="Windows, samples or images at most  [default: 128; of self 64]")  # fmt: skip
 @click.option("--calibration-window", "window", type=click.IntRange(min=2), metavar="N",
               help="Tokens of a window of text  [default: decoder 512, encoder 128, self 256]")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N",
+              help="Processes that try candidates of a search side by side  [default: as many as pay]")  # fmt: skip
 @click.option("--image-values", type=click.Choice(["unit", "signed", "imagenet", "raw"]),
               help="What the model takes for pixels of images  [default: unit, 0 to 1]")  # fmt: skip
 @click.option(
@@ -92,6 +94,7 @@ def command(
     tokenizer: Path | None,
     samples: int | None,
     window: int | None,
+    jobs: int | None,
     image_values: str | None,
     profile: str | None,
     assume: tuple[str, ...],
@@ -138,6 +141,8 @@ def command(
     about_data = {"--calibration-samples": samples, "--calibration-window": window}
     if calibration is None and (needless := [option for option, value in about_data.items() if value is not None]):
         raise UsageError(f"{needless[0]} is for the data of --calibration; give both.")
+    if calibration is None and jobs is not None:
+        raise UsageError("--jobs is for searches, which need data; give --calibration too.")
     about_both = {"--tokenizer": tokenizer, "--image-values": image_values}
     needless = [option for option, value in about_both.items() if value is not None]
     if needless and calibration is None and judging["quality"] is None:
@@ -165,6 +170,7 @@ def command(
             verify=verify,  # type: ignore[arg-type]
             inputs=inputs,
             calibration=data_set,
+            jobs=jobs,
             profile=chosen_profile(profile, target),
             assume=assume,
             rename_kv=rename_kv,
@@ -207,7 +213,7 @@ def command(
         "--inputs": inputs,
         "--calibration": calibration,
     }
-    given |= about_data | about_both
+    given |= about_data | about_both | {"--jobs": jobs}
     # Without an option the result depends on whether this machine was measured.
     if target == "cpu":
         used = "none" if result.report.profile is None else profile or cached_path()

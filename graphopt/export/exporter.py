@@ -23,7 +23,7 @@ from graphopt.export.genai import write_genai_config
 from graphopt.export.gguf import GGUFWeights
 from graphopt.export.gguf.keep import keep_quantized
 from graphopt.export.huggingface import from_pretrained
-from graphopt.export.loaded import Loaded, available_bytes
+from graphopt.export.loaded import Loaded
 from graphopt.export.options import OPSET, ExportReport, Options, Part, Way, is_factory
 from graphopt.export.source import Reference, Source, from_factory
 from graphopt.export.trace import Dims, Exporter, trace
@@ -32,6 +32,7 @@ from graphopt.graph.edits import nodes
 from graphopt.graph.last_logits import last_logits
 from graphopt.graph.load import load
 from graphopt.graph.save import save, weight_bytes
+from graphopt.runtime_ops.machine import available_bytes
 
 INLINE_BYTES = 100_000_000
 """Weights of more bytes than this go to a file beside the model."""
@@ -199,7 +200,7 @@ class _Export:
         """Whether the whole model is compared with PyTorch."""
         if self.options.verify != "auto":
             return self.options.verify == "full"
-        return loaded.weights is None or VERIFIED_SHARE * loaded.weight_bytes() < available_bytes()
+        return loaded.weights is None or VERIFIED_SHARE * loaded.weight_bytes() < (available_bytes() or 0)
 
     def _part(
         self, loaded: Loaded, source: Source, folder: Path, name: str, way: Way, whole: bool

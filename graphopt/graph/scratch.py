@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import tempfile
 import weakref
@@ -14,6 +15,32 @@ import onnx_ir as ir
 
 SMALL_BYTES = 1 << 14
 """Tensors of fewer bytes stay in memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapped:
+    """An array in the file of a `Scratch`: what another process needs to read it there, as long as that file lives.
+
+    Attributes:
+        path: The file.
+        offset: Where it begins, in bytes.
+        length: How long it is, in bytes.
+        dtype: Its element type.
+        shape: Its shape.
+    """
+
+    path: str
+    offset: int
+    length: int
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+    def array(self) -> npt.NDArray[Any]:
+        """The array, memory-mapped."""
+        folder, name = os.path.split(self.path)
+        return ir.ExternalTensor(
+            name, self.offset, self.length, self.dtype, shape=ir.Shape(self.shape), name="", base_dir=folder
+        ).numpy()
 
 
 class Scratch:
@@ -39,7 +66,15 @@ class Scratch:
 
     def array(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The array, memory-mapped where it is large."""
-        return array if array.nbytes < SMALL_BYTES else self._written(ir.Tensor(np.ascontiguousarray(array))).numpy()
+        found = self.shared(array)
+        return found.array() if isinstance(found, Mapped) else found
+
+    def shared(self, array: npt.NDArray[Any]) -> Mapped | npt.NDArray[Any]:
+        """Where the array lies, for other processes too; itself where it is small, or of strings."""
+        if array.nbytes < SMALL_BYTES or array.dtype.kind in "OSU":
+            return array
+        kept = self._written(ir.Tensor(np.ascontiguousarray(array)))
+        return Mapped(str(kept.path), kept.offset or 0, kept.nbytes, kept.dtype, tuple(array.shape))
 
     def _written(self, tensor: ir.Tensor[Any]) -> ir.ExternalTensor:
         if not self._path:

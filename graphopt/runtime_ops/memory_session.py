@@ -152,7 +152,7 @@ def make_session(
     if isinstance(model, ir.Model):
         if store is None:
             store = own_store = WeightStore()
-        source, folder = _with_references(model, store)
+        source, folder = with_references(model, store)
         options.add_session_config_entry(_FOLDER_KEY, folder)
         name = f"the graph {model.graph.name!r}" if model.graph.name else "the model"
     else:
@@ -268,8 +268,11 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _with_references(model: ir.Model, store: WeightStore) -> tuple[bytes, str]:
-    """The model's bytes with weights as references below the root folder, and that folder."""
+def with_references(model: ir.Model, store: WeightStore) -> tuple[bytes, str]:
+    """The model's bytes with weights as references below the root folder, and that folder.
+
+    Another process finds the model there as long as the store lives; metadata is left out.
+    """
     proto, weights = skeleton(model)
     in_memory = [w for w in weights if not isinstance(w.tensor, ir.ExternalTensor)]
     inline = sum(w.tensor.nbytes for w in in_memory) <= INLINE_TOTAL_BYTES

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from graphopt.errors import UsageError
 
 UNITS = 8192
-"""Parts that a budget is counted in: the allocation may use less than the whole by one part for each item at most."""
+"""Parts that a budget is counted in: the allocation is the best for a budget that is less by one part for each item."""
 PRICES = 40
 """Prices that a search tries, at most."""
 
@@ -72,8 +72,9 @@ def allocate(items: Sequence[Item], budget: float, units: int = UNITS) -> Alloca
     """The choices of least loss whose costs together are at most `budget`.
 
     By dynamic programming over the items and what is spent, in `units` equal parts of what the budget leaves beyond the
-    cheapest choices. Costs are rounded up to parts, so that the budget always holds; with costs that are multiples of
-    a part the result is the best there is. Memory and time grow with items × units.
+    cheapest choices. Of all that spend as much, up to a part, the least loss is kept with what it spends itself, so
+    that roundings don't add up and the budget always holds; with costs that are multiples of a part the result is the
+    best there is. Memory and time grow with items × units.
 
     Args:
         items: What to choose for.
@@ -94,31 +95,42 @@ def allocate(items: Sequence[Item], budget: float, units: int = UNITS) -> Alloca
     # What is left by rounding of floats alone is nothing, and no part of it is a number to divide by.
     room = room if room > 1e-12 * max(choice.cost for item in items for choice in item.choices) else 0.0
     kept = [_undominated(item) for item in items]
-    part = room / units if room else 1.0
-    best: npt.NDArray[np.float64] = np.zeros(units + 1)
+    part = room / units or 1.0
+    # Of what spends up to so many parts: the least loss, what it spends, and for each item its choice and the place
+    # of what it continues.
+    best: npt.NDArray[np.float64] = np.full(units + 1, np.inf)
+    spent: npt.NDArray[np.float64] = np.zeros(units + 1)
+    best[0] = 0.0
     picks: list[npt.NDArray[np.int16]] = []
+    origins: list[npt.NDArray[np.int32]] = []
     for item, floor in zip(kept, least, strict=True):
-        found = np.full(units + 1, np.inf)
-        pick = np.zeros(units + 1, np.int16)
+        found, taken = np.full(units + 1, np.inf), np.zeros(units + 1)
+        pick, origin = np.zeros(units + 1, np.int16), np.zeros(units + 1, np.int32)
         for index, choice in enumerate(item):
             extra = choice.cost - floor
-            # What is over a whole number of parts by rounding of floats alone is that number.
-            step = 0 if extra <= 0 else math.ceil(extra / part - 1e-9) if room else units + 1
-            if step > units:
+            if extra > 0 and not room:
                 continue
-            loss = np.full(units + 1, np.inf)
-            loss[step:] = best[: units + 1 - step] + choice.loss
-            better = loss < found
-            found[better], pick[better] = loss[better], index
-        best = found
+            # What is next but one spends more by over a part: among every other no two come to one place.
+            for first in (0, 1):
+                places = np.arange(first, units + 1, 2, dtype=np.int32)
+                places = places[np.isfinite(best[places])]
+                reached = spent[places] + max(extra, 0.0)
+                # What is over a whole number of parts by rounding of floats alone is that number.
+                parts = np.ceil(reached / part - 1e-9)
+                inside = parts <= units
+                places, reached, to = places[inside], reached[inside], parts[inside].astype(np.int64)
+                loss = best[places] + choice.loss
+                better = loss < found[to]
+                places, reached, to, loss = places[better], reached[better], to[better], loss[better]
+                found[to], taken[to], pick[to], origin[to] = loss, reached, index, places
+        best, spent = found, taken
         picks.append(pick)
-    spent = units
+        origins.append(origin)
+    place = int(best.argmin())
     chosen: list[Choice] = []
-    for item, floor, pick in zip(reversed(kept), reversed(least), reversed(picks), strict=True):
-        choice = item[int(pick[spent])]
-        chosen.append(choice)
-        if choice.cost > floor:
-            spent -= math.ceil((choice.cost - floor) / part - 1e-9)
+    for item, pick, origin in zip(reversed(kept), reversed(picks), reversed(origins), strict=True):
+        chosen.append(item[int(pick[place])])
+        place = int(origin[place])
     return Allocation(tuple(reversed(chosen)))
 
 

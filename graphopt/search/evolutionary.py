@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -14,7 +14,7 @@ T = TypeVar("T", bound=Hashable)
 
 def evolve(
     candidates: Sequence[T],
-    loss: Callable[[tuple[T, ...], int], float],
+    losses: Callable[[Sequence[tuple[T, ...]], int], Iterable[float]],
     start: Sequence[T],
     *,
     generations: int = 20,
@@ -33,8 +33,8 @@ def evolve(
 
     Args:
         candidates: What may be chosen; distinct.
-        loss: What a set costs on the first so many samples, its members given in the order of the candidates. What was
-            asked once isn't asked again.
+        losses: What each of several sets costs on the first so many samples, their members given in the order of the
+            candidates. What was asked once isn't asked again.
         start: The first survivor.
         generations: How many there are.
         offspring: Offspring of a generation.
@@ -54,10 +54,11 @@ def evolve(
     rng = np.random.default_rng(seed)
     known: dict[tuple[tuple[T, ...], int], float] = {}
 
-    def cost(chosen: tuple[T, ...], samples: int) -> float:
-        if (chosen, samples) not in known:
-            known[chosen, samples] = loss(chosen, samples)
-        return known[chosen, samples]
+    def costs(sets: Sequence[tuple[T, ...]], samples: int) -> list[float]:
+        new = [chosen for chosen in sets if (chosen, samples) not in known]
+        if new:
+            known.update(zip(((chosen, samples) for chosen in new), losses(new, samples), strict=True))
+        return [known[chosen, samples] for chosen in sets]
 
     def mutated(chosen: tuple[T, ...]) -> tuple[T, ...]:
         members, others = list(chosen), [c for c in candidates if c not in chosen]
@@ -68,7 +69,7 @@ def evolve(
 
     survivor = tuple(sorted(start, key=place.__getitem__))
     if not survivor or len(survivor) == len(candidates):
-        return Found(survivor, cost(survivor, rounds[-1][1]))
+        return Found(survivor, costs([survivor], rounds[-1][1])[0])
     for generation in range(generations):
         if progress is not None:
             progress("evolutionary search", generation, generations)
@@ -76,7 +77,8 @@ def evolve(
         for number, (survivors, samples) in enumerate(rounds):
             if number == len(rounds) - 1 and survivor not in group:
                 group.append(survivor)
-            group.sort(key=lambda chosen: (cost(chosen, samples), [place[c] for c in chosen]))
+            cost = dict(zip(group, costs(group, samples), strict=True))
+            group.sort(key=lambda chosen: (cost[chosen], [place[c] for c in chosen]))
             group = group[:survivors]
         survivor = group[0]
-    return Found(survivor, cost(survivor, rounds[-1][1]))
+    return Found(survivor, costs([survivor], rounds[-1][1])[0])

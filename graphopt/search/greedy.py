@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
@@ -28,13 +28,14 @@ class Found(Generic[T]):
 
 def greedy(
     candidates: Sequence[T],
-    loss: Callable[[tuple[T, ...]], float],
+    losses: Callable[[Sequence[tuple[T, ...]]], Iterable[float]],
     count: int,
     *,
     beam: int = 1,
     shortlist: int | None = None,
     excludes: Callable[[T, T], bool] | None = None,
     progress: Progress | None = None,
+    what: str = "greedy search",
 ) -> list[Found[T]]:
     """The best sets of 1, 2, ... `count` candidates that a beam search finds.
 
@@ -43,13 +44,15 @@ def greedy(
 
     Args:
         candidates: What may be chosen; distinct.
-        loss: What a set costs, its members given in the order of the candidates; called once for each set.
+        losses: What each of several sets costs, their members given in the order of the candidates; called once for
+            each size, with all sets of it that are to be tried. They are read one after the other.
         count: How many are chosen.
         beam: Sets kept of each size. Each is grown by every candidate.
         shortlist: How many candidates a set is grown by: those that cost least, by what they last added to a set. None:
             by all. Where what they add hangs little on the others, few are enough.
         excludes: Whether a member rules out a candidate; None: never.
-        progress: Called before each trial.
+        progress: Called before each loss is read.
+        what: What is said to be done.
 
     Returns:
         The best set of each size, smallest first; fewer where candidates exclude each other.
@@ -68,25 +71,30 @@ def greedy(
     total = trials_at_most(len(candidates), count, beam, shortlist)
     done = 0
     for _ in range(count):
-        grown: dict[tuple[T, ...], Found[T]] = {}
-        cost: dict[T, float] = {}
+        steps: list[tuple[Found[T], T, tuple[T, ...]]] = []
         for start in kept:
             free = [c for c in candidates if c not in start.chosen]
             if excludes is not None:
                 free = [c for c in free if not any(excludes(member, c) for member in start.chosen)]
             if shortlist is not None and added:
                 free = sorted(free, key=lambda c: (added[c], place[c]))[:shortlist]
-            for candidate in free:
-                chosen = tuple(sorted((*start.chosen, candidate), key=place.__getitem__))
-                if chosen not in grown:
-                    if progress is not None:
-                        progress("greedy search", done, total)
-                    done += 1
-                    grown[chosen] = Found(chosen, loss(chosen), (*start.order, candidate))
-                more = grown[chosen].loss - start.loss
-                cost[candidate] = min(more, cost.get(candidate, more))
-        if not grown:
+            steps += [(start, c, tuple(sorted((*start.chosen, c), key=place.__getitem__))) for c in free]
+        if not steps:
             break
+        orders: dict[tuple[T, ...], tuple[T, ...]] = {}
+        for start, candidate, chosen in steps:
+            orders.setdefault(chosen, (*start.order, candidate))
+        grown: dict[tuple[T, ...], Found[T]] = {}
+        found = iter(losses(list(orders)))
+        for chosen, order in orders.items():
+            if progress is not None:
+                progress(what, done, total)
+            done += 1
+            grown[chosen] = Found(chosen, next(found), order)
+        cost: dict[T, float] = {}
+        for start, candidate, chosen in steps:
+            more = grown[chosen].loss - start.loss
+            cost[candidate] = min(more, cost.get(candidate, more))
         added.update(cost)
         kept = sorted(grown.values(), key=lambda one: (one.loss, [place[c] for c in one.chosen]))[:beam]
         best.append(kept[0])

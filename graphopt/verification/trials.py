@@ -1,29 +1,43 @@
 """Trials: what a model loses where some of its weights are others, told by one session, with no model made anew.
 
 The weights in question become inputs of the session. A run is given those that a trial changes, and for the rest what
-the model has, which ONNX Runtime reads where it lies.
+the model has, which ONNX Runtime reads where it lies. Candidates that don't wait for one another are tried by several
+processes, each with a session of its own on the same files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.errors import InputDataError, VerificationError, first_line
+from graphopt.errors import InputDataError, VerificationError
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.scratch import Scratch
-from graphopt.runtime_ops.memory_session import make_session, run
-from graphopt.runtime_ops.scoring import ROWS
-from graphopt.verification.quality.classification import Scores, are_probabilities, probabilities
-from graphopt.verification.quality.language import Rows, divergence
+from graphopt.graph.session_settings import read as read_settings
+from graphopt.runtime_ops.machine import available_bytes, cores, own_bytes
+from graphopt.runtime_ops.memory_session import WeightStore, make_session, with_references
+from graphopt.verification.quality.classification import Scores, are_probabilities
 from graphopt.verification.quality.tasks import guess_task
+from graphopt.verification.trial_loss import Changed, TrialLoss, Work, found, outputs, rows
+from graphopt.verification.trial_workers import Workers
 
 Array = npt.NDArray[Any]
-_DISTRIBUTIONS = ("language", "classification")
+
+PAYS_SECONDS = 30.0
+"""What the trials of a search must take in one process, at least, for more to be started without being asked for."""
+PAYS_CORES = 4
+"""Cores from which on they are: with two, ONNX Runtime's own threads leave little idle (see docs/calibration.md)."""
+PROCESS_BYTES = 128 << 20
+"""What a process takes before it has a session."""
+SPARE = 0.8
+"""The part of the free memory that processes may take, by what the first one took."""
 
 
 class Trials:
@@ -31,13 +45,20 @@ class Trials:
 
     The loss of a trial is the mean divergence KL(original ‖ trial) of the distributions that a language model or a
     classifier gives, in nats; of other models Σ |y − y'|² / Σ |y|² over their outputs of floats. It is 0 for the model
-    itself. Weights and the original's outputs lie in a temporary file, so that memory doesn't grow with either.
+    itself. Weights, samples and the original's outputs lie in a temporary file, so that memory doesn't grow with them.
+
+    Processes share the threads: n of them have 1/n each. A loss hangs on the threads of its session as far as ONNX
+    Runtime's operators do, and on nothing else, not on which process tells it. A process that ends is done without.
 
     Args:
         model: The model, which stays as it is.
         weights: Initializers of its main graph that trials exchange.
         samples: Inputs, an array each by name.
-        threads: Threads within an operator; None leaves it to ONNX Runtime.
+        threads: Threads within an operator, of all processes together; None: one for each core.
+        jobs: Processes; None: one for each core as far as `together` and the memory that is free go (by what the first
+            session takes), and one with fewer than `PAYS_CORES` or where all trials take less than `PAYS_SECONDS`.
+        together: Candidates that `losses` is given at a time, at most.
+        trials: How many are made in all, at least about; None: `together`.
 
     Raises:
         VerificationError: The model doesn't run on the samples, or has no output of floats.
@@ -51,33 +72,63 @@ class Trials:
         samples: Iterable[Mapping[str, Array]],
         *,
         threads: int | None = None,
+        jobs: int | None = 1,
+        together: int = 1,
+        trials: int | None = None,
     ) -> None:
-        self._scratch = Scratch()
-        self._own: dict[str, Array] = {}
-        names = []
+        # One for all: files that processes map stay until these have ended.
+        self._scratch, self._store = Scratch(), WeightStore()
+        own = {}
         for weight in weights:
             assert weight.name is not None
             assert weight.const_value is not None
-            self._own[weight.name] = self._scratch.array(weight.const_value.numpy())
-            names.append(weight.name)
+            own[weight.name] = self._scratch.shared(weight.const_value.numpy())
         guess = guess_task(model)
         decoder = kv_interface(model) if guess.task == "language" else None
         judged = guess.output if decoder is None else decoder.logits
-        self._task = guess.task
-        self._scores: Scores = "logits"
-        self._session = make_session(_opened(model, names, judged), threads=threads)
-        self._samples = [dict(sample) for sample in samples]
-        if not self._samples:
+        self._model = _opened(model, list(own), judged)
+        kept = [{name: self._scratch.shared(array) for name, array in sample.items()} for sample in samples]
+        if not kept:
             raise InputDataError("There is no sample to try changes of the weights on.")
-        self._expected = [[self._scratch.array(y) for y in self._outputs(sample, {})] for sample in self._samples]
-        if self._task == "classification" and all(are_probabilities(_rows(y)) for ys in self._expected for y in ys):
-            self._scores = "probabilities"
+        given = {name: found(array) for name, array in own.items()}
+        feeds = [{name: found(array) for name, array in sample.items()} for sample in kept]
+        all_threads = threads or cores()
+        most = (
+            1 if getattr(sys, "frozen", False) or (jobs is None and all_threads < PAYS_CORES) else jobs or all_threads
+        )
+        self._jobs = min(most, max(together, 1))
+        with _PeakMemory() as memory:
+            self._threads = _shared(threads, all_threads, self._jobs)
+            session = make_session(self._model, threads=self._threads, store=self._store)
+            if self._jobs > 1 and jobs is None:
+                outputs(session, {**feeds[0], **given})
+        if self._jobs > 1 and jobs is None and (fitting := memory.fitting()) < self._jobs:
+            self._jobs = fitting
+            self._threads = _shared(threads, all_threads, self._jobs)
+            session = make_session(self._model, threads=self._threads, store=self._store)
+        begin = time.perf_counter()
+        expected = [[self._scratch.shared(y) for y in outputs(session, {**sample, **given})] for sample in feeds]
+        seconds = (time.perf_counter() - begin) * (trials or together)
+        if jobs is None and seconds < PAYS_SECONDS:
+            self._jobs = 1
+        arrays = [[found(y) for y in ys] for ys in expected]
+        scores: Scores = "logits"
+        if guess.task == "classification" and all(are_probabilities(rows(y)) for ys in arrays for y in ys):
+            scores = "probabilities"
+        self._here = TrialLoss(session, given, feeds, arrays, guess.task, scores)
+        self._shared = own, kept, expected
+        self._workers: Workers | None = None
 
     def __len__(self) -> int:
         """How many samples there are."""
-        return len(self._samples)
+        return len(self._here.samples)
 
-    def loss(self, changed: Mapping[str, Array], samples: int | None = None) -> float:
+    @property
+    def jobs(self) -> int:
+        """How many processes try candidates."""
+        return self._jobs
+
+    def loss(self, changed: Changed, samples: int | None = None) -> float:
         """What the model loses with these weights.
 
         Args:
@@ -87,37 +138,78 @@ class Trials:
         Raises:
             VerificationError: It doesn't run.
         """
-        total = weight = 0.0
-        for sample, expected in list(zip(self._samples, self._expected, strict=True))[:samples]:
-            for y, found in zip(expected, self._outputs(sample, changed), strict=True):
-                if self._task in _DISTRIBUTIONS:
-                    total, weight = total + self._divergence(y, found), weight + y.size // y.shape[-1]
-                else:
-                    wide = y.astype(np.float64)
-                    total, weight = total + float(np.square(found - wide).sum()), weight + float(np.square(wide).sum())
-        return total / weight if weight else 0.0
+        return self._here.loss(changed, samples)
 
-    def _divergence(self, expected: Array, found: Array) -> float:
-        """The sum of KL(expected ‖ found) over rows; what is no number doesn't pass for a small loss."""
-        total = 0.0
-        p, q = _rows(expected), _rows(found)
-        for first in range(0, len(p), ROWS):
-            a, b = (self._logits(rows[first : first + ROWS]) for rows in (p, q))
-            total += float(divergence(Rows.of(a), Rows.of(b)).sum())
-        return total if np.isfinite(total) else float("inf")
+    def losses(self, candidates: Iterable[Changed], samples: int | None = None) -> Iterator[float]:
+        """What the model loses with each of several candidates, as soon as it is known, in their order.
 
-    def _logits(self, rows: Array) -> Array:
-        """Logits of the distributions [rows, classes]; of a classifier in the form that its judge reads."""
-        if self._task != "classification":
-            return rows
-        given = probabilities(rows.astype(np.float64), self._scores)
-        return np.asarray(np.log(np.maximum(given, np.finfo(np.float64).tiny)))
+        Args:
+            candidates: As of `loss`; read as they are needed, so that they needn't lie in memory together.
+            samples: As of `loss`.
 
-    def _outputs(self, sample: Mapping[str, Array], changed: Mapping[str, Array]) -> list[Array]:
-        try:
-            return run(self._session, {**sample, **self._own, **changed})
-        except Exception as error:
-            raise VerificationError(f"The model doesn't run on the calibration data: {first_line(error)}.") from error
+        Raises:
+            VerificationError: One doesn't run.
+        """
+        if self._jobs > 1 and self._workers is None:
+            self._workers = self._started()
+        if self._workers is None or not len(self._workers):
+            yield from (self.loss(changed, samples) for changed in candidates)
+        else:
+            yield from self._workers.losses(self._here, candidates, samples)
+
+    def close(self) -> None:
+        """End the other processes; what is tried from then on is tried in this one."""
+        self._jobs = 1
+        if self._workers is not None:
+            self._workers.close()
+
+    def _started(self) -> Workers:
+        data, folder = with_references(self._model, self._store)
+        own, kept, expected = self._shared
+        task, scores, threads = self._here.task, self._here.scores, self._threads
+        assert threads is not None
+        work = Work(data, folder, read_settings(self._model), threads, own, kept, expected, task, scores)
+        workers = Workers(work, self._jobs - 1)
+        weakref.finalize(self, workers.close)
+        return workers
+
+
+def _shared(threads: int | None, all_threads: int, jobs: int) -> int | None:
+    """The threads of one process; None where ONNX Runtime chooses."""
+    return threads if jobs == 1 else max(1, all_threads // jobs)
+
+
+class _PeakMemory:
+    """How much memory of its own this process takes at most, beyond what it had at first; a context."""
+
+    def __init__(self) -> None:
+        self._first = own_bytes()
+        self._peak = self._first or 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._look()
+
+    def fitting(self) -> int:
+        """How many processes like this one fit; one where the system doesn't tell."""
+        free = available_bytes()
+        if self._first is None or free is None:
+            return 1
+        return 1 + max(0, int(SPARE * free / (self._peak - self._first + PROCESS_BYTES)))
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self._look()
+
+    def _look(self) -> None:
+        self._peak = max(self._peak, own_bytes() or 0)
 
 
 def _opened(model: ir.Model, names: Sequence[str], judged: str | None) -> ir.Model:
@@ -140,7 +232,3 @@ def _opened(model: ir.Model, names: Sequence[str], judged: str | None) -> ir.Mod
         raise VerificationError("The model has no output of floating-point numbers by which a change could be judged.")
     copy.graph.outputs[:] = outputs
     return copy
-
-
-def _rows(output: Array) -> Array:
-    return output.reshape(-1, output.shape[-1])

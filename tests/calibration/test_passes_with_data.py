@@ -119,6 +119,8 @@ def test_the_command_line(
         (("--calibration", tmp_path / "none.npz"), 4, "no calibration data"),
         (("--calibration", data, "--calibration-window", 4), 2, "window of tokens is for text"),
         (("--calibration-window", 4), 2, "--calibration-window is for the data of --calibration"),
+        (("--jobs", 2), 2, "--jobs is for searches, which need data"),
+        (("--calibration", data, "--jobs", 0), 2, "0 is not in the range"),
         (("--calibration", "self"), 4, "Only a decoder with a KV cache"),
         ((), 2, "needs calibration data"),
     ):

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.search.evolutionary import evolve
+from graphopt.search.evolutionary import evolve as batched
+from graphopt.search.greedy import Found
+
+
+def evolve(
+    candidates: Sequence[Any], loss: Callable[[tuple[Any, ...], int], float], start: Sequence[Any], **options: Any
+) -> Found[Any]:
+    """The search with a loss of one set."""
+    return batched(candidates, lambda sets, samples: (loss(chosen, samples) for chosen in sets), start, **options)
+
 
 WEIGHTS = np.random.default_rng(3).permutation(24).astype(float)
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.search.greedy import greedy, trials_at_most
+from graphopt.search.greedy import Found, trials_at_most
+from graphopt.search.greedy import greedy as batched
+
+
+def greedy(
+    candidates: Sequence[Any], loss: Callable[[tuple[Any, ...]], float], count: int, **options: Any
+) -> list[Found[Any]]:
+    """The search with a loss of one set."""
+    return batched(candidates, lambda sets: map(loss, sets), count, **options)
 
 
 def pairwise(seed: int, size: int) -> np.ndarray:
@@ -85,3 +95,19 @@ def test_the_order_is_that_of_choosing() -> None:
 def test_what_cant_be(count: int, options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"must be at least 1|can't be chosen"):
         greedy("abc", lambda _: 0.0, count, **options)
+
+
+def test_all_sets_of_a_size_are_asked_for_together_and_read_one_after_the_other() -> None:
+    asked: list[list[tuple[str, ...]]] = []
+    told: list[tuple[int, int]] = []
+
+    def losses(sets: Sequence[tuple[str, ...]]) -> Iterator[float]:
+        asked.append(list(sets))
+        for number, chosen in enumerate(sets):
+            assert told[-1][0] == sum(map(len, asked[:-1])) + number
+            yield float(sum(map(ord, chosen)))
+
+    found = batched("abcd", losses, 2, beam=2, progress=lambda what, *numbers: told.append(numbers), what="choosing")
+    assert [len(sets) for sets in asked] == [4, 5]
+    assert all(len(set(sets)) == len(sets) for sets in asked)
+    assert found[-1].chosen == ("a", "b")

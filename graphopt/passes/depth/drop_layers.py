@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import onnx_ir as ir
@@ -21,7 +21,7 @@ from graphopt.passes.depth.healing import Heal, heal
 from graphopt.passes.depth.positions import Position, by_position
 from graphopt.search.allocation import Choice, Item, allocate
 from graphopt.search.evolutionary import evolve
-from graphopt.search.greedy import greedy
+from graphopt.search.greedy import greedy, trials_at_most
 from graphopt.verification.trials import Trials
 
 Granularity = Literal["block", "attention", "mlp", "joint"]
@@ -234,7 +234,7 @@ class DropLayers(SearchPass):
             }[self.score]
             self.scores = {_label(group): of(c) for group, c in zip(groups, measured, strict=True)}
             return _lowest(groups, self.scores, count)
-        return _LossSearch(self, model, groups, self.calibration).chosen(count)
+        return _LossSearch(self, model, groups, self.calibration, count).chosen()
 
     def _run(self, model: ir.Model, groups: list[Group], count: int) -> list[Group]:
         """The run of layers that turns the stream least."""
@@ -258,21 +258,32 @@ class _LossSearch:
     groups: list[Group]
     calibration: Calibration
 
+    count: int
+
     def __post_init__(self) -> None:
-        self._gated = gated(self.model, [u for group in self.groups for u in group], norms=self.options.norms)
-        samples = self.calibration.feeds(self.model, self.options.samples)
-        gates = list(self._gated.gates.values())
-        self._trials = Trials(self._gated.model, gates, samples, threads=self.calibration.threads)
+        options, together = self.options, len(self.groups)
+        self._gated = gated(self.model, [u for group in self.groups for u in group], norms=options.norms)
+        samples = self.calibration.feeds(self.model, options.samples)
+        trials = together
+        if options.search == "greedy":
+            trials = trials_at_most(together, self.count, options.beam, options.shortlist or None)
+        elif options.search == "evolutionary":
+            trials += options.generations * options.offspring
+        self._trials = Trials(
+            self._gated.model, list(self._gated.gates.values()), samples, threads=self.calibration.threads,
+            jobs=self.calibration.jobs, together=together, trials=trials,
+        )  # fmt: skip
         self._known: dict[tuple[int, ...], float] = {}
 
-    def chosen(self, count: int) -> list[Group]:
+    def chosen(self) -> list[Group]:
         """The groups that go."""
-        options, indices = self.options, range(len(self.groups))
+        options, indices, count = self.options, range(len(self.groups)), self.count
         if options.search == "greedy":
             shortlist = options.shortlist or None
             steps = greedy(
-                indices, self._loss, count, beam=options.beam, shortlist=shortlist, progress=self.calibration.progress
-            )
+                indices, self._losses, count, beam=options.beam, shortlist=shortlist,
+                progress=self.calibration.progress, what="choosing what goes",
+            )  # fmt: skip
             best = steps[-1].chosen
             options.path = [
                 {"branches": [_label(self.groups[i]) for i in step.chosen], "divergence": step.loss} for step in steps
@@ -285,31 +296,29 @@ class _LossSearch:
             elif options.search == "evolutionary":
                 rounds = ((2, 1), (1, len(self._trials))) if len(self._trials) > 1 else ((1, 1),)
                 best = evolve(
-                    indices, self._loss, best, generations=options.generations, offspring=options.offspring,
+                    indices, self._losses, best, generations=options.generations, offspring=options.offspring,
                     rounds=rounds, seed=options.seed, progress=self.calibration.progress,
                 ).chosen  # fmt: skip
         options.scores = {_label(self.groups[key[0]]): loss for key, loss in self._known.items() if len(key) == 1}
         if best:
-            options.expected = self._loss(best)
+            (options.expected,) = self._losses([best])
         return [self.groups[i] for i in best]
 
-    def _loss(self, chosen: tuple[int, ...], samples: int | None = None) -> float:
-        whole = samples is None or samples >= len(self._trials)
-        if whole and chosen in self._known:
-            return self._known[chosen]
-        loss = self._trials.loss(self._gated.closed(u for i in chosen for u in self.groups[i]), samples)
-        if whole:
-            self._known[chosen] = loss
-        return loss
+    def _losses(self, sets: Sequence[tuple[int, ...]], samples: int | None = None) -> Iterator[float]:
+        """The losses without some sets of groups, in their order, as they are known."""
+        known = self._known if samples is None or samples >= len(self._trials) else {}
+        new = [chosen for chosen in sets if chosen not in known]
+        closed = (self._gated.closed(u for i in chosen for u in self.groups[i]) for chosen in new)
+        found = self._trials.losses(closed, samples)
+        for chosen in sets:
+            if chosen not in known:
+                known[chosen] = next(found)
+            yield known[chosen]
 
     def _single(self) -> list[float]:
         """The loss without each alone."""
-        found = []
-        for i in range(len(self.groups)):
-            if self.calibration.progress is not None:
-                self.calibration.progress("trying each branch", i, len(self.groups))
-            found.append(self._loss((i,)))
-        return found
+        count = len(self.groups)
+        return list(self.calibration.counted("trying each branch", self._losses([(i,) for i in range(count)]), count))
 
     def _knapsack(self, single: list[float]) -> tuple[int, ...]:
         """The least sum of losses for which enough goes: as many as `count`, or `fraction` of the bytes."""

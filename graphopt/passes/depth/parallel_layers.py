@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal, get_args
 
 import onnx_ir as ir
@@ -13,7 +13,7 @@ from graphopt.errors import UsageError
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import Guarantee, SearchPass
 from graphopt.passes.depth.lanes import Lane, obstacle, put_side_by_side, switched
-from graphopt.search.greedy import greedy
+from graphopt.search.greedy import greedy, trials_at_most
 from graphopt.verification.trials import Trials
 
 Granularity = Literal["layer", "branch"]
@@ -147,15 +147,20 @@ class ParallelLayers(SearchPass):
         losses: dict[tuple[Run, ...], float] = {}
         laned = switched(model, [lanes[place] for place in places])
         samples = self.calibration.feeds(model, self.samples)
-        trials = Trials(laned.model, list(laned.switches.values()), samples, threads=self.calibration.threads)
-
-        def loss(chosen: tuple[Run, ...]) -> float:
-            losses[chosen] = trials.loss(laned.joined([place - places[0] for run in chosen for place in run[1:]]))
-            return losses[chosen]
-
         shortlist, progress = self.shortlist or None, self.calibration.progress
+        trials = Trials(
+            laned.model, list(laned.switches.values()), samples, threads=self.calibration.threads,
+            jobs=self.calibration.jobs, together=len(runs), trials=trials_at_most(len(runs), self.count, 1, shortlist),
+        )  # fmt: skip
+
+        def tried(sets: Sequence[tuple[Run, ...]]) -> Iterator[float]:
+            joined = (laned.joined([p - places[0] for run in chosen for p in run[1:]]) for chosen in sets)
+            for chosen, loss in zip(sets, trials.losses(joined), strict=True):
+                losses[chosen] = loss
+                yield loss
+
         steps = greedy(
-            runs, loss, self.count, shortlist=shortlist, progress=progress,
+            runs, tried, self.count, shortlist=shortlist, progress=progress, what="choosing what reads one input",
             excludes=lambda one, other: not set(one).isdisjoint(other),
         )  # fmt: skip
         if len(steps) < self.count:

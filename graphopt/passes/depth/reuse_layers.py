@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -16,7 +16,7 @@ from graphopt.graph.constants import initializer_bytes
 from graphopt.graph.edits import Editor
 from graphopt.passes.base import Guarantee, SearchPass
 from graphopt.passes.depth.corresponding import NotAlikeError, Place, corresponding
-from graphopt.search.greedy import greedy
+from graphopt.search.greedy import greedy, trials_at_most
 from graphopt.verification.trials import Trials
 
 TiedNorms = Literal["own", "shared"]
@@ -153,22 +153,30 @@ class ReuseLayers(SearchPass):
             raise UsageError(f"reuse-layers: {self.count} layers can't get another's weights, since few are alike.")
         weights = list(dict.fromkeys(place.own for places in candidates.values() for place in places))
         samples = self.calibration.feeds(model, self.samples)
-        trials = Trials(model, weights, samples, threads=self.calibration.threads)
+        shortlist = self.shortlist or None
+        trials = Trials(
+            model, weights, samples, threads=self.calibration.threads, jobs=self.calibration.jobs,
+            together=len(candidates), trials=trials_at_most(len(candidates), self.count, 1, shortlist),
+        )  # fmt: skip
         losses: dict[tuple[Pair, ...], float] = {}
 
-        def loss(chosen: tuple[Pair, ...]) -> float:
+        def exchanged(chosen: tuple[Pair, ...]) -> dict[str, npt.NDArray[Any]]:
             changed: dict[str, npt.NDArray[Any]] = {}
             for layer, donor in _resolved(dict(chosen)).items():
                 # Between neighbours all forms were compared; those of a chain are alike, too.
                 for place in _exchangeable(self._places(found, layer, donor)):
                     changed[place.own.name or ""] = _array(place.other)
-            losses[chosen] = trials.loss(changed)
-            return losses[chosen]
+            return changed
 
-        shortlist = self.shortlist or None
+        def tried(sets: Sequence[tuple[Pair, ...]]) -> Iterator[float]:
+            for chosen, loss in zip(sets, trials.losses(map(exchanged, sets)), strict=True):
+                losses[chosen] = loss
+                yield loss
+
         progress = self.calibration.progress
         steps = greedy(
-            list(candidates), loss, self.count, shortlist=shortlist, progress=progress,
+            list(candidates), tried, self.count, shortlist=shortlist, progress=progress,
+            what="choosing layers that are used again",
             # A layer has one donor, and of two layers one keeps its weights.
             excludes=lambda one, other: one[0] == other[0] or one == other[::-1],
         )  # fmt: skip

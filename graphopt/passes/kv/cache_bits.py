@@ -116,13 +116,12 @@ def by_loss(
         gates[layer, "value"] = _gated(site.v, site, "value", edit, facts)
     sort(copy)
     data = calibration.feeds(model, samples)
-    trials = Trials(copy, list(gates.values()), data, threads=calibration.threads)
-    found: dict[tuple[int, Part], float] = {}
-    for number, (key, gate) in enumerate(gates.items()):
-        if calibration.progress is not None:
-            calibration.progress("sensitivity of the cache", number, len(gates))
-        found[key] = trials.loss({gate.name or "": np.ones(1, np.float32)}) / _error(PROBE)
-    return found
+    trials = Trials(
+        copy, list(gates.values()), data, threads=calibration.threads, jobs=calibration.jobs, together=len(gates)
+    )  # fmt: skip
+    losses = trials.losses({gate.name or "": np.ones(1, np.float32)} for gate in gates.values())
+    counted = calibration.counted("sensitivity of the cache", losses, len(gates))
+    return {key: loss / _error(PROBE) for key, loss in zip(gates, counted, strict=True)}
 
 
 def cached_sites(model: ir.Model, interface: KVInterface, facts: ShapeFacts) -> dict[int, CachedSite]:

@@ -184,16 +184,18 @@ class ShareKV(Pass):
         count = self.count if self.count is not None else max(1, round(self.fraction * interface.layers))
         if self.search == "loss":
             search = LossSearch(
-                model, interface, layers, facts, self.calibration, self.samples, self.keep, self.donors, self.looks,
-                self.calibration.progress,
-            )  # fmt: skip
+                model, interface, layers, facts, self.calibration, self.samples, self.keep, self.donors, self.looks
+            )
             chosen = search.healed(count, self._healer(model, SEARCH_SAMPLES)) if self.heal else search.plain(count)
             self.expected = [one.loss for one in chosen]
             return list(chosen[-1].order) if chosen else []
         trials = SharingTrials(model, interface, self.calibration, self.samples)
         distances = {pair: d for pair, d in trials.distances().items() if pair[0] not in self.keep}
-        found = by_distance(distances, count, trials.cosine, similar=self.search == "similar", threshold=self.threshold)
-        self.expected = [trials.loss(found)] if found else []
+        found = by_distance(
+            distances, count, trials.cosine, similar=self.search == "similar", threshold=self.threshold,
+            progress=self.calibration.progress,
+        )  # fmt: skip
+        self.expected = list(trials.losses([found])) if found else []
         return found
 
     def _healer(self, model: ir.Model, most: int | None = None) -> Healing:

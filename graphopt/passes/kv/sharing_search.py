@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,9 @@ from graphopt.graph.kv_interface import KVInterface
 from graphopt.passes.kv.cached_layers import CachedLayer
 from graphopt.passes.kv.sharing_heal import Healing, of_layer, place_of
 from graphopt.passes.kv.sharing_trials import Pair, SharingTrials, candidates
-from graphopt.search.greedy import Found, greedy
+from graphopt.search.greedy import Found, greedy, trials_at_most
 
 Array = npt.NDArray[Any]
-Tell = Callable[[str, int, int], None]
 
 POOL = 2
 """Layers that are refitted for the search, for each that is to lose its cache."""
@@ -41,7 +40,6 @@ class LossSearch:
         keep: Layers that keep their cache.
         donors: Donors that are tried for each layer, besides the one before it.
         looks: Candidates that a later step tries again.
-        tell: Called with (what is being done, steps done, steps in all), or None.
     """
 
     model: ir.Model
@@ -53,13 +51,14 @@ class LossSearch:
     keep: Sequence[int]
     donors: int
     looks: int
-    tell: Tell | None
 
     def plain(self, count: int) -> list[Found[Pair]]:
         """Pairs for layers whose weights stay as they are: the best set of each size."""
-        trials = SharingTrials(self.model, self.interface, self.calibration, self.samples)
+        most = len(self.layers) * (self.donors + 1)
+        trials = self._trials(most, trials_at_most(most, count, 1, self.looks))
         errors = self._errors(trials)
-        return self._greedy(candidates(errors, self.donors), count, trials.loss, lambda one, other: one[0] == other[0])
+        pairs = candidates(errors, self.donors)
+        return self._greedy(pairs, count, trials.losses, lambda one, other: one[0] == other[0])
 
     def healed(self, count: int, healing: Healing) -> list[Found[Pair]]:
         """Pairs for layers that will be refitted: the best set of each size.
@@ -69,32 +68,35 @@ class LossSearch:
         it is nearly their own), each in the original model; these, with their new weights, are the candidates. A layer
         that is a donor keeps its cache.
         """
-        trials = SharingTrials(self.model, self.interface, self.calibration, self.samples)
+        trials = self._trials(len(self.layers), len(self.layers))
         errors = self._errors(trials)
         best = [
             min((pair for pair in errors if pair[0] == layer), key=lambda pair: (errors[pair], -pair[1]))
             for layer in sorted({layer for layer, _ in errors})
         ]
-        alone: dict[int, float] = {}
-        for number, pair in enumerate(best):
-            self._told("trying layers", number, len(best))
-            alone[pair[0]] = trials.loss([pair])
+        tried = self.calibration.counted("trying layers", trials.losses([pair] for pair in best), len(best))
+        alone = {pair[0]: loss for pair, loss in zip(best, tried, strict=True)}
+        del trials
         pool: list[Pair] = []
         for layer in sorted(alone, key=lambda one: (alone[one], one))[: POOL * count]:
             nearest = max((pair for pair in errors if pair[0] == layer), key=lambda pair: pair[1])
             alike = next(pair for pair in best if pair[0] == layer)
             pool.append(alike if errors[alike] < ALIKE else nearest)
         weights: dict[Pair, dict[str, Array]] = {}
-        for number, (layer, donor) in enumerate(pool):
-            self._told("refitting layers", number, len(pool))
+        for layer, donor in self.calibration.counted("refitting layers", pool, len(pool)):
             weights[layer, donor] = self._refitted(layer, donor, healing)
         names = sorted({name for given in weights.values() for name in given})
-        refitted = SharingTrials(self.model, self.interface, self.calibration, self.samples, names)
+        refitted = self._trials(len(pool), trials_at_most(len(pool), min(count, len(pool)), 1, self.looks), names)
 
-        def loss(pairs: Sequence[Pair]) -> float:
-            return refitted.loss(pairs, {name: array for pair in pairs for name, array in weights[pair].items()})
+        def losses(sets: Iterable[Sequence[Pair]]) -> Iterable[float]:
+            return refitted.losses(sets, weights.__getitem__)
 
-        return self._greedy(pool, count, loss, lambda one, other: bool(set(one[:1]) & set(other) or other[0] in one))
+        return self._greedy(pool, count, losses, lambda one, other: bool(set(one[:1]) & set(other) or other[0] in one))
+
+    def _trials(self, together: int, trials: int, weights: Sequence[str] = ()) -> SharingTrials:
+        return SharingTrials(
+            self.model, self.interface, self.calibration, self.samples, weights, together=together, trials=trials
+        )
 
     def _errors(self, trials: SharingTrials) -> dict[Pair, float]:
         return {pair: error for pair, error in trials.local_errors().items() if pair[0] not in self.keep}
@@ -116,13 +118,10 @@ class LossSearch:
         self,
         pairs: Sequence[Pair],
         count: int,
-        loss: Callable[[Sequence[Pair]], float],
+        losses: Callable[[Sequence[tuple[Pair, ...]]], Iterable[float]],
         excludes: Callable[[Pair, Pair], bool],
     ) -> list[Found[Pair]]:
         return greedy(
-            pairs, loss, min(count, len(pairs)), shortlist=self.looks, excludes=excludes, progress=self.tell
+            pairs, losses, min(count, len(pairs)), shortlist=self.looks, excludes=excludes,
+            progress=self.calibration.progress, what="choosing caches to share",
         )  # fmt: skip
-
-    def _told(self, what: str, done: int, all_: int) -> None:
-        if self.tell is not None:
-            self.tell(what, done, all_)

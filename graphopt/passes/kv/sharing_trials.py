@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -48,6 +48,8 @@ class SharingTrials:
         calibration: The samples.
         samples: How many of them.
         weights: Names of initializers that trials exchange too.
+        together: As of `Trials`.
+        trials: As of `Trials`.
     """
 
     def __init__(
@@ -57,36 +59,55 @@ class SharingTrials:
         calibration: Calibration,
         samples: int,
         weights: Sequence[str] = (),
+        *,
+        together: int = 1,
+        trials: int | None = None,
     ) -> None:
         self._model, self._interface, self._calibration, self._weights = model, interface, calibration, weights
+        self._together, self._expected = together, trials
         self._samples = list(calibration.feeds(model, samples))
         self._trials: dict[bool, tuple[Trials, dict[int, ir.Value], dict[int, dict[int, int]]]] = {}
 
-    def loss(self, pairs: Sequence[Pair], weights: Mapping[str, Array] | None = None) -> float:
-        """The mean divergence KL(original ‖ shared) of the distributions over the vocabulary, in nats.
+    def losses(
+        self, sets: Iterable[Sequence[Pair]], weights: Callable[[Pair], Mapping[str, Array]] | None = None
+    ) -> Iterator[float]:
+        """The mean divergence KL(original ‖ shared) of the distributions over the vocabulary, in nats, of each set.
 
         Args:
-            pairs: Who reads whose cache.
-            weights: Other contents of some of the weights, by name, in their shape and type.
+            sets: Who reads whose cache.
+            weights: Other contents of some of the weights, by name, in their shape and type, for a pair; None: none.
         """
-        return self._loss(pairs, weights or {}, final=False)
+        trials, switches = self._opened(final=False)
+        given = weights or (lambda pair: {})
+        return trials.losses(
+            {**switches(pairs), **{name: array for pair in pairs for name, array in given(pair).items()}}
+            for pairs in sets
+        )
 
     def cosine(self, pairs: Sequence[Pair]) -> float:
         """The mean cosine of the final hidden states with the original's, over tokens."""
-        return 1 - self._loss(pairs, {}, final=True) / 2
+        trials, switches = self._opened(final=True)
+        return 1 - trials.loss(switches(pairs)) / 2
 
-    def _loss(self, pairs: Sequence[Pair], weights: Mapping[str, Array], *, final: bool) -> float:
+    def _opened(self, *, final: bool) -> tuple[Trials, Callable[[Sequence[Pair]], dict[str, Array]]]:
+        """Trials, and what they are given for pairs."""
         if final not in self._trials:
             model, indices, places = self._switched(final=final)
             exchanged = [*indices.values(), *(model.graph.initializers[name] for name in self._weights)]
-            trials = Trials(model, exchanged, self._samples, threads=self._calibration.threads)
+            trials = Trials(
+                model, exchanged, self._samples, threads=self._calibration.threads, jobs=self._calibration.jobs,
+                together=1 if final else self._together, trials=self._expected,
+            )  # fmt: skip
             self._trials[final] = trials, indices, places
         trials, indices, places = self._trials[final]
-        changed = {
-            indices[layer].name or "": np.array([places[layer][root]], dtype=np.int64)
-            for layer, root in roots(pairs).items()
-        }
-        return trials.loss({**changed, **weights})
+
+        def switches(pairs: Sequence[Pair]) -> dict[str, Array]:
+            return {
+                indices[layer].name or "": np.array([places[layer][root]], dtype=np.int64)
+                for layer, root in roots(pairs).items()
+            }
+
+        return trials, switches
 
     def _switched(self, *, final: bool) -> tuple[ir.Model, dict[int, ir.Value], dict[int, dict[int, int]]]:
         """A copy with an index for each layer, and for each layer the places of those that it may read."""
@@ -191,6 +212,7 @@ def by_distance(
     *,
     similar: bool,
     threshold: float,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Pair]:
     """KVSharer's rule: pairs in the order of their distances, the farthest first (or the nearest, where `similar`),
     each accepted where the cosine with it and those before it stays at the threshold at least.
@@ -201,12 +223,15 @@ def by_distance(
         cosine: That of the final hidden states with the original's.
         similar: Whether the nearest come first.
         threshold: The least cosine.
+        progress: Called before each pair.
     """
     order = sorted(distances, key=lambda pair: (distances[pair] if similar else -distances[pair], pair))
     accepted: list[Pair] = []
-    for layer, donor in order:
+    for number, (layer, donor) in enumerate(order):
         if len(accepted) == count:
             break
+        if progress is not None:
+            progress("choosing caches to share", number, len(order))
         if any(layer == other for other, _ in accepted):
             continue
         if cosine([*accepted, (layer, donor)]) >= threshold:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -179,25 +179,10 @@ class AllocateBits(SearchPass):
     def _items(self, model: ir.Model, groups: list[list[LinearSite]]) -> list[Item]:
         """What may be done to each group of sites, with bytes and the divergence to be expected."""
         assert self.calibration is not None
-        weights = list(dict.fromkeys(site.weight for sites in groups for site in sites))
-        samples = self.calibration.feeds(model, self.samples)
-        probe = self._setting(PROBE)
-        made = TrialCache(
-            self.calibration.cache, model, self.calibration.data.fingerprint, str(self.samples), repr(probe)
-        )
-        trials: Trials | None = None
+        tried = self.calibration.counted("sensitivity", self._sensitivities(model, groups), len(groups))
         items = []
-        for number, sites in enumerate(groups):
-            if self.calibration.progress is not None:
-                self.calibration.progress("sensitivity", number, len(groups))
+        for sites, per_error in zip(groups, tried, strict=True):
             read = {site.weight.name or "": weight_rows(site) for site in sites}
-            known = made.load(" ".join(read))
-            if known is None:
-                trials = trials or Trials(model, weights, samples, threads=self.calibration.threads)
-                known = _tried(trials, sites, read, probe)
-                made.save(" ".join(read), known)
-            loss, error = known
-            per_error = float(loss / error) if error else 0.0
             choices = []
             for name, options in self._candidates_for(sites):
                 setting = self._setting(options)
@@ -208,6 +193,39 @@ class AllocateBits(SearchPass):
                 choices.append(Choice(name, bytes_, per_error * squared))
             items.append(Item(sites[0].weight.name or "weight", tuple(choices)))
         return items
+
+    def _sensitivities(self, model: ir.Model, groups: list[list[LinearSite]]) -> Iterator[float]:
+        """What the model loses for each squared error of the weights of a group, as it is known."""
+        assert self.calibration is not None
+        probe, by = self._setting(PROBE), self.calibration
+        made = TrialCache(by.cache, model, by.data.fingerprint, str(self.samples), repr(probe))
+        names = [" ".join(dict.fromkeys(site.weight.name or "" for site in sites)) for sites in groups]
+        new = [sites for sites, name in zip(groups, names, strict=True) if made.load(name) is None]
+        errors: list[float] = []
+
+        def rounded() -> Iterator[dict[str, Array]]:
+            for sites in new:
+                changed, error = _rounded(sites, probe)
+                errors.append(error)
+                yield changed
+
+        losses: Iterator[float] = iter(())
+        if new:
+            # All of them, so that a loss doesn't hang on which were known.
+            weights = list(dict.fromkeys(site.weight for sites in groups for site in sites))
+            trials = Trials(
+                model, weights, by.feeds(model, self.samples), threads=by.threads, jobs=by.jobs, together=len(new)
+            )  # fmt: skip
+            losses = trials.losses(rounded())
+        number = 0
+        for name in names:
+            if (known := made.load(name)) is None:
+                loss = next(losses)
+                known = np.array([loss, errors[number]])
+                number += 1
+                made.save(name, known)
+            loss, error = known
+            yield float(loss / error) if error else 0.0
 
     def _allocated(self, model: ir.Model, items: list[Item], groups: list[list[LinearSite]]) -> Allocation:
         budget = self._budget
@@ -261,16 +279,16 @@ def _said(timed: Latency, items: list[Item], found: Allocation, threads: int | N
     }
 
 
-def _tried(trials: Trials, sites: list[LinearSite], read: Mapping[str, Floats], probe: Setting) -> Array:
-    """What the model loses where the weights of some sites are rounded, and the squared error of that, [2]."""
+def _rounded(sites: list[LinearSite], probe: Setting) -> tuple[dict[str, Array], float]:
+    """The weights of some sites by name, rounded, and the squared error of that."""
+    read = {site.weight.name or "": weight_rows(site) for site in sites}
     rounded = {name: probe.round(rows).dequantized() for name, rows in read.items()}
     changed = {}
     for site in sites:
         assert site.weight.const_value is not None
         name = site.weight.name or ""
         changed[name] = as_stored(site, rounded[name], site.weight.const_value.dtype.numpy())
-    error = sum(float(np.square(read[name] - rounded[name]).sum()) for name in read)
-    return np.array([trials.loss(changed), error])
+    return changed, sum(float(np.square(read[name] - rounded[name]).sum()) for name in read)
 
 
 def _joined(groups: list[list[LinearSite]]) -> list[list[LinearSite]]:

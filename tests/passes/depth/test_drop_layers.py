@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import subprocess
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from graphopt.passes.depth.closeness import Span, closeness
 from graphopt.passes.depth.drop_layers import DropLayers
 from graphopt.passes.depth.gates import gated
 from graphopt.passes.depth.positions import by_position
+from graphopt.verification.trial_workers import Workers
 from graphopt.verification.trials import Trials
 
 LAYERS = 6
@@ -111,6 +114,27 @@ def test_evolution_is_no_worse_than_where_it_starts() -> None:
     assert found.expected is not None
     assert found.expected <= start.expected
     assert run(model.clone(), count=3, search="evolutionary", generations=12).branches == found.branches
+
+
+def test_two_processes_choose_what_one_does_and_end_with_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Seen(Workers):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            started.extend(worker._process for worker in self._workers)
+
+    monkeypatch.setattr("graphopt.verification.trials.Workers", Seen)
+    model = stream([1.0] * LAYERS, seed=7)
+    for options in ({"search": "evolutionary", "generations": 3}, {"search": "greedy", "beam": 2}):
+        found = []
+        for jobs in (1, 2):
+            step = DropLayers(granularity="joint", samples=3, count=2, **options)  # type: ignore[arg-type]
+            step.calibration = dataclasses.replace(data(), threads=jobs, jobs=jobs)
+            step(model.clone())
+            found.append(step.option_values())
+        assert found[0] == found[1]
+    assert [process.poll() is None for process in started] == [False, False]
 
 
 def test_a_knapsack_removes_enough_bytes() -> None:

@@ -147,11 +147,11 @@ def test_trials_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     tried: list[list[str]] = []
     loss = Trials.loss
 
-    def counted(trials: Trials, changed: Any) -> float:
+    def counted(trials: Trials, changed: Any, samples: int | None = None) -> float:
         if len(tried) == 1 and budget == "interrupted":
             raise KeyboardInterrupt
         tried.append(list(changed))
-        return loss(trials, changed)
+        return loss(trials, changed, samples)
 
     monkeypatch.setattr(Trials, "loss", counted)
 
@@ -171,6 +171,15 @@ def test_trials_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(tried) == 2
     allocated(6.0, seed=DATA_SEED + 1)
     assert len(tried) == 4
+
+
+def test_two_processes_allocate_what_one_does() -> None:
+    found = []
+    for jobs in (1, 2):
+        pass_ = AllocateBits(rounding="nearest", tokens="all", candidates=CANDIDATES, budget=6.0)
+        PassManager([pass_], calibration=Calibration(data(), threads=jobs, jobs=jobs), verify="none")(two())
+        found.append((pass_.sites_chosen, pass_.expected))
+    assert found[0] == found[1]
 
 
 def test_candidates_of_other_grids() -> None:

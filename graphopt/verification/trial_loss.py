@@ -1,0 +1,140 @@
+"""What a model loses with other weights: a session, the samples, and what the original gave for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from graphopt.errors import VerificationError, first_line
+from graphopt.graph.scratch import Mapped
+from graphopt.graph.session_settings import SessionSettings
+from graphopt.runtime_ops.memory_session import make_session, run
+from graphopt.runtime_ops.scoring import ROWS
+from graphopt.verification.quality.classification import Scores, probabilities
+from graphopt.verification.quality.language import Rows, divergence
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Array = npt.NDArray[Any]
+Changed: TypeAlias = Mapping[str, Array]
+"""New contents of some weights by name."""
+_DISTRIBUTIONS = ("language", "classification")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialLoss:
+    """What `graphopt.verification.trials.Trials` tells the loss of a trial by.
+
+    Attributes:
+        session: Of the model with the weights in question as inputs.
+        own: What these are in the original.
+        samples: Inputs.
+        expected: The original's outputs for each sample.
+        task: What the model is for.
+        scores: What a classifier gives.
+    """
+
+    session: onnxruntime.InferenceSession
+    own: Changed
+    samples: Sequence[Mapping[str, Array]]
+    expected: Sequence[Sequence[Array]]
+    task: str | None
+    scores: Scores
+
+    def loss(self, changed: Changed, samples: int | None = None) -> float:
+        """See `Trials.loss`."""
+        total = weight = 0.0
+        for sample, expected in list(zip(self.samples, self.expected, strict=True))[:samples]:
+            found_outputs = outputs(self.session, {**sample, **self.own, **changed})
+            for y, found in zip(expected, found_outputs, strict=True):
+                if self.task in _DISTRIBUTIONS:
+                    total, weight = total + self._divergence(y, found), weight + y.size // y.shape[-1]
+                else:
+                    wide = y.astype(np.float64)
+                    total, weight = total + float(np.square(found - wide).sum()), weight + float(np.square(wide).sum())
+        return total / weight if weight else 0.0
+
+    def _divergence(self, expected: Array, found: Array) -> float:
+        """The sum of KL(expected ‖ found) over rows; what is no number doesn't pass for a small loss."""
+        total = 0.0
+        p, q = rows(expected), rows(found)
+        for first in range(0, len(p), ROWS):
+            a, b = (self._logits(both[first : first + ROWS]) for both in (p, q))
+            total += float(divergence(Rows.of(a), Rows.of(b)).sum())
+        return total if np.isfinite(total) else float("inf")
+
+    def _logits(self, some: Array) -> Array:
+        """Logits of the distributions [rows, classes]; of a classifier in the form that its judge reads."""
+        if self.task != "classification":
+            return some
+        given = probabilities(some.astype(np.float64), self.scores)
+        return np.asarray(np.log(np.maximum(given, np.finfo(np.float64).tiny)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """All that another process needs to make a `TrialLoss`; what is large lies in files.
+
+    Attributes:
+        model: The bytes of the model with the weights in question as inputs.
+        folder: The root that its references to files begin at.
+        requested: What it asks of a session.
+        threads: Threads within an operator.
+        own: As of `TrialLoss`, and so are the others.
+    """
+
+    model: bytes
+    folder: str
+    requested: SessionSettings
+    threads: int
+    own: Mapping[str, Mapped | Array]
+    samples: Sequence[Mapping[str, Mapped | Array]]
+    expected: Sequence[Sequence[Mapped | Array]]
+    task: str | None
+    scores: Scores
+
+    def opened(self) -> TrialLoss:
+        """Make the session.
+
+        Raises:
+            VerificationError: ONNX Runtime doesn't load the model.
+        """
+        model = ir.from_proto(onnx.ModelProto.FromString(self.model))
+        ir.external_data.set_base_dir(model.graph, self.folder)
+        return TrialLoss(
+            make_session(model, threads=self.threads, requested=self.requested),
+            {name: found(array) for name, array in self.own.items()},
+            [{name: found(array) for name, array in sample.items()} for sample in self.samples],
+            [[found(array) for array in arrays] for arrays in self.expected],
+            self.task,
+            self.scores,
+        )
+
+
+def found(array: Mapped | Array) -> Array:
+    """The array, wherever it lies."""
+    return array.array() if isinstance(array, Mapped) else array
+
+
+def outputs(session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> list[Array]:
+    """What a session gives.
+
+    Raises:
+        VerificationError: It doesn't run.
+    """
+    try:
+        return run(session, feeds)
+    except Exception as error:
+        raise VerificationError(f"The model doesn't run on the calibration data: {first_line(error)}.") from error
+
+
+def rows(output: Array) -> Array:
+    """An output as rows along its last axis."""
+    return output.reshape(-1, output.shape[-1])
