@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -227,9 +228,19 @@ def timing_notes(timing: Data | None) -> list[str]:
             "ratio and range: over the rounds."
         )
     if feeds := timing.get("feeds"):
-        shown = ", ".join(f"{name} {list(shape)}" for name, shape in feeds.items())
-        found.append(f"Inputs: {shown}.")
+        found.append(f"Inputs: {_inputs(feeds)}.")
     return found
+
+
+def _inputs(feeds: dict[str, list[int]]) -> str:
+    """Names with shapes; those that differ in their numbers alone, such as a cache's, as one."""
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, shape in feeds.items():
+        alike.setdefault((re.sub(r"\d+", "*", name), tuple(shape)), []).append(name)
+    return ", ".join(
+        f"{names[0]} {list(shape)}" if len(names) == 1 else f"{pattern} {list(shape)} ({len(names)} times)"
+        for (pattern, shape), names in alike.items()
+    )
 
 
 def _short(paths: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import sample
 from rich.console import Console
 
-from graphopt.report import terminal
+from graphopt.report import measured, terminal
 
 
 def printed(show: Callable[[Any, Console], None], data: Any, width: int = 80, encoding: str = "utf-8") -> str:
@@ -198,3 +198,9 @@ def test_inspection() -> None:
     none = {**data, "residual_streams": [], "no_residual_stream": "no addition", "linear": {}, "attention": {}}
     assert "residual stream: none (no addition)" in printed(terminal.print_inspection, none)
     assert "left no site alone" in printed(terminal.print_inspection, {**data, "why": []})
+
+
+def test_inputs_that_differ_in_their_numbers_are_told_as_one() -> None:
+    shapes = {"ids": [1, 4], **{f"past.{n}.key": [1, 2, 0, 8] for n in range(30)}, "past.30.key": [1, 1, 0, 8]}
+    told = measured.timing_notes({"feeds": shapes})[-1]
+    assert told == "Inputs: ids [1, 4], past.*.key [1, 2, 0, 8] (30 times), past.30.key [1, 1, 0, 8]."
