@@ -334,7 +334,7 @@ def _problems(pairs: tuple[CachePair, ...]) -> list[str]:
     problems += [
         f"layer {layer} has the caches {', '.join(parts)}"
         for layer, parts in by_layer.items()
-        if parts not in (["key", "value"], ["both"], ["codes", "scales", "recent"])
+        if parts not in (["key", "value"], ["key"], ["value"], ["both"], ["codes", "scales", "recent"])
     ]
     return problems
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from graphopt.errors import ModelError, UsageError
 from graphopt.graph.assumptions import ASSUMPTIONS_KEY
 from graphopt.graph.edits import Names, walk
+from graphopt.graph.equal_caches import rename_equal
 from graphopt.graph.kv_interface import KVInterface, kv_interface
 
 RENAMED_KEY = "graphopt.renamed"
@@ -104,6 +105,7 @@ def rename_ends(model: ir.Model, names: dict[str, str]) -> None:
     for value, new in renamed.items():
         value.name = new
     rename_in_assumptions(model, names)
+    rename_equal(model, names)
 
 
 def rename_in_assumptions(model: ir.Model, names: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ from graphopt.errors import ModelError, VerificationError
 from graphopt.graph.assumptions import Reliance, carried
 from graphopt.graph.assumptions import read as read_assumptions
 from graphopt.graph.edits import nodes
+from graphopt.graph.equal_caches import as_if_equal, merged_since, with_copies
 from graphopt.graph.load import load
 from graphopt.graph.skeleton import first_line
 from graphopt.runtime_ops.memory_session import Optimizations, WeightStore, make_session, release_memory, run
@@ -137,7 +138,9 @@ class Verifier:
     rounding (`graphopt.verification.unrounded`).
 
     A candidate that takes something for granted (`graphopt.graph.assumptions`) is compared where that holds: on the
-    probes that suit it, and without what comes out at padded positions where it leaves that open.
+    probes that suit it, and without what comes out at padded positions where it leaves that open. One that keeps equal
+    caches once (`graphopt.graph.equal_caches`) is compared with the original on equal caches, and has to give out again
+    what each of the original's is.
 
     Attributes:
         probes: The probes in use.
@@ -165,13 +168,16 @@ class Verifier:
         Raises:
             VerificationError: ONNX Runtime doesn't load the original or runs it on no probe.
         """
-        self._threads = threads
+        self._threads, self._seed = threads, seed
         self._store = WeightStore()
+        self._original = original
+        self._on_equal: dict[tuple[tuple[str, str], ...], Verifier] = {}
         model = original if isinstance(original, ir.Model) else load(original)
         self._unrounded = rounds(model)
         self._source = unrounded(model) if self._unrounded else original
         self._outputs = [v.name or "" for v in model.graph.outputs]
         self._inputs = {v.name or "" for v in model.graph.inputs}
+        self._ends = {*self._inputs, *self._outputs}
         self._codes = code_outputs(model)
         self._coarse = "float16" if self._codes else coarsest_type(model)
         self._layout = Layout.of(model)
@@ -198,6 +204,8 @@ class Verifier:
             bitwise: Without ONNX Runtime's optimizations every bit must be the same. With them the tolerance holds,
                 because ONNX Runtime may fuse another structure differently.
         """
+        if equal := self._merged(candidate):
+            return self._check_on_equal(candidate, equal, bitwise)
         begin = time.perf_counter()
         checked: list[Checked] = []
         failures: list[str] = []
@@ -228,8 +236,10 @@ class Verifier:
         return found
 
     def close(self) -> None:
-        """Remove the temporary file of weights, if one was needed."""
+        """Remove the temporary files of weights, if any were needed."""
         self._store.close()
+        for other in self._on_equal.values():
+            other.close()
 
     # ---- the original
 
@@ -323,6 +333,36 @@ class Verifier:
 
     # ---- candidates
 
+    def _merged(self, candidate: ir.Model | str | os.PathLike[str]) -> dict[str, str]:
+        """The caches of the original that a candidate keeps once, with those that it keeps."""
+        try:
+            candidate = candidate if isinstance(candidate, ir.Model) else load(candidate)
+        except ModelError:  # a file that doesn't load is told of by the session
+            return {}
+        return merged_since(candidate, self._ends)
+
+    def _check_on_equal(
+        self, candidate: ir.Model | str | os.PathLike[str], equal: dict[str, str], bitwise: bool
+    ) -> Verdict:
+        """Compare a candidate that keeps equal caches once with the original fed with equal caches."""
+        key = tuple(sorted(equal.items()))
+        if key not in self._on_equal:
+            probes = [p for p in self.probes if p.recipe is not None or _alike(p, equal)]
+            if self.probes and not probes:
+                reason = "The inputs given hold other numbers in caches that the result takes for equal; feed equal ones."
+                return Verdict(False, [], [reason], self.notes, 0.0)
+            probes = [
+                dataclasses.replace(p, feeds={n: a for n, a in p.feeds.items() if n not in equal}) for p in probes
+            ]
+            source = self._original if isinstance(self._original, ir.Model) else load(self._original)
+            self._on_equal[key] = Verifier(
+                as_if_equal(source, equal), probes, seed=self._seed, threads=self._threads
+            )
+        candidate = candidate if isinstance(candidate, ir.Model) else load(candidate)
+        verdict = self._on_equal[key].check(with_copies(candidate, equal), bitwise)
+        note = f"Compared with equal numbers in the caches that are kept once now: {', '.join(map(repr, equal.values()))}."
+        return dataclasses.replace(verdict, notes=[*verdict.notes, note])
+
     def _comparable(self, candidate: ir.Model | str | os.PathLike[str]) -> ir.Model | str | os.PathLike[str]:
         """The candidate without rounding where the original is compared without."""
         if not self._unrounded:
@@ -397,6 +437,12 @@ def _relied(candidate: ir.Model | str | os.PathLike[str]) -> list[Reliance]:
         return read_assumptions(candidate if isinstance(candidate, ir.Model) else load(candidate))
     except ModelError:  # a file that doesn't load is told of by the session
         return []
+
+
+def _alike(probe: Probe, equal: dict[str, str]) -> bool:
+    """Whether what is fed is the same in inputs that are taken for equal."""
+    feeds = probe.feeds
+    return all(np.array_equal(feeds[a], feeds[b]) for a, b in equal.items() if a in feeds and b in feeds)
 
 
 def coarsest_type(model: ir.Model) -> str | None:

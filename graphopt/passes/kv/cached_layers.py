@@ -105,6 +105,16 @@ def _read(
     return CachedLayer(number, node, pairs, heads, kv_heads, depth, joined, form)
 
 
+def new_rows(layer: CachedLayer, slot: int, edit: Editor) -> ir.Value:
+    """The new keys (slot 1), rotated, or values (slot 2) of a layer, [B, KV, S, D]; written at the editor's site."""
+    value = layer.node.inputs[slot]
+    assert value is not None
+    if not layer.joined:
+        return value
+    sizes = edit.constant(np.array([0, 0, layer.kv_heads, -1]), "heads")
+    return edit.op("Transpose", [edit.op("Reshape", [value, sizes])], {"perm": [0, 2, 1, 3]})
+
+
 class Sharing:
     """Lets layers read the caches of earlier ones."""
 

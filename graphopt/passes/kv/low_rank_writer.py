@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.edits import Editor
 from graphopt.graph.kv_interface import asks_for_another_axis
-from graphopt.passes.kv.cached_layers import CachedLayer, Sharing
+from graphopt.passes.kv.cached_layers import CachedLayer, Sharing, new_rows
 from graphopt.passes.kv.low_rank_bases import Basis
 from graphopt.passes.kv.position_tables import PositionTable, PositionTables
 from graphopt.passes.lower.cached_site import CachedSite, Operand, as_tokens, projection
@@ -95,7 +95,7 @@ class LowRankWriter:
                 before = self._rebuilt(past, basis.decoder[:, own], basis.mean[own], member.site)
                 if not slot:
                     before = self._rotated(before, past, member, ("past", first.layer.form))
-                full.append(edit.op("Concat", [before, self._new(member, slot + 1)], {"axis": 2}))
+                full.append(edit.op("Concat", [before, new_rows(member.layer, slot + 1, edit)], {"axis": 2}))
             results.append(self._sharing.write(member.layer, full[0], full[1]))
             self._read(member.layer, full)
         codes = []
@@ -179,15 +179,6 @@ class LowRankWriter:
             one = edit.constant(np.array([1]), "one")
             self._counted[key] = edit.op("ConstantOfShape", [edit.op("Concat", [one, total], {"axis": 0})])
         return self._counted[key]
-
-    def _new(self, member: Member, slot: int) -> ir.Value:
-        """The new keys (slot 1), rotated, or values (slot 2) of a layer, [B, KV, S, D]."""
-        value, site = member.layer.node.inputs[slot], member.site
-        assert value is not None
-        if not site.joined:
-            return value
-        sizes = self._edit.constant(np.array([0, 0, site.kv_heads, site.depth]), "heads")
-        return self._edit.op("Transpose", [self._edit.op("Reshape", [value, sizes])], {"perm": [0, 2, 1, 3]})
 
     def _read(self, layer: CachedLayer, full: Sequence[ir.Value]) -> None:
         """Let what reads the layer's keys and values within the graph read the rebuilt ones."""
