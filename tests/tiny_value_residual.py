@@ -151,23 +151,23 @@ def exported(
 
     feeds = fed(form, 2, 6, 4, layers=layers, kv_heads=kv_heads)
     arguments = tuple(torch.from_numpy(feeds[key]) for key in inputs)
-    path = folder / f"{form}-{exporter}.onnx"
+    path, raw = folder / f"{form}-{exporter}.onnx", folder / f"{form}-{exporter}.raw.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if exporter == "dynamo":
             shapes = [dims(key) for key in inputs]
             torch.onnx.export(
-                module.eval().requires_grad_(False), arguments, path, dynamo=True, opset_version=20, verbose=False,
+                module.eval().requires_grad_(False), arguments, raw, dynamo=True, opset_version=20, verbose=False,
                 dynamic_shapes=(*shapes[:3], tuple(shapes[3:])), external_data=False, input_names=inputs,
                 output_names=outputs,
             )  # fmt: skip
         else:
             axes = {key: dims(key) for key in (*inputs, *outputs)}
             torch.onnx.export(
-                module.eval().requires_grad_(False), arguments, path, dynamo=False, opset_version=17, dynamic_axes=axes,
+                module.eval().requires_grad_(False), arguments, raw, dynamo=False, opset_version=17, dynamic_axes=axes,
                 input_names=inputs, output_names=outputs,
             )  # fmt: skip
-    model = load(path)
+    model = load(raw)
     for value in model.graph.inputs:
         value.shape = ir.Shape([dims(value.name or "").get(axis, dim) for axis, dim in enumerate(value.shape or ())])
     ir.save(model, path)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import onnx_ir as ir
 
+from graphopt.analysis.algebra import attribute_int
+from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.content import same_content, sample
 from graphopt.graph.edits import opset, subgraphs_of
@@ -16,17 +18,20 @@ from graphopt.passes.clean.eliminate_common_subexpressions import attributes_of,
 _COMMUTES = frozenset({"Add", "And", "Equal", "Max", "Min", "Mul", "Or"})
 _PRESENTS = {1: (1, 4), 2: (2, 5)}
 """Outputs of Attention that are a past and what is new alone: the places of the new and of the past."""
+_HEADS_FIRST = (("perm", ir.AttributeType.INTS, (0, 2, 1, 3)),)
+_BEHIND = (("axis", ir.AttributeType.INT, 2),)
 
 
 class ValueNumbers:
     """Gives equal values of the main graph equal numbers: same operator, equal inputs, equal attributes.
 
-    Constants are equal by their contents. Operators of other domains, random ones and those with subgraphs equal
-    nothing, but the presents of an `Attention` are what its past and its new keys or values are.
+    Constants are equal by their contents, results of Reshape by what they are made of and their shapes. The presents of
+    an `Attention` are a Concat of its past and its new keys or values. Operators of other domains, random ones and
+    those with subgraphs equal nothing.
     """
 
-    def __init__(self, model: ir.Model) -> None:
-        self._graph, self._version = model.graph, opset(model)
+    def __init__(self, model: ir.Model, facts: ShapeFacts) -> None:
+        self._graph, self._version, self._facts = model.graph, opset(model), facts
         self._constants: dict[ir.Value, Hashable] = {}
         self._alike: dict[Hashable, list[ir.TensorProtocol]] = defaultdict(list)
         self._attributes: dict[ir.Node, tuple[Hashable, ...] | None] = {}
@@ -48,31 +53,52 @@ class ValueNumbers:
                 numbers[value] = known[self._constant(value) or (inputs.get(value, value),)]
             return numbers[value]
 
+        def made(op_type: str, read: Sequence[int], told: Hashable, output: int = 0) -> int:
+            return known[op_type, tuple(sorted(read) if op_type in _COMMUTES else read), told, output]
+
         for node in self._graph:
             read = [number(value) for value in node.inputs]
-            attributes = self._told(node)
-            if attributes is None:
+            told = self._told(node)
+            if told is None:
                 continue
             if node.op_type == "Identity":
                 numbers[node.outputs[0]] = read[0]
                 continue
-            key = (node.op_type, tuple(sorted(read) if node.op_type in _COMMUTES else read), attributes)
+            if node.op_type == "Reshape" and (shape := self._facts.shape(node.outputs[0])) is not None:
+                numbers[node.outputs[0]] = made("Reshape", read[:1], tuple(shape))
+                continue
             for index, output in enumerate(node.outputs):
-                if node.op_type == "Attention" and index in _PRESENTS:
-                    new, past = (read[slot] if slot < len(read) else -1 for slot in _PRESENTS[index])
-                    heads = tuple(one for one in attributes if isinstance(one, tuple) and one[0] == "kv_num_heads")
-                    numbers[output] = known["present", new, past, heads]
-                else:
-                    numbers[output] = known[key, len(node.outputs), index]
+                numbers[output] = made(node.op_type, read, (told, len(node.outputs)), index)
+                if node.op_type == "Attention" and index in _PRESENTS and len(read) > _PRESENTS[index][1]:
+                    slot, past = _PRESENTS[index]
+                    new = read[slot]
+                    if (split := self._split(node, slot)) is not None:
+                        new = made("Transpose", [made("Reshape", [new], split)], (_HEADS_FIRST, 1))
+                    numbers[output] = made("Concat", [read[past], new], (_BEHIND, 1))
         return numbers
+
+    def _split(self, node: ir.Node, slot: int) -> tuple[Hashable, ...] | None:
+        """The shape [B, S, H, D] of what an Attention reads as [B, S, H · D]; None where it reads [B, H, S, D]."""
+        shape, heads = self._facts.shape(node.inputs[slot]), attribute_int(node, "kv_num_heads", 0)
+        if shape is None or len(shape) == 4:
+            return None
+        width = shape[2].value
+        return (*shape[:2], heads, width // heads if width and heads else None)
 
     def _told(self, node: ir.Node) -> tuple[Hashable, ...] | None:
         """The attributes of a node whose outputs follow from its inputs alone; None where they may not."""
         if node not in self._attributes:
             plain = node.domain in ("", "ai.onnx") and not is_random(node, self._version)
             plain = plain and not any(True for _ in subgraphs_of(node)) and node.op_type != "Constant"
-            self._attributes[node] = attributes_of(node) if plain else None
+            self._attributes[node] = self._axis_counted(node, attributes_of(node)) if plain else None
         return self._attributes[node]
+
+    def _axis_counted(self, node: ir.Node, told: tuple[Hashable, ...] | None) -> tuple[Hashable, ...] | None:
+        """The attributes of a Concat with its axis counted from the first one."""
+        axis, shape = attribute_int(node, "axis", 0), self._facts.shape(node.outputs[0])
+        if node.op_type != "Concat" or axis is None or shape is None:
+            return told
+        return (("axis", ir.AttributeType.INT, axis % len(shape)),)
 
     def _constant(self, value: ir.Value) -> Hashable:
         """What equal constants have in common; None where it is none."""
