@@ -330,7 +330,11 @@ def _problems(pairs: tuple[CachePair, ...]) -> list[str]:
     problems += [f"the axis of length of {p.past!r} can't be told" for p in unknown]
     by_layer: dict[int, list[str]] = {}
     for pair in pairs:
-        by_layer.setdefault(pair.layer, []).append(pair.part)
+        beside = pair.windowed and any(
+            (o.layer, o.part) == (pair.layer, pair.part) and not o.windowed for o in pairs
+        )
+        if not beside:  # the last tokens exact, beside a cache of all (low-rank-kv)
+            by_layer.setdefault(pair.layer, []).append(pair.part)
     problems += [
         f"layer {layer} has the caches {', '.join(parts)}"
         for layer, parts in by_layer.items()

@@ -27,6 +27,8 @@ def convention(interface: KVInterface) -> tuple[dict[str, str], dict[str, str]]:
     outputs = {} if interface.logits is None else {interface.logits: "logits"}
     for pair in interface.pairs:
         suffix = f"{pair.layer}" if pair.part == "both" else f"{pair.layer}.{pair.part}"
+        if f"past_key_values.{suffix}" in inputs.values():  # the last tokens, exact (low-rank-kv)
+            suffix += ".recent"
         inputs[pair.past] = f"past_key_values.{suffix}"
         if pair.present is not None:
             outputs[pair.present] = f"present.{suffix}"

@@ -99,6 +99,7 @@ class LowRankKV(Pass):
         fraction: float | None = None,
         layers: int = 1,
         exact: bool = False,
+        window: int = 0,
         weighted: bool = True,
         samples: int = 8,
         keep: list[int] | None = None,
@@ -115,9 +116,11 @@ class LowRankKV(Pass):
             raise ValueError("ranks come from energy, from fraction or from key_rank and value_rank, not from several")
         if layers < 1 or samples < 1:
             raise ValueError(f"layers and samples must be positive, not {layers} and {samples}")
+        if window < 0:
+            raise ValueError(f"window can't be negative: {window}")
         self.keys, self.values, self.key_rank, self.value_rank = keys, values, key_rank, value_rank
         self.energy, self.fraction, self.layers, self.weighted = energy, fraction, layers, weighted
-        self.exact, self.samples, self.keep = exact, samples, list(keep or ())
+        self.exact, self.window, self.samples, self.keep = exact, window, samples, list(keep or ())
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
@@ -140,14 +143,14 @@ class LowRankKV(Pass):
             return False
         spectra = self._spectra(model, groups, facts)
         ranks = self._ranks(groups, spectra)
-        writer = LowRankWriter(facts, edit, positions)
+        writer = LowRankWriter(facts, edit, positions, self.window)
         gone = []
         for members, (key, value), (key_rank, value_rank) in zip(groups, spectra, ranks, strict=True):
             for need in (need for member in members if member.table is not None for need in member.table.needs):
                 self.rely_on(model, need.assumption, need.inputs, need.reason)
             self._tell(members, key, value, key_rank, value_rank)
             bases = key.basis(key_rank), value.basis(value_rank)
-            if len(members) == 1 and not self.exact:
+            if len(members) == 1 and not self.exact and not self.window:
                 writer.alone(members[0], *bases)
             else:
                 writer.together(members, *bases)
@@ -276,7 +279,8 @@ class LowRankKV(Pass):
         numbers = [member.layer.number for member in members]
         for member in members:
             shared = f"of layers {numbers[0]} to {numbers[-1]} together: " if len(members) > 1 else ""
-            self.applied(member.layer.node, f"cached in features {shared}{told}")
+            exact = f"; the last {self.window} tokens exact" if self.window else ""
+            self.applied(member.layer.node, f"cached in features {shared}{told}{exact}")
 
 
 def _read_by(group: Sequence[Member], facts: ShapeFacts) -> Floats | None:
