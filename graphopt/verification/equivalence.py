@@ -16,7 +16,8 @@ from graphopt.graph.importance import importance_names
 from graphopt.graph.kv_names import original_names, restore_names
 from graphopt.graph.load import load
 from graphopt.verification.probes import load_probes, make_probes
-from graphopt.verification.verifier import Verdict, Verifier
+from graphopt.verification.verdict import Verdict
+from graphopt.verification.verifier import Verifier
 
 
 def verify(

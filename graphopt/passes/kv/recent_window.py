@@ -15,8 +15,8 @@ _END = np.iinfo(np.int64).max
 class RecentWindow:
     """Writes caches [B, H, min(past, window), D] of exact keys and values (CSKV's bi-branch cache).
 
-    The cache of features holds all tokens, so that nothing has to move from one cache to the other: the older tokens are
-    those that the exact cache doesn't hold.
+    The cache of features holds all tokens, so that nothing has to move from one cache to the other: the older tokens
+    are those that the exact cache doesn't hold.
 
     Args:
         tokens: How many it holds at most; 0: there is none.

@@ -36,8 +36,8 @@ class ShareEqualKV(Pass):
        as they are while they are empty; where their presents aren't the same value of the graph then (same operators,
        attributes and inputs, weights of equal bytes), they are told apart, again and again until nothing changes. No
        name of an input, and no architecture, counts.
-    2. Of caches that are equal the earliest stays. The inputs and outputs of the others go, and what read them reads it.
-       An attention with keys of its own and the values of an earlier one puts new keys behind its past by a Concat, and
+    2. Of caches that are equal the earliest stays. Inputs and outputs of the others go, and what read them reads it. An
+       attention with keys of its own and the values of an earlier one puts new keys behind its past by a Concat, and
        reads the values where they lie: the copies of them that each layer made at each step go too.
     3. Names of inputs and outputs that stay are as they were. The metadata notes which others they stand for, so that
        `graphopt verify` compares the result with its original, fed with caches that are equal.
@@ -52,8 +52,8 @@ class ShareEqualKV(Pass):
 
     **When not to use it:** for runtimes that expect keys and values of every layer, such as onnxruntime-genai, where
     values alone are shared. `group-query-attention` leaves layers alone that read another's values beside keys of their
-    own, so that past and present can't be one buffer. It isn't slower for that: 8 layers of width 576 after 256 and 1024
-    tokens took 7.9 and 11.3 ms a token, with all caches in one buffer 8.3 and 11.9 ms (CPU time, one thread).
+    own, so that past and present can't be one buffer. It isn't slower for that: 8 layers of width 576 took 7.9 and 11.3
+    ms a token after 256 and 1024, with all caches in one buffer 8.3 and 11.9 ms (CPU time, one thread).
     """
 
     name: ClassVar[str] = "share-equal-kv"
@@ -143,9 +143,7 @@ def _form(pair: CachePair) -> Hashable:
     return (pair.part, pair.dtype, pair.layout, pair.axis, sizes)
 
 
-def _read_elsewhere(
-    layer: CachedLayer, presents: list[ir.Value | None], sharing: Sharing, edit: Editor
-) -> None:
+def _read_elsewhere(layer: CachedLayer, presents: list[ir.Value | None], sharing: Sharing, edit: Editor) -> None:
     """Let an attention read keys, values or both of past and new tokens from earlier ones."""
     node = layer.node
     edit.at(node)

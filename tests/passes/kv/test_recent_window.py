@@ -143,7 +143,10 @@ def test_the_exact_cache_has_a_length_of_its_own(tmp_path: Path) -> None:
         genai_config(again, "after.onnx", {"max_position_embeddings": 64})
     rename_kv_cache(again)
     inputs = [value.name for value in again.graph.inputs]
-    assert [name for name in inputs if "1.key" in (name or "")] == ["past_key_values.1.key", "past_key_values.1.key.recent"]
+    assert [name for name in inputs if "1.key" in (name or "")] == [
+        "past_key_values.1.key",
+        "past_key_values.1.key.recent",
+    ]
     assert kv_interface(again) is not None
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import pytest
-from click.testing import CliRunner
-from tiny_value_residual import KV_HEADS, DEPTH, LAYERS, Form, caches, exported, fed
-
 import tiny_decoders
+from click.testing import CliRunner
+from tiny_value_residual import DEPTH, KV_HEADS, LAYERS, Form, caches, exported, fed
+
 from graphopt.api import optimize, verify
 from graphopt.cli import main
 from graphopt.errors import ModelError, VerificationError
@@ -80,7 +80,9 @@ def test_decoders_keep_equal_caches_once(form: Form, exporter: str, exports: Pat
     assert [pair.past for pair in interface.pairs] == [f"past.{name}" for name in LEFT[form]]
     assert [pair.present for pair in interface.pairs] == [f"present.{name}" for name in LEFT[form]]
     gone = [name for name in caches(form) if name not in LEFT[form]]
-    assert sorted(equal_caches(result.model)) == sorted(f"{side}.{name}" for side in ("past", "present") for name in gone)
+    assert sorted(equal_caches(result.model)) == sorted(
+        f"{side}.{name}" for side in ("past", "present") for name in gone
+    )
     result.save(tmp_path / "once.onnx")
     # Piece by piece, both from empty caches.
     ids = np.random.default_rng(0).integers(0, 100, size=(1, 10))
@@ -218,5 +220,3 @@ def test_caches_that_lose_tokens_stay() -> None:
     rule = ShareEqualKV()
     assert not rule(model).modified
     assert [site.detail for site in rule.sites] == ["its cache stays: tokens may be dropped from it (evictable-kv)"]
-
-
