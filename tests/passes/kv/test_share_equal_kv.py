@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from tiny_value_residual import DEPTH, KV_HEADS, LAYERS, Form, caches, exported, fed
 
 from graphopt.api import optimize, verify
-from graphopt.cli import main
+from graphopt.cli import cli
 from graphopt.errors import ModelError, VerificationError
 from graphopt.export.genai import genai_config
 from graphopt.graph.equal_caches import EQUAL_KEY, equal_caches
@@ -107,18 +107,18 @@ def test_weights_of_unused_values_go(exports: Path) -> None:
 @pytest.mark.export
 def test_the_command_line_verifies_it_and_the_tools_read_it(exports: Path, tmp_path: Path) -> None:
     path, out = decoder("svformer", "dynamo", exports), tmp_path / "once.onnx"
-    run = CliRunner().invoke(main, ["optimize", str(path), "--recipe", RECIPE, "--verify", "pass", "-o", str(out)])
+    run = CliRunner().invoke(cli, ["optimize", str(path), "--recipe", RECIPE, "--verify", "pass", "-o", str(out)])
     assert run.exit_code == 0, run.output
     assert "rolled back" not in run.output
     model = load(out)
     assert len([v for v in model.graph.inputs if (v.name or "").endswith("value")]) == 1
     assert kept_layers(model) is None
-    assert CliRunner().invoke(main, ["verify", str(path), str(out)]).exit_code == 0
+    assert CliRunner().invoke(cli, ["verify", str(path), str(out)]).exit_code == 0
     with pytest.raises(ModelError, match=r"'past\.1\.key' stands alone in its layer"):
         genai_config(model, "model.onnx", {"max_position_embeddings": 64})
     # By the convention, names and what they stand for go together.
     renamed = tmp_path / "renamed.onnx"
-    run = CliRunner().invoke(main, ["optimize", str(path), "--recipe", RECIPE, "--rename-kv-cache", "-o", str(renamed)])
+    run = CliRunner().invoke(cli, ["optimize", str(path), "--recipe", RECIPE, "--rename-kv-cache", "-o", str(renamed)])
     assert run.exit_code == 0, run.output
     assert equal_caches(load(renamed))["past.2.value"] == "past_key_values.0.value"
     assert verify(path, renamed).ok
