@@ -37,7 +37,8 @@ from graphopt.runtime_ops.memory_session import make_session
 from graphopt.verification.equivalence import verify as verify_models
 from graphopt.verification.probes import Probe, load_probes, make_probes
 from graphopt.verification.structure import check_structure, found_by_onnx, nan_weight
-from graphopt.verification.verifier import Verdict, Verifier
+from graphopt.verification.verdict import Verdict
+from graphopt.verification.verifier import Verifier
 
 Source: TypeAlias = ir.Model | onnx.ModelProto | str | os.PathLike[str]
 """What a model can be given as."""

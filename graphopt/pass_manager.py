@@ -21,7 +21,8 @@ from graphopt.graph.edits import sort
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.run_report import PassRecord, RunReport, Stats
 from graphopt.verification.structure import new_problems
-from graphopt.verification.verifier import Verdict, Verifier
+from graphopt.verification.verdict import Verdict
+from graphopt.verification.verifier import Verifier
 
 VerifyMode = Literal["auto", "pass", "phase", "none"]
 Progress = Callable[[str, int, int], None]

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt.analysis.cost import Counted, cost
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.passes.base import Guarantee, Site
-from graphopt.verification.verifier import Verdict
+from graphopt.verification.verdict import Verdict
 
 Status = Literal["applied", "unchanged", "rolled back", "skipped"]
 

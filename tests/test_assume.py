@@ -17,7 +17,7 @@ from graphopt.errors import AssumptionError, ModelError, UsageError
 from graphopt.graph.assumptions import ASSUMPTIONS_KEY, Assumptions, read
 from graphopt.pass_manager import PassManager, VerifyMode
 from graphopt.report.html import render_html
-from graphopt.verification.verifier import Verdict
+from graphopt.verification.verdict import Verdict
 
 ASSUMED = ("no-padding", "no-left-padding", "batch=1", "no-batched-chunks", "counted-positions", "max-length=13")
 

@@ -179,6 +179,9 @@ def _runnable(model: ir.Model) -> KVInterface:
         problems.append(f"the cache {wrong[0]!r} isn't [batch, heads, past, head size]")
     elif unknown := [pair.past for pair in interface.pairs if not pair.heads or not pair.head_size]:
         problems.append(f"the heads and their size aren't declared for the cache {unknown[0]!r}")
+    keys, values = ({pair.layer: pair.past for pair in _part(interface, part)} for part in ("key", "value"))
+    if alone := [past for layer, past in {**keys, **values}.items() if (layer in keys) != (layer in values)]:
+        problems.append(f"the cache {alone[0]!r} stands alone in its layer, which reads another's beside it")
     if windowed := [pair.past for pair in interface.pairs if pair.windowed]:
         problems.append(f"the cache {windowed[0]!r} keeps the rows of a window alone, where the runtime expects all")
     types = {v.name: v.dtype for v in model.graph.inputs}

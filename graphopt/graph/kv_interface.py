@@ -43,7 +43,8 @@ class CachePair:
         node: Name of that node.
         in_place: Whether past and present may be one buffer that is longer than what is in it.
         grows: Whether the present is longer than the past by what is new.
-        windowed: Whether the present is cut to the last rows of a window.
+        windowed: Whether the present is cut to the last rows of a window. It may stand beside another cache of the same
+            part, which holds features of all tokens (low-rank-kv).
         cross: Whether nothing is joined: keys or values of another sequence, such as an encoder's.
         block_size: Tokens for which there is one place along `axis`.
         beside: Tokens that the cache has room for besides.
@@ -330,11 +331,13 @@ def _problems(pairs: tuple[CachePair, ...]) -> list[str]:
     problems += [f"the axis of length of {p.past!r} can't be told" for p in unknown]
     by_layer: dict[int, list[str]] = {}
     for pair in pairs:
-        by_layer.setdefault(pair.layer, []).append(pair.part)
+        beside = pair.windowed and any((o.layer, o.part) == (pair.layer, pair.part) and not o.windowed for o in pairs)
+        if not beside:  # the last tokens exact, beside a cache of all (low-rank-kv)
+            by_layer.setdefault(pair.layer, []).append(pair.part)
     problems += [
         f"layer {layer} has the caches {', '.join(parts)}"
         for layer, parts in by_layer.items()
-        if parts not in (["key", "value"], ["both"], ["codes", "scales", "recent"])
+        if parts not in (["key", "value"], ["key"], ["value"], ["both"], ["codes", "scales", "recent"])
     ]
     return problems
 

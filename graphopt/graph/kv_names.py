@@ -9,6 +9,7 @@ import onnx_ir as ir
 from graphopt.errors import ModelError, UsageError
 from graphopt.graph.assumptions import ASSUMPTIONS_KEY
 from graphopt.graph.edits import Names, walk
+from graphopt.graph.equal_caches import rename_equal
 from graphopt.graph.kv_interface import KVInterface, kv_interface
 
 RENAMED_KEY = "graphopt.renamed"
@@ -26,6 +27,8 @@ def convention(interface: KVInterface) -> tuple[dict[str, str], dict[str, str]]:
     outputs = {} if interface.logits is None else {interface.logits: "logits"}
     for pair in interface.pairs:
         suffix = f"{pair.layer}" if pair.part == "both" else f"{pair.layer}.{pair.part}"
+        if f"past_key_values.{suffix}" in inputs.values():  # the last tokens, exact (low-rank-kv)
+            suffix += ".recent"
         inputs[pair.past] = f"past_key_values.{suffix}"
         if pair.present is not None:
             outputs[pair.present] = f"present.{suffix}"
@@ -104,6 +107,7 @@ def rename_ends(model: ir.Model, names: dict[str, str]) -> None:
     for value, new in renamed.items():
         value.name = new
     rename_in_assumptions(model, names)
+    rename_equal(model, names)
 
 
 def rename_in_assumptions(model: ir.Model, names: dict[str, str]) -> None:

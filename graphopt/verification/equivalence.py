@@ -11,12 +11,14 @@ import onnx_ir as ir
 
 from graphopt.errors import VerificationError
 from graphopt.graph.assumptions import carried
+from graphopt.graph.equal_caches import as_if_equal, merged_since, with_copies
 from graphopt.graph.importance import importance_names
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.kv_names import original_names, restore_names
 from graphopt.graph.load import load
 from graphopt.verification.probes import load_probes, make_probes
-from graphopt.verification.verifier import Verdict, Verifier
+from graphopt.verification.verdict import Verdict
+from graphopt.verification.verifier import Verifier
 
 
 def verify(
@@ -50,11 +52,15 @@ def verify(
             path_a = a = _with_names_of_before(a)
         if original_names(b):
             path_b = b = _with_names_of_before(b)
+    # Caches that one of them keeps once are equal in the other.
+    once = merged_since(b, _ends(a))
+    if not once and (equal := merged_since(a, _ends(b))):
+        path_a, path_b = a, b = with_copies(a, equal), as_if_equal(b, equal)
     told = {name for model in (a, b) for name in importance_names(model.metadata_props)}
     for kind, ours, theirs in (("input", a.graph.inputs, b.graph.inputs), ("output", a.graph.outputs, b.graph.outputs)):
         first, second = {v.name: v for v in ours}, {v.name: v for v in theirs}
         for name in [*first, *second]:
-            if name in told:  # what was added for whoever drops tokens from a cache
+            if name in told or name in once:  # what was added for whoever drops tokens from a cache, or is there still
                 continue
             if name not in first or name not in second:
                 lacking, other = (path_b, path_a) if name in first else (path_a, path_b)

@@ -15,15 +15,18 @@ from graphopt.errors import ModelError, VerificationError
 from graphopt.graph.assumptions import Reliance, carried
 from graphopt.graph.assumptions import read as read_assumptions
 from graphopt.graph.edits import nodes
+from graphopt.graph.equal_caches import as_if_equal, merged_since, with_copies
 from graphopt.graph.load import load
 from graphopt.graph.skeleton import first_line
 from graphopt.runtime_ops.memory_session import Optimizations, WeightStore, make_session, release_memory, run
 from graphopt.verification.codes import FLIPPED, code_outputs, settled
-from graphopt.verification.compare import TOLERANCES, OutputComparison, Tolerance, compare, finite
+from graphopt.verification.compare import TOLERANCES, Tolerance, compare
 from graphopt.verification.domain import Domain, Layout
+from graphopt.verification.equal_probes import UNEQUAL, on_equal, told
 from graphopt.verification.probes import Probe, make_probes
 from graphopt.verification.unrounded import rounds, unrounded
 from graphopt.verification.usable import Runs, usable_probes
+from graphopt.verification.verdict import Checked, Verdict
 
 MODES: tuple[Optimizations, ...] = ("none", "all")
 
@@ -31,95 +34,6 @@ SPREAD_FACTOR = 4.0
 """An output may be off by this many times what ONNX Runtime's own optimizations do to it in the original."""
 SPREAD_CAP = 1e-2
 """But not by more than this fraction of its scale."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Checked:
-    """One output of one run of the candidate.
-
-    Attributes:
-        optimizations: "all" or "none", see `graphopt.runtime_ops.memory_session`.
-        probe: Name of the probe.
-        output: The comparison.
-    """
-
-    optimizations: Optimizations
-    probe: str
-    output: OutputComparison
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """Whether a candidate computes what the original computes.
-
-    Attributes:
-        ok: Everything compared is equal within its tolerance, and something was compared.
-        checked: Every comparison.
-        failures: What failed other than a comparison: doesn't load, doesn't run, lacks an output, ...
-        notes: What was not compared, or with a wider tolerance, and why.
-        seconds: How long the check took.
-    """
-
-    ok: bool
-    checked: list[Checked]
-    failures: list[str]
-    notes: list[str]
-    seconds: float
-
-    @property
-    def worst(self) -> Checked | None:
-        """The comparison with the largest margin (then the largest relative error)."""
-        return max(self.checked, key=lambda c: (c.output.margin, c.output.max_rel), default=None)
-
-    @property
-    def differs(self) -> bool:
-        """Whether anything was found to be different. False beside `ok` False: nothing could be compared."""
-        return bool(self.failures) or not all(c.output.ok for c in self.checked)
-
-    @property
-    def margin(self) -> float:
-        """The largest error over what was allowed; infinite where something can't be compared."""
-        if self.failures:
-            return float("inf")
-        return self.worst.output.margin if self.worst else 0.0
-
-    @property
-    def summary(self) -> str:
-        """One sentence that names the worst output and the probe."""
-        if self.failures:
-            return self.failures[0]
-        worst = self.worst
-        if worst is not None and not any(c.output.elements for c in self.checked):
-            return "Nothing was compared: every output is empty on every probe."
-        if worst is None:
-            return "Nothing was compared: " + (self.notes[0] if self.notes else "the model has no outputs.")
-        mode = "without" if worst.optimizations == "none" else "with"
-        where = f"on probe {worst.probe!r} ({mode} ONNX Runtime's optimizations)"
-        if not self.ok:
-            return f"Output {worst.output.name!r} {worst.output.reason} {where}."
-        probes = len({c.probe for c in self.checked})
-        outputs = len({c.output.name for c in self.checked})
-        counts = f"{outputs} output{'s' * (outputs != 1)} on {probes} probe{'s' * (probes != 1)}"
-        if worst.output.max_rel == 0:
-            return f"Equal: {counts}, no difference at all."
-        return (
-            f"Equal: {counts}; the worst is {worst.output.name!r} {where}, off by {worst.output.max_rel:.1e} of its "
-            f"scale, {worst.output.margin:.0%} of the tolerance."
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON types; infinity is written as null."""
-        return {
-            "ok": self.ok,
-            "summary": self.summary,
-            "margin": finite(self.margin),
-            "failures": self.failures,
-            "notes": self.notes,
-            "seconds": round(self.seconds, 3),
-            "outputs": [
-                {"optimizations": c.optimizations, "probe": c.probe, **c.output.to_dict()} for c in self.checked
-            ],
-        }
 
 
 class Verifier:
@@ -137,7 +51,9 @@ class Verifier:
     rounding (`graphopt.verification.unrounded`).
 
     A candidate that takes something for granted (`graphopt.graph.assumptions`) is compared where that holds: on the
-    probes that suit it, and without what comes out at padded positions where it leaves that open.
+    probes that suit it, and without what comes out at padded positions where it leaves that open. One that keeps equal
+    caches once (`graphopt.graph.equal_caches`) is compared with the original on equal caches, and has to give out again
+    what each of the original's is.
 
     Attributes:
         probes: The probes in use.
@@ -165,13 +81,16 @@ class Verifier:
         Raises:
             VerificationError: ONNX Runtime doesn't load the original or runs it on no probe.
         """
-        self._threads = threads
+        self._threads, self._seed = threads, seed
         self._store = WeightStore()
-        model = original if isinstance(original, ir.Model) else load(original)
+        self._original = original
+        self._on_equal: dict[tuple[tuple[str, str], ...], Verifier] = {}
+        model = _opened(original)
         self._unrounded = rounds(model)
         self._source = unrounded(model) if self._unrounded else original
         self._outputs = [v.name or "" for v in model.graph.outputs]
         self._inputs = {v.name or "" for v in model.graph.inputs}
+        self._ends = {*self._inputs, *self._outputs}
         self._codes = code_outputs(model)
         self._coarse = "float16" if self._codes else coarsest_type(model)
         self._layout = Layout.of(model)
@@ -198,6 +117,8 @@ class Verifier:
             bitwise: Without ONNX Runtime's optimizations every bit must be the same. With them the tolerance holds,
                 because ONNX Runtime may fuse another structure differently.
         """
+        if equal := self._merged(candidate):
+            return self._check_on_equal(candidate, equal, bitwise)
         begin = time.perf_counter()
         checked: list[Checked] = []
         failures: list[str] = []
@@ -228,8 +149,10 @@ class Verifier:
         return found
 
     def close(self) -> None:
-        """Remove the temporary file of weights, if one was needed."""
+        """Remove the temporary files of weights, if any were needed."""
         self._store.close()
+        for other in self._on_equal.values():
+            other.close()
 
     # ---- the original
 
@@ -323,6 +246,27 @@ class Verifier:
 
     # ---- candidates
 
+    def _merged(self, candidate: ir.Model | str | os.PathLike[str]) -> dict[str, str]:
+        """The caches of the original that a candidate keeps once, with those that it keeps."""
+        try:
+            return merged_since(_opened(candidate), self._ends)
+        except ModelError:  # a file that doesn't load is told of by the session
+            return {}
+
+    def _check_on_equal(
+        self, candidate: ir.Model | str | os.PathLike[str], equal: dict[str, str], bitwise: bool
+    ) -> Verdict:
+        """Compare a candidate that keeps equal caches once with the original fed with equal caches."""
+        key = tuple(sorted(equal.items()))
+        if key not in self._on_equal:
+            probes = on_equal(self.probes, equal)
+            if self.probes and not probes:
+                return Verdict(False, [], [UNEQUAL], self.notes, 0.0)
+            reference = as_if_equal(_opened(self._original), equal)
+            self._on_equal[key] = Verifier(reference, probes, seed=self._seed, threads=self._threads)
+        verdict = self._on_equal[key].check(with_copies(_opened(candidate), equal), bitwise)
+        return dataclasses.replace(verdict, notes=[*verdict.notes, told(equal)])
+
     def _comparable(self, candidate: ir.Model | str | os.PathLike[str]) -> ir.Model | str | os.PathLike[str]:
         """The candidate without rounding where the original is compared without."""
         if not self._unrounded:
@@ -394,9 +338,13 @@ class Verifier:
 def _relied(candidate: ir.Model | str | os.PathLike[str]) -> list[Reliance]:
     """What a candidate takes for granted."""
     try:
-        return read_assumptions(candidate if isinstance(candidate, ir.Model) else load(candidate))
+        return read_assumptions(_opened(candidate))
     except ModelError:  # a file that doesn't load is told of by the session
         return []
+
+
+def _opened(model: ir.Model | str | os.PathLike[str]) -> ir.Model:
+    return model if isinstance(model, ir.Model) else load(model)
 
 
 def coarsest_type(model: ir.Model) -> str | None:

@@ -29,6 +29,31 @@ def is_random(node: ir.Node, version: int) -> bool:
     return node.op_type in RANDOM
 
 
+def attributes_of(node: ir.Node) -> tuple[Hashable, ...] | None:
+    """What equal attributes of nodes have in common; None where this can't be told."""
+    attributes: list[Hashable] = []
+    for name, attribute in sorted(node.attributes.items()):
+        if attribute.is_ref():
+            attributes.append((name, "ref", attribute.ref_attr_name))
+            continue
+        value = attribute.value
+        if attribute.type == ir.AttributeType.TENSOR:
+            tensor = attribute.as_tensor()
+            if tensor.size > SMALL_CONSTANT or tensor.dtype == ir.DataType.STRING:
+                return None
+            value = (tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
+        elif attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
+            value = np.asarray(value, dtype=np.float32).tobytes()  # 0.0 and -0.0 are equal and not the same
+        elif isinstance(value, (list, tuple)):
+            value = tuple(v.hex() if isinstance(v, float) else v for v in value)
+        elif isinstance(value, float):
+            value = value.hex()  # 0.0 and -0.0 are equal to each other, but not the same
+        elif not isinstance(value, (int, str, bytes)):
+            return None
+        attributes.append((name, attribute.type, value))
+    return tuple(attributes)
+
+
 class EliminateCommonSubexpressions(Pass):
     """Compute equal expressions once: same operator, same inputs, same attributes.
 
@@ -90,26 +115,9 @@ class EliminateCommonSubexpressions(Pass):
     @staticmethod
     def _key(node: ir.Node) -> Hashable:
         """What makes two nodes equal; None where this can't be told."""
-        attributes: list[Hashable] = []
-        for name, attribute in sorted(node.attributes.items()):
-            if attribute.is_ref():
-                attributes.append((name, "ref", attribute.ref_attr_name))
-                continue
-            value = attribute.value
-            if attribute.type == ir.AttributeType.TENSOR:
-                tensor = attribute.as_tensor()
-                if tensor.size > SMALL_CONSTANT or tensor.dtype == ir.DataType.STRING:
-                    return None
-                value = (tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
-            elif attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
-                value = np.asarray(value, dtype=np.float32).tobytes()  # 0.0 and -0.0 are equal and not the same
-            elif isinstance(value, (list, tuple)):
-                value = tuple(v.hex() if isinstance(v, float) else v for v in value)
-            elif isinstance(value, float):
-                value = value.hex()  # 0.0 and -0.0 are equal to each other, but not the same
-            elif not isinstance(value, (int, str, bytes)):
-                return None
-            attributes.append((name, attribute.type, value))
+        attributes = attributes_of(node)
+        if attributes is None:
+            return None
         inputs: list[Hashable] = []
         for operand in node.inputs:
             tensor_or_none = constant_tensor(operand)
@@ -126,5 +134,5 @@ class EliminateCommonSubexpressions(Pass):
             len(node.outputs),
             tuple(bool(o.name) for o in node.outputs),
             tuple(inputs),
-            tuple(attributes),
+            attributes,
         )

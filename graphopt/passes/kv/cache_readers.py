@@ -25,6 +25,8 @@ def cache_readers(site: CachedSite) -> tuple[list[ir.Node], list[ir.Node]]:
         for user, _ in present.uses():
             if user.op_type != "Attention":
                 raise NotTaken(f"{present.name!r} is read by a {user.op_type}")
+            if list(user.inputs[1:3]) != list(site.node.outputs[1:3]):
+                raise NotTaken(f"{present.name!r} is read by an Attention with other keys or values beside it")
             later[user] = None
         for user, _ in past.uses():
             if user is site.node:

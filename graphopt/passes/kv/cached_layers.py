@@ -90,6 +90,8 @@ def _read(
         return "its past isn't an input of the model as it is"
     if len(node.outputs) < 3 or [value.name for value in node.outputs[1:3]] != [pair.present for pair in pairs]:
         return "its present isn't an output of the model as it is"
+    if any(_beside_others(user, node) for present in node.outputs[1:3] for user, _ in present.uses()):
+        return "its keys or values are read by an attention with others beside them"
     query, shapes = node.inputs[0], [facts.shape(value) for value in pasts]
     shape = None if query is None else facts.shape(query)
     if shape is None or query is None or any(one is None or len(one) != 4 for one in shapes):
@@ -103,6 +105,21 @@ def _read(
         return "the sizes of its heads aren't certain"
     form = (facts.dtype(query), kv_heads, depth, keys[0], keys[2], values[0], values[2], values[3])
     return CachedLayer(number, node, pairs, heads, kv_heads, depth, joined, form)
+
+
+def new_rows(layer: CachedLayer, slot: int, edit: Editor) -> ir.Value:
+    """The new keys (slot 1), rotated, or values (slot 2) of a layer, [B, KV, S, D]; written at the editor's site."""
+    value = layer.node.inputs[slot]
+    assert value is not None
+    if not layer.joined:
+        return value
+    sizes = edit.constant(np.array([0, 0, layer.kv_heads, -1]), "heads")
+    return edit.op("Transpose", [edit.op("Reshape", [value, sizes])], {"perm": [0, 2, 1, 3]})
+
+
+def _beside_others(user: ir.Node, node: ir.Node) -> bool:
+    """Whether an attention reads the keys or the values of `node` alone."""
+    return qualified(user) == "Attention" and list(user.inputs[1:3]) != list(node.outputs[1:3])
 
 
 class Sharing:

@@ -55,7 +55,11 @@ class LowRankKV(Pass):
        tokens of a run see each other's own keys and values, and only those of earlier runs are rebuilt. `exact` makes
        that so for single layers too. The quality of one long prompt says nothing about it, then: judge what is
        generated token by token.
-    3. Ranks: a part of the channels (`keys`, `values`); a number of them for each layer (`key_rank`, `value_rank`); as
+    3. `window` (CSKV's second branch): the last so many tokens before a run keep their exact keys and values, in a
+       cache [batch, heads, min(past, window), D] of each layer beside the features of all tokens; new tokens of a run
+       are exact as in rule 2. Only older tokens are rebuilt. That cache doesn't grow: a window of w tokens takes the
+       bytes that w tokens take in the original.
+    4. Ranks: a part of the channels (`keys`, `values`); a number of them for each layer (`key_rank`, `value_rank`); as
        many as keep a part of the energy that rule 1 counts (`energy`); or allocated over layers, keys and values so
        that the whole cache has a part of its size (`fraction`) and the sum of the lost parts of energy is least.
 
@@ -63,17 +67,16 @@ class LowRankKV(Pass):
     same of values; `key_rank` (default: by `keys`): channels of keys for each layer; `value_rank` (default: by
     `values`): the same of values; `energy` (default: none): part of the energy that is kept, in place of these;
     `fraction` (default: none): part of the whole cache, in place of these; `layers` (default 1): layers with one cache,
-    rule 2; `exact` (default false): rule 2; `weighted` (default true): rule 1; `samples` (default 8): of the data;
-    `keep` (default none): layers that stay as they are, counted from 0 among those with a cache.
+    rule 2; `exact` (default false): rule 2; `window` (default 0): tokens, rule 3; `weighted` (default true): rule 1;
+    `samples` (default 8): of the data; `keep` (default none): layers that stay as they are, counted from 0 among those
+    with a cache.
 
     **Needs:** `Attention` with a cache, as `raise-attention` makes it; data; for keys that are rotated the assumption
     counted-positions, and max-length where the table of rotations is to be a constant.
     **Guarantees:** LOSSY; exact where keys and values have the rank that stays.
 
     **Left alone, with the reason:** a cache that isn't joined by `Attention`, or that isn't an input and an output of
-    the model as it is; rotations of positions that aren't known; a cache of which the sizes are read; float64. A window
-    of the last tokens in full precision beside the features (CSKV) isn't there: its cache would have a length of its
-    own.
+    the model as it is; rotations of positions that aren't known; a cache of which the sizes are read; float64.
 
     `group-query-attention` and `quantize-kv` leave such a layer alone, since they know no other cache than one of keys
     and values; `Attention` runs it.
@@ -99,6 +102,7 @@ class LowRankKV(Pass):
         fraction: float | None = None,
         layers: int = 1,
         exact: bool = False,
+        window: int = 0,
         weighted: bool = True,
         samples: int = 8,
         keep: list[int] | None = None,
@@ -115,9 +119,11 @@ class LowRankKV(Pass):
             raise ValueError("ranks come from energy, from fraction or from key_rank and value_rank, not from several")
         if layers < 1 or samples < 1:
             raise ValueError(f"layers and samples must be positive, not {layers} and {samples}")
+        if window < 0:
+            raise ValueError(f"window can't be negative: {window}")
         self.keys, self.values, self.key_rank, self.value_rank = keys, values, key_rank, value_rank
         self.energy, self.fraction, self.layers, self.weighted = energy, fraction, layers, weighted
-        self.exact, self.samples, self.keep = exact, samples, list(keep or ())
+        self.exact, self.window, self.samples, self.keep = exact, window, samples, list(keep or ())
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
@@ -140,14 +146,14 @@ class LowRankKV(Pass):
             return False
         spectra = self._spectra(model, groups, facts)
         ranks = self._ranks(groups, spectra)
-        writer = LowRankWriter(facts, edit, positions)
+        writer = LowRankWriter(facts, edit, positions, self.window)
         gone = []
         for members, (key, value), (key_rank, value_rank) in zip(groups, spectra, ranks, strict=True):
             for need in (need for member in members if member.table is not None for need in member.table.needs):
                 self.rely_on(model, need.assumption, need.inputs, need.reason)
             self._tell(members, key, value, key_rank, value_rank)
             bases = key.basis(key_rank), value.basis(value_rank)
-            if len(members) == 1 and not self.exact:
+            if len(members) == 1 and not self.exact and not self.window:
                 writer.alone(members[0], *bases)
             else:
                 writer.together(members, *bases)
@@ -276,7 +282,8 @@ class LowRankKV(Pass):
         numbers = [member.layer.number for member in members]
         for member in members:
             shared = f"of layers {numbers[0]} to {numbers[-1]} together: " if len(members) > 1 else ""
-            self.applied(member.layer.node, f"cached in features {shared}{told}")
+            exact = f"; the last {self.window} tokens exact" if self.window else ""
+            self.applied(member.layer.node, f"cached in features {shared}{told}{exact}")
 
 
 def _read_by(group: Sequence[Member], facts: ShapeFacts) -> Floats | None:

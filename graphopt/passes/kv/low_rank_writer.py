@@ -11,9 +11,10 @@ import onnx_ir as ir
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.edits import Editor
 from graphopt.graph.kv_interface import asks_for_another_axis
-from graphopt.passes.kv.cached_layers import CachedLayer, Sharing
+from graphopt.passes.kv.cached_layers import CachedLayer, Sharing, new_rows
 from graphopt.passes.kv.low_rank_bases import Basis
 from graphopt.passes.kv.position_tables import PositionTable, PositionTables
+from graphopt.passes.kv.recent_window import RecentWindow
 from graphopt.passes.lower.cached_site import CachedSite, Operand, as_tokens, projection
 
 
@@ -54,11 +55,12 @@ class LowRankWriter:
         facts: Shapes of the model.
         edit: Its editor.
         tables: Writes the rotations of all positions.
+        window: Tokens before the new ones that `together` keeps exact.
     """
 
-    def __init__(self, facts: ShapeFacts, edit: Editor, tables: PositionTables) -> None:
+    def __init__(self, facts: ShapeFacts, edit: Editor, tables: PositionTables, window: int = 0) -> None:
         self._facts, self._edit, self._tables = facts, edit, tables
-        self._sharing = Sharing(edit, facts)
+        self._sharing, self._window = Sharing(edit, facts), RecentWindow(window, edit)
         self._counted: dict[tuple[object, ...], ir.Value] = {}
 
     def alone(self, member: Member, keys: Basis, values: Basis) -> None:
@@ -79,8 +81,8 @@ class LowRankWriter:
         edit.replace(layer.node.outputs[0], y)
 
     def together(self, members: Sequence[Member], keys: Basis, values: Basis) -> None:
-        """Neighbouring layers with one cache: past tokens are rebuilt, new ones are each layer's own. The first keeps
-        its inputs and outputs; those of the others are out of use."""
+        """Neighbouring layers with one cache: past tokens are rebuilt, new ones, and those of the window, are each
+        layer's own. The first keeps its inputs and outputs; those of the others are out of use."""
         edit, first = self._edit, members[0]
         size = first.site.kv_heads * first.site.depth
         results: list[ir.Value] = []
@@ -92,10 +94,12 @@ class LowRankWriter:
             for slot, (past, basis) in enumerate(zip(first.pasts, (keys, values), strict=True)):
                 operand = (member.site.k, member.site.v)[slot]
                 rows[slot].append(as_tokens(operand, member.site.depth, edit))
-                before = self._rebuilt(past, basis.decoder[:, own], basis.mean[own], member.site)
+                new = new_rows(member.layer, slot + 1, edit)
+                older, exact = self._window.split(member.layer.pairs[slot], member.pasts[slot], past, new)
+                before = self._rebuilt(older, basis.decoder[:, own], basis.mean[own], member.site)
                 if not slot:
-                    before = self._rotated(before, past, member, ("past", first.layer.form))
-                full.append(edit.op("Concat", [before, self._new(member, slot + 1)], {"axis": 2}))
+                    before = self._rotated(before, older, member, ("past", first.layer.form))
+                full.append(edit.op("Concat", [before, exact], {"axis": 2}))
             results.append(self._sharing.write(member.layer, full[0], full[1]))
             self._read(member.layer, full)
         codes = []
@@ -179,15 +183,6 @@ class LowRankWriter:
             one = edit.constant(np.array([1]), "one")
             self._counted[key] = edit.op("ConstantOfShape", [edit.op("Concat", [one, total], {"axis": 0})])
         return self._counted[key]
-
-    def _new(self, member: Member, slot: int) -> ir.Value:
-        """The new keys (slot 1), rotated, or values (slot 2) of a layer, [B, KV, S, D]."""
-        value, site = member.layer.node.inputs[slot], member.site
-        assert value is not None
-        if not site.joined:
-            return value
-        sizes = self._edit.constant(np.array([0, 0, site.kv_heads, site.depth]), "heads")
-        return self._edit.op("Transpose", [self._edit.op("Reshape", [value, sizes])], {"perm": [0, 2, 1, 3]})
 
     def _read(self, layer: CachedLayer, full: Sequence[ir.Value]) -> None:
         """Let what reads the layer's keys and values within the graph read the rebuilt ones."""
