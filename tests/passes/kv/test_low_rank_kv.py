@@ -28,9 +28,9 @@ from graphopt.graph.kv_names import rename_kv_cache
 from graphopt.graph.load import load
 from graphopt.graph.save import save
 from graphopt.passes.kv.cached_layers import cached_layers
-from graphopt.passes.kv.low_rank_bases import spectrum
+from graphopt.passes.kv.feature_bases import spectrum
 from graphopt.passes.kv.low_rank_kv import LowRankKV
-from graphopt.passes.kv.low_rank_moments import gathered
+from graphopt.passes.kv.cache_moments import gathered
 from graphopt.passes.lower.cached_site import projection, read
 from graphopt.runtime_ops.generation import Generator
 
