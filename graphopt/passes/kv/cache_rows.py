@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -11,10 +12,12 @@ import onnx_ir as ir
 from graphopt.graph.edits import Editor
 from graphopt.passes.kv.cache_codes import Rows
 from graphopt.passes.kv.cache_moments import as_float, asked_of, attention_weights, by_head, operand_of, received
-from graphopt.passes.kv.coded_kv import Samples
 from graphopt.passes.kv.copies import Array, copied, values_of
 from graphopt.passes.kv.feature_bases import Floats
 from graphopt.passes.lower.cached_site import CachedSite, as_tokens
+
+Samples: TypeAlias = Sequence[Mapping[str, Array]]
+"""Inputs of a model, with empty caches."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from graphopt.graph.importance import read_importance
 from graphopt.graph.kv_edits import forget_pairs
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.passes.base import Guarantee, Pass
+from graphopt.passes.kv.cache_rows import CacheRows, Samples, rows_of
 from graphopt.passes.kv.cached_layers import CachedLayer, cached_layers
 from graphopt.passes.kv.coded_writer import CodedWriter, Coding, Member
 from graphopt.passes.kv.feature_bases import Floats
@@ -26,8 +27,8 @@ from graphopt.passes.lower.cached_site import NotTaken, read, whole_mask
 from graphopt.passes.lower.rotary_table import COUNTED, RotaryTables
 from graphopt.passes.lower.token_lengths import TokenLengths
 
-Samples: TypeAlias = Sequence[Mapping[str, npt.NDArray[Any]]]
-"""Inputs of a model, with empty caches."""
+_AT_ONCE = 1 << 30
+"""Bytes of keys and values that are gathered in one run."""
 
 
 class CodedKV(Pass):
@@ -102,6 +103,22 @@ class CodedKV(Pass):
             forget_pairs(model, interface, gone)
         return True
 
+    def rows(
+        self, model: ir.Model, members: Sequence[Member], samples: Samples, *, attended: bool
+    ) -> Iterator[CacheRows]:
+        """Keys and values of each layer token by token, in as few runs as memory allows; see `rows_of`."""
+        assert self.calibration is not None
+        tokens = sum(max(array.size for array in sample.values()) for sample in samples)
+        widest = max(member.site.kv_heads * member.site.depth for member in members)
+        count = max(1, _AT_ONCE // (8 * tokens * widest))
+        for begin in range(0, len(members), count):
+            some = members[begin : begin + count]
+            sites = [member.site for member in some]
+            found = rows_of(model, sites, samples, self.calibration.threads, attended=attended)
+            for member, rows in zip(some, found, strict=True):
+                self.require_finite([member], rows.keys, rows.values)
+                yield rows
+
     def require_finite(self, members: Sequence[Member], *arrays: npt.NDArray[Any]) -> None:
         """Refuse data on which what was found of some layers isn't finite.
 
@@ -160,6 +177,12 @@ class CodedKV(Pass):
                 return "its rotations don't follow from the position ids alone"
         member = Member(layer, site, table, mask)
         return member.problem() or member
+
+
+def undivided(channels: int, member: Member) -> str:
+    """Why so many channels can't have a byte together in a layer; "": they can."""
+    depth = member.site.depth
+    return f"{channels} channels a byte don't divide a head of {depth}" if depth % channels else ""
 
 
 def read_by(group: Sequence[Member], facts: ShapeFacts) -> Floats | None:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.passes.kv.cache_codes import Plain
 from graphopt.passes.kv.cache_moments import gathered
-from graphopt.passes.kv.coded_kv import CodedKV, Samples, read_by
+from graphopt.passes.kv.cache_rows import Samples
+from graphopt.passes.kv.coded_kv import CodedKV, read_by
 from graphopt.passes.kv.coded_writer import Coding, Member
 from graphopt.passes.kv.feature_bases import Spectrum, spectrum
 from graphopt.search.allocation import Choice, Item, allocate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.passes.kv.cache_codes import ENTRIES, Codebook, Residual
-from graphopt.passes.kv.cache_rows import CacheRows, rows_of
-from graphopt.passes.kv.coded_kv import CodedKV, Samples
+from graphopt.passes.kv.cache_rows import CacheRows, Samples
+from graphopt.passes.kv.coded_kv import CodedKV, undivided
 from graphopt.passes.kv.coded_writer import Coding, Member
 from graphopt.passes.kv.feature_bases import Basis, Floats
 from graphopt.passes.quantize.gaussian_grids import gaussian_vectors
@@ -21,8 +21,6 @@ from graphopt.passes.quantize.rotations import hadamard
 
 CHANNELS = (1, 2, 4)
 """Numbers for which a grid of 256 vectors is there."""
-_AT_ONCE = 1 << 30
-"""Bytes of keys and values that are gathered in one run."""
 
 
 class PredictKV(CodedKV):
@@ -59,8 +57,8 @@ class PredictKV(CodedKV):
     **Guarantees:** LOSSY.
 
     **Left alone, with the reason:** a cache that isn't joined by `Attention`, or that isn't an input and an output of
-    the model as it is; rotations of positions that aren't known; a cache of which the sizes are read; float64. The first
-    tokens and the newest ones aren't kept in full precision, as the paper does: they would be a cache of another length.
+    the model as it is; rotations of positions that aren't known; a cache of which the sizes are read; float64. The
+    newest tokens and the first ones aren't kept in full precision, which would take a cache of another length.
 
     `group-query-attention` and `quantize-kv` leave such a layer alone; `Attention` runs it.
 
@@ -91,10 +89,7 @@ class PredictKV(CodedKV):
 
     def problem(self, member: Member) -> str:
         """See the base."""
-        channels = max(self.keys, self.values, self.first)
-        return f"{channels} channels a byte don't divide a head of {member.site.depth}" * bool(
-            member.site.depth % channels
-        )
+        return undivided(max(self.keys, self.values, self.first), member)
 
     def codings(
         self, model: ir.Model, groups: Sequence[Sequence[Member]], samples: Samples, facts: ShapeFacts
@@ -103,23 +98,12 @@ class PredictKV(CodedKV):
         found: list[tuple[Coding, Coding]] = []
         before: _Rebuilt | None = None
         members = [group[0] for group in groups]
-        for member, rows in zip(members, self._rows(model, members, samples), strict=True):
-            self.require_finite([member], rows.keys, rows.values)
+        for member, rows in zip(members, self.rows(model, members, samples, attended=False), strict=True):
             if before is not None and not before.leads_to(member):
                 before = None
             coding, before = self._fitted(member, rows, before)
             found.append(coding)
         return found
-
-    def _rows(self, model: ir.Model, members: Sequence[Member], samples: Samples) -> Iterator[CacheRows]:
-        """Keys and values of each layer, in as few runs as memory allows."""
-        assert self.calibration is not None
-        tokens = sum(max(array.size for array in sample.values()) for sample in samples)
-        widest = max(member.site.kv_heads * member.site.depth for member in members)
-        count = max(1, _AT_ONCE // (8 * tokens * widest))
-        for begin in range(0, len(members), count):
-            sites = [member.site for member in members[begin : begin + count]]
-            yield from rows_of(model, sites, samples, self.calibration.threads, attended=False)
 
     def _fitted(
         self, member: Member, rows: CacheRows, before: _Rebuilt | None
