@@ -11,7 +11,8 @@ from graphopt.passes.kv.cache_codes import ENTRIES, Rows
 from graphopt.passes.kv.feature_bases import Floats
 from graphopt.passes.quantize.gaussian_grids import nearest_vectors
 
-_STEPS = 12
+_STEPS, _FEW = 12, 8
+"""Steps, and those of them that look at a quarter of the vectors where there are many."""
 
 
 def fitted_codebook(
@@ -38,15 +39,17 @@ def fitted_codebook(
     weights = np.ones(len(rows)) if counts is None else np.asarray(counts, np.float64)
     chances = np.random.default_rng(seed).random(len(rows)) ** (1 / np.maximum(weights, np.finfo(np.float32).tiny))
     table = rows[np.argsort(-chances, kind="stable")[:ENTRIES]]
-    for _ in range(_STEPS):
-        nearest = nearest_vectors(rows, table, metric)
-        held = np.bincount(nearest, weights, ENTRIES)
-        sums = np.stack([np.bincount(nearest, weights * column, ENTRIES) for column in rows.T], axis=1)
+    for step in range(_STEPS):
+        some = slice(None, None, 4 if step < _FEW and len(rows) >= 16 * ENTRIES else 1)
+        seen, counted = rows[some], weights[some]
+        nearest = nearest_vectors(seen, table, metric)
+        held = np.bincount(nearest, counted, ENTRIES)
+        sums = np.stack([np.bincount(nearest, counted * column, ENTRIES) for column in seen.T], axis=1)
         moved = (sums / np.maximum(held, np.finfo(np.float64).tiny)[:, None]).astype(np.float32)
         if (empty := np.flatnonzero(held == 0)).size:
-            errors = rows - table[nearest]
-            seen = errors if metric is None else errors @ metric
-            worst = np.argsort(-weights * (errors * seen).sum(axis=1), kind="stable")
-            moved[empty] = rows[worst[: len(empty)]]
+            errors = seen - table[nearest]
+            weighed = errors if metric is None else errors @ metric
+            worst = np.argsort(-counted * (errors * weighed).sum(axis=1), kind="stable")
+            moved[empty] = seen[worst[: len(empty)]]
         table = moved
     return table

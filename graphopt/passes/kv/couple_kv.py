@@ -38,7 +38,7 @@ class CoupleKV(CodedKV):
        about quality holds for generation.
 
     **Options:** `keys` (default 4): channels of keys for a byte, which is 2 bits a number; 8 are 1 bit, 2 are 4 bits;
-    `values` (default 4): the same of values; `weighted` (default true): rule 2; `samples` (default 16): of the data;
+    `values` (default 4): the same of values; `weighted` (default true): rule 2; `samples` (default 8): of the data;
     `keep` (default none): layers that stay as they are, counted from 0 among those with a cache.
 
     **Needs:** `Attention` with a cache, as `raise-attention` makes it; data; heads whose size is a multiple of the
@@ -66,7 +66,7 @@ class CoupleKV(CodedKV):
         keys: int = 4,
         values: int = 4,
         weighted: bool = True,
-        samples: int = 16,
+        samples: int = 8,
         keep: list[int] | None = None,
     ) -> None:
         super().__init__(samples, keep)
