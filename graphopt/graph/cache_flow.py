@@ -203,7 +203,8 @@ class CacheFlow:
         self, value: ir.Value, through: AbstractSet[str] = _ON_KEYS, *, products: bool = False
     ) -> tuple[Part | None, ir.Node | None]:
         """As what an attention reads `value`, `through` some operators, and that attention: its Softmax, or the
-        operator. With `products` through products with constants too, which rebuild keys from features of lower rank.
+        operator. With `products` through products with constants and tables of constants too, which rebuild keys from
+        features of lower rank and from codes.
         """
         pending, seen = deque([value]), {value}
         while pending and len(seen) <= _FURTHEST:
@@ -219,12 +220,13 @@ class CacheFlow:
                     left = slot == 0 and node.op_type != "Einsum"
                     if not left and (scores := _softmax_below(node)) is not None:
                         return "key", scores
-                    if products and node.op_type == "MatMul" and left and is_constant(node.inputs[1]):
-                        rebuilt = node.outputs[0]
-                        if rebuilt not in seen:
-                            seen.add(rebuilt)
-                            pending.append(rebuilt)
-                elif (slot == 0 or node.op_type in ("Concat", "Mul", "Add")) and node.op_type in through:
+                    rebuilds = products and left and node.op_type == "MatMul" and is_constant(node.inputs[1])
+                    if rebuilds and node.outputs[0] not in seen:
+                        seen.add(node.outputs[0])
+                        pending.append(node.outputs[0])
+                elif ((slot == 0 or node.op_type in ("Concat", "Mul", "Add")) and node.op_type in through) or (
+                    products and _looks_up(node, slot)
+                ):
                     for output in node.outputs:
                         if output not in seen:
                             seen.add(output)
@@ -234,6 +236,11 @@ class CacheFlow:
                     seen.add(outer)
                     pending.append(outer)
         return None, None
+
+
+def _looks_up(node: ir.Node, slot: int) -> bool:
+    """Whether a node reads rows of a constant table at the places that its input in `slot` holds."""
+    return node.op_type == "Gather" and slot == 1 and is_constant(node.inputs[0])
 
 
 def _moves(node: ir.Node) -> bool:

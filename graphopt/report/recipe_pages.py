@@ -28,7 +28,9 @@ FAMILIES = {
     ),
     "Weights in few bits, by data": ("auto", "gptq", "gptq2", "comq", "rsq", "awq", "eora"),
     "Weights and activations in integers": ("int8-dynamic", "llm-int8", "int8-static", "w4a8", "w4a4", "smooth-quant"),
-    "The key/value cache of a decoder": ("kv8", "kv4", "share-kv", "share-equal-kv", "low-rank-kv", "evictable-kv"),
+    "The key/value cache of a decoder": (
+        "kv8", "kv4", "share-kv", "share-equal-kv", "low-rank-kv", "predict-kv", "couple-kv", "evictable-kv",
+    ),
     "Fewer layers": ("depth", "truncate", "parallel", "reuse"),
 }  # fmt: skip
 """Recipes by heading; one that stands nowhere comes last, under a heading of its own."""

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
-from graphopt.analysis.shapes import ShapeFacts, infer
-from graphopt.errors import InputDataError
-from graphopt.graph.edits import Editor
-from graphopt.graph.importance import read_importance
-from graphopt.graph.kv_edits import forget_pairs
-from graphopt.graph.kv_interface import kv_interface
-from graphopt.passes.base import Guarantee, Pass
-from graphopt.passes.kv.cached_layers import CachedLayer, cached_layers
-from graphopt.passes.kv.low_rank_bases import Floats, Spectrum, spectrum
-from graphopt.passes.kv.low_rank_moments import gathered
-from graphopt.passes.kv.low_rank_writer import LowRankWriter, Member
-from graphopt.passes.kv.position_tables import PositionTables
-from graphopt.passes.kv.sharing_heal import place_of
-from graphopt.passes.lower.cached_site import NotTaken, read, whole_mask
-from graphopt.passes.lower.rotary_table import COUNTED, RotaryTables
-from graphopt.passes.lower.token_lengths import TokenLengths
+from graphopt.analysis.shapes import ShapeFacts
+from graphopt.passes.kv.cache_codes import Plain
+from graphopt.passes.kv.cache_moments import gathered
+from graphopt.passes.kv.cache_rows import Samples
+from graphopt.passes.kv.coded_kv import CodedKV, read_by
+from graphopt.passes.kv.coded_writer import Coding, Member
+from graphopt.passes.kv.feature_bases import Spectrum, spectrum
 from graphopt.search.allocation import Choice, Item, allocate
 
 _STEPS = 16
 """Ranks that an allocation chooses from are multiples of a part of all so large."""
 
 
-class LowRankKV(Pass):
+class LowRankKV(CodedKV):
     """Cache features of lower rank in place of keys and values, which are rebuilt from them where they are read.
 
         c = (k − μ) E,   k̂ = c D + μ,   E [d, r],  D [r, d]
@@ -87,10 +77,7 @@ class LowRankKV(Pass):
     """
 
     name: ClassVar[str] = "low-rank-kv"
-    family: ClassVar[str] = "kv"
-    guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
     paper: ClassVar[str] = "CSKV: Training-Efficient Channel Shrinking for KV Cache in Long-Context Scenarios"
-    needs = ("text",)
 
     def __init__(
         self,
@@ -107,7 +94,7 @@ class LowRankKV(Pass):
         samples: int = 8,
         keep: list[int] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(samples, keep)
         for name, part in (("keys", keys), ("values", values), ("energy", energy), ("fraction", fraction)):
             if part is not None and not 0 < part <= 1:
                 raise ValueError(f"{name} is a part, above 0 and up to 1, not {part}")
@@ -117,73 +104,18 @@ class LowRankKV(Pass):
         ranks = key_rank is not None or value_rank is not None
         if (energy is not None) + (fraction is not None) + ranks > 1:
             raise ValueError("ranks come from energy, from fraction or from key_rank and value_rank, not from several")
-        if layers < 1 or samples < 1:
-            raise ValueError(f"layers and samples must be positive, not {layers} and {samples}")
+        if layers < 1:
+            raise ValueError(f"layers must be positive, not {layers}")
         if window < 0:
             raise ValueError(f"window can't be negative: {window}")
         self.keys, self.values, self.key_rank, self.value_rank = keys, values, key_rank, value_rank
         self.energy, self.fraction, self.layers, self.weighted = energy, fraction, layers, weighted
-        self.exact, self.window, self.samples, self.keep = exact, window, samples, list(keep or ())
+        self.exact, self.window = exact, window
 
-    def apply(self, model: ir.Model) -> bool:
-        """See the class."""
-        interface = kv_interface(model)
-        if interface is None or not interface.pairs:
-            return False
-        facts, edit = infer(model, believe_names=True), Editor(model)
-        layers, left = cached_layers(model, interface, facts)
-        for node, reason in left.values():
-            if node is not None:
-                self.left(node, f"its cache stays: {reason}")
-        if read_importance(model.metadata_props) is not None:
-            for layer in layers.values():
-                self.left(layer.node, "its cache stays: tokens may be dropped from it (evictable-kv)")
-            return False
-        rotations = RotaryTables(facts, edit, self.assumptions, TokenLengths(facts, edit))
-        positions = PositionTables(rotations, edit, self.assumptions)
-        groups = self._groups(model, layers, facts, rotations, positions)
-        if not groups or self.calibration is None:
-            return False
-        spectra = self._spectra(model, groups, facts)
-        ranks = self._ranks(groups, spectra)
-        writer = LowRankWriter(facts, edit, positions, self.window)
-        gone = []
-        for members, (key, value), (key_rank, value_rank) in zip(groups, spectra, ranks, strict=True):
-            for need in (need for member in members if member.table is not None for need in member.table.needs):
-                self.rely_on(model, need.assumption, need.inputs, need.reason)
-            self._tell(members, key, value, key_rank, value_rank)
-            bases = key.basis(key_rank), value.basis(value_rank)
-            if len(members) == 1 and not self.exact and not self.window:
-                writer.alone(members[0], *bases)
-            else:
-                writer.together(members, *bases)
-                gone += [pair for member in members[1:] for pair in member.layer.pairs]
-        if gone:
-            forget_pairs(model, interface, gone)
-        return True
-
-    # ---- which layers
-
-    def _groups(
-        self,
-        model: ir.Model,
-        layers: dict[int, CachedLayer],
-        facts: ShapeFacts,
-        rotations: RotaryTables,
-        positions: PositionTables,
-    ) -> list[list[Member]]:
-        """The layers that can be worked on, neighbours of one form together."""
-        found: dict[int, Member] = {}
-        for number, layer in sorted(layers.items()):
-            if number in self.keep:
-                continue
-            member = self._member(model, layer, facts, rotations, positions)
-            if isinstance(member, str):
-                self.left(layer.node, f"its cache stays: {member}")
-            else:
-                found[number] = member
+    def grouped(self, members: Mapping[int, Member]) -> list[list[Member]]:
+        """See the base: neighbours of one form together."""
         groups: list[list[Member]] = []
-        for number, member in found.items():
+        for number, member in members.items():
             last = groups[-1] if groups else []
             fits = last and len(last) < self.layers and last[-1].layer.number == number - 1
             if fits and last[-1].layer.form == member.layer.form:
@@ -192,55 +124,39 @@ class LowRankKV(Pass):
                 groups.append([member])
         return groups
 
-    def _member(
-        self, model: ir.Model, layer: CachedLayer, facts: ShapeFacts, rotations: RotaryTables, positions: PositionTables
-    ) -> Member | str:
-        """A layer with what its writing needs, or why it can't be written."""
-        try:
-            site = read(layer.node, facts)
-        except NotTaken as reason:
-            return str(reason)
-        if site is None or site.shared is not None:
-            return "it has none of its own"
-        mask = whole_mask(model, site, facts)
-        table = None
-        if (turn := site.k.rotation) is not None:
-            cos, sin, indices = (*turn.inputs, None)[1:4]
-            if cos is None or sin is None:
-                return "its rotation has no cosines and sines"
-            if not self.assumptions.holds(COUNTED):
-                return f"the positions of what is cached aren't known: --assume {COUNTED}"
-            if indices is None:
-                cos, sin = rotations.bare(cos), rotations.bare(sin)
-            table = positions.plan_from(cos, sin, indices, site, mask)
-            if table is None:
-                return "its rotations don't follow from the position ids alone"
-        member = Member(layer, site, table, mask)
-        return member.problem() or member
+    def codings(
+        self, model: ir.Model, groups: Sequence[Sequence[Member]], samples: Samples, facts: ShapeFacts
+    ) -> list[tuple[Coding, Coding]]:
+        """See the base."""
+        spectra = self._spectra(model, groups, samples, facts)
+        ranks = self._ranks(groups, spectra)
+        found = []
+        for members, (key, value), (key_rank, value_rank) in zip(groups, spectra, ranks, strict=True):
+            self._tell(members, key, value, key_rank, value_rank)
+            keys, values = key.basis(key_rank), value.basis(value_rank)
+            found.append((Coding(keys, Plain(key_rank)), Coding(values, Plain(value_rank))))
+        return found
+
+    def together(self, members: Sequence[Member]) -> bool:
+        """See the base."""
+        return len(members) > 1 or self.exact or self.window > 0
 
     # ---- which bases
 
     def _spectra(
-        self, model: ir.Model, groups: Sequence[Sequence[Member]], facts: ShapeFacts
+        self, model: ir.Model, groups: Sequence[Sequence[Member]], samples: Samples, facts: ShapeFacts
     ) -> list[tuple[Spectrum, Spectrum]]:
         """Of the keys and of the values of each group."""
         assert self.calibration is not None
-        samples = list(self.calibration.feeds(model, self.samples))
-        if not samples:
-            raise InputDataError("low-rank-kv: the data holds no sample.")
         sites = [[member.site for member in group] for group in groups]
         found = []
         every = gathered(model, sites, samples, self.calibration.threads, attended=self.weighted)
         for group, moments in zip(groups, every, strict=True):
-            if not all(np.isfinite(one).all() for one in (moments.keys, moments.values, moments.asked)):
-                numbers = ", ".join(str(member.layer.number) for member in group)
-                raise InputDataError(
-                    f"low-rank-kv: on this data keys, values or queries of layer {numbers} aren't finite numbers."
-                )
+            self.require_finite(group, moments.keys, moments.values, moments.asked)
             asked = moments.asked if self.weighted else None
-            read_by = _read_by(group, facts) if self.weighted else None
+            weight = read_by(group, facts) if self.weighted else None
             found.append((spectrum(moments.keys, moments.key_mean, asked),
-                          spectrum(moments.values, moments.value_mean, read_by)))  # fmt: skip
+                          spectrum(moments.values, moments.value_mean, weight)))  # fmt: skip
         return found
 
     def _ranks(
@@ -284,16 +200,3 @@ class LowRankKV(Pass):
             shared = f"of layers {numbers[0]} to {numbers[-1]} together: " if len(members) > 1 else ""
             exact = f"; the last {self.window} tokens exact" if self.window else ""
             self.applied(member.layer.node, f"cached in features {shared}{told}{exact}")
-
-
-def _read_by(group: Sequence[Member], facts: ShapeFacts) -> Floats | None:
-    """Σ W_o W_oᵀ over the query heads that read each KV head, [heads, D, D]; None where W_o isn't known."""
-    found = []
-    for member in group:
-        place, site = place_of(member.layer, facts), member.site
-        if isinstance(place, str):
-            return None
-        weight = place.output.weight.numpy().astype(np.float64)
-        by_head = weight.reshape(site.kv_heads, -1, site.depth, weight.shape[1])
-        found.append(np.einsum("hgin,hgjn->hij", by_head, by_head, optimize=True))
-    return np.concatenate(found)

@@ -19,8 +19,11 @@ from graphopt.passes.fold.layers import Layer, layer_of, sole_reader
 
 TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _SWAPPED = [0, 2, 1, 3]
-_FURTHEST = 6
+_FURTHEST = 24
 """Nodes between a cache of features and the keys that are rebuilt from it, at most."""
+_REBUILDING = ("Add", "Cast", "Concat", "Gather", "MatMul", "Mul", "Reshape", "RotaryEmbedding", "Slice", "Squeeze",
+               "Transpose")  # fmt: skip
+"""Operators that rebuild keys and values."""
 
 
 class NotTaken(Exception):
@@ -202,16 +205,20 @@ def shared_cache(keys: ir.Value, values: ir.Value) -> tuple[ir.Value, ir.Value] 
 
 
 def _from_features(value: ir.Value) -> bool:
-    """Whether keys or values are a product of what is cached with a constant, as `low-rank-kv` writes them."""
+    """Whether keys or values are made of what is cached by products with constants and tables, as `low-rank-kv`,
+    `predict-kv` and `couple-kv` write them."""
     current: ir.Value | None = value
-    product = False
+    rebuilt = False
     for _ in range(_FURTHEST):
         node = None if current is None else current.producer()
-        if node is None or not is_op(node, "Add", "Concat", "MatMul", "RotaryEmbedding"):
+        if node is None or not is_op(node, *_REBUILDING):
             break
-        product |= node.op_type == "MatMul" and is_constant(node.inputs[1])
-        current = node.inputs[0]
-    return product and current is not None and current.is_graph_input()
+        table = node.op_type == "Gather" and is_constant(node.inputs[0])
+        rebuilt |= table or (node.op_type == "MatMul" and is_constant(node.inputs[1]))
+        # What is added to a prediction stands behind it.
+        residual = node.op_type == "Add" and rebuilt and not is_constant(node.inputs[1])
+        current = node.inputs[1 if table or residual else 0]
+    return rebuilt and current is not None and current.is_graph_input()
 
 
 def _operand(value: ir.Value, heads: int, depth: int, rows: tuple[Dim, Dim], facts: ShapeFacts) -> Operand:

@@ -27,10 +27,10 @@ from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.kv_names import rename_kv_cache
 from graphopt.graph.load import load
 from graphopt.graph.save import save
+from graphopt.passes.kv.cache_moments import gathered
 from graphopt.passes.kv.cached_layers import cached_layers
-from graphopt.passes.kv.low_rank_bases import spectrum
+from graphopt.passes.kv.feature_bases import spectrum
 from graphopt.passes.kv.low_rank_kv import LowRankKV
-from graphopt.passes.kv.low_rank_moments import gathered
 from graphopt.passes.lower.cached_site import projection, read
 from graphopt.runtime_ops.generation import Generator
 
@@ -59,7 +59,7 @@ def steps(model: ir.Model, pieces: list[int], batch: int = 1) -> list[npt.NDArra
     assert interface.problems == ()
     rng = np.random.default_rng(5)
     caches: Arrays = {
-        pair.past: np.zeros((batch, pair.heads or 0, 0, pair.head_size or 0), dtype=np.float32)
+        pair.past: np.zeros((batch, pair.heads or 0, 0, pair.head_size or 0), ir.DataType[pair.dtype].numpy())
         for pair in interface.pairs
     }
     past, found = 0, []

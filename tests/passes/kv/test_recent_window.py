@@ -13,6 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from graphopt.passes.kv.low_rank_bases import Basis
+from graphopt.passes.kv.low_rank_writer import LowRankWriter
 from test_low_rank_kv import details, differs, narrowed, rewritten, steps
 from test_share_kv import ASSUMED, exported, exports, parsed  # noqa: F401
 from tiny_decoders import HEADS, KV_HEADS, SIZE
@@ -24,9 +26,7 @@ from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.kv_names import rename_kv_cache
 from graphopt.graph.load import load
 from graphopt.graph.save import save
-from graphopt.passes.kv.low_rank_bases import Basis
 from graphopt.passes.kv.low_rank_kv import LowRankKV
-from graphopt.passes.kv.low_rank_writer import LowRankWriter
 from graphopt.runtime_ops.generation import Generator
 
 Floats = npt.NDArray[np.float64]

@@ -34,18 +34,32 @@ _LAYER = """
   x{j} = Add(y{i}, down{i})"""
 
 
-@functools.lru_cache(maxsize=1)
-def _proto(layers: int) -> bytes:
+_CACHED = (
+    (" a{i} = ", " a{i}, present_key_{i}, present_value_{i} = "),
+    ("(qr{i}, kr{i}, v{i})", "(qr{i}, kr{i}, v{i}, , past_key_{i}, past_value_{i})"),
+)
+"""What is another in a layer with a cache."""
+
+
+@functools.lru_cache(maxsize=2)
+def _proto(layers: int, cached: bool = False) -> bytes:
     tensors = read(fetch("smollm2")).tensors
 
     def stored(name: str) -> np.ndarray:
         array = np.asarray(tensors[name].values(), np.float32)
         return np.ascontiguousarray(array.T) if name.startswith("blk") and array.ndim == 2 else array
 
-    body = "".join(_LAYER.format(i=i, j=i + 1) for i in range(layers))
+    layer, pasts, presents = _LAYER, "", ""
+    for old, new in _CACHED if cached else ():
+        layer = layer.replace(old, new)
+    for i in range(layers) if cached else ():
+        for part in ("key", "value"):
+            pasts += f", float[batch, {KV_HEADS}, past, {SIZE}] past_{part}_{i}"
+            presents += f", float[batch, {KV_HEADS}, total, {SIZE}] present_{part}_{i}"
+    body = "".join(layer.format(i=i, j=i + 1) for i in range(layers))
     model = onnx.parser.parse_model(
         f"""<ir_version: 10, opset_import: ["": 23]>
-g (int64[batch, seq] ids, int64[batch, seq] places) => (float[batch, seq, {VOCABULARY}] logits) {{
+g (int64[batch, seq] ids, int64[batch, seq] places{pasts}) => (float[batch, seq, {VOCABULARY}] logits{presents}) {{
   x0 = Gather(table, ids){body}
   last = RMSNormalization<axis = -1, epsilon = 0.00001>(x{layers}, output_norm)
   turned = Transpose<perm = [1, 0]>(table)
@@ -66,9 +80,10 @@ g (int64[batch, seq] ids, int64[batch, seq] places) => (float[batch, seq, {VOCAB
     return proto
 
 
-def first_layers(layers: int = 2) -> ir.Model:
-    """The embedding of the first 2,048 tokens, some layers, the last norm and the head that is tied to the embedding."""
-    return ir.from_proto(onnx.load_from_string(_proto(layers)))
+def first_layers(layers: int = 2, *, cached: bool = False) -> ir.Model:
+    """The embedding of the first 2,048 tokens, some layers, the last norm and the head that is tied to the embedding;
+    with a cache of keys and values where it is asked for."""
+    return ir.from_proto(onnx.load_from_string(_proto(layers, cached)))
 
 
 def token_ids(seed: int, batch: int = 2, tokens: int = 64) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Attention over keys and values that are rebuilt from a cache of features of low rank."""
+"""Attention over keys and values that are rebuilt from a cache of features, of lower rank or coded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import onnx_ir as ir
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.edits import Editor
 from graphopt.graph.kv_interface import asks_for_another_axis
+from graphopt.passes.kv.cache_codes import Place, Store
 from graphopt.passes.kv.cached_layers import CachedLayer, Sharing, new_rows
-from graphopt.passes.kv.low_rank_bases import Basis
+from graphopt.passes.kv.feature_bases import Basis
 from graphopt.passes.kv.position_tables import PositionTable, PositionTables
 from graphopt.passes.kv.recent_window import RecentWindow
 from graphopt.passes.lower.cached_site import CachedSite, Operand, as_tokens, projection
@@ -48,8 +49,21 @@ class Member:
         return ""
 
 
-class LowRankWriter:
-    """Writes caches [B, 1, tokens, r] in place of [B, H, tokens, D].
+@dataclasses.dataclass(frozen=True)
+class Coding:
+    """What a cache holds of keys or values.
+
+    Attributes:
+        basis: Their features are coordinates in it; None: the keys or values themselves, all heads side by side.
+        store: How features are stored.
+    """
+
+    basis: Basis | None
+    store: Store
+
+
+class CodedWriter:
+    """Writes caches [B, 1, tokens, width] in place of [B, H, tokens, D].
 
     Args:
         facts: Shapes of the model.
@@ -62,28 +76,38 @@ class LowRankWriter:
         self._facts, self._edit, self._tables = facts, edit, tables
         self._sharing, self._window = Sharing(edit, facts), RecentWindow(window, edit)
         self._counted: dict[tuple[object, ...], ir.Value] = {}
+        self._features_of: dict[Place, ir.Value] = {}
 
-    def alone(self, member: Member, keys: Basis, values: Basis) -> None:
+    def alone(self, member: Member, keys: Coding, values: Coding) -> None:
         """One layer: keys and values of past and new tokens are rebuilt from the cache."""
         edit, layer, site = self._edit, member.layer, member.site
         edit.at(layer.node)
-        codes = [
-            edit.op("Concat", [past, self._features(operand, site, basis)], {"axis": 2})
-            for past, operand, basis in zip(member.pasts, (site.k, site.v), (keys, values), strict=True)
-        ]
-        full = [
-            self._rebuilt(c, basis.decoder, basis.mean, site) for c, basis in zip(codes, (keys, values), strict=True)
-        ]
-        full[0] = self._rotated(full[0], codes[0], member, ("all", site.batch, site.total))
+        wholes, full = [], []
+        for slot, (past, operand, coding) in enumerate(
+            zip(member.pasts, (site.k, site.v), (keys, values), strict=True)
+        ):
+            new = self._features(operand, site, coding.basis)
+            if coding.store.dtype is not None:
+                new = self._cast(new, self._type(site), ir.DataType.FLOAT)
+            whole, features = coding.store.write(new, past, self._features_of, edit)
+            self._features_of[layer.number, slot] = features
+            if coding.store.dtype is not None:
+                features = self._cast(features, ir.DataType.FLOAT, self._type(site))
+            wholes.append(whole)
+            full.append(self._rebuilt(features, coding.basis, site))
+        full[0] = self._rotated(full[0], wholes[0], member, ("all", site.batch, site.total))
         y = self._sharing.write(layer, full[0], full[1])
         self._read(layer, full)
-        self._store(layer, member.pasts, codes, (keys, values))
+        self._store(layer, member.pasts, wholes, (keys, values))
         edit.replace(layer.node.outputs[0], y)
 
-    def together(self, members: Sequence[Member], keys: Basis, values: Basis) -> None:
-        """Neighbouring layers with one cache: past tokens are rebuilt, new ones, and those of the window, are each
-        layer's own. The first keeps its inputs and outputs; those of the others are out of use."""
+    def together(self, members: Sequence[Member], keys: Coding, values: Coding) -> None:
+        """Neighbouring layers with one cache of features as they are: past tokens are rebuilt, new ones, and those of
+        the window, are each layer's own. The first keeps its inputs and outputs; those of the others are out of use."""
         edit, first = self._edit, members[0]
+        assert keys.basis is not None
+        assert values.basis is not None
+        bases = keys.basis, values.basis
         size = first.site.kv_heads * first.site.depth
         results: list[ir.Value] = []
         rows: tuple[list[ir.Value], list[ir.Value]] = ([], [])
@@ -91,19 +115,19 @@ class LowRankWriter:
             edit.at(member.layer.node)
             own = slice(place * size, (place + 1) * size)
             full = []
-            for slot, (past, basis) in enumerate(zip(first.pasts, (keys, values), strict=True)):
+            for slot, (past, basis) in enumerate(zip(first.pasts, bases, strict=True)):
                 operand = (member.site.k, member.site.v)[slot]
                 rows[slot].append(as_tokens(operand, member.site.depth, edit))
                 new = new_rows(member.layer, slot + 1, edit)
                 older, exact = self._window.split(member.layer.pairs[slot], member.pasts[slot], past, new)
-                before = self._rebuilt(older, basis.decoder[:, own], basis.mean[own], member.site)
+                before = self._rebuilt(older, basis.part(own), member.site)
                 if not slot:
                     before = self._rotated(before, older, member, ("past", first.layer.form))
                 full.append(edit.op("Concat", [before, exact], {"axis": 2}))
             results.append(self._sharing.write(member.layer, full[0], full[1]))
             self._read(member.layer, full)
         codes = []
-        for parts, past, basis in zip(rows, first.pasts, (keys, values), strict=True):
+        for parts, past, basis in zip(rows, first.pasts, bases, strict=True):
             joint = edit.op("Concat", parts, {"axis": -1})
             new = self._encoded(joint, basis, first.site)
             codes.append(edit.op("Concat", [past, new], {"axis": 2}))
@@ -120,9 +144,11 @@ class LowRankWriter:
 
     # ---- parts
 
-    def _features(self, operand: Operand, site: CachedSite, basis: Basis) -> ir.Value:
-        """Coordinates of new tokens, [B, 1, S, r]; those of a product with a weight are a narrower product."""
+    def _features(self, operand: Operand, site: CachedSite, basis: Basis | None) -> ir.Value:
+        """Features of new tokens, [B, 1, S, r]; those of a product with a weight are another product."""
         product, edit = projection(operand), self._edit
+        if basis is None:
+            return edit.op("Unsqueeze", [as_tokens(operand, site.depth, edit), edit.constant(np.array([1]), "axis")])
         if product is None:
             return self._encoded(as_tokens(operand, site.depth, edit), basis, site)
         bias = product.bias()
@@ -143,24 +169,31 @@ class LowRankWriter:
             product = edit.op("Add", [product, self._constant(shift, "shift", site)])
         return edit.op("Unsqueeze", [product, edit.constant(np.array([1]), "axis")])
 
-    def _rebuilt(self, codes: ir.Value, decoder: np.ndarray, mean: np.ndarray, site: CachedSite) -> ir.Value:
-        """Keys or values [B, KV, T, D] of coordinates [B, 1, T, r]: a product for each head."""
+    def _rebuilt(self, features: ir.Value, basis: Basis | None, site: CachedSite) -> ir.Value:
+        """Keys or values [B, KV, T, D] of features [B, 1, T, r]: a product for each head."""
         edit, heads = self._edit, site.kv_heads
-        by_head = decoder.reshape(len(decoder), heads, -1).transpose(1, 0, 2)
-        full = edit.op("MatMul", [codes, self._constant(by_head, "decoder", site)])
-        if mean.any():
-            full = edit.op("Add", [full, self._constant(mean.reshape(heads, 1, -1), "mean", site)])
+        blocks = None if basis is None else basis.blocks(heads)
+        if basis is None or blocks is not None:
+            rows = edit.op("Squeeze", [features, edit.constant(np.array([1]), "axis")])
+            split = edit.op("Reshape", [rows, edit.constant(np.array([0, 0, heads, site.depth]), "heads")])
+            features = edit.op("Transpose", [split], {"perm": [0, 2, 1, 3]})
+        if basis is None:
+            return features
+        if blocks is None:
+            blocks = basis.decoder.reshape(basis.rank, heads, -1).transpose(1, 0, 2)
+        full = edit.op("MatMul", [features, self._constant(blocks, "decoder", site)])
+        if basis.mean.any():
+            full = edit.op("Add", [full, self._constant(basis.mean.reshape(heads, 1, -1), "mean", site)])
         return full
 
     def _rotated(self, keys: ir.Value, codes: ir.Value, member: Member, which: tuple[object, ...]) -> ir.Value:
-        """Keys [B, KV, T, D] turned by the positions from 0 on; `codes` [B, 1, T, r] tell how many there are."""
+        """Keys [B, KV, T, D] turned by the positions from 0 on; `codes` [B, 1, T, width] tell how many."""
         edit, turn, table = self._edit, member.site.k.rotation, member.table
         if turn is None or table is None:
             return keys
         cos, sin = self._tables.write(table, self._count(member))
-        dtype = self._facts.dtype(member.site.k.value) or ir.DataType.FLOAT
-        if dtype != ir.DataType.FLOAT:
-            cos, sin = (edit.op("Cast", [rows], {"to": dtype.value}) for rows in (cos, sin))
+        dtype = self._type(member.site)
+        cos, sin = (self._cast(rows, ir.DataType.FLOAT, dtype) for rows in (cos, sin))
         if which not in self._counted:
             first, zero, one = (edit.constant(np.array(n), "range") for n in ([0], 0, 1))
             count = edit.op("Squeeze", [edit.op("Shape", [codes], {"start": 2, "end": 3}), first])
@@ -191,17 +224,24 @@ class LowRankWriter:
                 user.replace_input_with(slot, now)
 
     def _store(
-        self, layer: CachedLayer, pasts: Sequence[ir.Value], codes: Sequence[ir.Value], bases: Sequence[Basis]
+        self, layer: CachedLayer, pasts: Sequence[ir.Value], wholes: Sequence[ir.Value], codings: Sequence[Coding]
     ) -> None:
-        """Let codes take the place of a layer's keys and values among inputs and outputs."""
+        """Let what is stored take the place of a layer's keys and values among inputs and outputs."""
         outputs = self._edit.model.graph.outputs
-        for past, present, code, basis in zip(pasts, layer.presents, codes, bases, strict=True):
-            place, shape = outputs.index(present), present.shape
-            self._edit.replace(present, code)
-            outputs[place].shape = None if shape is None else ir.Shape([shape[0], 1, shape[2], basis.rank])
+        for past, present, whole, coding in zip(pasts, layer.presents, wholes, codings, strict=True):
+            place, shape, store = outputs.index(present), present.shape, coding.store
+            self._edit.replace(present, whole)
+            outputs[place].shape = None if shape is None else ir.Shape([shape[0], 1, shape[2], store.width])
             if past.shape is not None:
-                past.shape = ir.Shape([past.shape[0], 1, past.shape[2], basis.rank])
+                past.shape = ir.Shape([past.shape[0], 1, past.shape[2], store.width])
+            if store.dtype is not None:
+                past.type = outputs[place].type = ir.TensorType(store.dtype)
+
+    def _type(self, site: CachedSite) -> ir.DataType:
+        return self._facts.dtype(site.q.value) or ir.DataType.FLOAT
+
+    def _cast(self, value: ir.Value, is_of: ir.DataType, to: ir.DataType) -> ir.Value:
+        return value if is_of == to else self._edit.op("Cast", [value], {"to": to.value})
 
     def _constant(self, numbers: np.ndarray, name: str, site: CachedSite) -> ir.Value:
-        dtype = self._facts.dtype(site.q.value) or ir.DataType.FLOAT
-        return self._edit.constant(np.ascontiguousarray(numbers, dtype=dtype.numpy()), name)
+        return self._edit.constant(np.ascontiguousarray(numbers, dtype=self._type(site).numpy()), name)

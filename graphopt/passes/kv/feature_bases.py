@@ -33,6 +33,29 @@ class Basis:
         """r."""
         return len(self.decoder)
 
+    def part(self, own: slice) -> Basis:
+        """The same coordinates, from which some of the elements are rebuilt."""
+        return Basis(self.encoder[own], self.decoder[:, own], self.mean[own])
+
+    def blocks(self, count: int) -> Floats | None:
+        """D as blocks along its diagonal, [count, d / count, d / count]; None: it is one, or more than these."""
+        size = len(self.mean) // count
+        if count == 1 or self.decoder.shape != (size * count, size * count):
+            return None
+        split = self.decoder.reshape(count, size, count, size)
+        found = np.stack([split[index, :, index] for index in range(count)])
+        return found if np.count_nonzero(found) == np.count_nonzero(self.decoder) else None
+
+    @classmethod
+    def of_blocks(cls, blocks: Floats) -> Basis:
+        """That of an orthogonal matrix [s, s] for each part of s elements, [count, s, s], around 0."""
+        count, size, _ = blocks.shape
+        encoder = np.zeros((count, size, count, size))
+        for index, block in enumerate(blocks):
+            encoder[index, :, index] = block
+        whole = encoder.reshape(count * size, count * size)
+        return cls(whole, whole.T.copy(), np.zeros(count * size))
+
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:

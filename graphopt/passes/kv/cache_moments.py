@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.graph.edits import Editor
 from graphopt.passes.kv.copies import copied, values_of
-from graphopt.passes.kv.low_rank_bases import Floats
+from graphopt.passes.kv.feature_bases import Floats
 from graphopt.passes.kv.query_targets import turned_back
 from graphopt.passes.lower.cached_site import CachedSite, Operand, as_tokens
 
@@ -69,17 +69,19 @@ def gathered(
             assert node is not None
             edit.at(node)
             # Sums over tokens of squares leave the range of half precision.
-            q, k, v = (_float(as_tokens(_of(one, at), site.depth, edit), edit) for one in (site.q, site.k, site.v))
+            q, k, v = (
+                as_float(as_tokens(operand_of(one, at), site.depth, edit), edit) for one in (site.q, site.k, site.v)
+            )
             keys.append(k)
             values.append(v)
-            outputs[f"q{number}.{place}"] = _by_head(q, site, edit)
+            outputs[f"q{number}.{place}"] = by_head(q, site, edit)
             if attended:
-                weights.append(_float(_weights(node, edit), edit))
+                weights.append(as_float(attention_weights(node, edit), edit))
             if (turn := site.k.rotation) is not None:
                 given = {"cos": turn.inputs[1], "sin": turn.inputs[2], "ids": (*turn.inputs, None)[3]}
                 outputs |= {f"{name}{number}.{place}": at[v.name] for name, v in given.items() if v is not None}
         whole = [parts[0] if len(parts) == 1 else edit.op("Concat", parts, {"axis": -1}) for parts in (keys, values)]
-        counts = _received(weights, edit) if attended else None
+        counts = received(weights, edit) if attended else None
         seen = _averaged(whole[1], weights, edit) if attended else whole[1]
         for name, rows, counted in (("k", whole[0], counts), ("v", seen, None)):
             moment, mean = _moments(rows, counted, edit)
@@ -95,18 +97,18 @@ def gathered(
     return [
         Gathered(
             sums[f"k{number}"], sums[f"km{number}"], sums[f"v{number}"], sums[f"vm{number}"],
-            np.concatenate([_asked(sums, tables, f"{number}.{place}", site) for place, site in enumerate(sites)]),
+            np.concatenate([asked_of(sums, tables, f"{number}.{place}", site) for place, site in enumerate(sites)]),
         )
         for number, sites in enumerate(groups)
     ]  # fmt: skip
 
 
-def _float(value: ir.Value, edit: Editor) -> ir.Value:
+def as_float(value: ir.Value, edit: Editor) -> ir.Value:
     """The same in float32."""
     return value if value.dtype == ir.DataType.FLOAT else edit.op("Cast", [value], {"to": ir.DataType.FLOAT.value})
 
 
-def _weights(node: ir.Node, edit: Editor) -> ir.Value:
+def attention_weights(node: ir.Node, edit: Editor) -> ir.Value:
     """The weights that an attention gives where its past is empty, [B, H, S, S]."""
     attributes = {name: a.value for name, a in node.attributes.items()} | {"qk_matmul_output_mode": 3}
     again = edit.op("Attention", list(node.inputs[:4]), attributes, outputs=4).producer()
@@ -114,7 +116,7 @@ def _weights(node: ir.Node, edit: Editor) -> ir.Value:
     return again.outputs[3]
 
 
-def _received(weights: Sequence[ir.Value], edit: Editor) -> ir.Value:
+def received(weights: Sequence[ir.Value], edit: Editor) -> ir.Value:
     """How much each token counts [B, S, 1], 1 in the mean: half of it alike, half by the attention that it receives."""
     axes = edit.constant(np.array([1, 2]), "axes")
     means = [edit.op("ReduceMean", [each, axes], {"keepdims": 0}) for each in weights]
@@ -136,7 +138,7 @@ def _averaged(values: ir.Value, weights: Sequence[ir.Value], edit: Editor) -> ir
     return edit.op("Reshape", [whole, sizes])
 
 
-def _of(operand: Operand, at: Mapping[str | None, ir.Value]) -> Operand:
+def operand_of(operand: Operand, at: Mapping[str | None, ir.Value]) -> Operand:
     """An operand in the copy."""
     return dataclasses.replace(operand, value=at[operand.value.name])
 
@@ -149,7 +151,7 @@ def _moments(rows: ir.Value, counts: ir.Value | None, edit: Editor) -> tuple[ir.
     return _per_token(product, rows, edit), means
 
 
-def _by_head(queries: ir.Value, site: CachedSite, edit: Editor) -> ir.Value:
+def by_head(queries: ir.Value, site: CachedSite, edit: Editor) -> ir.Value:
     """Σ E[qᵀ q] of [B, S, H·D] over the queries of each KV head, [KV, D, D]."""
     group = site.heads // site.kv_heads
     sizes = edit.constant(np.array([0, -1, site.kv_heads, group, site.depth]), "groups")
@@ -167,7 +169,7 @@ def _per_token(product: ir.Value, rows: ir.Value, edit: Editor) -> ir.Value:
     return edit.op("Div", [mean, edit.op("CastLike", [count, mean])])
 
 
-def _asked(sums: Mapping[str, Floats], tables: Mapping[str, Array], name: str, site: CachedSite) -> Floats:
+def asked_of(sums: Mapping[str, Floats], tables: Mapping[str, Array], name: str, site: CachedSite) -> Floats:
     """The moments of the queries of each KV head, turned by distances from a key."""
     moments, turn = sums[f"q{name}"], site.k.rotation
     if turn is None:
