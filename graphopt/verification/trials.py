@@ -19,6 +19,8 @@ from graphopt.graph.scratch import Scratch
 from graphopt.runtime_ops.memory_session import make_session, run
 from graphopt.runtime_ops.scoring import ROWS
 from graphopt.verification.quality.classification import Scores, are_probabilities, probabilities
+from graphopt.verification.quality.embedding import pooled
+from graphopt.verification.quality.generic import cosine_of
 from graphopt.verification.quality.language import Rows, divergence
 from graphopt.verification.quality.tasks import guess_task
 
@@ -30,8 +32,8 @@ class Trials:
     """A model on a few samples, with weights that can be exchanged.
 
     The loss of a trial is the mean divergence KL(original ‖ trial) of the distributions that a language model or a
-    classifier gives, in nats; of other models Σ |y − y'|² / Σ |y|² over their outputs of floats. It is 0 for the model
-    itself. Weights and the original's outputs lie in a temporary file, so that memory doesn't grow with either.
+    classifier gives, in nats; of an embedder the mean of 1 − cos(y, y') of a sample's two embeddings; of other models
+    Σ |y − y'|² / Σ |y|² over their outputs of floats. It is 0 for the model itself. Weights and the original's outputs lie in a temporary file, so that memory doesn't grow with either.
 
     Args:
         model: The model, which stays as it is.
@@ -63,7 +65,7 @@ class Trials:
         guess = guess_task(model)
         decoder = kv_interface(model) if guess.task == "language" else None
         judged = guess.output if decoder is None else decoder.logits
-        self._task = guess.task
+        self._task, self._mask = guess.task, guess.mask
         self._scores: Scores = "logits"
         self._session = make_session(_opened(model, names, judged), threads=threads)
         self._samples = [dict(sample) for sample in samples]
@@ -92,6 +94,10 @@ class Trials:
             for y, found in zip(expected, self._outputs(sample, changed), strict=True):
                 if self._task in _DISTRIBUTIONS:
                     total, weight = total + self._divergence(y, found), weight + y.size // y.shape[-1]
+                elif self._task == "embedding":
+                    mask = None if self._mask is None else sample.get(self._mask)
+                    vectors = zip(pooled(y, mask), pooled(found, mask), strict=True)
+                    total, weight = total + sum(1 - cosine_of(a, b) for a, b in vectors), weight + len(y)
                 else:
                     wide = y.astype(np.float64)
                     total, weight = total + float(np.square(found - wide).sum()), weight + float(np.square(wide).sum())
