@@ -38,6 +38,8 @@ SERIES = (
     (GREEDY, "none"), (GREEDY, "affine"), (GREEDY, "linear"), (ONE_SHOT, "none"), (LAST, "none"), (LAST, "linear"),
     (ALTERNATE, "none"), (ALTERNATE, "linear"),
 )  # fmt: skip
+AT_ONCE = 8
+"""Variants that are judged beside the original at a time."""
 CALLED = {"block": "layers", "attention": "attentions", "mlp": "MLPs"}
 
 
@@ -49,14 +51,14 @@ class Subject:
         case: The model with its data.
         metric: The name of what judges it, from 0 to 1, higher being better.
         counts: How many go, by granularity.
-        batches: How many batches of each split are used; None: all.
+        batches: How many batches of each split are used at most.
         samples: Batches that searches see.
     """
 
     case: Case
     metric: str
     counts: dict[str, tuple[int, ...]]
-    batches: int | None
+    batches: int
     samples: int
 
 
@@ -68,7 +70,7 @@ SUBJECTS = (
     Subject(_case("MiniLM"), "spearman", dict.fromkeys(CALLED, (1, 2, 3)), 120, 48),
     Subject(
         _case("Fashion-MNIST vit-deep"), "accuracy",
-        {"block": (1, 2, 3, 4, 5, 6), "attention": (1, 2, 4, 6), "mlp": (1, 2, 4, 6)}, None, 4,
+        {"block": (1, 2, 3, 4, 5, 6), "attention": (1, 2, 4, 6)}, 80, 4,
     ),
 )  # fmt: skip
 
@@ -110,8 +112,15 @@ class Encoder:
             if granularity not in self.sets:
                 self.sets[granularity] = self._chosen(granularity, counts)
                 self._write()
-            for series, heal in SERIES:
-                self._measured([self.sets[granularity][series][str(n)] for n in counts], heal, series == GREEDY)
+            chosen = self.sets[granularity]
+            wanted = {
+                key(branches, heal): (branches, heal)
+                for series, heal in SERIES
+                for branches in (chosen[series][str(n)] for n in counts)
+            }
+            missing = [name for name in wanted if name not in self.rows]
+            for first in range(0, len(missing), AT_ONCE):
+                self._measured({name: wanted[name] for name in missing[first : first + AT_ONCE]})
 
     def _write(self) -> None:
         data = {"sets": self.sets, "rows": self.rows, "samples": self.samples}
@@ -144,28 +153,23 @@ class Encoder:
             result.save(file)
         return dict(record.options)
 
-    def _measured(self, sets: Sequence[list[str]], heal: str, timing: bool) -> None:
-        """Judge what lacks these sets, all those that weren't judged yet beside each other."""
-        files: dict[str, Path] = {}
-        for branches in sets:
-            if (name := key(branches, heal)) not in self.rows:
-                files[name] = self.work / f"{len(files)}.onnx"
-                self._made({"branches": branches, "heal": heal}, files[name])
-        if not files:
-            return
+    def _measured(self, wanted: dict[str, tuple[list[str], str]]) -> None:
+        """Make some variants, branches and healing by name, and judge and time them beside each other."""
+        files = {name: self.work / f"{number}.onnx" for number, name in enumerate(wanted)}
+        for name, (branches, heal) in wanted.items():
+            self._made({"branches": branches, "heal": heal}, files[name])
         case = self.subject.case
         found = judge(self._source, [*files.values()], self._judged, case.measure(self._source), threads=self.threads)
-        times = {}
-        if timing and heal == "none":
-            times = timed({ORIGINAL: self._source, **files}, self._judged, self.rounds)
+        # Healing changes no time.
+        plain = {name: file for name, file in files.items() if wanted[name][1] == "none"}
+        times = timed({ORIGINAL: self._source, **plain}, self._judged, self.rounds) if plain else {}
         for (name, file), quality in zip(files.items(), found, strict=True):
             self.samples = quality.samples
             metrics = {metric.name: metric for metric in quality.metrics}
-            row = self.rows[name] = {
-                "bytes": size(file), "metrics": {of: metric.value for of, metric in metrics.items()}
-            }  # fmt: skip
+            row: Row = {"bytes": size(file), "metrics": {of: metric.value for of, metric in metrics.items()}}
             if name in times:
                 row["time"] = [times[name].median, times[name].uncertainty]
+            self.rows[name] = row
             self.rows[ORIGINAL]["reference"] = metrics[self.subject.metric].reference
             print(f"{case.name} without {name}: {row}", flush=True)
             file.unlink()

@@ -33,7 +33,8 @@ class Trials:
 
     The loss of a trial is the mean divergence KL(original ‖ trial) of the distributions that a language model or a
     classifier gives, in nats; of an embedder the mean of 1 − cos(y, y') of a sample's two embeddings; of other models
-    Σ |y − y'|² / Σ |y|² over their outputs of floats. It is 0 for the model itself. Weights and the original's outputs lie in a temporary file, so that memory doesn't grow with either.
+    Σ |y − y'|² / Σ |y|² over their outputs of floats. It is 0 for the model itself. Weights and the original's outputs
+    lie in a temporary file, so that memory doesn't grow with either.
 
     Args:
         model: The model, which stays as it is.

@@ -65,10 +65,10 @@ class DropLayers(SearchPass):
     5. Healing: the last linear layer of the branch before a removed run is refitted on all of the data so that it
        writes what is missing too, W' = W T, with a ridge towards T = 1: "linear": any T; "affine": a factor for each
        channel, and a new bias where there is one. Nothing is added to the graph. Where a normalization stands between
-       (post-LN), the branch behind the removed ones is refitted to its own sum instead, and the last norm that they leave
-       gets another scale and shift for each channel. A linear T has a number for
-       each pair of channels: with 4096 tokens for SmolLM2's 576 channels it gives back a quarter of the divergence on
-       other text, and two thirds on the same.
+       (post-LN), the branch behind the removed ones is refitted to its own sum instead, and the last norm that they
+       leave gets another scale and shift for each channel. A linear T has a number for each pair of channels: with 4096
+       tokens for SmolLM2's 576 channels it gives back a quarter of the divergence on other text, and two thirds on the
+       same.
     6. The norm of a post-LN sum stays by default. In MiniLM that loses less than without it where one branch goes
        (rank correlation of similarities 0.977 to 0.972 for an attention, 0.974 to 0.949 for an MLP), and as much where
        a layer does.
@@ -81,8 +81,9 @@ class DropLayers(SearchPass):
     normalization of a post-LN sum: it stays, or goes with its branch ("remove"); `samples` (default none): of the data
     that searches see; none: 2 for a language model, each token of which is judged, else 32; `beam` (default 1): sets
     that a greedy search keeps side by side; `shortlist` (default 0): candidates that each is grown by, 0 for all;
-    `generations` (default 20): of the evolutionary search; `offspring` (default 8): of each of them; `seed` (default 0): of its draws; `heal` (default "none"): rule 5; `ridge` (default 0): of it, in parts of the
-    mean square of what is written; 0: as generalised cross-validation on the same data picks it.
+    `generations` (default 20): of the evolutionary search; `offspring` (default 8): of each of them; `seed` (default
+    0): of its draws; `heal` (default "none"): rule 5; `ridge` (default 0): of it, in parts of the mean square of what
+    is written; 0: as generalised cross-validation on the same data picks it.
 
     **Needs:** data, but for positions and `branches` without healing; a canonical graph. **Guarantees:** LOSSY.
 
