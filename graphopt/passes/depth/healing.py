@@ -9,9 +9,9 @@ since a norm follows: else the first token, whose stream is thousands of times a
 
 ReplaceMe: Network Simplification via Layer Pruning and Linear Transformations (Shopkhoev et al., 2025) puts a map
 before a removed run of layers into the projection of the MLP before it in this way. Where a normalization stands
-between (post-LN), the branch behind the removed ones is refitted to its own sum instead. Before that the last
-normalization that they leave behind gets the scale and shift for each channel with which it comes nearest to what it
-gave, n_i ↦ a_i n_i + b_i; where no branch follows, that is all there is to refit.
+between (post-LN), the branch behind the removed ones is refitted to its own sum instead. Where none follows, or T is
+diagonal, the last normalization that they leave behind gets the scale and shift for each channel with which it comes
+nearest to what it gave, n_i ↦ a_i n_i + b_i.
 
 The original and the model without the branches stand side by side in one graph, which runs piece by piece; each
 refitted layer sees those before it as they were refitted.
@@ -172,8 +172,10 @@ def heal(
     for run in _runs(units, removed):
         fitted, end = _beside(units, run, set(removed), norms)
         writer = None if fitted is None else Writer.of(fitted)
-        # What is refitted before the run makes up for all of it.
-        norm = Norm.of(run[-1]) if norms == "keep" and (fitted is None or end is fitted) else None
+        # What is refitted before the run makes up for all of it, and a whole map needs no other scales: in MiniLM it
+        # loses more with them.
+        alone = fitted is None or (end is fitted and form == "affine")
+        norm = Norm.of(run[-1]) if norms == "keep" and alone else None
         if norm is not None:
             parts[run[-1]] = norm
         if fitted is not None and writer is not None and fitted not in parts:

@@ -130,16 +130,17 @@ def test_the_first_has_one_behind_it_refitted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("removed", "refitted"),
+    ("form", "removed", "refitted"),
     [
-        (["mlp.3"], ["the norm behind mlp.3"]),
-        (["mlp.1"], ["the norm behind mlp.1", "mlp.2"]),
-        (["mlp.1", "mlp.2"], ["the norm behind mlp.2", "mlp.3"]),
+        ("affine", ["mlp.3"], ["the norm behind mlp.3"]),
+        ("linear", ["mlp.3"], ["the norm behind mlp.3"]),
+        ("affine", ["mlp.1"], ["the norm behind mlp.1", "mlp.2"]),
+        ("linear", ["mlp.1"], ["mlp.2"]),
+        ("affine", ["mlp.1", "mlp.2"], ["the norm behind mlp.2", "mlp.3"]),
     ],
 )
-@pytest.mark.parametrize("form", ["affine", "linear"])
 def test_behind_a_sum_that_is_normalized_the_norm_is_refitted_too(
-    removed: list[str], refitted: list[str], form: str
+    form: str, removed: list[str], refitted: list[str]
 ) -> None:
     model = normed(4)
     plain, _ = dropped(model, branches=removed)
