@@ -83,7 +83,7 @@ class DropLayers(SearchPass):
     that a greedy search keeps side by side; `shortlist` (default 0): candidates that each is grown by, 0 for all;
     `generations` (default 20): of the evolutionary search; `offspring` (default 8): of each of them; `seed` (default
     0): of its draws; `heal` (default "none"): rule 5; `ridge` (default 0): of it, in parts of the mean square of what
-    is written; 0: as generalised cross-validation on the same data picks it.
+    is written; 0: as cross-validation picks it, each half of the samples judging what the other one gives.
 
     **Needs:** data, but for positions and `branches` without healing; a canonical graph. **Guarantees:** LOSSY.
 

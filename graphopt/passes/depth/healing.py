@@ -32,8 +32,9 @@ from graphopt.analysis.algebra import is_op
 from graphopt.analysis.depth_units import DepthUnit, depth_units
 from graphopt.analysis.shapes import infer
 from graphopt.calibration.calibration import Calibration
+from graphopt.calibration.halves import HALVES, HalvedMoment
 from graphopt.calibration.request import Request
-from graphopt.calibration.statistics import SecondMoment, Summary
+from graphopt.calibration.statistics import Summary
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor
 from graphopt.passes.depth.bypass import Norms
@@ -160,7 +161,7 @@ def heal(
         removed: Those that will be removed.
         calibration: The data; all of it is used.
         form: "affine" or "linear".
-        ridge: λ, in parts of each channel's mean of y²; 0: as generalised cross-validation picks it.
+        ridge: λ, in parts of each channel's mean of y²; 0: as cross-validation over halves of the samples picks it.
         norms: As of `bypass`.
 
     Raises:
@@ -224,8 +225,16 @@ def _refitted(summary: Summary, fit: _Fit, form: Heal, ridge: float) -> tuple[li
     # Of a normalization the outputs are observed themselves, their shift included.
     written = np.eye(outputs) if fit.norm else weight
     moments = of_written(summary.array, written, shifted=bool(shift), rows=summary.rows)
+    halves = None
+    if "rows" in summary.arrays:
+        even, odd = (
+            of_written(summary[name], written, shifted=bool(shift), rows=int(rows))
+            for name, rows in zip(HALVES, summary["rows"], strict=True)
+        )
+        halves = (even, odd)
     before = np.vstack([np.eye(outputs), *(np.zeros_like(b) if fit.norm else b for b in shift)])
-    after = linear_map(moments, before, ridge) if form == "linear" and not fit.norm else factors(moments, ridge)
+    linear = form == "linear" and not fit.norm
+    after = linear_map(moments, before, ridge, halves) if linear else factors(moments, ridge)
     rest = moments.error(after) / max(moments.error(before), 1e-30)
     made = [weight @ after[:outputs]]
     if shift:
@@ -349,7 +358,7 @@ class _Twin:
         sizes = [v.shape[-1] for v in (h, total) if v.shape is not None]
         if total.shape is not None and len(sizes) == 2 and all(isinstance(n, int) for n in sizes):
             pair.shape = ir.Shape([*list(total.shape)[:-1], sum(n for n in sizes if isinstance(n, int)) + 1])
-        return Request(pair, SecondMoment())
+        return Request(pair, HalvedMoment())
 
     def _constants(self, places: Sequence[Place]) -> tuple[ir.Value, ...]:
         """Copies of the constants that are read at some places."""
