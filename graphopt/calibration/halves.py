@@ -1,7 +1,7 @@
-"""A second moment of all samples and of every other one, for what must be validated on samples that it wasn't fitted on.
+"""A second moment of all samples and of both halves, for what must be judged by samples that it wasn't fitted on.
 
-Rows of one sample are alike: the tokens of a sentence, the patches of a picture. What is validated on other rows of the
-same samples, as by generalised cross-validation, looks better than it is.
+Rows of one sample are alike, such as the tokens of a sentence. What other rows of the same samples judge, as in
+generalised cross-validation, looks better than it is.
 """
 
 from __future__ import annotations
