@@ -40,6 +40,8 @@ SERIES = (
 )  # fmt: skip
 AT_ONCE = 8
 """Variants that are judged beside the original at a time."""
+WHOLE = "nothing"
+"""What is removed of the model that is optimized alone."""
 CALLED = {"block": "layers", "attention": "attentions", "mlp": "MLPs"}
 
 
@@ -108,6 +110,8 @@ class Encoder:
         if not self._canonical.exists():
             graphopt.optimize(self._source, "canonical", verify="none").save(self._canonical)
         self.rows.setdefault(ORIGINAL, {"bytes": size(self._source)})
+        if WHOLE not in self.rows:
+            self._measured({WHOLE: ([], "none")})
         for granularity, counts in self.subject.counts.items():
             if granularity not in self.sets:
                 self.sets[granularity] = self._chosen(granularity, counts)
@@ -195,7 +199,7 @@ class Encoder:
         named = "Top-1" if percent else "Rank correlation (Spearman) of similarities with the original's"
         lines = [
             "", f"**{self.subject.case.name}**", "",
-            f"{named}, over {self.samples}. The whole model:{known} {whole['bytes'] / 1e6:.2f} MB.",
+            f"{named}, over {self.samples}. The whole model:{known} {whole['bytes'] / 1e6:.2f} MB.{self._optimized()}",
         ]  # fmt: skip
         for granularity, counts in self.subject.counts.items():
             lines += ["", f"| without {CALLED[granularity]} | {' | '.join(map(str, counts))} |"]
@@ -206,11 +210,19 @@ class Encoder:
                 lines.append(f"| {series}{'' if heal == 'none' else f', healed ({heal})'} | {' | '.join(cells)} |")
             kept = [self.row(granularity, GREEDY, "none", n) or {} for n in counts]
             sizes = [f"{row['bytes'] / whole['bytes']:.1%}" if row else "" for row in kept]
-            times = ["{:.2f} ± {:.2f}".format(*row["time"]) if "time" in row else "" for row in kept]
+            times = [_ratio(row) if "time" in row else "" for row in kept]
             lines += [f"| bytes of the file | {' | '.join(sizes)} |", f"| CPU time | {' | '.join(times)} |"]
             if chosen := self.sets.get(granularity, {}).get(GREEDY):
                 lines += ["", f"Greedy search removes: {', '.join(chosen[str(counts[-1])])}."]
         return lines
+
+    def _optimized(self) -> str:
+        """A sentence on the model that is optimized alone, which tells what is owed to that."""
+        row = self.rows.get(WHOLE)
+        if row is None:
+            return ""
+        ratio = row["bytes"] / self.rows[ORIGINAL]["bytes"]
+        return f" Optimized with all layers it has {ratio:.1%} of the bytes and {_ratio(row)} of the CPU time."
 
     def _cell(self, row: Row | None) -> str:
         if row is None:
@@ -233,9 +245,13 @@ class Encoder:
         return pareto_svg(points, "MB on disk", called, title=title, log=not percent) if points else None
 
 
+def _ratio(row: Row) -> str:
+    return "{:.2f} ± {:.2f}".format(*row["time"])
+
+
 def key(branches: Sequence[str], heal: str) -> str:
     """The name by which a variant's numbers are kept."""
-    names = ", ".join(sorted(branches, key=lambda name: (int(name.rpartition(".")[2]), name)))
+    names = ", ".join(sorted(branches, key=lambda name: (int(name.rpartition(".")[2]), name))) or WHOLE
     return names if heal == "none" else f"{names}, healed ({heal})"
 
 
