@@ -77,10 +77,12 @@ operator-speed: $(VENV)/ready library
 	$(BIN)/python benchmarks/transforms.py --half --page docs/operator-speed.md
 	$(BIN)/python benchmarks/cached_attention.py --page docs/operator-speed.md
 
-# A decoder without some of its attentions or layers, into docs/depth.md; about an hour. Options: make depth
-# DEPTH='--windows 4 --pasts'
+# A decoder and two encoders without some of their attentions or layers, into docs/depth.md; about an hour and a half,
+# half an hour of it the training of a ViT the first time. Options: make depth DEPTH='--windows 4 --pasts'
+# ENCODERS='--only MiniLM'
 depth: $(VENV)/ready
 	$(BIN)/python benchmarks/depth.py $(or $(DEPTH),--page docs/depth.md)
+	$(BIN)/python benchmarks/depth_encoders.py $(or $(ENCODERS),--page docs/depth.md)
 
 # A decoder with a smaller cache by every method, into docs/kv.md; about an hour. Options: make kv KV='--windows 4'
 kv: $(VENV)/ready library

@@ -201,6 +201,7 @@ CASES = (
     ),
     _fashion("cnn"),
     _fashion("vit"),
+    _fashion("vit-deep"),
 )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def test_page(tmp_path: Path) -> None:
 
 def test_parts_have_models() -> None:
     names = [case.name for case in quantization_models.CASES]
-    assert len(names) == len(set(names)) == 6
+    assert len(names) == len(set(names)) == 7
     assert set(quantization_memory.LIMITS) <= {method.recipe for method in METHODS}
 
 

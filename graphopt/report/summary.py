@@ -19,6 +19,9 @@ Data = Mapping[str, Any]
 
 _VARYING = re.compile(r"'[^']*'|(?<!\w)[-−]?\d[\d,]*(?:\.\d+)?(?!\w)")
 
+FEW = 11
+"""Changes of one search that are listed."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SizeRow:
@@ -167,6 +170,20 @@ def quiet(report: Data) -> str:
     passes = len({e.name for e in runs})
     took = units.seconds(sum(e.seconds for e in runs))
     return f"{units.plural(len(runs), 'run')} of {units.plural(passes, 'pass', 'passes')} changed nothing ({took})."
+
+
+def searched(report: Data) -> list[str]:
+    """What searches for what is missed least chose: the loss that they expect, and each change where there are few."""
+    found = []
+    for record in report.get("passes") or []:
+        expected = _number((record.get("options") or {}).get("expected_divergence"))
+        if record.get("status") != "applied" or expected is None:
+            continue
+        sites = [site for site in record.get("sites") or [] if site.get("outcome") == "applied"]
+        found.append(f"{record.get('name')}: loss of {expected:.3g} in its trials on the calibration data")
+        if len(sites) <= FEW:
+            found += [f"{record.get('name')}: {site.get('detail')}" for site in sites]
+    return found
 
 
 def left_groups(report: Data) -> list[LeftGroup]:

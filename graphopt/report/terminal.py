@@ -37,6 +37,9 @@ def print_report(report: Data, console: Console) -> None:
     if sentence := summary.not_needed(report):
         printer.line(sentence)
     _print_passes(report, printer)
+    if chosen := summary.searched(report):
+        printer.heading("Chosen by a search")
+        _print_notes(chosen, printer)
     _print_verification(report, printer)
     if report.get("quality"):
         printer.heading("Quality, size and speed" if report.get("timing") else "Quality and size")

@@ -17,6 +17,8 @@ from graphopt.graph.session_settings import SessionSettings
 from graphopt.runtime_ops.memory_session import make_session, run
 from graphopt.runtime_ops.scoring import ROWS
 from graphopt.verification.quality.classification import Scores, probabilities
+from graphopt.verification.quality.embedding import pooled
+from graphopt.verification.quality.generic import cosine_of
 from graphopt.verification.quality.language import Rows, divergence
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class TrialLoss:
         expected: The original's outputs for each sample.
         task: What the model is for.
         scores: What a classifier gives.
+        mask: The input that says which tokens of an embedder count; None: there is none.
     """
 
     session: onnxruntime.InferenceSession
@@ -47,6 +50,7 @@ class TrialLoss:
     expected: Sequence[Sequence[Array]]
     task: str | None
     scores: Scores
+    mask: str | None
 
     def loss(self, changed: Changed, samples: int | None = None) -> float:
         """See `Trials.loss`."""
@@ -56,6 +60,10 @@ class TrialLoss:
             for y, found in zip(expected, found_outputs, strict=True):
                 if self.task in _DISTRIBUTIONS:
                     total, weight = total + self._divergence(y, found), weight + y.size // y.shape[-1]
+                elif self.task == "embedding":
+                    mask = None if self.mask is None else sample.get(self.mask)
+                    vectors = zip(pooled(y, mask), pooled(found, mask), strict=True)
+                    total, weight = total + sum(1 - cosine_of(a, b) for a, b in vectors), weight + len(y)
                 else:
                     wide = y.astype(np.float64)
                     total, weight = total + float(np.square(found - wide).sum()), weight + float(np.square(wide).sum())
@@ -99,6 +107,7 @@ class Work:
     expected: Sequence[Sequence[Mapped | Array]]
     task: str | None
     scores: Scores
+    mask: str | None
 
     def opened(self) -> TrialLoss:
         """Make the session.
@@ -115,6 +124,7 @@ class Work:
             [[found(array) for array in arrays] for arrays in self.expected],
             self.task,
             self.scores,
+            self.mask,
         )
 
 

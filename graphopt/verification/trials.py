@@ -44,8 +44,9 @@ class Trials:
     """A model on a few samples, with weights that can be exchanged.
 
     The loss of a trial is the mean divergence KL(original ‖ trial) of the distributions that a language model or a
-    classifier gives, in nats; of other models Σ |y − y'|² / Σ |y|² over their outputs of floats. It is 0 for the model
-    itself. Weights, samples and the original's outputs lie in a temporary file, so that memory doesn't grow with them.
+    classifier gives, in nats; of an embedder the mean of 1 − cos(y, y') of a sample's two embeddings; of other models
+    Σ |y − y'|² / Σ |y|² over their outputs of floats. It is 0 for the model itself. Weights, samples and the original's
+    outputs lie in a temporary file, so that memory doesn't grow with them.
 
     Processes share the threads: n of them have 1/n each. A loss hangs on the threads of its session as far as ONNX
     Runtime's operators do, and on nothing else, not on which process tells it. A process that ends is done without.
@@ -115,7 +116,7 @@ class Trials:
         scores: Scores = "logits"
         if guess.task == "classification" and all(are_probabilities(rows(y)) for ys in arrays for y in ys):
             scores = "probabilities"
-        self._here = TrialLoss(session, given, feeds, arrays, guess.task, scores)
+        self._here = TrialLoss(session, given, feeds, arrays, guess.task, scores, guess.mask)
         self._shared = own, kept, expected
         self._workers: Workers | None = None
 
@@ -166,9 +167,9 @@ class Trials:
     def _started(self) -> Workers:
         data, folder = with_references(self._model, self._store)
         own, kept, expected = self._shared
-        task, scores, threads = self._here.task, self._here.scores, self._threads
+        here, threads, settings = self._here, self._threads, read_settings(self._model)
         assert threads is not None
-        work = Work(data, folder, read_settings(self._model), threads, own, kept, expected, task, scores)
+        work = Work(data, folder, settings, threads, own, kept, expected, here.task, here.scores, here.mask)
         workers = Workers(work, self._jobs - 1)
         weakref.finalize(self, workers.close)
         return workers

@@ -94,6 +94,19 @@ def test_long_lists_are_cut_and_say_so() -> None:
     assert "and 12 more reasons at 12 sites: --json or the HTML report has all" in printed(terminal.print_report, data)
 
 
+def test_what_a_search_chose_is_told() -> None:
+    data = sample.report()
+    record = next(record for record in data["passes"] if record["status"] == "applied")
+    assert "Chosen by a search" not in printed(terminal.print_report, data)
+    record["options"] = {"expected_divergence": 0.01234}
+    record["sites"] = [
+        {"node": "add", "op_type": "Add", "outcome": "applied", "detail": "attention.2 removed: 64 bytes of weights"}
+    ]
+    text = printed(terminal.print_report, data)
+    assert "attention.2 removed: 64 bytes of weights" in text
+    assert "0.0123" in text
+
+
 def test_nothing_to_do() -> None:
     data = {**sample.report(), "verification": None, "timing": None, "left_alone": []}
     data["after"] = data["before"]

@@ -68,6 +68,33 @@ def test_classes_are_judged_by_their_probabilities_however_they_are_given(last: 
     assert Trials(made, weights, [{"x": x}]).loss({"b": changed}) == pytest.approx(wanted, rel=1e-3)
 
 
+def test_an_embedder_is_judged_by_its_embeddings() -> None:
+    made = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        states (int64[n, t] input_ids, int64[n, t] attention_mask) => (float[n, t, 4] last_hidden_state) {
+            h = Gather (a, input_ids)
+            last_hidden_state = MatMul (h, b)
+        }""")
+    made = weighted(made)
+    a, b = (made.graph.initializers[name] for name in "ab")
+    assert a.const_value is not None
+    assert b.const_value is not None
+    a.shape = ir.Shape(a.const_value.shape.numpy())
+    ids = np.array([[1, 2, 3], [4, 5, 0]], np.int64)
+    mask = np.array([[1, 1, 1], [1, 1, 0]], np.int64)
+    trials = Trials(made, [b], [{"input_ids": ids, "attention_mask": mask}])
+    held = b.const_value.numpy()
+    # How long an embedding is counts for nothing.
+    assert trials.loss({"b": held * np.float32(3)}) == pytest.approx(0, abs=1e-6)
+    changed = held + np.float32(0.5)
+    y, z = (
+        np.stack([(a.const_value.numpy()[row[:n]] @ m).mean(0) for row, n in zip(ids, (3, 2), strict=True)])
+        for m in (held, changed)
+    )
+    cosines = (y * z).sum(1) / np.linalg.norm(y, axis=1) / np.linalg.norm(z, axis=1)
+    assert trials.loss({"b": changed}) == pytest.approx(1 - cosines.mean(), rel=1e-4)
+
+
 def test_what_cant_be_tried_is_said() -> None:
     made = model()
     weights = list(made.graph.initializers.values())

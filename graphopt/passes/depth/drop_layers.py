@@ -22,6 +22,7 @@ from graphopt.passes.depth.positions import Position, by_position
 from graphopt.search.allocation import Choice, Item, allocate
 from graphopt.search.evolutionary import evolve
 from graphopt.search.greedy import greedy, trials_at_most
+from graphopt.verification.quality.tasks import guess_task
 from graphopt.verification.trials import Trials
 
 Granularity = Literal["block", "attention", "mlp", "joint"]
@@ -29,6 +30,8 @@ Score = Literal["loss", "influence", "angular", "contribution", "last", "first",
 Search = Literal["one-shot", "greedy", "evolutionary", "knapsack"]
 Group = tuple[DepthUnit, ...]
 """What goes together: a branch, or the branches of a layer."""
+OF_LANGUAGE, OF_OTHERS = 2, 32
+"""Samples that searches see unless told: a window of text has hundreds of distributions to judge by, a picture one."""
 
 
 class DropLayers(SearchPass):
@@ -62,9 +65,10 @@ class DropLayers(SearchPass):
     5. Healing: the last linear layer of the branch before a removed run is refitted on all of the data so that it
        writes what is missing too, W' = W T, with a ridge towards T = 1: "linear": any T; "affine": a factor for each
        channel, and a new bias where there is one. Nothing is added to the graph. Where a normalization stands between
-       (post-LN), the branch behind the removed ones is refitted to its own sum instead. A linear T has a number for
-       each pair of channels: with 4096 tokens for SmolLM2's 576 channels it gives back a quarter of the divergence on
-       other text, and two thirds on the same.
+       (post-LN), the branch behind the removed ones is refitted to its own sum instead; where none follows, or with
+       "affine", the last norm that they leave gets another scale and shift for each channel. A linear T has a number
+       for each pair of channels: with 4096 tokens for SmolLM2's 576 channels it gives back a quarter of the divergence
+       on other text, and two thirds on the same.
     6. The norm of a post-LN sum stays by default. In MiniLM that loses less than without it where one branch goes
        (rank correlation of similarities 0.977 to 0.972 for an attention, 0.974 to 0.949 for an MLP), and as much where
        a layer does.
@@ -74,11 +78,12 @@ class DropLayers(SearchPass):
     "joint": branches of any kind; `score` (default "loss"): rule 1; `search` (default "one-shot"): rule 2; `branches`
     (default none): those that go by name, as "attention.7" or "7" for a whole layer, counted from 0; `keep` (default
     0): how many of the first and of the last are never removed; `norms` (default "keep"): what becomes of the
-    normalization of a post-LN sum: it stays, or goes with its branch ("remove"); `samples` (default 2): of the data;
-    `beam` (default 1): sets that a greedy search keeps side by side; `shortlist` (default 0): candidates that each is
-    grown by, 0 for all; `generations` (default 20): of the evolutionary search; `offspring` (default 8): of each of
-    them; `seed` (default 0): of its draws; `heal` (default "none"): rule 5; `ridge` (default 0): of it, in parts of the
-    mean square of what is written; 0: as generalised cross-validation on the same data picks it.
+    normalization of a post-LN sum: it stays, or goes with its branch ("remove"); `samples` (default none): of the data
+    that searches see; none: 2 for a language model, each token of which is judged, else 32; `beam` (default 1): sets
+    that a greedy search keeps side by side; `shortlist` (default 0): candidates that each is grown by, 0 for all;
+    `generations` (default 20): of the evolutionary search; `offspring` (default 8): of each of them; `seed` (default
+    0): of its draws; `heal` (default "none"): rule 5; `ridge` (default 0): of it, in parts of the mean square of what
+    is written; 0: as cross-validation picks it, each half of the samples judging what the other one gives.
 
     **Needs:** data, but for positions and `branches` without healing; a canonical graph. **Guarantees:** LOSSY.
 
@@ -104,7 +109,7 @@ class DropLayers(SearchPass):
         branches: list[str] | None = None,
         keep: int = 0,
         norms: Norms = "keep",
-        samples: int = 2,
+        samples: int | None = None,
         beam: int = 1,
         shortlist: int = 0,
         generations: int = 20,
@@ -130,7 +135,8 @@ class DropLayers(SearchPass):
             raise ValueError(f"the search {search!r} goes by the loss; score {score!r} is for one-shot alone")
         if score == "angular" and granularity != "block":
             raise ValueError("score 'angular' is of a run of layers; give granularity: block")
-        if min(samples, beam, generations, offspring) < 1 or min(keep, shortlist) < 0 or ridge < 0:
+        at_least_1 = (1 if samples is None else samples, beam, generations, offspring)
+        if min(at_least_1) < 1 or min(keep, shortlist) < 0 or ridge < 0:
             raise ValueError("samples, beam, generations and offspring must be at least 1, keep, shortlist and ridge 0")
         self.count = count
         self.fraction = 0.1 if fraction is None and count is None else fraction
@@ -152,6 +158,8 @@ class DropLayers(SearchPass):
         self.scores, self.path, self.expected = {}, [], None
         facts = infer(model, believe_names=True)
         found = depth_units(model, facts)
+        if self.samples is None:
+            self.samples = OF_LANGUAGE if guess_task(model).task == "language" else OF_OTHERS
         for node, reason in found.left:
             self.left(node, reason)
         chosen = self._given(model, found, facts) if self.branches is not None else self._found(model, found, facts)
@@ -172,6 +180,10 @@ class DropLayers(SearchPass):
         done = heal(
             model, found.units, chosen, self.calibration, form=self.heal, ridge=self.ridge, norms=self.norms
         )  # fmt: skip
+        for unit, rest in done.norms:
+            self.applied(
+                unit.branch.add, f"the norm behind {unit.name} refitted: {rest:.1%} of its squared error is left"
+            )
         for unit, rest in done.writers:
             self.applied(unit.branch.add, f"{unit.name} refitted: {rest:.1%} of the squared error at its sum is left")
         for unit, reason in done.left:
@@ -246,7 +258,7 @@ class DropLayers(SearchPass):
 
     def _closeness(self, model: ir.Model, spans: Sequence[Span]) -> list[Closeness]:
         assert self.calibration is not None
-        return closeness(model, spans, self.calibration, self.samples, norms=self.norms)
+        return closeness(model, spans, self.calibration, self.samples or OF_OTHERS, norms=self.norms)
 
 
 @dataclasses.dataclass

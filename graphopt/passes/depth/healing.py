@@ -9,7 +9,9 @@ since a norm follows: else the first token, whose stream is thousands of times a
 
 ReplaceMe: Network Simplification via Layer Pruning and Linear Transformations (Shopkhoev et al., 2025) puts a map
 before a removed run of layers into the projection of the MLP before it in this way. Where a normalization stands
-between (post-LN), the branch behind the removed ones is refitted to its own sum instead.
+between (post-LN), the branch behind the removed ones is refitted to its own sum instead. Where none follows, or T is
+diagonal, the last normalization that they leave behind gets the scale and shift for each channel with which it comes
+nearest to what it gave, n_i ↦ a_i n_i + b_i.
 
 The original and the model without the branches stand side by side in one graph, which runs piece by piece; each
 refitted layer sees those before it as they were refitted.
@@ -30,8 +32,9 @@ from graphopt.analysis.algebra import is_op
 from graphopt.analysis.depth_units import DepthUnit, depth_units
 from graphopt.analysis.shapes import infer
 from graphopt.calibration.calibration import Calibration
+from graphopt.calibration.halves import HALVES, HalvedMoment
 from graphopt.calibration.request import Request
-from graphopt.calibration.statistics import SecondMoment, Summary
+from graphopt.calibration.statistics import Summary
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor
 from graphopt.passes.depth.bypass import Norms
@@ -39,6 +42,10 @@ from graphopt.passes.depth.refit import factors, linear_map, of_written
 
 Heal = Literal["none", "affine", "linear"]
 """Nothing; T diagonal; any T. A bias is refitted with either, where there is one."""
+
+
+Place = tuple[ir.Node, int]
+"""An input of a node, by its number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +87,35 @@ class Writer:
         return cls(node, weight, bias)
 
     @property
-    def shift(self) -> ir.Value | None:
-        """The constant that is added."""
+    def places(self) -> tuple[Place, ...]:
+        """Where the weight and the bias are read."""
         if self.bias is None:
+            return ((self.node, 1),)
+        held = next(i for i, v in enumerate(self.bias.inputs) if constant_tensor(v) is not None)
+        return (self.node, 1), (self.bias, held)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A normalization over channels with a scale for each, and perhaps a shift."""
+
+    node: ir.Node
+
+    @classmethod
+    def of(cls, unit: DepthUnit) -> Norm | None:
+        """That of a unit's sum; None where there is none of this form."""
+        node = unit.norm
+        if node is None or not is_op(node, "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"):
             return None
-        return next(v for v in self.bias.inputs if constant_tensor(v) is not None)
+        tensors = [constant_tensor(value) for value in node.inputs[1:] if value is not None]
+        if not all(t is not None and len(t.shape) == 1 and t.dtype.is_floating_point() for t in tensors):
+            return None
+        return cls(node)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where the scale and the shift are read."""
+        return tuple((self.node, i) for i, value in enumerate(self.node.inputs) if i and value is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,22 +123,24 @@ class Healed:
     """What `heal` did.
 
     Attributes:
-        writers: The refitted layers, each with how much of the squared error before is left, of 0 to 1.
+        writers: The units of which the last linear layer was refitted, each with how much of the squared error before
+            is left, of 0 to 1.
+        norms: The removed units of which the normalization, which stays, was refitted, with the same.
         left: Units that weren't, each with the reason.
     """
 
     writers: tuple[tuple[DepthUnit, float], ...]
+    norms: tuple[tuple[DepthUnit, float], ...]
     left: tuple[tuple[DepthUnit, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fit:
-    """A layer of the second half: what is observed of it, and its constants there."""
+    """What is refitted, in the second half: what is observed of it, and its constants there, the weight first."""
 
     request: Request
-    inputs: int
-    weight: ir.Value
-    shift: ir.Value | None
+    constants: tuple[ir.Value, ...]
+    norm: bool = False
 
 
 def heal(
@@ -128,72 +161,85 @@ def heal(
         removed: Those that will be removed.
         calibration: The data; all of it is used.
         form: "affine" or "linear".
-        ridge: λ, in parts of each channel's mean of y²; 0: as generalised cross-validation picks it.
+        ridge: λ, in parts of each channel's mean of y²; 0: as cross-validation over halves of the samples picks it.
         norms: As of `bypass`.
 
     Raises:
         InputDataError: The data doesn't fit the model.
     """
-    writers: dict[DepthUnit, Writer] = {}
+    parts: dict[DepthUnit, Writer | Norm] = {}
     ends: dict[DepthUnit, DepthUnit] = {}
     left = []
     for run in _runs(units, removed):
         fitted, end = _beside(units, run, set(removed), norms)
         writer = None if fitted is None else Writer.of(fitted)
-        if fitted is None or writer is None:
+        # What is refitted before the run makes up for all of it, and a whole map needs no other scales: in MiniLM it
+        # loses more with them.
+        alone = fitted is None or (end is fitted and form == "affine")
+        norm = Norm.of(run[-1]) if norms == "keep" and alone else None
+        if norm is not None:
+            parts[run[-1]] = norm
+        if fitted is not None and writer is not None and fitted not in parts:
+            parts[fitted], ends[fitted] = writer, end
+        elif writer is None and norm is None:
             left.append((run[0], "no linear layer with a constant weight is the last of a branch beside it"))
-        elif fitted not in writers:
-            writers[fitted], ends[fitted] = writer, end
-    if form == "none" or not writers:
-        return Healed((), tuple(left))
+    if form == "none" or not parts:
+        return Healed((), (), tuple(left))
     twin = model.clone()
     theirs = depth_units(twin, infer(twin, believe_names=True)).units
     pairs = {unit.name: unit for unit in theirs}
     fits = _Twin(twin, norms).write(
-        [pairs[u.name] for u in removed], {pairs[u.name]: pairs[end.name] for u, end in ends.items()}
+        [pairs[u.name] for u in removed],
+        {pairs[u.name]: pairs[end.name] for u, end in ends.items()},
+        [pairs[u.name] for u in parts if u not in ends],
     )
-    wanted = {fits[pairs[unit.name]].request: unit for unit in writers}
+    wanted = {fits[pairs[unit.name]].request: unit for unit in parts}
     edit = Editor(model)
-    done: list[tuple[DepthUnit, float]] = []
+    done: dict[DepthUnit, float] = {}
     for stage in calibration.stages(twin, list(wanted), sequential=True, grain="site"):
         for request in stage.summaries:
             if request not in wanted:
                 continue
             unit = wanted[request]
-            fit, writer = fits[pairs[unit.name]], writers[unit]
-            weight, shift, rest = _refitted(stage[request], fit, form, ridge)
-            done.append((unit, rest))
-            kind = _dtype(writer.weight)
-            fit.weight.const_value = ir.tensor(weight.astype(kind), name=fit.weight.name)
-            before = (writer.weight, writer.shift)
-            edit.at(writer.node)
-            writer.node.replace_input_with(1, edit.constant(weight.astype(kind), "healed"))
-            if fit.shift is not None and shift is not None and writer.bias is not None:
-                fit.shift.const_value = ir.tensor(shift.astype(kind), name=fit.shift.name)
-                place = next(i for i, v in enumerate(writer.bias.inputs) if constant_tensor(v) is not None)
-                edit.at(writer.bias)
-                writer.bias.replace_input_with(place, edit.constant(shift.astype(kind), "healed_bias"))
-            for old in before:
+            fit = fits[pairs[unit.name]]
+            made, done[unit] = _refitted(stage[request], fit, form, ridge)
+            for (node, place), constant, array in zip(parts[unit].places, fit.constants, made, strict=True):
+                old = node.inputs[place]
+                new = array.astype(_held(old).dtype)
+                constant.const_value = ir.tensor(new, name=constant.name)
+                edit.at(node)
+                node.replace_input_with(place, edit.constant(new, "healed"))
                 if old is not None and old.is_initializer() and not old.uses() and not old.is_graph_output():
                     model.graph.initializers.pop(old.name or "", None)
-    return Healed(tuple(done), tuple(left))
+    writers = tuple((unit, rest) for unit, rest in done.items() if unit in ends)
+    return Healed(writers, tuple((unit, rest) for unit, rest in done.items() if unit not in ends), tuple(left))
 
 
-def _refitted(
-    summary: Summary, fit: _Fit, form: Heal, ridge: float
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None, float]:
-    """A weight [K, N] and a shift [N] from the moments of (h, wanted, 1) / |s|, and the part of the error that is
-    left."""
-    assert fit.weight.const_value is not None
-    held = np.asarray(fit.weight.const_value.numpy(), np.float64)
-    shift = None if fit.shift is None or fit.shift.const_value is None else fit.shift.const_value.numpy()
-    moments = of_written(summary.array, held, shifted=shift is not None, rows=summary.rows)
-    outputs = held.shape[1]
-    before = np.vstack([np.eye(outputs), *([shift.astype(np.float64)] if shift is not None else [])])
-    after = linear_map(moments, before, ridge) if form == "linear" else factors(moments, ridge)
+def _refitted(summary: Summary, fit: _Fit, form: Heal, ridge: float) -> tuple[list[npt.NDArray[np.float64]], float]:
+    """New constants from the moments of (h, wanted, 1) / |s|, and the part of the error that is left.
+
+    The constants are a weight [K, N], or the scale [N] of a normalization, and a shift [N] where there is one.
+    """
+    weight, *shift = (_held(value).astype(np.float64) for value in fit.constants)
+    outputs = weight.shape[-1]
+    # Of a normalization the outputs are observed themselves, their shift included.
+    written = np.eye(outputs) if fit.norm else weight
+    moments = of_written(summary.array, written, shifted=bool(shift), rows=summary.rows)
+    halves = None
+    if "rows" in summary.arrays:
+        even, odd = (
+            of_written(summary[name], written, shifted=bool(shift), rows=int(rows))
+            for name, rows in zip(HALVES, summary["rows"], strict=True)
+        )
+        halves = (even, odd)
+    before = np.vstack([np.eye(outputs), *(np.zeros_like(b) if fit.norm else b for b in shift)])
+    linear = form == "linear" and not fit.norm
+    after = linear_map(moments, before, ridge, halves) if linear else factors(moments, ridge)
     rest = moments.error(after) / max(moments.error(before), 1e-30)
-    made = held @ after[:outputs]
-    return made.astype(np.float32), after[-1].astype(np.float32) if shift is not None else None, rest
+    made = [weight @ after[:outputs]]
+    if shift:
+        made.append(after[-1] + (shift[0] @ after[:outputs] if fit.norm else 0))
+    return made, rest
 
 
 def _runs(units: Sequence[DepthUnit], removed: Sequence[DepthUnit]) -> list[list[DepthUnit]]:
@@ -222,10 +268,10 @@ def _beside(
     return (behind[0], behind[0]) if behind else (None, run[-1])
 
 
-def _dtype(value: ir.Value) -> np.dtype[Any]:
+def _held(value: ir.Value | None) -> npt.NDArray[Any]:
     tensor = constant_tensor(value)
     assert tensor is not None
-    return tensor.dtype.numpy()
+    return np.array(tensor.numpy())
 
 
 class _Twin:
@@ -235,12 +281,15 @@ class _Twin:
         self._graph, self._edit, self._norms = twin.graph, Editor(twin), norms
         self._half: dict[ir.Value, ir.Value] = {}
 
-    def write(self, removed: Sequence[DepthUnit], ends: dict[DepthUnit, DepthUnit]) -> dict[DepthUnit, _Fit]:
+    def write(
+        self, removed: Sequence[DepthUnit], ends: dict[DepthUnit, DepthUnit], normed: Sequence[DepthUnit]
+    ) -> dict[DepthUnit, _Fit]:
         """Write the second half.
 
         Args:
             removed: The units that it lacks.
-            ends: The units that are refitted, each with the one whose sum it is refitted to.
+            ends: The units of which the writer is refitted, each with the one whose sum it is refitted to.
+            normed: The removed ones of which the normalization is.
         """
         skipped = {unit.result(self._norms == "remove").producer(): unit for unit in removed}
         dead = {node for unit in removed for node in unit.branch.nodes}
@@ -248,6 +297,7 @@ class _Twin:
         writers = {unit: writer for unit in ends if (writer := Writer.of(unit)) is not None}
         # What a refitted layer writes is made in the second half behind what it is refitted by.
         own = {n: u for u, w in writers.items() for n in (w.node, w.bias, u.branch.add) if n is not None}
+        scaled = {norm.node: (unit, norm) for unit in normed if (norm := Norm.of(unit)) is not None}
         found: dict[DepthUnit, _Fit] = {}
         waiting: dict[ir.Value, ir.Value] = {}
         for node in list(self._graph):
@@ -262,49 +312,65 @@ class _Twin:
                     waiting[whole] = stream  # which is written at the end of the run
                 else:
                     self._half[whole] = self._half.get(stream, stream)
+            elif node in scaled:
+                unit, norm = scaled[node]
+                found[unit] = self._normed(norm)
             elif node not in own and node not in dead and any(v in self._half for v in node.inputs if v is not None):
                 self._again(node, [None if v is None else self._half.get(v, v) for v in node.inputs])
         return found
 
     def _refitted(self, unit: DepthUnit, end: DepthUnit, writer: Writer) -> _Fit:
-        """Observe (h, wanted, 1) / |s| before a sum, and write the layer with a weight of its own, up to its sum."""
-        edit = self._edit
+        """Observe what is refitted before a sum, and write the layer with constants of its own, up to its sum."""
         h, stream = writer.node.inputs[0], unit.remainder
         assert h is not None
-        h, stream = self._half.get(h, h), self._half.get(stream, stream)
         # The original's sum stands behind its addition; here it is made once more.
-        total = edit.op("Add", list(end.branch.add.inputs), like=end.total)
-        h_, stream_, total_ = (edit.op("Cast", [v], {"to": int(ir.DataType.FLOAT)}) for v in (h, stream, total))
+        total = self._edit.op("Add", list(end.branch.add.inputs), like=end.total)
+        request = self._observed(self._half.get(h, h), self._half.get(stream, stream), total)
+        constants = self._constants(writer.places)
+        for node in (writer.node, writer.bias):
+            if node is not None:
+                self._with(node, writer.places, constants)
+        self._again(unit.branch.add, [self._half.get(v, v) for v in unit.branch.add.inputs if v is not None])
+        return _Fit(request, constants)
+
+    def _normed(self, norm: Norm) -> _Fit:
+        """Write a normalization with constants of its own, and observe what it gives beside the original's."""
+        node = norm.node
+        constants = self._constants(norm.places)
+        self._with(node, norm.places, constants)
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        wanted = self._edit.op(node.op_type, list(node.inputs), attributes, domain=node.domain, like=node.outputs[0])
+        return _Fit(self._observed(self._half[node.outputs[0]], None, wanted), constants, norm=True)
+
+    def _observed(self, h: ir.Value, stream: ir.Value | None, total: ir.Value) -> Request:
+        """(h, s − x, 1) / |s| of what a layer reads, the stream x that it is added to (None: 0), and the s wanted."""
+        edit = self._edit
+        h_, total_ = (edit.op("Cast", [v], {"to": int(ir.DataType.FLOAT)}) for v in (h, total))
+        wanted = total_
+        if stream is not None:
+            wanted = edit.op("Sub", [total_, edit.op("Cast", [stream], {"to": int(ir.DataType.FLOAT)})])
         square = edit.op("Mul", [total_, total_])
         mean = edit.op("ReduceMean", [square, edit.constant(np.array([-1]), "axis")], {"keepdims": 1})
         size = edit.op("Sqrt", [edit.op("Add", [mean, edit.constant(np.array(1e-12, np.float32), "tiny")])])
         inverse = edit.op("Reciprocal", [size])
-        scaled = [edit.op("Mul", [v, inverse]) for v in (h_, edit.op("Sub", [total_, stream_]))]
-        pair = edit.op("Concat", [*scaled, inverse], {"axis": -1})
+        pair = edit.op("Concat", [*(edit.op("Mul", [v, inverse]) for v in (h_, wanted)), inverse], {"axis": -1})
         pair.type = ir.TensorType(ir.DataType.FLOAT)
-        constants = []
-        for node in (writer.node, writer.bias):
-            if node is None:
-                continue
-            place = (
-                1
-                if node is writer.node
-                else next(i for i, v in enumerate(node.inputs) if constant_tensor(v) is not None)
-            )
-            tensor = constant_tensor(node.inputs[place])
-            assert tensor is not None
-            held = edit.constant(ir.tensor(np.array(tensor.numpy())), "half")
-            inputs = [None if v is None else self._half.get(v, v) for v in node.inputs]
-            inputs[place] = held
-            self._again(node, inputs)
-            constants.append(held)
-        self._again(unit.branch.add, [self._half.get(v, v) for v in unit.branch.add.inputs if v is not None])
-        weight, *shift = constants
-        assert weight.shape is not None
-        features, outputs = (int(n) for n in weight.shape.numpy())
-        if total.shape is not None:
-            pair.shape = ir.Shape([*list(total.shape)[:-1], features + outputs + 1])
-        return _Fit(Request(pair, SecondMoment()), features, weight, shift[0] if shift else None)
+        sizes = [v.shape[-1] for v in (h, total) if v.shape is not None]
+        if total.shape is not None and len(sizes) == 2 and all(isinstance(n, int) for n in sizes):
+            pair.shape = ir.Shape([*list(total.shape)[:-1], sum(n for n in sizes if isinstance(n, int)) + 1])
+        return Request(pair, HalvedMoment())
+
+    def _constants(self, places: Sequence[Place]) -> tuple[ir.Value, ...]:
+        """Copies of the constants that are read at some places."""
+        return tuple(self._edit.constant(_held(node.inputs[place]), "half") for node, place in places)
+
+    def _with(self, node: ir.Node, places: Sequence[Place], constants: Sequence[ir.Value]) -> None:
+        """Write a node a second time, with other constants."""
+        inputs = [None if v is None else self._half.get(v, v) for v in node.inputs]
+        for (of, place), constant in zip(places, constants, strict=True):
+            if of is node:
+                inputs[place] = constant
+        self._again(node, inputs)
 
     def _again(self, node: ir.Node, inputs: list[ir.Value | None]) -> None:
         """Write a node a second time, with other inputs."""

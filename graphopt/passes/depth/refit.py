@@ -11,6 +11,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 STRENGTHS = np.logspace(-6, 6, 73)
 """Ridges that are tried, in parts of each input's own power."""
+COARSE = 3
+"""Of how many of them one is tried where each costs a product of matrices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Moments:
         return float((self.energy + (weight * (product - 2 * self.cross)).sum(0)).sum())
 
 
-def linear_map(moments: Moments, before: Floats, ridge: float = 0.0) -> Floats:
+def linear_map(
+    moments: Moments, before: Floats, ridge: float = 0.0, halves: tuple[Moments, Moments] | None = None
+) -> Floats:
     """The map W [P, N] of least E|r − y W|² + λ Σ_i E[y_i²] |W_i − W⁰_i|².
 
     Inputs count by their own scale, so that one of large numbers isn't spared.
@@ -43,27 +47,48 @@ def linear_map(moments: Moments, before: Floats, ridge: float = 0.0) -> Floats:
     Args:
         moments: The moments.
         before: W⁰.
-        ridge: λ. 0: the one of least generalised cross-validation, E|r − y W|² / (1 − f / rows)², f being the degrees
-            of freedom that λ leaves (Generalized Cross-Validation as a Method for Choosing a Good Ridge Parameter,
-            Golub, Heath and Wahba, 1979).
+        ridge: λ. 0: the one of least error of each half's map on the other half; without halves the one of least
+            generalised cross-validation, E|r − y W|² / (1 − f / rows)², f being the degrees of freedom that λ leaves
+            (Generalized Cross-Validation as a Method for Choosing a Good Ridge Parameter, Golub, Heath and Wahba,
+            1979), which takes rows for independent.
+        halves: Moments of two halves of the samples.
     """
-    scale = np.sqrt(np.maximum(np.diag(moments.gram), 1e-30))
-    values, vectors = np.linalg.eigh(moments.gram / np.outer(scale, scale))
-    values = np.maximum(values, 0.0)
-    # In the directions of the inputs: what the map before leaves, and how much of it each could make up for.
-    left = vectors.T @ ((moments.cross - moments.gram @ before) / scale[:, None])
-    if ridge <= 0:
-        power, whole = np.square(left).sum(1), moments.error(before)
+    solve = _Solver(moments, before)
+    if ridge > 0:
+        return solve.map(ridge)
+    if halves is None:
+        return solve.map(float(min(STRENGTHS[::-1], key=solve.validated)))
+    tried = STRENGTHS[::-COARSE]
+    errors = np.zeros(len(tried))
+    for fitted, other in (halves, halves[::-1]):
+        of_half = _Solver(fitted, before)
+        errors += [other.rows * other.error(of_half.map(strength)) for strength in tried]
+    return solve.map(float(tried[int(errors.argmin())]))
 
-        def validated(strength: float) -> float:
-            shrunk = 1 / (values + strength)
-            error = whole - float((power * (2 * shrunk - values * shrunk**2)).sum())
-            freedom = float((values * shrunk).sum()) / max(moments.rows, 1)
-            return max(error, 0.0) / (1 - freedom) ** 2 if freedom < 1 else np.inf
 
-        ridge = float(min(STRENGTHS[::-1], key=validated))
-    more = vectors @ (left / (values + ridge)[:, None])
-    return np.asarray(before + more / scale[:, None])
+class _Solver:
+    """The maps of all ridges, from one decomposition."""
+
+    def __init__(self, moments: Moments, before: Floats) -> None:
+        self._moments, self._before = moments, before
+        self._scale = np.sqrt(np.maximum(np.diag(moments.gram), 1e-30))
+        values, self._vectors = np.linalg.eigh(moments.gram / np.outer(self._scale, self._scale))
+        self._values = np.maximum(values, 0.0)
+        # In the directions of the inputs: what the map before leaves, and how much of it each could make up for.
+        self._left = self._vectors.T @ ((moments.cross - moments.gram @ before) / self._scale[:, None])
+        self._power, self._whole = np.square(self._left).sum(1), moments.error(before)
+
+    def map(self, ridge: float) -> Floats:
+        """That of one ridge."""
+        more = self._vectors @ (self._left / (self._values + ridge)[:, None])
+        return np.asarray(self._before + more / self._scale[:, None])
+
+    def validated(self, ridge: float) -> float:
+        """The error by generalised cross-validation."""
+        shrunk = 1 / (self._values + ridge)
+        error = self._whole - float((self._power * (2 * shrunk - self._values * shrunk**2)).sum())
+        freedom = float((self._values * shrunk).sum()) / max(self._moments.rows, 1)
+        return max(error, 0.0) / (1 - freedom) ** 2 if freedom < 1 else float("inf")
 
 
 def factors(moments: Moments, ridge: float = 0.0) -> Floats:

@@ -146,6 +146,17 @@ def test_a_knapsack_removes_enough_bytes() -> None:
     assert len(step.branches or ()) == 3
 
 
+def test_a_search_sees_many_samples_where_each_is_judged_once() -> None:
+    step = DropLayers(count=1, granularity="joint")
+    step.calibration = data(5)
+    step(stream([1, 0.02, 1]))
+    assert step.option_values()["samples"] == 32
+    given = DropLayers(count=1, granularity="joint", samples=1)
+    given.calibration = data(5)
+    given(stream([1, 0.02, 1]))
+    assert given.option_values()["samples"] == 1
+
+
 def test_what_was_found_can_be_given_without_data() -> None:
     model = stream([1.0] * LAYERS, seed=4)
     other = model.clone()

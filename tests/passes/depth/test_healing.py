@@ -38,6 +38,21 @@ def layers(count: int, *, bias: bool = False, blind: bool = False, seed: int = 0
     return parse(f"g (float[b, t, {SIZE}] x) => (float[b, t, {SIZE}] y) {{\n{text}\n}}", weights)
 
 
+def normed(count: int, seed: int = 0) -> ir.Model:
+    """Layers LN(x + tanh(x·A)·B) in a row (post-LN), each norm with a scale and a shift."""
+    rng = np.random.default_rng(seed)
+    weights: dict[str, np.ndarray] = {}
+    lines = ["x0 = Identity(x)"]
+    for i in range(count):
+        weights |= {f"a{i}": rng.normal(size=(SIZE, INNER)) / 2, f"b{i}": rng.normal(size=(INNER, SIZE))}
+        weights |= {f"s{i}": rng.uniform(0.5, 2, SIZE), f"c{i}": rng.normal(size=SIZE)}
+        lines += [f"u{i} = MatMul(x{i}, a{i})", f"t{i} = Tanh(u{i})", f"d{i} = MatMul(t{i}, b{i})"]
+        lines += [f"z{i} = Add(x{i}, d{i})", f"x{i + 1} = LayerNormalization <axis = -1> (z{i}, s{i}, c{i})"]
+    text = "\n".join([*lines, f"y = Identity(x{count})"])
+    constants = {name: array.astype(np.float32) for name, array in weights.items()}
+    return parse(f"g (float[b, t, {SIZE}] x) => (float[b, t, {SIZE}] y) {{\n{text}\n}}", constants)
+
+
 def given(seed: int, rows: int = 40) -> dict[str, np.ndarray]:
     return {"x": np.random.default_rng(seed).normal(size=(rows, 5, SIZE)).astype(np.float32)}
 
@@ -112,6 +127,41 @@ def test_the_first_has_one_behind_it_refitted() -> None:
     healed, step = dropped(model, branches=["mlp.0"], heal="linear")
     assert [s.detail.split(" refitted")[0] for s in step.sites if "refitted" in s.detail] == ["mlp.1"]
     assert error(model, healed) < error(model, plain)
+
+
+@pytest.mark.parametrize(
+    ("form", "removed", "refitted"),
+    [
+        ("affine", ["mlp.3"], ["the norm behind mlp.3"]),
+        ("linear", ["mlp.3"], ["the norm behind mlp.3"]),
+        ("affine", ["mlp.1"], ["the norm behind mlp.1", "mlp.2"]),
+        ("linear", ["mlp.1"], ["mlp.2"]),
+        ("affine", ["mlp.1", "mlp.2"], ["the norm behind mlp.2", "mlp.3"]),
+    ],
+)
+def test_behind_a_sum_that_is_normalized_the_norm_is_refitted_too(
+    form: str, removed: list[str], refitted: list[str]
+) -> None:
+    model = normed(4)
+    plain, _ = dropped(model, branches=removed)
+    healed, step = dropped(model, branches=removed, heal=form)
+    assert [s.detail.split(" refitted")[0] for s in step.sites if "refitted" in s.detail] == refitted
+    assert error(model, healed) < 0.9 * error(model, plain)
+    assert len(healed.graph) == len(plain.graph)
+    assert all(value.uses() for value in healed.graph.initializers.values())
+
+
+def test_a_norm_that_gives_what_it_gave_keeps_its_scale() -> None:
+    model = normed(2)
+    held = model.graph.initializers["b1"]
+    held.const_value = ir.tensor(np.zeros((INNER, SIZE), np.float32), name=held.name)
+    healed, _ = dropped(model, branches=["mlp.1"], heal="affine")
+    assert error(model, healed) < 1e-10
+
+
+def test_a_norm_that_goes_with_its_branch_isnt_refitted() -> None:
+    _, step = dropped(normed(3), branches=["mlp.1"], heal="affine", norms="remove")
+    assert [s.detail.split(" refitted")[0] for s in step.sites if "refitted" in s.detail] == ["mlp.2"]
 
 
 def test_what_has_no_linear_layer_last_is_left() -> None:

@@ -53,6 +53,20 @@ def test_cross_validation_trusts_many_rows_and_not_few() -> None:
         assert np.square(fresh @ found - wanted).mean() <= np.square(fresh @ plain - wanted).mean() * 1.01
 
 
+def test_halves_see_that_rows_of_a_sample_are_alike() -> None:
+    rng = np.random.default_rng(0)
+    size, samples, each = 40, 50, 40
+    # Rows of a sample differ in little, so that they are far fewer than they seem.
+    y = np.repeat(rng.normal(size=(samples, size)), each, 0) + 0.01 * rng.normal(size=(samples * each, size))
+    r = np.repeat(rng.normal(size=(samples, 4)), each, 0)
+    parts = np.repeat(np.arange(samples) % 2, each)
+    halves = (moments(y[parts == 0], r[parts == 0]), moments(y[parts == 1], r[parts == 1]))
+    before = np.zeros((size, 4))
+    fooled, careful = linear_map(moments(y, r), before), linear_map(moments(y, r), before, halves=halves)
+    # Nothing of r is told by y.
+    assert np.abs(careful).max() < 0.1 < np.abs(fooled).max()
+
+
 @pytest.mark.parametrize("shift", [False, True])
 def test_a_factor_and_a_shift_for_each_channel(shift: bool) -> None:
     rng = np.random.default_rng(0)
