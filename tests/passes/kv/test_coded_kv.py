@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quantize"))
 import tiny_decoders
 from smollm2_layers import VOCABULARY, first_layers
 from test_low_rank_kv import details, differs, steps
-from test_share_kv import ASSUMED, exported, exports, made_equal, parsed, run, shared, told  # noqa: F401
+from test_share_kv import ASSUMED, exported, made_equal, parsed, run, shared, told
 
 from graphopt.api import Result, canonical, optimize
 from graphopt.calibration.text import TextDataset
@@ -63,8 +63,8 @@ def coded(
 
 @pytest.mark.export
 @pytest.mark.parametrize("key", ["llama", "gpt2", "gptbigcode"])
-def test_vectors_that_are_in_the_codebooks_are_exact(key: str, exports: Path, tmp_path: Path) -> None:  # noqa: F811
-    model = exported(key, exports)
+def test_vectors_that_are_in_the_codebooks_are_exact(key: str, tmp_path: Path) -> None:
+    model = exported(key)
     result = coded("couple-kv", model, same_text(2), keys=4, values=2)
     assert len(details(result)) == 2
     now = kv_interface(result.model)
@@ -131,8 +131,8 @@ def test_what_is_foreseen_is_exact(causal: bool, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.export
 @pytest.mark.parametrize("key", ["llama", "qwen3"])
-def test_more_bytes_lose_less(key: str, exports: Path) -> None:  # noqa: F811
-    model = exported(key, exports)
+def test_more_bytes_lose_less(key: str) -> None:
+    model = exported(key)
     expected = steps(model, PIECES, 2)
     for name, channels in (("predict-kv", (4, 2, 1)), ("couple-kv", (8, 4, 1))):
         losses = []

@@ -13,10 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from graphopt.passes.kv.low_rank_bases import Basis
-from graphopt.passes.kv.low_rank_writer import LowRankWriter
 from test_low_rank_kv import details, differs, narrowed, rewritten, steps
-from test_share_kv import ASSUMED, exported, exports, parsed  # noqa: F401
+from test_share_kv import ASSUMED, exported, parsed
 from tiny_decoders import HEADS, KV_HEADS, SIZE
 
 from graphopt.api import optimize
@@ -26,6 +24,8 @@ from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.kv_names import rename_kv_cache
 from graphopt.graph.load import load
 from graphopt.graph.save import save
+from graphopt.passes.kv.coded_writer import CodedWriter, Coding
+from graphopt.passes.kv.feature_bases import Basis
 from graphopt.passes.kv.low_rank_kv import LowRankKV
 from graphopt.runtime_ops.generation import Generator
 
@@ -38,13 +38,15 @@ Bases = list[tuple[int, Basis, Basis]]
 def bases(monkeypatch: pytest.MonkeyPatch) -> Bases:
     """Those that a rewrite uses."""
     found: Bases = []
-    together = LowRankWriter.together
+    together = CodedWriter.together
 
-    def noted(self: LowRankWriter, members: Any, keys: Basis, values: Basis) -> None:
-        found.append((len(members), keys, values))
+    def noted(self: CodedWriter, members: Any, keys: Coding, values: Coding) -> None:
+        assert keys.basis is not None
+        assert values.basis is not None
+        found.append((len(members), keys.basis, values.basis))
         together(self, members, keys, values)
 
-    monkeypatch.setattr(LowRankWriter, "together", noted)
+    monkeypatch.setattr(CodedWriter, "together", noted)
     return found
 
 
@@ -102,9 +104,9 @@ def test_it_follows_the_rule(window: int, layers: int, bases: Bases) -> None:
 
 
 @pytest.mark.export
-def test_rotated_keys_have_their_positions(exports: Path) -> None:  # noqa: F811
+def test_rotated_keys_have_their_positions() -> None:
     """A full rank changes nothing, so that each key must have been turned once, by its own position."""
-    model = exported("llama", exports)
+    model = exported("llama")
     for layers in (1, 2):
         after = rewritten(model, keys=1.0, values=1.0, layers=layers, window=3).model
         for batch in (1, 2):
