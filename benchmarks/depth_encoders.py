@@ -202,11 +202,15 @@ class Encoder:
             f"{named}, over {self.samples}. The whole model:{known} {whole['bytes'] / 1e6:.2f} MB.{self._optimized()}",
         ]  # fmt: skip
         for granularity, counts in self.subject.counts.items():
+            if not any(self.row(granularity, series, heal, n) for series, heal in SERIES for n in counts):
+                continue
             lines += ["", f"| without {CALLED[granularity]} | {' | '.join(map(str, counts))} |"]
             lines.append(f"|---|{'---|' * len(counts)}")
             for series, heal in SERIES:
                 rows = [self.row(granularity, series, heal, n) for n in counts]
                 cells = [self._cell(row) for row in rows]
+                if not any(cells):
+                    continue
                 lines.append(f"| {series}{'' if heal == 'none' else f', healed ({heal})'} | {' | '.join(cells)} |")
             kept = [self.row(granularity, GREEDY, "none", n) or {} for n in counts]
             sizes = [f"{row['bytes'] / whole['bytes']:.1%}" if row else "" for row in kept]

@@ -16,6 +16,7 @@ VARIABLE = "GRAPHOPT_TEST_FILES"
 def open_folder() -> bool:
     """Make the folder of this run, where there is none yet."""
     if VARIABLE in os.environ:
+        folder().mkdir(exist_ok=True)
         return False
     os.environ[VARIABLE] = tempfile.mkdtemp(prefix="graphopt-tests-")
     return True
@@ -36,15 +37,13 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
 
     Args:
         name: The file's name.
-        make: Gets its path; the file isn't there where it fails.
+        make: Gets its path.
     """
-    path = folder() / name
+    path, made = folder() / name, folder() / f"{name}.made"
     with (folder() / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            try:
-                make(path)
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
+        if not made.exists():  # half a file of a process that died isn't made
+            path.unlink(missing_ok=True)
+            make(path)
+            made.touch()
     return path

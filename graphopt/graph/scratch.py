@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import mmap
 import os
 import tempfile
 import weakref
@@ -15,6 +17,10 @@ import onnx_ir as ir
 
 SMALL_BYTES = 1 << 14
 """Tensors of fewer bytes stay in memory."""
+
+
+_MAPPINGS: weakref.WeakValueDictionary[str, mmap.mmap] = weakref.WeakValueDictionary()
+"""The newest mapping of each file, as long as an array needs it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +42,18 @@ class Mapped:
     shape: tuple[int, ...]
 
     def array(self) -> npt.NDArray[Any]:
-        """The array, memory-mapped."""
-        folder, name = os.path.split(self.path)
-        return ir.ExternalTensor(
-            name, self.offset, self.length, self.dtype, shape=ir.Shape(self.shape), name="", base_dir=folder
-        ).numpy()
+        """The array, memory-mapped, by one mapping of the file with others: each takes one of the files that a process
+        may have open."""
+        if self.dtype.bitwidth < 8:
+            folder, name = os.path.split(self.path)
+            place = (name, self.offset, self.length, self.dtype)
+            return ir.ExternalTensor(*place, shape=ir.Shape(self.shape), name="", base_dir=folder).numpy()
+        mapping = _MAPPINGS.get(self.path)
+        if mapping is None or len(mapping) < self.offset + self.length:
+            with open(self.path, "rb") as file:
+                mapping = _MAPPINGS[self.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        numbers = np.frombuffer(mapping, self.dtype.numpy(), math.prod(self.shape), self.offset)
+        return numbers.reshape(self.shape)
 
 
 class Scratch:

@@ -176,11 +176,12 @@ def searched(report: Data) -> list[str]:
     """What searches for what is missed least chose: the loss that they expect, and each change where there are few."""
     found = []
     for record in report.get("passes") or []:
-        expected = _number((record.get("options") or {}).get("expected_divergence"))
+        told = (record.get("options") or {}).get("expected_divergence")
+        expected = _number(told[-1] if isinstance(told, list) and told else told)
         if record.get("status") != "applied" or expected is None:
             continue
         sites = [site for site in record.get("sites") or [] if site.get("outcome") == "applied"]
-        found.append(f"{record.get('name')}: loss of {expected:.3g} in its trials on the calibration data")
+        found.append(f"{record.get('name')}: expected loss {expected:.3g}, by trials on the calibration data")
         if len(sites) <= FEW:
             found += [f"{record.get('name')}: {site.get('detail')}" for site in sites]
     return found

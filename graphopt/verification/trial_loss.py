@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Changed: TypeAlias = Mapping[str, Array]
 """New contents of some weights by name."""
+MEANING = "2"
+"""Of a loss; those of another that were kept are made anew. 2: embedders are judged by their embeddings."""
 _DISTRIBUTIONS = ("language", "classification")
 
 
@@ -67,16 +69,18 @@ class TrialLoss:
                 else:
                     wide = y.astype(np.float64)
                     total, weight = total + float(np.square(found - wide).sum()), weight + float(np.square(wide).sum())
-        return total / weight if weight else 0.0
+        loss = total / weight if weight else 0.0
+        # What is no number doesn't pass for a small loss.
+        return loss if np.isfinite(loss) else float("inf")
 
     def _divergence(self, expected: Array, found: Array) -> float:
-        """The sum of KL(expected ‖ found) over rows; what is no number doesn't pass for a small loss."""
+        """The sum of KL(expected ‖ found) over rows."""
         total = 0.0
         p, q = rows(expected), rows(found)
         for first in range(0, len(p), ROWS):
             a, b = (self._logits(both[first : first + ROWS]) for both in (p, q))
             total += float(divergence(Rows.of(a), Rows.of(b)).sum())
-        return total if np.isfinite(total) else float("inf")
+        return total
 
     def _logits(self, some: Array) -> Array:
         """Logits of the distributions [rows, classes]; of a classifier in the form that its judge reads."""

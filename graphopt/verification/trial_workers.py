@@ -184,12 +184,14 @@ def serve() -> None:
     os.dup2(2, 1)
     loss: TrialLoss | None = None
     with contextlib.suppress(EOFError, BrokenPipeError):
-        work: Work = pickle.load(source)
+        work: Work | None = pickle.load(source)
         while True:
             changed, samples = pickle.load(source)
             answer: Any
             try:
-                loss = loss or work.opened()
+                if work is not None:  # a model with small weights has them in these bytes
+                    loss, work = work.opened(), None
+                assert loss is not None
                 answer = loss.loss(changed, samples)
             except (GraphoptError, MemoryError, OSError, ValueError) as error:
                 answer = f"{type(error).__name__}: {first_line(error)}"

@@ -94,10 +94,9 @@ class Trials:
         given = {name: found(array) for name, array in own.items()}
         feeds = [{name: found(array) for name, array in sample.items()} for sample in kept]
         all_threads = threads or cores()
-        most = (
-            1 if getattr(sys, "frozen", False) or (jobs is None and all_threads < PAYS_CORES) else jobs or all_threads
-        )
-        self._jobs = min(most, max(together, 1))
+        unknown = own_bytes() is None or available_bytes() is None
+        alone = getattr(sys, "frozen", False) or (jobs is None and (all_threads < PAYS_CORES or unknown))
+        self._jobs = min(1 if alone else jobs or all_threads, max(together, 1))
         with _PeakMemory() as memory:
             self._threads = _shared(threads, all_threads, self._jobs)
             session = make_session(self._model, threads=self._threads, store=self._store)
@@ -106,12 +105,17 @@ class Trials:
         if self._jobs > 1 and jobs is None and (fitting := memory.fitting()) < self._jobs:
             self._jobs = fitting
             self._threads = _shared(threads, all_threads, self._jobs)
+            del session
             session = make_session(self._model, threads=self._threads, store=self._store)
         begin = time.perf_counter()
         expected = [[self._scratch.shared(y) for y in outputs(session, {**sample, **given})] for sample in feeds]
         seconds = (time.perf_counter() - begin) * (trials or together)
-        if jobs is None and seconds < PAYS_SECONDS:
-            self._jobs = 1
+        if jobs is None and self._jobs > 1 and seconds < PAYS_SECONDS:
+            # With all threads, and what these give, since a loss hangs on them.
+            self._jobs, self._threads = 1, threads
+            del session
+            session = make_session(self._model, threads=threads, store=self._store)
+            expected = [[self._scratch.shared(y) for y in outputs(session, {**sample, **given})] for sample in feeds]
         arrays = [[found(y) for y in ys] for ys in expected]
         scores: Scores = "logits"
         if guess.task == "classification" and all(are_probabilities(rows(y)) for ys in arrays for y in ys):

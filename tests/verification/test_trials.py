@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -102,3 +104,20 @@ def test_what_cant_be_tried_is_said() -> None:
         Trials(made, weights, [])
     with pytest.raises(VerificationError, match="doesn't run"):
         Trials(made, weights, [{"x": np.zeros((5, 7), np.float32)}])
+
+
+def test_what_is_no_number_is_no_small_loss() -> None:
+    made = model()
+    b = made.graph.initializers["b"]
+    trials = Trials(made, [b], [{"x": np.ones((2, 8), np.float32)}])
+    assert trials.loss({"b": np.full((8, 4), np.nan, np.float32)}) == float("inf")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system doesn't list what is open")
+def test_samples_share_one_of_the_files_that_a_process_may_have_open() -> None:
+    made, rng = model(), np.random.default_rng(2)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    samples = [{"x": rng.standard_normal((2048, 8)).astype(np.float32)} for _ in range(40)]
+    trials = Trials(made, [made.graph.initializers["b"]], samples)
+    assert len(list(Path("/proc/self/fd").iterdir())) - before < 10
+    assert trials.loss({}) == 0

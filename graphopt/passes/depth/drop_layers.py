@@ -83,7 +83,8 @@ class DropLayers(SearchPass):
     that a greedy search keeps side by side; `shortlist` (default 0): candidates that each is grown by, 0 for all;
     `generations` (default 20): of the evolutionary search; `offspring` (default 8): of each of them; `seed` (default
     0): of its draws; `heal` (default "none"): rule 5; `ridge` (default 0): of it, in parts of the mean square of what
-    is written; 0: as cross-validation picks it, each half of the samples judging what the other one gives.
+    is written; 0: of any T as cross-validation picks it, each half of the samples judging what the other one gives,
+    and none of factors.
 
     **Needs:** data, but for positions and `branches` without healing; a canonical graph. **Guarantees:** LOSSY.
 
@@ -279,8 +280,11 @@ class _LossSearch:
         trials = together
         if options.search == "greedy":
             trials = trials_at_most(together, self.count, options.beam, options.shortlist or None)
+            if options.shortlist and self.count > 1:  # of most rounds
+                together = min(together, options.beam * options.shortlist)
         elif options.search == "evolutionary":
             trials += options.generations * options.offspring
+            together = min(together, options.offspring)
         self._trials = Trials(
             self._gated.model, list(self._gated.gates.values()), samples, threads=self.calibration.threads,
             jobs=self.calibration.jobs, together=together, trials=trials,

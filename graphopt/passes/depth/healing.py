@@ -161,7 +161,8 @@ def heal(
         removed: Those that will be removed.
         calibration: The data; all of it is used.
         form: "affine" or "linear".
-        ridge: λ, in parts of each channel's mean of y²; 0: as cross-validation over halves of the samples picks it.
+        ridge: λ, in parts of each channel's mean of y²; 0: of a whole map as cross-validation over halves of the
+            samples picks it (of one sample generalised cross-validation), of factors none.
         norms: As of `bypass`.
 
     Raises:

@@ -24,6 +24,7 @@ from graphopt.passes.quantize.quantize_weights import TABLES, QuantizeWeights
 from graphopt.passes.quantize.setting import Setting
 from graphopt.passes.quantize.site_weights import as_stored, table_group, weight_rows
 from graphopt.search.allocation import Allocation, Choice, Item, allocate, allocate_both, frontier
+from graphopt.verification.trial_loss import MEANING
 from graphopt.verification.trials import Trials
 
 CANDIDATES: tuple[dict[str, Any], ...] = (
@@ -198,7 +199,7 @@ class AllocateBits(SearchPass):
         """What the model loses for each squared error of the weights of a group, as it is known."""
         assert self.calibration is not None
         probe, by = self._setting(PROBE), self.calibration
-        made = TrialCache(by.cache, model, by.data.fingerprint, str(self.samples), repr(probe))
+        made = TrialCache(by.cache, model, by.data.fingerprint, str(self.samples), repr(probe), MEANING)
         names = [" ".join(dict.fromkeys(site.weight.name or "" for site in sites)) for sites in groups]
         new = [sites for sites, name in zip(groups, names, strict=True) if made.load(name) is None]
         errors: list[float] = []
