@@ -45,9 +45,9 @@ def equal_caches(model: ir.Model) -> dict[str, str]:
 
 
 def rename_equal(model: ir.Model, names: Mapping[str, str]) -> None:
-    """Let what is noted speak of inputs and outputs that stayed by other names: name before → name now."""
+    """Let what is noted speak of inputs and outputs by other names, those that are gone too: name before → name now."""
     if known := equal_caches(model):
-        found = {gone: names.get(kept, kept) for gone, kept in known.items()}
+        found = {names.get(gone, gone): names.get(kept, kept) for gone, kept in known.items()}
         model.metadata_props[EQUAL_KEY] = json.dumps(found, sort_keys=True)
 
 

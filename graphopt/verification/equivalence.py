@@ -66,7 +66,7 @@ def verify(
                 lacking, other = (path_b, path_a) if name in first else (path_a, path_b)
                 raise VerificationError(
                     f"The models can't be compared: {_label(lacking)} has no {kind} {name!r}, "
-                    f"which {_label(other)} has.{_of_caches(a, b)}"
+                    f"which {_label(other)} has.{_of_caches(name, a, b)}"
                 )
             if first[name].type is not None and second[name].type is not None and first[name].type != second[name].type:
                 raise VerificationError(
@@ -93,10 +93,12 @@ def verify(
         verifier.close()
 
 
-def _of_caches(a: ir.Model, b: ir.Model) -> str:
-    """What to do with two decoders that keep their pasts differently, as a sentence; of other models nothing."""
+def _of_caches(name: str | None, a: ir.Model, b: ir.Model) -> str:
+    """What to do with two decoders that keep their pasts differently, as a sentence, where `name` is of a cache; else
+    nothing."""
     known = [kv_interface(model) for model in (a, b)]
-    if any(interface is None or not interface.pairs for interface in known):
+    pairs = [() if interface is None else interface.pairs for interface in known]
+    if not all(pairs) or not any(name in (pair.past, pair.present) for ours in pairs for pair in ours):
         return ""
     return " Their caches differ, and with them what is right: judge the text that they predict (--quality)."
 

@@ -106,11 +106,11 @@ def _own_cache(
         raise VerificationError(f"{path} doesn't run on the inputs of {first}: it has {', '.join(others)} besides.")
     before = kv_interface(load(first))
     held = {} if before is None else {pair.past: pair for pair in before.pairs}
-    if any(name in feeds and pair.grows and np.size(feeds[name]) for name, pair in held.items()):
+    if any(name in feeds and np.size(feeds[name]) for name, pair in held.items() if not pair.cross):
         raise VerificationError(
             f"{path} has another cache than {first} and can't be fed the tokens in that one; time them as they "
             "generate: graphopt bench --generate."
         )
-    known = signature(model).variables
-    made = typical_feeds(path, {name: size for name, size in (dims or {}).items() if name in known}, seed)
+    free = {name for name, kind in signature(model).variables.items() if kind != "past"}
+    made = typical_feeds(path, {name: size for name, size in (dims or {}).items() if name in free}, seed)
     return {name: made[name] for name in missing}

@@ -221,3 +221,20 @@ def test_without_the_library_nothing_is_done(monkeypatch: pytest.MonkeyPatch) ->
     rule = QuantizedLinear()
     assert not rule(after).modified
     assert left(rule) == ["the library with graphopt's kernels isn't built"]
+
+
+def test_float_zero_points_and_shared_scales_keep_their_precision() -> None:
+    halves = np.random.default_rng(3).uniform(0.01, 0.03, 128).astype(np.float16).astype(np.float32)
+    for body in (
+        f"y = com.microsoft.MatMulNBits<K = 64, N = 64, {ATTRIBUTES % 0}>(x, o, os, oz4)",
+        f"z = {SQUARE}(x, o, os)\n  v = {SQUARE}(z, o, os)\n  y = {SQUARE}(v, o, os)",
+    ):
+        before = model(body)
+        before.graph.initializers["os"].const_value = ir.tensor(halves, name="os")
+        after = before.clone()
+        QuantizedLinear()(after)
+        found = [node for node in after.graph if node.op_type == "QuantizedLinear"]
+        assert {node.inputs[3].dtype for node in found} == {ir.DataType.FLOAT}
+        feeds = random_feeds(before)
+        (want,), (have,) = (make_session(one).run(None, feeds) for one in (before, after))
+        np.testing.assert_allclose(have, want, atol=(1e-4 if len(found) == 1 else 0.05) * np.abs(want).max())

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 import tiny_decoders
 
-from graphopt.api import canonical, optimize
+from graphopt.api import canonical, optimize, verify
 from graphopt.errors import VerificationError
 from graphopt.graph.save import save
 from graphopt.verification.workload import benchmark_models
@@ -47,3 +47,15 @@ def test_an_input_that_the_first_model_lacks_is_named(tmp_path: Path) -> None:
         onnx.save(onnx.parser.parse_model(text), paths[-1])
     with pytest.raises(VerificationError, match="it has scale besides"):
         benchmark_models(paths, runs=3)
+
+
+def test_only_caches_are_said_to_differ(decoders: list[Path], tmp_path: Path) -> None:
+    other = ir.load(decoders[0]).clone()
+    ids = next(value for value in other.graph.inputs if value.name == "input_ids")
+    ids.name = "tokens"
+    save(other, tmp_path / "other.onnx")
+    with pytest.raises(VerificationError) as told:
+        verify(decoders[0], tmp_path / "other.onnx")
+    assert "--quality" not in str(told.value)
+    with pytest.raises(VerificationError, match="--quality"):
+        verify(decoders[0], decoders[1])

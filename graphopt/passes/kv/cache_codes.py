@@ -185,7 +185,7 @@ class Residual:
 
     codes: Codebook
     sources: tuple[Place, ...]
-    weight: Floats
+    weight: npt.NDArray[Any]
     shift: Floats
 
     @property

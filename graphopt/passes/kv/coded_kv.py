@@ -121,7 +121,8 @@ class CodedKV(Pass):
             sites = [member.site for member in some]
             found = rows_of(model, sites, samples, self.calibration.threads, attended=attended)
             for member, rows in zip(some, found, strict=True):
-                self.require_finite([member], rows.keys, rows.values)
+                told = (rows.keys, rows.values, rows.counts, rows.asked)
+                self.require_finite([member], *(array for array in told if array is not None))
                 yield rows
 
     def require_finite(self, members: Sequence[Member], *arrays: npt.NDArray[Any]) -> None:

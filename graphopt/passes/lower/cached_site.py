@@ -19,6 +19,7 @@ from graphopt.passes.fold.layers import Layer, layer_of, sole_reader
 
 TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _SWAPPED = [0, 2, 1, 3]
+_CACHE_RANK = 4
 _FURTHEST = 24
 """Nodes between a cache of features and the keys that are rebuilt from it, at most."""
 _REBUILDING = ("Add", "Cast", "Concat", "Gather", "MatMul", "Mul", "Reshape", "RotaryEmbedding", "Slice", "Squeeze",
@@ -208,17 +209,20 @@ def _from_features(value: ir.Value) -> bool:
     """Whether keys or values are made of what is cached by products with constants and tables, as `low-rank-kv`,
     `predict-kv` and `couple-kv` write them."""
     current: ir.Value | None = value
-    rebuilt = False
+    rebuilt = joined = False
     for _ in range(_FURTHEST):
         node = None if current is None else current.producer()
         if node is None or not is_op(node, *_REBUILDING):
             break
         table = node.op_type == "Gather" and is_constant(node.inputs[0])
         rebuilt |= table or (node.op_type == "MatMul" and is_constant(node.inputs[1]))
+        joined |= node.op_type == "Concat"
         # What is added to a prediction stands behind it.
         residual = node.op_type == "Add" and rebuilt and not is_constant(node.inputs[1])
         current = node.inputs[1 if table or residual else 0]
-    return rebuilt and current is not None and current.is_graph_input()
+    if current is None or not current.is_graph_input() or current.shape is None:
+        return False
+    return rebuilt and joined and len(current.shape) == _CACHE_RANK
 
 
 def _operand(value: ir.Value, heads: int, depth: int, rows: tuple[Dim, Dim], facts: ShapeFacts) -> Operand:

@@ -121,8 +121,9 @@ class QuantizedLinear(ShapeRulePass):
         assert x is not None
         assert packed is not None
         assert scales is not None
-        scales = self._in_half(scales, node, edit)
         zeros, bias = given.get(3), given.get(5)
+        if zeros is None or zeros.dtype == ir.DataType.UINT8:  # else minimums are made of them in their type
+            scales = self._in_half(scales, node, edit)
         level = attribute_int(node, "accuracy_level", 0)
         attributes = operators()[LINEAR].attributes_of(
             bits=attribute_int(node, "bits", 4),
@@ -167,11 +168,12 @@ class QuantizedLinear(ShapeRulePass):
     def _in_half(scales: ir.Value, node: ir.Node, edit: Editor) -> ir.Value:
         """Scales of numbers in half precision that are stored in float32 as float16, which the operator takes; others
         as they are. Other readers (the look-up in a table that the head shares) get them cast, which a session does
-        when it is loaded; not another `MatMulNBits`, whose scales must be constant (`BlockProducts`)."""
+        when it is loaded; not other products, whose scales must be constant (`BlockProducts`)."""
         tensor, others = constant_tensor(scales), [use for use in scales.uses() if use.node is not node]
         if scales.dtype != ir.DataType.FLOAT or tensor is None or scales.is_graph_output():
             return scales
-        if any(use.node.op_type == "MatMulNBits" or use.node.graph is not node.graph for use in others):
+        products = ("MatMulNBits", LINEAR)
+        if any(use.node.op_type in products or use.node.graph is not node.graph for use in others):
             return scales
         numbers = tensor.numpy()
         with np.errstate(over="ignore"):
