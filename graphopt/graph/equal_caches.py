@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
-from graphopt.errors import ModelError
 from graphopt.graph.edits import Names, nodes
+from graphopt.graph.metadata import noted_names
 
 EQUAL_KEY = "graphopt.equal_caches"
 """Metadata key: JSON, the name of an input or output that is gone to the name of the one that is equal to it."""
@@ -32,16 +32,7 @@ def equal_caches(model: ir.Model) -> dict[str, str]:
     Raises:
         ModelError: The metadata isn't what graphopt writes.
     """
-    text = model.metadata_props.get(EQUAL_KEY)
-    if text is None:
-        return {}
-    try:
-        names = json.loads(text)
-    except ValueError:
-        names = None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ModelError(f"The metadata {EQUAL_KEY!r} of the model isn't an object of names.")
-    return names
+    return noted_names(model, EQUAL_KEY)
 
 
 def rename_equal(model: ir.Model, names: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ from graphopt.graph.assumptions import ASSUMPTIONS_KEY
 from graphopt.graph.edits import Names, walk
 from graphopt.graph.equal_caches import rename_equal
 from graphopt.graph.kv_interface import KVInterface, kv_interface
+from graphopt.graph.metadata import noted_names
 
 RENAMED_KEY = "graphopt.renamed"
 """Metadata key under which a renamed model keeps the names that it had: JSON, its name now to its name before."""
@@ -71,16 +72,7 @@ def original_names(model: ir.Model) -> dict[str, str]:
     Raises:
         ModelError: The metadata isn't what graphopt writes.
     """
-    text = model.metadata_props.get(RENAMED_KEY)
-    if text is None:
-        return {}
-    try:
-        names = json.loads(text)
-    except ValueError:
-        names = None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ModelError(f"The metadata {RENAMED_KEY!r} of the model isn't an object of names.")
-    return names
+    return noted_names(model, RENAMED_KEY)
 
 
 def restore_names(model: ir.Model) -> None:

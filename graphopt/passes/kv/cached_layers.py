@@ -8,10 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int
-from graphopt.analysis.shapes import ShapeFacts
+from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.graph.cache_flow import qualified
 from graphopt.graph.edits import Editor
-from graphopt.graph.kv_interface import CachePair, KVInterface
+from graphopt.graph.kv_interface import CachePair, KVInterface, kv_interface
+from graphopt.passes.base import Pass
 
 _PAST, _MASK = 4, 3
 
@@ -45,6 +46,36 @@ class CachedLayer:
     def presents(self) -> tuple[ir.Value, ir.Value]:
         """Keys and values of past and new tokens, [B, H, P + S, D]."""
         return self.node.outputs[1], self.node.outputs[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Caches:
+    """What a pass starts from that works on the caches of a decoder.
+
+    Attributes:
+        interface: Inputs and outputs of the decoder.
+        facts: Its shapes.
+        layers: Those that can be worked on, by number.
+        left: Of the others the node and the reason.
+    """
+
+    interface: KVInterface
+    facts: ShapeFacts
+    layers: dict[int, CachedLayer]
+    left: dict[int, tuple[ir.Node | None, str]]
+
+    @classmethod
+    def of(cls, rule: Pass, model: ir.Model, what: str = "cache") -> Caches | None:
+        """Read them, and let `rule` tell why the `what` of other layers stays; None: the model has no cache."""
+        interface = kv_interface(model)
+        if interface is None or not interface.pairs:
+            return None
+        facts = infer(model, believe_names=True)
+        layers, left = cached_layers(model, interface, facts)
+        for node, reason in left.values():
+            if node is not None:
+                rule.left(node, f"its {what} {'stay' if what.endswith('s') else 'stays'}: {reason}")
+        return cls(interface, facts, layers, left)
 
 
 def cached_layers(

@@ -10,15 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.analysis.shapes import ShapeFacts, infer
+from graphopt.analysis.shapes import ShapeFacts
 from graphopt.errors import InputDataError
 from graphopt.graph.edits import Editor
 from graphopt.graph.importance import read_importance
 from graphopt.graph.kv_edits import forget_pairs
-from graphopt.graph.kv_interface import kv_interface
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.kv.cache_rows import CacheRows, Samples, rows_of
-from graphopt.passes.kv.cached_layers import CachedLayer, cached_layers
+from graphopt.passes.kv.cached_layers import CachedLayer, Caches
 from graphopt.passes.kv.coded_writer import CodedWriter, Coding, Member
 from graphopt.passes.kv.feature_bases import Floats
 from graphopt.passes.kv.position_tables import PositionTables
@@ -74,14 +73,10 @@ class CodedKV(Pass):
 
     def apply(self, model: ir.Model) -> bool:
         """See the base."""
-        interface = kv_interface(model)
-        if interface is None or not interface.pairs:
+        caches = Caches.of(self, model)
+        if caches is None:
             return False
-        facts, edit = infer(model, believe_names=True), Editor(model)
-        layers, left = cached_layers(model, interface, facts)
-        for node, reason in left.values():
-            if node is not None:
-                self.left(node, f"its cache stays: {reason}")
+        layers, facts, edit = caches.layers, caches.facts, Editor(model)
         if read_importance(model.metadata_props) is not None:
             for layer in layers.values():
                 self.left(layer.node, "its cache stays: tokens may be dropped from it (evictable-kv)")
@@ -105,7 +100,7 @@ class CodedKV(Pass):
             else:
                 writer.alone(members[0], keys, values)
         if gone:
-            forget_pairs(model, interface, gone)
+            forget_pairs(model, caches.interface, gone)
         return True
 
     def rows(

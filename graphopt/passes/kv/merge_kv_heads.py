@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.analysis.shapes import ShapeFacts, infer
+from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.edits import Editor
-from graphopt.graph.kv_interface import asks_for_another_axis, kv_interface
+from graphopt.graph.kv_interface import asks_for_another_axis
 from graphopt.passes.base import Guarantee, Pass
 from graphopt.passes.fold.layers import Layer
-from graphopt.passes.kv.cached_layers import CachedLayer, cached_layers
+from graphopt.passes.kv.cached_layers import CachedLayer, Caches
 from graphopt.passes.kv.sharing_heal import Healing, Place, Presents, place_of
 from graphopt.passes.lower.cached_site import Operand, projection
 
@@ -77,14 +77,10 @@ class MergeKVHeads(Pass):
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
-        interface = kv_interface(model)
-        if interface is None or not interface.pairs:
+        caches = Caches.of(self, model, "heads")
+        if caches is None:
             return False
-        facts, edit = infer(model, believe_names=True), Editor(model)
-        layers, left = cached_layers(model, interface, facts)
-        for node, reason in left.values():
-            if node is not None:
-                self.left(node, f"its heads stay: {reason}")
+        layers, facts, edit = caches.layers, caches.facts, Editor(model)
         healing = None
         if self.heal and self.calibration is not None:
             feeds = list(self.calibration.feeds(model, self.samples))

@@ -6,13 +6,13 @@ from typing import Any, ClassVar, Literal, get_args
 
 import onnx_ir as ir
 
-from graphopt.analysis.shapes import ShapeFacts, infer
+from graphopt.analysis.shapes import ShapeFacts
 from graphopt.errors import InputDataError, UsageError
 from graphopt.graph.edits import Editor
 from graphopt.graph.kv_edits import remove_pairs
-from graphopt.graph.kv_interface import KVInterface, kv_interface
+from graphopt.graph.kv_interface import KVInterface
 from graphopt.passes.base import Guarantee, Pass
-from graphopt.passes.kv.cached_layers import CachedLayer, Sharing, cached_layers
+from graphopt.passes.kv.cached_layers import CachedLayer, Caches, Sharing
 from graphopt.passes.kv.packed_queries import narrow_queries
 from graphopt.passes.kv.sharing_heal import Healing, of_layer
 from graphopt.passes.kv.sharing_search import LossSearch
@@ -120,14 +120,10 @@ class ShareKV(Pass):
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
-        interface = kv_interface(model)
-        if interface is None or not interface.pairs:
+        caches = Caches.of(self, model)
+        if caches is None:
             return False
-        facts = infer(model, believe_names=True)
-        layers, left = cached_layers(model, interface, facts)
-        for node, reason in left.values():
-            if node is not None:
-                self.left(node, f"its cache stays: {reason}")
+        interface, facts, layers, left = caches.interface, caches.facts, caches.layers, caches.left
         if self.pairs is None:
             pairs = self._searched(model, interface, layers, facts)
             self._found = [list(pair) for pair in pairs]
