@@ -78,6 +78,11 @@ def available(cache: Path | str | None = None) -> bool:
     return any(_whole(folder) for folder in (INSTALLED, _cached(cache)))
 
 
+def trained(kind: Kind, cache: Path | str | None = None) -> bool:
+    """Whether `model` has the classifier already, and needn't train it."""
+    return _file(kind, cache).is_file()
+
+
 def data_folder(*, cache: Path | str | None = None, progress: Notify | None = None) -> Path:
     """The folder of the package's four files; brings them into the cache where needed; raises as `images` does."""
     target = _cached(cache)
@@ -119,6 +124,10 @@ def _run(command: list[str], folder: Path) -> None:
 
 def _cached(cache: Path | str | None) -> Path:
     return cache_folder(cache) / "fashion-mnist"
+
+
+def _file(kind: Kind, cache: Path | str | None) -> Path:
+    return _cached(cache) / f"{kind}-{TRAINING}.onnx"
 
 
 def _whole(folder: Path) -> bool:
@@ -165,7 +174,7 @@ def model(
     """
     if kind not in KINDS:
         raise UsageError(f"There is no classifier {kind!r}; there are {', '.join(KINDS)}.")
-    path = _cached(cache) / f"{kind}-{TRAINING}.onnx"
+    path = _file(kind, cache)
     if not path.exists():
         from graphopt.models.fashion_training import train
 

@@ -121,16 +121,16 @@ def test_the_first_samples() -> None:
     assert few.fingerprint != data.fingerprint
 
 
-def clothes(split: fashion.Split, count: int) -> Any:
-    if not fashion.available():
-        pytest.skip("Fashion-MNIST isn't here: python -m graphopt.models.fashion brings it")
+def clothes(kind: fashion.Kind, split: fashion.Split, count: int) -> Any:
+    if not fashion.available() or not fashion.trained(kind):
+        pytest.skip(f"a classifier of Fashion-MNIST isn't here: python -m graphopt.models.fashion {kind} makes it")
     return fashion.images(split, count)
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("kind", ["cnn", "vit"])
 def test_searched_ranges_of_real_activations_lose_less_in_16_levels(kind: fashion.Kind) -> None:
-    pixels, _ = clothes("train", 128)
+    pixels, _ = clothes(kind, "train", 128)
     model = graphopt.optimize(fashion.model(kind), verify="none").model
     values = [node.inputs[0] for node in model.graph if node.op_type in ("Conv", "FusedConv", "Gemm", "MatMul")]
     chosen = [value for value in dict.fromkeys(values) if value is not None and not value.is_graph_input()]
@@ -148,8 +148,8 @@ def test_searched_ranges_of_real_activations_lose_less_in_16_levels(kind: fashio
 @pytest.mark.parametrize("kind", ["cnn", "vit"])
 @pytest.mark.parametrize(("recipe", "most"), [("int8-static", 0.01), ("w4a8", 0.015), ("w4a4", 0.025)])
 def test_classifiers(kind: fashion.Kind, recipe: str, most: float) -> None:
-    pixels, _ = clothes("train", 128)
-    shown, labels = clothes("test", 2000)
+    pixels, _ = clothes(kind, "train", 128)
+    shown, labels = clothes(kind, "test", 2000)
     path = fashion.model(kind)
     data = [{"image": pixels[start : start + 64]} for start in (0, 64)]
     exact = graphopt.optimize(path, verify="none").model
