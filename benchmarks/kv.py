@@ -50,7 +50,7 @@ VARIANTS = (
     Variant(f"share-kv {MOST}", f"{MOST} of 30 layers read another's cache, by loss, refitted", _shared(MOST)),
     Variant("share-kv 6", "the first 6 of these pairs, refitted", takes=_first(6)),
     Variant("share-kv 3", "the first 3 of these pairs, refitted", takes=_first(3)),
-    *(Variant(f"{search} {count}", f"{count} layers, {search} caches (KVSharer{rule}), not refitted",
+    *(Variant(f"{search} {count}", f"{count} layer{'s' * (count > 1)}, {search} caches (KVSharer{rule}), not refitted",
               _shared(count, search=search, heal=False))
       for search, rule in (("similar", " turned round"), ("dissimilar", "'s rule")) for count in (1, 3, 6, 9)),
     Variant("one head", "one head of keys and values of three, refitted", ({"merge-kv-heads": {"heal": True}},)),
