@@ -53,7 +53,8 @@ def test_reading(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"\0\0"), gzip.compress(b"\0\0\x0d\x01\0\0\0\x05aaaaa"),
-                                     idx(np.zeros((40, 28, 28), np.uint8))[:60]])  # fmt: skip
+                                     idx(np.zeros((40, 28, 28), np.uint8))[:60]],
+                         ids=["no gzip", "short", "wrong", "cut off"])  # fmt: skip
 def test_broken_files(cache: Path, content: bytes) -> None:
     (cache / "fashion-mnist" / "train-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(ModelError, match="can't be read"):
