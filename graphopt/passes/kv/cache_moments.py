@@ -68,18 +68,13 @@ def gathered(
         for place, (site, node) in enumerate(zip(sites, nodes, strict=True)):
             assert node is not None
             edit.at(node)
-            # Sums over tokens of squares leave the range of half precision.
-            q, k, v = (
-                as_float(as_tokens(operand_of(one, at), site.depth, edit), edit) for one in (site.q, site.k, site.v)
-            )
+            q, k, v = operands(site, at, edit)
             keys.append(k)
             values.append(v)
             outputs[f"q{number}.{place}"] = by_head(q, site, edit)
             if attended:
                 weights.append(as_float(attention_weights(node, edit), edit))
-            if (turn := site.k.rotation) is not None:
-                given = {"cos": turn.inputs[1], "sin": turn.inputs[2], "ids": (*turn.inputs, None)[3]}
-                outputs |= {f"{name}{number}.{place}": at[v.name] for name, v in given.items() if v is not None}
+            outputs |= rotation_inputs(site, at, f"{number}.{place}")
         whole = [parts[0] if len(parts) == 1 else edit.op("Concat", parts, {"axis": -1}) for parts in (keys, values)]
         counts = received(weights, edit) if attended else None
         seen = _averaged(whole[1], weights, edit) if attended else whole[1]
@@ -138,9 +133,23 @@ def _averaged(values: ir.Value, weights: Sequence[ir.Value], edit: Editor) -> ir
     return edit.op("Reshape", [whole, sizes])
 
 
-def operand_of(operand: Operand, at: Mapping[str | None, ir.Value]) -> Operand:
-    """An operand in the copy."""
-    return dataclasses.replace(operand, value=at[operand.value.name])
+def operands(site: CachedSite, at: Mapping[str | None, ir.Value], edit: Editor) -> list[ir.Value]:
+    """Queries, keys and values in the copy before their rotation, [B, S, heads · D], in float32: sums over tokens of
+    their squares leave the range of half precision."""
+
+    def tokens(operand: Operand) -> ir.Value:
+        return as_tokens(dataclasses.replace(operand, value=at[operand.value.name]), site.depth, edit)
+
+    return [as_float(tokens(one), edit) for one in (site.q, site.k, site.v)]
+
+
+def rotation_inputs(site: CachedSite, at: Mapping[str | None, ir.Value], name: str) -> dict[str, ir.Value]:
+    """What the keys of a site are rotated by, in the copy, under the names by which `asked_of` finds it."""
+    turn = site.k.rotation
+    if turn is None:
+        return {}
+    given = {"cos": turn.inputs[1], "sin": turn.inputs[2], "ids": (*turn.inputs, None)[3]}
+    return {f"{part}{name}": at[value.name] for part, value in given.items() if value is not None}
 
 
 def _moments(rows: ir.Value, counts: ir.Value | None, edit: Editor) -> tuple[ir.Value, ir.Value]:

@@ -11,10 +11,18 @@ import onnx_ir as ir
 
 from graphopt.graph.edits import Editor
 from graphopt.passes.kv.cache_codes import Rows
-from graphopt.passes.kv.cache_moments import as_float, asked_of, attention_weights, by_head, operand_of, received
+from graphopt.passes.kv.cache_moments import (
+    as_float,
+    asked_of,
+    attention_weights,
+    by_head,
+    operands,
+    received,
+    rotation_inputs,
+)
 from graphopt.passes.kv.copies import Array, copied, values_of
 from graphopt.passes.kv.feature_bases import Floats
-from graphopt.passes.lower.cached_site import CachedSite, as_tokens
+from graphopt.passes.lower.cached_site import CachedSite
 
 Samples: TypeAlias = Sequence[Mapping[str, Array]]
 """Inputs of a model, with empty caches."""
@@ -57,15 +65,13 @@ def rows_of(
         node = at[site.node.outputs[0].name].producer()
         assert node is not None
         edit.at(node)
-        q, k, v = (as_float(as_tokens(operand_of(one, at), site.depth, edit), edit) for one in (site.q, site.k, site.v))
+        q, k, v = operands(site, at, edit)
         outputs |= {f"k{number}": k, f"v{number}": v}
         if not attended:
             continue
         outputs |= {f"q{number}": by_head(q, site, edit)}
         outputs |= {f"n{number}": received([as_float(attention_weights(node, edit), edit)], edit)}
-        if (turn := site.k.rotation) is not None:
-            given = {"cos": turn.inputs[1], "sin": turn.inputs[2], "ids": (*turn.inputs, None)[3]}
-            outputs |= {f"{name}{number}": at[v.name] for name, v in given.items() if v is not None}
+        outputs |= rotation_inputs(site, at, f"{number}")
     rows: dict[str, list[Array]] = {}
     sums: dict[str, Floats] = {}
     tables: dict[str, Array] = {}
