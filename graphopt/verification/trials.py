@@ -12,14 +12,14 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.errors import InputDataError, VerificationError
 from graphopt.graph.kv_interface import kv_interface
-from graphopt.graph.scratch import Scratch
+from graphopt.graph.scratch import Mapped, Scratch
 from graphopt.graph.session_settings import read as read_settings
 from graphopt.runtime_ops.machine import available_bytes, cores, own_bytes
 from graphopt.runtime_ops.memory_session import WeightStore, make_session, with_references
@@ -27,6 +27,9 @@ from graphopt.verification.quality.classification import Scores, are_probabiliti
 from graphopt.verification.quality.tasks import guess_task
 from graphopt.verification.trial_loss import Changed, TrialLoss, Work, found, outputs, rows
 from graphopt.verification.trial_workers import Workers
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 Array = npt.NDArray[Any]
 
@@ -97,25 +100,33 @@ class Trials:
         unknown = own_bytes() is None or available_bytes() is None
         alone = getattr(sys, "frozen", False) or (jobs is None and (all_threads < PAYS_CORES or unknown))
         self._jobs = min(1 if alone else jobs or all_threads, max(together, 1))
-        with _PeakMemory() as memory:
+
+        def opened() -> onnxruntime.InferenceSession:
             self._threads = _shared(threads, all_threads, self._jobs)
-            session = make_session(self._model, threads=self._threads, store=self._store)
-            if self._jobs > 1 and jobs is None:
+            return make_session(self._model, threads=self._threads, store=self._store)
+
+        def answered() -> list[list[Mapped | Array]]:
+            return [[self._scratch.shared(y) for y in outputs(session, {**sample, **given})] for sample in feeds]
+
+        if jobs is None and self._jobs > 1:
+            with _PeakMemory() as memory:
+                session = opened()
                 outputs(session, {**feeds[0], **given})
-        if self._jobs > 1 and jobs is None and (fitting := memory.fitting()) < self._jobs:
-            self._jobs = fitting
-            self._threads = _shared(threads, all_threads, self._jobs)
-            del session
-            session = make_session(self._model, threads=self._threads, store=self._store)
+            if (fitting := memory.fitting()) < self._jobs:
+                self._jobs = fitting
+                del session
+                session = opened()
+        else:
+            session = opened()
         begin = time.perf_counter()
-        expected = [[self._scratch.shared(y) for y in outputs(session, {**sample, **given})] for sample in feeds]
+        expected = answered()
         seconds = (time.perf_counter() - begin) * (trials or together)
         if jobs is None and self._jobs > 1 and seconds < PAYS_SECONDS:
             # With all threads, and what these give, since a loss hangs on them.
-            self._jobs, self._threads = 1, threads
+            self._jobs = 1
             del session
-            session = make_session(self._model, threads=threads, store=self._store)
-            expected = [[self._scratch.shared(y) for y in outputs(session, {**sample, **given})] for sample in feeds]
+            session = opened()
+            expected = answered()
         arrays = [[found(y) for y in ys] for ys in expected]
         scores: Scores = "logits"
         if guess.task == "classification" and all(are_probabilities(rows(y)) for ys in arrays for y in ys):
