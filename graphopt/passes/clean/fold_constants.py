@@ -27,6 +27,9 @@ MOVES = frozenset(
 )  # fmt: skip
 """Operators that move elements about and never look at them."""
 
+STORED_BYTES = 16384
+"""Results of up to so many bytes are stored even where the file grows by them."""
+
 # What is computed when the model is saved must not fail then: operators and types that were tried one by one.
 LAZY = MOVES | {"Add", "Cast", "Div", "Mul", "Neg", "Reciprocal", "Sqrt", "Sub", "Where"}
 # ONNX's reference implementation knows few operators as old opsets had them (it has the Softmax of opset 13 only).
@@ -70,7 +73,7 @@ class FoldConstants(Pass):
     name: ClassVar[str] = "fold-constants"
     family: ClassVar[str] = "clean"
 
-    def __init__(self, max_bytes: int = 16384) -> None:
+    def __init__(self, max_bytes: int = STORED_BYTES) -> None:
         super().__init__()
         self.max_bytes = max_bytes
 

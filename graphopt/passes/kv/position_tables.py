@@ -11,7 +11,7 @@ from graphopt.graph.assumptions import Assumptions
 from graphopt.graph.constants import constant_tensor
 from graphopt.graph.edits import Editor
 from graphopt.passes.lower.cached_site import CachedSite
-from graphopt.passes.lower.rotary_table import Need, Numbers, RotaryTables, computed_anew
+from graphopt.passes.lower.rotary_table import Need, Numbers, RotaryTables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,23 +93,10 @@ class PositionTables:
     def _write(self, table: PositionTable, mask: ir.Value) -> list[ir.Value]:
         edit = self._edit
         if table.constants is not None:
-            given = zip(table.sources, table.constants, strict=True)
-            return [self._tables.stored(numbers, source, table.positions) for source, numbers in given]
+            return self._tables.stored(table.constants, table.sources, table.positions)
         first = edit.constant(np.array([0]), "first")
         count = edit.op("Squeeze", [edit.op("Shape", [mask], {"start": 1, "end": 2}), first])
-        zero, one = edit.constant(np.array(0), "zero"), edit.constant(np.array(1), "one")
-        every = edit.op("Unsqueeze", [edit.op("Range", [zero, count, one]), first])
-        dtype = table.positions.dtype
-        if dtype not in (None, ir.DataType.INT64):
-            every = edit.op("Cast", [every], {"to": dtype.value})
-        copies = {table.positions: every}
-        made = []
-        for source in table.sources:
-            rows = edit.op("Squeeze", [computed_anew(edit, source, copies), first])
-            if source.dtype != ir.DataType.FLOAT:
-                rows = edit.op("Cast", [rows], {"to": ir.DataType.FLOAT.value})
-            made.append(rows)
-        return made
+        return self._tables.rows_by_position(count, table.positions, table.sources, ir.DataType.FLOAT)
 
 
 def _pair(numbers: list[Numbers]) -> tuple[Numbers, Numbers]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from graphopt.graph.assumptions import Assumptions
 from graphopt.graph.constants import constant_tensor, is_constant
 from graphopt.graph.edits import Editor
 from graphopt.graph.importance import read_importance
-from graphopt.passes.clean.fold_constants import computable, evaluate
+from graphopt.passes.clean.fold_constants import STORED_BYTES, computable, evaluate
 from graphopt.passes.lower.cached_site import CachedSite
 from graphopt.passes.lower.token_lengths import TokenLengths
 
@@ -26,8 +26,6 @@ _ALONG = ("Add", "Cast", "Cos", "Div", "Identity", "Mul", "Neg", "Sin", "Sub")
 _LIMIT = 64
 _LARGEST = 1 << 24
 """Elements of a table."""
-_LARGEST_STORED = 1 << 14
-"""Bytes of a table that is written into the model, as for results of `fold-constants`."""
 
 Numbers = npt.NDArray[Any]
 
@@ -207,8 +205,7 @@ class RotaryTables:
     def _write(self, table: Table, site: CachedSite, mask: ir.Value | None) -> list[ir.Value]:
         edit = self._edit
         if table.fixed is not None:
-            given = zip((table.cos, table.sin), table.fixed, strict=True)
-            return [v if isinstance(v, ir.Value) else self.stored(v, source, table.counted) for source, v in given]
+            return self.stored(table.fixed, (table.cos, table.sin), table.counted)
         past = edit.op("Sub", [self._lengths.of(site, mask).all, self._lengths.new(site)])
         pads = edit.op("Concat", [past, edit.constant(_integers([0]), "zero")], {"axis": 0})
         axes = edit.constant(_integers([0]), "axes")
@@ -220,30 +217,55 @@ class RotaryTables:
             made.append(edit.op("Pad", [new, pads, None, axes]))
         return made
 
-    def stored(self, numbers: Numbers, source: ir.Value, positions: ir.Value | None) -> ir.Value:
-        """A table [positions, R/2] in the model: a small one as it is, a larger one as what computes it.
+    def stored(
+        self, tables: Sequence[ir.Value | Numbers], sources: Sequence[ir.Value], positions: ir.Value | None
+    ) -> list[ir.Value]:
+        """Tables [positions, R/2] in the model: small ones as they are, larger ones as what computes them.
 
-        A session with its usual optimizations computes the larger one when it is loaded, and the file is smaller by it:
-        2 MB for 8192 positions of 64 features.
+        A session with its usual optimizations computes the larger ones when it is loaded, and the file is smaller by
+        them: 2 MB for 8192 positions of 64 features.
 
         Args:
-            numbers: The table.
-            source: What the model computes by [B, S, R/2], of any type of floats.
-            positions: The position ids that `source` is computed from; None, or an input that `source` is, for a table
-                that is a constant of the model already.
+            tables: Constants of the model as they are, or numbers.
+            sources: What the model computes each by, [B, S, R/2], of any type of floats.
+            positions: The position ids that numbers were computed from; None: there are none.
         """
-        edit = self._edit
-        if numbers.nbytes <= _LARGEST_STORED or positions is None or is_constant(source):
-            return edit.constant(numbers, "rotations")
-        dtype = self._facts.dtype(positions)
+        edit, made = self._edit, list(tables)
+        large = {
+            place: table
+            for place, (table, source) in enumerate(zip(tables, sources, strict=True))
+            if not isinstance(table, ir.Value) and table.nbytes > STORED_BYTES and not is_constant(source)
+        }
+        if large and positions is not None:
+            one = next(iter(large.values()))
+            count, dtype = edit.constant(_integers(len(one)), "count"), ir.DataType.from_numpy(one.dtype)
+            rows = self.rows_by_position(count, positions, [sources[place] for place in large], dtype)
+            for place, row in zip(large, rows, strict=True):
+                made[place] = row
+        return [table if isinstance(table, ir.Value) else edit.constant(table, "rotations") for table in made]
+
+    def rows_by_position(
+        self, count: ir.Value, positions: ir.Value, sources: Sequence[ir.Value], dtype: ir.DataType
+    ) -> list[ir.Value]:
+        """What the model computes from position ids, for the positions from 0 on: [count, R/2] each.
+
+        Args:
+            count: How many positions, int64 [].
+            positions: The position ids.
+            sources: What is computed from them, [1, S, R/2] of a row of ids.
+            dtype: The type of the rows.
+        """
+        edit, given = self._edit, self._facts.dtype(positions)
         first = edit.constant(_integers([0]), "first")
-        ends = [edit.constant(_integers(n), "position") for n in (0, len(numbers), 1)]
-        every = edit.op("Unsqueeze", [edit.op("Range", ends), first])
-        if dtype not in (None, ir.DataType.INT64):
-            every = edit.op("Cast", [every], {"to": dtype.value})
-        rows = edit.op("Squeeze", [computed_anew(edit, source, {positions: every}), first])
-        kind = ir.DataType.from_numpy(numbers.dtype)
-        return rows if self._facts.dtype(source) == kind else edit.op("Cast", [rows], {"to": kind.value})
+        zero, one = (edit.constant(_integers(number), "position") for number in (0, 1))
+        every = edit.op("Unsqueeze", [edit.op("Range", [zero, count, one]), first])
+        if given not in (None, ir.DataType.INT64):
+            every = edit.op("Cast", [every], {"to": given.value})
+        copies, made = {positions: every}, []
+        for source in sources:
+            rows = edit.op("Squeeze", [computed_anew(edit, source, copies), first])
+            made.append(rows if self._facts.dtype(source) == dtype else edit.op("Cast", [rows], {"to": dtype.value}))
+        return made
 
     def bare(self, value: ir.Value) -> ir.Value:
         """What an Expand repeats nothing of, or only along the batch."""
