@@ -21,7 +21,7 @@ demo: $(VENV)/ready
 	@echo "Open demo/report.html in a browser."
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -1,8 +1,11 @@
 """Shared fixtures; `exactness` beside this file is imported by the tests of passes."""
 
+import functools
 import gc
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +17,32 @@ _opened = False
 
 
 def pytest_configure() -> None:
-    """Before the other processes start, which find the folder by the environment."""
+    """Before the other processes start, which find the folder and the number of threads by the environment."""
     global _opened
     _opened = shared_files.open_folder()
+    _one_thread()
+
+
+def _one_thread() -> None:
+    """Processes, not threads, share the cores, where nobody asks for a number of threads.
+
+    Threads that wait for work spin, and take the time of the other processes.
+    """
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    try:
+        import onnxruntime
+    except ImportError:
+        return
+    make = onnxruntime.InferenceSession.__init__
+
+    @functools.wraps(make)
+    def made(self: Any, source: Any, sess_options: Any = None, *others: Any, **named: Any) -> None:
+        options = onnxruntime.SessionOptions() if sess_options is None else sess_options
+        options.intra_op_num_threads = options.intra_op_num_threads or 1
+        make(self, source, options, *others, **named)
+
+    onnxruntime.InferenceSession.__init__ = made
 
 
 def pytest_unconfigure() -> None:

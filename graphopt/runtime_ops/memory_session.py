@@ -8,6 +8,7 @@ numpy's dtypes only, and takes no initializers of subgraphs.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -317,6 +318,7 @@ _FOREIGN = (
 )  # fmt: skip
 
 
+@functools.cache
 def _is_foreign(dtype: np.dtype[Any]) -> bool:
     return dtype.name in {getattr(ir.DataType, n).numpy().name for n in _FOREIGN if hasattr(ir.DataType, n)}
 

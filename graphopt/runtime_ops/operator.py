@@ -20,9 +20,12 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import onnx_ir as ir
+
+if TYPE_CHECKING:
+    import onnx
 
 DOMAIN = "ai.graphopt"
 VERSION = 1
@@ -134,9 +137,15 @@ class Operator:
 
     def bodies(self) -> list[ir.Function]:
         """New copies of the portable body and of the functions that it is made of, the body first."""
-        module = importlib.import_module(f"{__package__}.{_folders()[self.name]}.body")
-        found = [ir.from_proto(f.to_function_proto()) for f in (module.BODY, *getattr(module, "PARTS", ()))]
+        found = [ir.from_proto(proto) for proto in _bodies(self.name)]
         return [function for function in found if isinstance(function, ir.Function)]
+
+
+@functools.cache
+def _bodies(name: str) -> tuple[onnx.FunctionProto, ...]:
+    """The portable body of an operator and its parts; onnxscript takes longer to write them than ONNX IR to read."""
+    module = importlib.import_module(f"{__package__}.{folder_of(name)}.body")
+    return tuple(f.to_function_proto() for f in (module.BODY, *getattr(module, "PARTS", ())))
 
 
 @functools.cache

@@ -221,6 +221,7 @@ PROMPT = np.array([[1, 7], [1, 8], [1, 9]])
         ("switch", 7),
         ("marian", 5),
         ("pix2struct", 9),
+        ("vision", 32),
     ],
 )
 def test_the_parts_generate_as_the_whole(name: str, length: int) -> None:
@@ -246,7 +247,7 @@ def test_images_beside_text() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize(("name", "lengths"), [("t5", (9, 5)), ("whisper", (40,)), ("vision", (32,))])
+@pytest.mark.parametrize(("name", "lengths"), [("t5", (9, 5)), ("whisper", (40,))])
 def test_the_files_generate_as_transformers(name: str, lengths: tuple[int, ...], tmp_path: Path) -> None:
     """Rows padded at either end; the first token by the decoder without a cache."""
     run = in_runtime(name, tmp_path)

@@ -241,8 +241,7 @@ class TestHuggingFace:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("exporter", "attention"), [("dynamo", "sdpa"), ("torchscript", "eager")])
 def test_minilm(tmp_path: Path, exporter: str, attention: str) -> None:
     from graphopt.models.catalogue import fetch
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shared_files import made_once
 
 HERE = Path(__file__).parent / "cuda_on_host"
 OPERATORS = Path(__file__).parents[2] / "graphopt" / "runtime_ops"
@@ -35,8 +36,14 @@ def emulated(*operators: str) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the kernels for the host")
+    return ctypes.CDLL(
+        str(made_once(f"{'-'.join(operators)}.cuda.so", functools.partial(_compile, compiler, operators)))
+    )
+
+
+def _compile(compiler: str, operators: tuple[str, ...], path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler, "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-o", f"{folder}/kernels.so"]
+        command = [compiler, "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-o", str(path)]
         command += ["-include", str(HERE / "cuda_on_host.h"), "-I", str(HERE), "-I", str(OPERATORS / "native")]
         command += [part for name in operators for part in ("-I", str(OPERATORS / name))]
         for name in operators:
@@ -48,7 +55,6 @@ def emulated(*operators: str) -> ctypes.CDLL:
             )
             command.append(str(made))
         subprocess.run(command, check=True)
-        return ctypes.CDLL(f"{folder}/kernels.so")
 
 
 def _located(name: str, include: re.Match[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from graphopt.runtime_ops.operator import DOMAIN, add_body
 
 ISAS = ("generic", "avx2", "avx512")
 """The sets of instructions that inner loops are compiled for, on x86-64."""
+_limit = ""
+"""The set that they are limited to."""
 
 
 def node_model(
@@ -74,16 +77,32 @@ def run_node(
     Raises:
         Exception: What ONNX Runtime raises.
     """
+    types = tuple(None if a is None else (np.asarray(a).dtype, np.asarray(a).ndim) for a in inputs)
+    settled = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in attributes.items())
+    session = _session(_model(name, types, settled, opset), threads, _limit if kernel else None)
+    return session.run(None, {f"input{i}": np.asarray(a) for i, a in enumerate(inputs) if a is not None})
+
+
+@functools.lru_cache(32)
+def _model(
+    name: str, types: tuple[tuple[Any, int] | None, ...], attributes: tuple[tuple[str, Any], ...], opset: int
+) -> bytes:
+    """`node_model` for inputs of these types and ranks."""
+    arrays = [None if given is None else np.zeros((1,) * given[1], given[0]) for given in types]
+    return node_model(name, arrays, dict(attributes), opset)
+
+
+@functools.lru_cache(32)
+def _session(model: bytes, threads: int, isa: str | None) -> onnxruntime.InferenceSession:
+    """A session of a model; `isa`: what the kernels' inner loops are limited to, None: it runs on the bodies."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    if kernel:
+    if isa is not None:
         path = library_path()
         assert path is not None, "the library with the kernels isn't built"
         options.register_custom_ops_library(str(path))
-    model = node_model(name, inputs, attributes, opset)
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return session.run(None, {f"input{i}": np.asarray(a) for i, a in enumerate(inputs) if a is not None})
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def in_place(name: str, inputs: Sequence[Any], **attributes: Any) -> Any:
@@ -113,9 +132,12 @@ def limited(isa: str) -> Iterator[None]:
     if library.graphopt_limit_isa(isa.encode()).decode() != isa:
         library.graphopt_limit_isa(b"")
         pytest.skip(f"this machine has no {isa}")
+    global _limit
+    _limit = isa
     try:
         yield
     finally:
+        _limit = ""
         library.graphopt_limit_isa(b"")
 
 

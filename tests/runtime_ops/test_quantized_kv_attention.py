@@ -30,7 +30,7 @@ def node(**given: Any) -> dict[str, Any]:
     return operators()[NAME].attributes_of(**(small | given))
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(512)
 def model(attributes: tuple[tuple[str, Any], ...], half: bool, opset: int = 21) -> bytes:
     """A node as a model, for inputs of any sizes."""
     dtype = np.float16 if half else np.float32
@@ -39,7 +39,7 @@ def model(attributes: tuple[tuple[str, Any], ...], half: bool, opset: int = 21) 
     return node_model(NAME, given, dict(attributes), opset, outputs=1 if dict(attributes)["shared"] else None)
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(512)
 def session(
     attributes: tuple[tuple[str, Any], ...], half: bool, kernel: bool, threads: int
 ) -> onnxruntime.InferenceSession:

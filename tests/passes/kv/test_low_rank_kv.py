@@ -97,8 +97,7 @@ def narrowed(model: ir.Model, rank: int) -> ir.Model:
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("key", ARCHITECTURES)
+@pytest.mark.parametrize(("key", "layers"), [*((key, 1) for key in ARCHITECTURES), ("gemma2", 2), ("gptneox", 2)])
 def test_a_full_rank_changes_nothing(key: str, layers: int, tmp_path: Path) -> None:
     model = exported(key)
     result = rewritten(model, keys=1.0, values=1.0, layers=layers)

@@ -4,6 +4,7 @@
 // never comes fail the launch.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -54,10 +55,16 @@ struct Barrier {
 };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  jmp_buf place;  // where it waits: jumps there ask nothing of the system, as a change of context does
+  bool begun = false;
   dim3 index;
   unsigned number = 0;
+  const Barrier* barrier = nullptr;  // what it waits for, until the round is another
+  unsigned round = 0;
   bool done = false;
+
+  bool ready() const { return !done && (barrier == nullptr || barrier->round != round); }
 };
 
 struct Device {
@@ -67,9 +74,9 @@ struct Device {
   std::vector<uint64_t> exchanged;  // one for each thread
   Barrier block;
   dim3 block_index, block_size, grid_size;
-  ucontext_t main;
+  jmp_buf main;
   std::function<void()> body;
-  unsigned current = 0, left = 0, idle = 0;
+  unsigned current = 0, left = 0;
   bool backwards = false;
   int error = cudaSuccess;
 };
@@ -77,35 +84,40 @@ inline Device device;
 
 inline Thread& current() { return device.threads[device.current]; }
 
-// Lets the next thread that isn't through run; back where all are.
+inline void go_on(Thread& thread) {
+  if (thread.begun) _longjmp(thread.place, 1);
+  thread.begun = true;
+  setcontext(&thread.context);
+}
+
+// Lets the next thread that has nothing to wait for run; back where all are through, or wait for what never comes.
 inline void yield() {
   const unsigned count = unsigned(device.threads.size()), from = device.current;
-  if (device.left == 0) setcontext(&device.main);
-  if (++device.idle > 4 * count + 4) {
-    device.error = cudaErrorLaunchTimeout;
-    setcontext(&device.main);
-  }
-  do {
+  for (unsigned i = 0; i < count; ++i) {
     device.current = device.backwards ? (device.current + count - 1) % count : (device.current + 1) % count;
-  } while (current().done);
-  if (device.current != from) swapcontext(&device.threads[from].context, &current().context);
+    if (!current().ready()) continue;
+    if (device.current != from && _setjmp(device.threads[from].place) == 0) go_on(current());
+    return;
+  }
+  if (device.left != 0) device.error = cudaErrorLaunchTimeout;
+  _longjmp(device.main, 1);
 }
 
 inline void wait(Barrier& barrier, unsigned threads) {
-  const unsigned round = barrier.round;
+  Thread& thread = current();
+  thread.barrier = &barrier, thread.round = barrier.round;
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
     ++barrier.round;
-    device.idle = 0;
+  } else {
+    yield();
   }
-  while (barrier.round == round) yield();
 }
 
 inline void start() {
   device.body();
   current().done = true;
   --device.left;
-  device.idle = 0;
   yield();
 }
 
@@ -143,7 +155,7 @@ struct Launch {
       device.exchanged.assign(count, 0);
       device.dynamic.assign(bytes + 16, char(0xff));
       device.block = Barrier();
-      device.left = count, device.idle = 0;
+      device.left = count;
       for (unsigned t = 0; t < count; ++t) {
         Thread& thread = device.threads[t];
         thread.number = t;
@@ -155,7 +167,7 @@ struct Launch {
         makecontext(&thread.context, start, 0);
       }
       device.current = device.backwards ? count - 1 : 0;
-      swapcontext(&device.main, &device.threads[device.current].context);
+      if (_setjmp(device.main) == 0) go_on(current());
     }
   }
 };
