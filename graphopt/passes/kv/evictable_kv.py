@@ -63,7 +63,7 @@ class EvictableKV(Pass):
     projections of queries, keys and values stay apart, since those of the queries are read twice.
 
     **When not to use it:** with quantize-kv, whose operator counts all tokens in the mask. Put it behind the passes
-    that change layers or caches: the outputs are numbered by layer.
+    that change caches, which leave these alone afterwards; where layers go, what is told is numbered anew.
     """
 
     name: ClassVar[str] = "evictable-kv"
