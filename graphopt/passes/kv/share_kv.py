@@ -127,8 +127,8 @@ class ShareKV(Pass):
         if caches is None:
             return False
         interface, facts, layers, left = caches.interface, caches.facts, caches.layers, caches.left
-        told = read_importance(model.metadata_props)
-        self._losing = set() if told is None else set(told.outputs)
+        importance = read_importance(model.metadata_props)
+        self._losing = set() if importance is None else set(importance.outputs)
         if self.pairs is None:
             pairs = self._searched(model, interface, layers, facts)
             self._found = [list(pair) for pair in pairs]
