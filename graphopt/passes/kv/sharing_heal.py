@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op
 from graphopt.analysis.shapes import ShapeFacts, infer
+from graphopt.errors import InputDataError
 from graphopt.graph.constants import is_constant
 from graphopt.graph.edits import Editor
 from graphopt.graph.scratch import Scratch
@@ -136,9 +137,14 @@ class Healing:
     Args:
         samples: Inputs of the model, at least two.
         threads: Threads within an operator.
+
+    Raises:
+        InputDataError: There are fewer samples.
     """
 
     def __init__(self, samples: Sequence[Mapping[str, Array]], threads: int | None) -> None:
+        if len(samples) < 2:
+            raise InputDataError("Healing needs at least two samples, of which each half judges the other's weights.")
         self._samples, self._threads = samples, threads
         self._scratch = Scratch()
         self._streams: dict[int, list[Array]] = {}
