@@ -12,7 +12,7 @@ Floats = npt.NDArray[np.float64]
 STRENGTHS = np.logspace(-6, 6, 73)
 """Ridges that are tried, in parts of each input's own power."""
 COARSE = 3
-"""Of how many of them cross-validation over halves tries one."""
+"""Of how many of them one is tried where each costs a product of matrices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,21 +36,6 @@ class Moments:
         product = self.gram @ weight
         return float((self.energy + (weight * (product - 2 * self.cross)).sum(0)).sum())
 
-    def __add__(self, other: Moments) -> Moments:
-        """Those of the rows of both."""
-        rows = self.rows + other.rows
-        own, theirs = self.rows / max(rows, 1), other.rows / max(rows, 1)
-        pairs = ((self.gram, other.gram), (self.cross, other.cross), (self.energy, other.energy))
-        gram, cross, energy = (own * a + theirs * b for a, b in pairs)
-        return Moments(gram, cross, energy, rows)
-
-    @classmethod
-    def of(cls, inputs: npt.NDArray[Any], outputs: npt.NDArray[Any], weights: npt.NDArray[Any]) -> Moments:
-        """Those of rows [R, P] and [R, N], whose products count by weights [R]."""
-        y, r = inputs.astype(np.float64), outputs.astype(np.float64)
-        scaled, count = y * (weights / len(y))[:, None], len(y)
-        return cls(scaled.T @ y, scaled.T @ r, weights @ np.square(r) / count, count)
-
 
 def linear_map(
     moments: Moments, before: Floats, ridge: float = 0.0, halves: tuple[Moments, Moments] | None = None
@@ -68,20 +53,17 @@ def linear_map(
             1979), which takes rows for independent.
         halves: Moments of two halves of the samples.
     """
-    if ridge == 0 and halves is not None:
-        ridge, _ = cross_validated(halves, before)
     solve = _Solver(moments, before)
-    return solve.map(ridge if ridge > 0 else float(min(STRENGTHS[::-1], key=solve.validated)))
-
-
-def cross_validated(halves: tuple[Moments, Moments], before: Floats) -> tuple[float, float]:
-    """The λ of least error of each half's map on the other half, and that error, E|r − y W|² over the rows of both."""
+    if ridge > 0:
+        return solve.map(ridge)
+    if halves is None:
+        return solve.map(float(min(STRENGTHS[::-1], key=solve.validated)))
     tried = STRENGTHS[::-COARSE]
-    errors, rows = np.zeros(len(tried)), sum(half.rows for half in halves)
+    errors = np.zeros(len(tried))
     for fitted, other in (halves, halves[::-1]):
-        errors += other.rows / max(rows, 1) * _Solver(fitted, before).errors_on(other, tried)
-    best = int(errors.argmin())
-    return float(tried[best]), float(errors[best])
+        of_half = _Solver(fitted, before)
+        errors += [other.rows * other.error(of_half.map(strength)) for strength in tried]
+    return solve.map(float(tried[int(errors.argmin())]))
 
 
 class _Solver:
@@ -100,14 +82,6 @@ class _Solver:
         """That of one ridge."""
         more = self._vectors @ (self._left / (self._values + ridge)[:, None])
         return np.asarray(self._before + more / self._scale[:, None])
-
-    def errors_on(self, other: Moments, ridges: Floats) -> Floats:
-        """The errors of the maps of some ridges on other rows."""
-        turned = self._vectors / self._scale[:, None]
-        curved = (turned.T @ other.gram @ turned) * (self._left @ self._left.T)
-        slopes = ((turned.T @ (other.cross - other.gram @ self._before)) * self._left).sum(1)
-        shrunk = 1 / (self._values + ridges[:, None])
-        return np.asarray(other.error(self._before) + ((shrunk @ curved) * shrunk).sum(1) - 2 * shrunk @ slopes)
 
     def validated(self, ridge: float) -> float:
         """The error by generalised cross-validation."""

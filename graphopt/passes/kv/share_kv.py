@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 import onnx_ir as ir
 
 from graphopt.analysis.shapes import ShapeFacts
-from graphopt.errors import UsageError
+from graphopt.errors import InputDataError, UsageError
 from graphopt.graph.edits import Editor
 from graphopt.graph.importance import read_importance
 from graphopt.graph.kv_edits import remove_pairs
@@ -50,8 +50,7 @@ class ShareKV(Pass):
        least squares, the queries whose scores on the donor's keys come nearest to the original ones on its own (turned
        back by the rotation, each token's weighted by its attention); W_o then the weights by which the attention's
        result comes nearest to what the residual stream was behind it in the original, tokens counting by the inverse
-       square of its length. A ridge keeps both small, chosen by what the weights that one half of the samples
-       gives lose on the other half; where that is more than without them, the weights stay.
+       square of its length. A ridge, chosen on held-out samples, keeps both small; what gives nothing there is left.
     5. What was found is among the options that the report lists, as `pairs`; given so, nothing is searched, and no data
        is needed.
 
@@ -106,7 +105,7 @@ class ShareKV(Pass):
         if donors < 0 or looks < 1 or samples < 1:
             raise ValueError("looks and samples must be positive, and donors can't be negative")
         if heal_samples < 2:
-            raise ValueError(f"heal_samples must be at least 2, for two halves, not {heal_samples}")
+            raise ValueError(f"heal_samples must be at least 2, of which one is held out, not {heal_samples}")
         self.count, self.fraction, self.search, self.keep = count, fraction, search, list(keep or ())
         self.donors, self.looks, self.threshold, self.samples = donors, looks, threshold, samples
         self.heal, self.heal_samples = pairs is None if heal is None else heal, heal_samples
@@ -206,7 +205,10 @@ class ShareKV(Pass):
     def _healer(self, model: ir.Model, most: int | None = None) -> Healing:
         assert self.calibration is not None
         count = self.heal_samples if most is None else min(most, self.heal_samples)
-        return Healing(list(self.calibration.feeds(model, count)), self.calibration.threads)
+        samples = list(self.calibration.feeds(model, count))
+        if len(samples) < 2:
+            raise InputDataError("share-kv: healing needs at least two samples, of which one is held out.")
+        return Healing(samples, self.calibration.threads)
 
 
 def _checked(pairs: list[list[int]]) -> list[list[int]]:

@@ -12,11 +12,9 @@ import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op
 from graphopt.analysis.shapes import ShapeFacts, infer
-from graphopt.errors import InputDataError
 from graphopt.graph.constants import is_constant
 from graphopt.graph.edits import Editor
 from graphopt.graph.scratch import Scratch
-from graphopt.passes.depth.refit import Moments, cross_validated, linear_map
 from graphopt.passes.fold.layers import Layer, layer_of
 from graphopt.passes.kv.cached_layers import CachedLayer, Sharing
 from graphopt.passes.kv.copies import copied, values_of
@@ -29,8 +27,13 @@ Presents: TypeAlias = Callable[[Editor, dict[str | None, ir.Value]], tuple[ir.Va
 """Writes the keys and values [B, H, P + S, D] that an attention is to read, into a copy of a model at the editor's
 site, from the values of the copy by name."""
 
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""What is added to the diagonal of a normal matrix, as a part of its mean: the best on held-out samples is taken."""
+QUERY_RIDGE = 0.01
 MOST_QUERIES = 256
 """Tokens of a sample that W_q is fitted on, spread evenly."""
+HELD_OUT = 4
+"""One sample of so many is held out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +43,9 @@ class Refit:
     Attributes:
         queries: W_q [K, H·D] for the new keys, None: as it was.
         output: W_o [H·D, N] for the new values, None: as it was.
-        before: |c' − c|² / |c|² of what the layer adds to the residual stream, with the weights as they were.
-        after: The same with the new ones, each half of the samples with those that the other half gives.
+        before: |c' − c|² / |c|² of what the layer adds to the residual stream, on held-out samples, with the
+            weights as they were.
+        after: The same with the new ones.
     """
 
     queries: Array | None
@@ -137,14 +141,9 @@ class Healing:
     Args:
         samples: Inputs of the model, at least two.
         threads: Threads within an operator.
-
-    Raises:
-        InputDataError: There are fewer samples.
     """
 
     def __init__(self, samples: Sequence[Mapping[str, Array]], threads: int | None) -> None:
-        if len(samples) < 2:
-            raise InputDataError("Healing needs at least two samples, of which each half judges the other's weights.")
         self._samples, self._threads = samples, threads
         self._scratch = Scratch()
         self._streams: dict[int, list[Array]] = {}
@@ -176,15 +175,15 @@ class Healing:
         queries = None if place.queries is None else self._queries(model, layer, other, place, place.queries)
         own, new = self._moments(model, layer, other, place, queries)
         weight = place.output.weight.numpy().astype(np.float64)
-        energy = max(float((own[0] + own[1]).energy.sum()), 1e-30)
-        before = least = (own[0] + own[1]).error(weight) / energy
-        found: tuple[Array | None, Array | None] = (None, None)
-        for halves, asked in ((own, None), (new, queries)):
-            ridge, error = cross_validated(halves, np.zeros_like(weight))
-            if error / energy < least:
-                least = max(error / energy, 0.0)
-                found = asked, linear_map(halves[0] + halves[1], np.zeros_like(weight), ridge)
-        return Refit(*found, before, least)
+        before = _error(own[1], weight)
+        best: tuple[float, Array | None, Array | None] = (before, None, None)
+        for moments, asked in ((own, None), (new, queries)):
+            for ridge in RIDGES:
+                error = _error(moments[1], _solved(moments[0], ridge))
+                if error < best[0]:
+                    whole = _Moments.sum(*moments)
+                    best = error, asked, _solved(whole, ridge)
+        return Refit(best[1], best[2], before, best[0])
 
     def _queries(
         self, model: ir.Model, layer: CachedLayer, other: Presents, place: Place, product: Layer
@@ -199,9 +198,10 @@ class Healing:
             values |= {"cos": rotation.inputs[1], "sin": rotation.inputs[2], "ids": (*rotation.inputs, None)[3]}
         bias = product.bias()
         assert not isinstance(bias, str)
-        halves: list[Moments] = []
+        normal: Array | None = None
+        right: Array | None = None
         given = {name: value for name, value in values.items() if value is not None}
-        for index, found in enumerate(self._run(model, given, layer, other)):
+        for found in self._run(model, given, layer, other):
             queries = _split(found["q"], layer.heads)
             step = -(-queries.shape[2] // MOST_QUERIES)
             queries, x = queries[:, :, step - 1 :: step], found["x"][:, step - 1 :: step]
@@ -215,19 +215,21 @@ class Healing:
                 if "ids" in found:
                     cos, sin = cos[found["ids"]], sin[found["ids"]]
                 targets = turned_back(targets, rotation, cos[:, step - 1 :: step], sin[:, step - 1 :: step])
-            x = x.reshape(-1, x.shape[-1])
+            x = x.reshape(-1, x.shape[-1]).astype(np.float64)
             t = targets.transpose(0, 2, 1, 3).reshape(len(x), -1) - bias
-            seen = counts.mean(axis=1).reshape(-1)
-            _add(halves, index, Moments.of(x, t, seen / max(float(seen.mean()), 1e-12)))
-        if len(halves) < 2:
+            seen = counts.mean(axis=1).reshape(-1, 1)
+            scaled = x * (seen / max(float(seen.mean()), 1e-12))
+            normal = scaled.T @ x if normal is None else normal + scaled.T @ x
+            right = scaled.T @ t if right is None else right + scaled.T @ t
+        if normal is None or right is None:
             return None
-        first, second = halves
-        return linear_map(first + second, np.zeros(first.cross.shape), halves=(first, second))
+        return _ridge(normal, right, QUERY_RIDGE)
 
     def _moments(
         self, model: ir.Model, layer: CachedLayer, other: Presents, place: Place, queries: Array | None
-    ) -> tuple[tuple[Moments, Moments], tuple[Moments, Moments]]:
-        """Moments for W_o with the layer's own queries, and with other ones, each of two halves of the samples."""
+    ) -> tuple[tuple[_Moments, _Moments], tuple[_Moments, _Moments]]:
+        """Moments for W_o with the layer's own queries, and with other ones: each of the samples that it is fitted on,
+        and of those held out."""
         copy, at = copied(model)
         edit, facts = Editor(copy), infer(copy, believe_names=True)
         node = at[layer.node.outputs[0].name].producer()
@@ -251,19 +253,15 @@ class Healing:
                 outputs["new"] = y
                 break
         node.replace_input_with(0, mark)
-        own: list[Moments] = []
-        new: list[Moments] = []
+        own, new = (_Moments(), _Moments()), (_Moments(), _Moments())
         for index, found in enumerate(values_of(copy, outputs, self._samples, self._threads)):
+            held = index % HELD_OUT == min(HELD_OUT, len(self._samples)) - 1
             wanted, residual = found["c"], found.get("r")
             if residual is not None and layer.number in self._streams:
                 wanted = self._streams[layer.number][index] - residual
-            wanted = wanted.reshape(-1, wanted.shape[-1])
-            weights = np.ones(len(wanted))
-            if residual is not None:
-                weights = 1 / np.maximum(np.square(residual.astype(np.float64)).sum(axis=-1).reshape(-1), 1e-12)
-            for halves, name in ((own, "own"), (new, "new")):
-                _add(halves, index, Moments.of(found[name].reshape(len(wanted), -1), wanted, weights))
-        return (own[0], own[1]), (new[0], new[1])
+            own[held].add(found["own"], wanted, residual)
+            new[held].add(found["new"], wanted, residual)
+        return own, new
 
     @staticmethod
     def _other_queries(
@@ -311,12 +309,47 @@ class Healing:
         )
 
 
-def _add(halves: list[Moments], index: int, found: Moments) -> None:
-    """Count the moments of a sample in one of two halves."""
-    if index < 2:
-        halves.append(found)
-    else:
-        halves[index % 2] = halves[index % 2] + found
+@dataclasses.dataclass
+class _Moments:
+    """Second moments of weighted rows: of inputs, of inputs and targets, and of targets."""
+
+    inputs: Array | float = 0.0
+    crossed: Array | float = 0.0
+    targets: float = 0.0
+
+    def add(self, a: Array, c: Array, residual: Array | None) -> None:
+        """Take rows [.., K] and their targets [.., N]."""
+        rows, wanted = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (a, c))
+        if residual is not None:
+            squares = np.square(residual.astype(np.float64)).sum(axis=-1).reshape(-1, 1)
+            weights = 1 / np.maximum(squares, 1e-12)
+        else:
+            weights = np.ones((len(rows), 1))
+        scaled = rows * weights
+        self.inputs = self.inputs + scaled.T @ rows
+        self.crossed = self.crossed + scaled.T @ wanted
+        self.targets += float((wanted * wanted * weights).sum())
+
+    @classmethod
+    def sum(cls, one: _Moments, other: _Moments) -> _Moments:
+        """Those of the rows of both."""
+        return cls(one.inputs + other.inputs, one.crossed + other.crossed, one.targets + other.targets)
+
+
+def _solved(moments: _Moments, ridge: float) -> Array:
+    return _ridge(np.asarray(moments.inputs), np.asarray(moments.crossed), ridge)
+
+
+def _ridge(normal: Array, right: Array, ridge: float) -> Array:
+    damped = normal + max(ridge * np.trace(normal) / len(normal), 1e-12) * np.eye(len(normal))
+    return np.asarray(np.linalg.solve(damped, right))
+
+
+def _error(moments: _Moments, weight: Array) -> float:
+    """|a W − c|² / |c|² over the rows of some moments."""
+    inputs, crossed = np.asarray(moments.inputs), np.asarray(moments.crossed)
+    squared = float(((inputs @ weight) * weight).sum()) - 2 * float((crossed * weight).sum()) + moments.targets
+    return max(squared, 0.0) / moments.targets if moments.targets else 0.0
 
 
 def _split(queries: Array, heads: int) -> Array:

@@ -21,13 +21,12 @@ from shared_files import made_once
 
 from graphopt.api import canonical, optimize
 from graphopt.calibration.text import TextDataset
-from graphopt.errors import InputDataError, UsageError
+from graphopt.errors import UsageError
 from graphopt.graph.edits import sort
 from graphopt.graph.kv_interface import KVInterface, kv_interface
 from graphopt.graph.load import load
 from graphopt.graph.save import save
 from graphopt.passes.kv.share_kv import ShareKV
-from graphopt.passes.kv.sharing_heal import Healing
 from graphopt.runtime_ops.generation import Generator
 from graphopt.runtime_ops.memory_session import make_session
 
@@ -346,8 +345,3 @@ def test_what_was_equal_from_the_start_is_found(tmp_path: Path) -> None:
     assert rule.option_values()["count"] == 1
     save(result.model, tmp_path / "model.onnx")
     assert load(tmp_path / "model.onnx") is not None
-
-
-def test_healing_needs_two_samples() -> None:
-    with pytest.raises(InputDataError, match="at least two samples"):
-        Healing([{}], None)
