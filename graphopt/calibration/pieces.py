@@ -29,6 +29,9 @@ _NEAR = 8
 """Cuts on either side that one is compared with."""
 _SLACK = 1.1
 """How much more may cross than over the narrowest cut nearby."""
+_ONCE = 16
+"""How much more than over the narrowest cut may cross right behind an observed value, where a run is sequential: the
+weights that read the value then change before they run, and nothing runs twice."""
 _WEIGHT_ELEMENTS = 4096
 """Constants from this size on are weights, which aren't read again in every piece."""
 _CARRIED = frozenset({
@@ -83,11 +86,13 @@ def cut(
         grain: How finely it may be cut.
     """
     flow = Flow(model)
+    if not flow.order:  # nothing is carried: all is computed from the inputs without a weight
+        return [Piece((), tuple(wanted), (), (), (), ())] if wanted else []
     at = {value: flow.place(value) for value in wanted}
     last = max(at.values(), default=-1)
     end = max([last, *(flow.place(value) for value in ahead)]) + 1
     costs = flow.costs(end, empty)
-    ends = _ends(flow, costs, sorted(set(at.values())), last + 1, grain)
+    ends = _ends(flow, costs, sorted(set(at.values())), last + 1, grain, early=grain == "site" and limit_bytes is None)
     bytes_at: dict[int, int] = {}
     for value, count in wanted.items():
         bytes_at[at[value]] = bytes_at.get(at[value], 0) + count
@@ -250,8 +255,8 @@ class Flow:
         return maker is not None and maker.domain == "" and maker.op_type.startswith(_NO_TENSORS)
 
 
-def _ends(flow: Flow, costs: Sequence[float], wanted: list[int], end: int, grain: Grain) -> list[int]:
-    """The last place of each piece, as finely as `grain` allows."""
+def _ends(flow: Flow, costs: Sequence[float], wanted: list[int], end: int, grain: Grain, *, early: bool) -> list[int]:
+    """The last place of each piece, as finely as `grain` allows; `early`: right behind observed values, if it may."""
     if end == 0:
         return []
     anchors = wanted
@@ -264,6 +269,8 @@ def _ends(flow: Flow, costs: Sequence[float], wanted: list[int], end: int, grain
         near = min(narrowest[max(0, index - _NEAR) : index + _NEAR + 1])
         most = _SLACK * near if grain == "layer" else _NEVER
         best = min(range(first, second), key=costs.__getitem__)
+        if early and costs[first] <= _ONCE * costs[best]:
+            best = first
         if costs[best] <= most and costs[best] < _NEVER:
             found.append(best)
     return [*found, end - 1]

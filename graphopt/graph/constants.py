@@ -8,6 +8,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+AT_LOAD = "graphopt.at_load"
+"""Metadata key of nodes on constants that were written to be computed when a session is loaded."""
+
+
+def left_for_load(node: ir.Node) -> bool:
+    """Whether a node on constants isn't to be computed before: the file is smaller by what it gives.
+
+    Sessions with their usual optimizations compute it once. `graphopt.graph.edits.Editor.for_load` writes such nodes.
+    """
+    return AT_LOAD in node.metadata_props
+
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The tensor behind `value` where it can never change, else None.

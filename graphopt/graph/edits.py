@@ -7,6 +7,7 @@ of graph outputs, removes what became dead, and remembers what was touched for t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+
+from graphopt.graph.constants import AT_LOAD
 
 _WITH_GRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 """Operators of the default domain that hold graphs; those of other domains may too."""
@@ -124,6 +127,7 @@ class Editor:
         self._site: ir.Node | None = None
         self._touched: dict[ir.Node, None] = {}
         self._made: list[ir.Node] = []
+        self._for_load = False
 
     @functools.cached_property
     def names(self) -> Names:
@@ -176,6 +180,8 @@ class Editor:
             outputs=values,
             name=base,
         )
+        if self._for_load:
+            node.metadata_props[AT_LOAD] = ""
         if like is not None:
             values[0].type = like.type
             values[0].shape = None if like.shape is None else ir.Shape(like.shape)
@@ -184,6 +190,15 @@ class Editor:
         self._touched[node] = None
         self._made.append(node)
         return values[0]
+
+    @contextlib.contextmanager
+    def for_load(self) -> Iterator[None]:
+        """Within it nodes are made on constants, for sessions to compute when they are loaded: no pass folds them."""
+        before, self._for_load = self._for_load, True
+        try:
+            yield
+        finally:
+            self._for_load = before
 
     def made(self) -> int:
         """How many nodes `op` has made: a mark for `discard`."""

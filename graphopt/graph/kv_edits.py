@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
+from graphopt.graph.importance import IMPORTANCE_KEY, Importance, note_importance, read_importance
 from graphopt.graph.kept_layers import note_kept
 from graphopt.graph.kv_interface import CachePair, KVInterface
 from graphopt.graph.kv_names import RENAMED_KEY, original_names, rename_ends, rename_in_assumptions
@@ -42,8 +43,10 @@ def remove_pairs(model: ir.Model, interface: KVInterface, gone: Collection[Cache
 def forget_pairs(model: ir.Model, interface: KVInterface, gone: Collection[CachePair]) -> dict[str, str]:
     """Take caches from the inputs and outputs of a model in which nothing reads them, and renumber the others.
 
+    The importance of cached tokens is told of the layers that are left, by their numbers then.
+
     Args:
-        model: The decoder.
+        model: The decoder, without the outputs for the importance of tokens in layers of which nothing is left.
         interface: Its interface before.
         gone: The pairs of it that go.
 
@@ -58,6 +61,7 @@ def forget_pairs(model: ir.Model, interface: KVInterface, gone: Collection[Cache
     note_kept(model, (pair.layer for pair in interface.pairs), (pair.layer for pair in left))
     stays = {pair.part: pair.past for pair in reversed(left)}
     rename_in_assumptions(model, {pair.past: stays.get(pair.part, pair.past) for pair in gone})
+    _renumber_importance(model, [pair.layer for pair in left])
     return close_gaps(model, interface, pasts | presents)
 
 
@@ -102,6 +106,25 @@ def close_gaps(model: ir.Model, before: KVInterface, gone: Collection[str]) -> d
         kept = {name: old for name, old in known.items() if name in ends and name not in changed.values()}
         model.metadata_props[RENAMED_KEY] = json.dumps({**kept, **before_it})
     return changed
+
+
+def _renumber_importance(model: ir.Model, left: Sequence[int]) -> None:
+    """Say by which outputs the layers that are `left` tell what matters in their caches, as they are numbered now."""
+    told = read_importance(model.metadata_props)
+    if told is None:
+        return
+    numbers = {layer: place for place, layer in enumerate(sorted(set(left)))}
+    outputs = {numbers[layer]: name for layer, name in told.outputs.items() if layer in numbers}
+    if not outputs:
+        del model.metadata_props[IMPORTANCE_KEY]
+        asked = model.graph.initializers.pop(told.asked, None)
+        model.graph.inputs[:] = [value for value in model.graph.inputs if value is not asked]
+        return
+    named = {name: f"importance.{numbers[layer]}" for layer, name in told.outputs.items() if layer in numbers}
+    named = {name: new for name, new in named.items() if re.fullmatch(r"importance\.\d+", name)}
+    rename_ends(model, named)
+    now = {layer: named.get(name, name) for layer, name in outputs.items()}
+    note_importance(model, Importance(told.asked, told.window, now))
 
 
 def _parts(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -9,13 +12,40 @@ import pytest
 from exactness import assert_exact, op_types, parse
 
 from graphopt.graph.computed import LAZY_BYTES
+from graphopt.graph.constants import left_for_load
+from graphopt.graph.edits import Editor
+from graphopt.graph.load import load
+from graphopt.graph.save import save
+from graphopt.passes.base import Pass
 from graphopt.passes.clean.fold_constants import LAZY, LAZY_TYPES, FoldConstants
+from graphopt.passes.fold.weight_subgraphs import FoldWeightSubgraphs
 
 HEAD = '<ir_version: 10, opset_import: ["": 21]>'
 
 
 def left(pass_: FoldConstants) -> list[str]:
     return [s.detail for s in pass_.sites if s.outcome == "left"]
+
+
+@pytest.mark.parametrize("rule", [FoldConstants(max_bytes=1 << 30), FoldWeightSubgraphs(min_bytes=1)])
+def test_what_was_written_for_sessions_to_compute_stays_without_a_word(rule: Pass, tmp_path: Path) -> None:
+    def written(*, for_load: bool) -> ir.Model:
+        model = parse(f"{HEAD} g (float[2] x) => (float[64, 2] y) <int64[2] s = {{64, 2}}> {{ y = Expand(x, s) }}")
+        edit = Editor(model)
+        edit.at(model.graph[0])
+        rows, size = edit.constant(np.ones((1, 2), np.float32)), edit.constant(np.array([64, 2]))
+        with edit.for_load() if for_load else contextlib.nullcontext():
+            many = edit.op("Expand", [edit.op("Neg", [rows]), size])
+        edit.replace(model.graph.outputs[0], edit.op("Add", [many, model.graph.inputs[0]]))
+        save(model, tmp_path / "model.onnx")
+        return load(tmp_path / "model.onnx")
+
+    model = written(for_load=True)
+    assert not rule(model).modified
+    assert rule.sites == []
+    assert [left_for_load(node) for node in model.graph] == [True, True, False]
+    other = written(for_load=False)
+    assert rule(other).modified or rule.sites
 
 
 def test_operators_of_old_opsets_stay() -> None:

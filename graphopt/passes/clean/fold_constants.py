@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.shapes import Shape, ShapeFacts, infer
 from graphopt.graph.computed import LAZY_BYTES, computed, identity
-from graphopt.graph.constants import constant_tensor
+from graphopt.graph.constants import constant_tensor, left_for_load
 from graphopt.graph.edits import Editor, inner_graphs, opset, subgraphs_of, walk
 from graphopt.graph.streamed import transposed
 from graphopt.passes.base import Pass
@@ -56,7 +56,8 @@ class FoldConstants(Pass):
     A result is stored where the file doesn't grow by it: results of at most `max_bytes`, and larger ones that are no
     larger than the constants that disappear with their inputs. Large results (a transposed weight) are computed when
     the model is saved, one tensor at a time. Random operators are never folded, nor are quantized weights unpacked
-    (`DequantizeLinear` of a constant is how a file stores int8 weights). Bodies of functions are left alone.
+    (`DequantizeLinear` of a constant is how a file stores int8 weights). Bodies of functions are left alone, and so are
+    nodes that passes of graphopt write for sessions to compute when they are loaded, such as large rotary tables.
 
     **Needs:** static shapes of results, so that nothing too large is ever computed.
     **Guarantees:** equal up to the rounding of the one evaluation (ONNX's reference implementation of the operator).
@@ -97,7 +98,7 @@ class FoldConstants(Pass):
 
     @staticmethod
     def _foldable(node: ir.Node, version: int) -> bool:
-        if not computable(node, version):
+        if not computable(node, version) or left_for_load(node):
             return False
         given = [v for v in node.inputs if v is not None]
         return bool(given) and all(constant_tensor(v) is not None for v in given)

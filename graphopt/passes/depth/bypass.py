@@ -13,6 +13,7 @@ from graphopt.analysis.branches import reads
 from graphopt.analysis.depth_units import DepthUnit, DepthUnits, exclusive, same_shape
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.edits import Editor
+from graphopt.graph.importance import read_importance
 from graphopt.graph.kept_layers import note_kept
 from graphopt.graph.kv_edits import forget_pairs
 
@@ -57,6 +58,10 @@ class _Plan:
         caches = [pair for unit in units for pair in unit.caches]
         self.gone = [inputs[pair.past] for pair in caches]
         self.lost = [outputs[pair.present] for pair in caches if pair.present is not None]
+        told = read_importance(model.metadata_props)
+        layers = {pair.layer for pair in caches if found.interface is not None and pair in found.interface.pairs}
+        if told is not None:
+            self.lost += [outputs[name] for layer, name in told.outputs.items() if layer in layers]
         self._owner: dict[ir.Value, DepthUnit] = {}
         for unit in units:
             for node in unit.branch.nodes:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.graph.computed import LAZY_BYTES, computed, identity
-from graphopt.graph.constants import constant_tensor
+from graphopt.graph.constants import constant_tensor, left_for_load
 from graphopt.graph.edits import Editor, opset
 from graphopt.passes.base import Pass
 from graphopt.passes.clean.eliminate_common_subexpressions import is_random
@@ -161,7 +161,7 @@ class FoldWeightSubgraphs(Pass):
         quantized: dict[ir.Value, str] = {}
         for node in graph:
             given = [v for v in node.inputs if v is not None]
-            if node.op_type == "Constant":
+            if node.op_type == "Constant" or left_for_load(node):
                 continue
             if is_random(node, version) and not given:
                 quantized.update((out, f"the random numbers of {node.op_type}") for out in node.outputs)

@@ -121,11 +121,12 @@ class Codebook:
         self, features: ir.Value, past: ir.Value, before: Mapping[Place, ir.Value], edit: Editor
     ) -> tuple[ir.Value, ir.Value]:
         """See the protocol."""
-        whole = edit.op("Concat", [past, self._encoded(features, edit)], {"axis": 2})
-        return whole, self._decoded(whole, edit)
+        table = edit.constant(np.ascontiguousarray(self.tables.reshape(-1, self.channels)), "codebook")
+        whole = edit.op("Concat", [past, self._encoded(features, table, edit)], {"axis": 2})
+        return whole, self._decoded(whole, table, edit)
 
-    def _encoded(self, features: ir.Value, edit: Editor) -> ir.Value:
-        """The bytes of features [B, 1, S, r], [B, 1, S, width]."""
+    def _encoded(self, features: ir.Value, table: ir.Value, edit: Editor) -> ir.Value:
+        """The bytes of features [B, 1, S, r], [B, 1, S, width], by the vectors of all groups, [·, c]."""
         to_byte, rows, levels = {"to": ir.DataType.UINT8.value}, features, None
         if self.scales:
             parts = edit.op("Reshape", [features, _sizes(edit, 0, -1, self.scales, self.features // self.scales)])
@@ -138,12 +139,8 @@ class Codebook:
         each = len(self.tables) > 1
         if each:
             groups = edit.op("Transpose", [groups], {"perm": [0, 2, 1, 3]})
-        # (x − t) M (x − t)ᵀ without x M xᵀ, which is the same for all: x · (M t) less half of t M tᵀ, the greatest.
-        seen = self.tables if self.metrics is None else (self.tables @ self.metrics).astype(np.float32)
-        halves = (seen * self.tables).sum(axis=2)[:, None] / 2
-        likeness = seen.transpose(0, 2, 1)
-        both = (likeness, halves) if each else (likeness[0], halves[0, 0])
-        product, shift = (edit.constant(np.ascontiguousarray(one, np.float32), "codebook") for one in both)
+        with edit.for_load():  # so that the file holds the vectors once
+            product, shift = self._likeness(table, edit)
         scores = edit.op("Sub", [edit.op("MatMul", [groups, product]), shift])
         codes = edit.op("Cast", [edit.op("ArgMax", [scores], {"axis": -1, "keepdims": 0})], to_byte)
         if each:
@@ -152,8 +149,28 @@ class Codebook:
             codes = edit.op("Concat", [codes, edit.op("Squeeze", [levels, _sizes(edit, 3)])], {"axis": 2})
         return edit.op("Unsqueeze", [codes, _sizes(edit, 1)])
 
-    def _decoded(self, codes: ir.Value, edit: Editor) -> ir.Value:
-        """The features [B, 1, T, r] of bytes [B, 1, T, width]."""
+    def _likeness(self, table: ir.Value, edit: Editor) -> tuple[ir.Value, ir.Value]:
+        """M t of all vectors as columns [groups, c, 256], and half of t M tᵀ [groups, 1, 256]; of one table for all
+        groups [c, 256] and [256].
+
+        (x − t) M (x − t)ᵀ without x M xᵀ, which is the same for all: x · (M t) less half of t M tᵀ, the greatest.
+        """
+        each, vectors = len(self.tables) > 1, table
+        if each:
+            vectors = edit.op("Reshape", [table, _sizes(edit, -1, ENTRIES, self.channels)])
+        seen = vectors
+        if self.metrics is not None:
+            wide = edit.op("Cast", [vectors], {"to": ir.DataType.DOUBLE.value})
+            metrics = edit.constant(np.ascontiguousarray(self.metrics if each else self.metrics[0]), "metric")
+            seen = edit.op("Cast", [edit.op("MatMul", [wide, metrics])], {"to": ir.DataType.FLOAT.value})
+        squares = edit.op("ReduceSum", [edit.op("Mul", [seen, vectors]), _sizes(edit, -1)], {"keepdims": 0})
+        halves = edit.op("Mul", [squares, _number(edit, 0.5)])
+        if each:
+            halves = edit.op("Unsqueeze", [halves, _sizes(edit, 1)])
+        return edit.op("Transpose", [seen], {"perm": [0, 2, 1] if each else [1, 0]}), halves
+
+    def _decoded(self, codes: ir.Value, table: ir.Value, edit: Editor) -> ir.Value:
+        """The features [B, 1, T, r] of bytes [B, 1, T, width], by the vectors of all groups [·, c]."""
         places, levels = codes, None
         if self.scales:
             end, last = _sizes(edit, self.features // self.channels), _sizes(edit, 3)
@@ -163,7 +180,6 @@ class Codebook:
         if len(self.tables) > 1:
             firsts = np.arange(len(self.tables), dtype=np.int32) * ENTRIES
             places = edit.op("Add", [places, edit.constant(firsts, "firsts")])
-        table = edit.constant(np.ascontiguousarray(self.tables.reshape(-1, self.channels)), "codebook")
         found = edit.op("Gather", [table, places], {"axis": 0})
         if levels is not None:
             parts = edit.op("Reshape", [found, _sizes(edit, 0, -1, self.scales, self.features // self.scales)])

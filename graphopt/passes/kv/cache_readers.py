@@ -1,12 +1,17 @@
-"""Who reads the cache of an attention, and whether another one reads it in the same way."""
+"""Who reads the cache of an attention, whether another one reads it in the same way, and what its length is told as."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import attribute_int
+from graphopt.graph.edits import Editor
 from graphopt.passes.kv.position_tables import PositionTable
 from graphopt.passes.lower.cached_site import CachedSite, NotTaken
+
+_TOKENS = 2
 
 
 def cache_readers(site: CachedSite) -> tuple[list[ir.Node], list[ir.Node]]:
@@ -35,6 +40,37 @@ def cache_readers(site: CachedSite) -> tuple[list[ir.Node], list[ir.Node]]:
                 raise NotTaken(f"{past.name!r} is read by a {user.op_type} too")
             shapes[user] = None
     return list(shapes), list(later)
+
+
+def tell_tokens(
+    reader: ir.Node,
+    mask: ir.Value,
+    ids: ir.Value,
+    other_size: Callable[[int], ir.Value],
+    edit: Editor,
+    *,
+    present: bool = False,
+) -> None:
+    """Let a Shape of a cache [B, H, tokens, D] give the tokens that there were, whatever the cache holds now.
+
+    Args:
+        reader: The Shape.
+        mask: The attention mask [B, past and new tokens].
+        ids: The new tokens [B, S].
+        other_size: Writes the size along one of the other axes, int64 [1].
+        edit: The editor, which stands at the Shape afterwards.
+        present: Whether the cache is the one with the new tokens.
+    """
+    edit.at(reader)
+
+    def size(axis: int) -> ir.Value:
+        if axis != _TOKENS:
+            return other_size(axis)
+        length = edit.op("Shape", [mask], {"start": 1, "end": 2})
+        return length if present else edit.op("Sub", [length, edit.op("Shape", [ids], {"start": 1, "end": 2})])
+
+    asked = [size(axis) for axis in range(4)[attribute_int(reader, "start", 0) : attribute_int(reader, "end", 4)]]
+    edit.replace(reader.outputs[0], edit.op("Concat", asked, {"axis": 0}) if len(asked) > 1 else asked[0])
 
 
 def same_rotation(site: CachedSite, table: PositionTable, other: CachedSite, of_other: PositionTable) -> bool:

@@ -52,8 +52,8 @@ class CoupleKV(CodedKV):
     `group-query-attention` and `quantize-kv` leave such a layer alone; `Attention` runs it.
 
     **When not to use it:** for batches of prompts of different lengths, where keys are rotated: a row's positions have
-    to be its places in the cache. For 4 bits, where quantize-kv needs no data and no codebooks: these take 2 to 3 KB a
-    channel in each layer.
+    to be its places in the cache. For 4 bits, where quantize-kv needs no data and no codebooks: these take 1 KB a
+    channel in each layer, and twice as much in memory.
     """
 
     name: ClassVar[str] = "couple-kv"

@@ -15,6 +15,7 @@ from graphopt.graph.edits import Editor, captured_values, nodes, sort
 from graphopt.graph.importance import Importance, note_importance, read_importance
 from graphopt.graph.kv_interface import KVInterface, asks_for_another_axis, kv_interface
 from graphopt.passes.base import Guarantee, Pass
+from graphopt.passes.kv.cache_readers import tell_tokens
 from graphopt.passes.kv.cached_layers import CachedLayer, cached_layers
 from graphopt.passes.kv.token_importance import ImportanceOutputs
 
@@ -63,7 +64,7 @@ class EvictableKV(Pass):
     projections of queries, keys and values stay apart, since those of the queries are read twice.
 
     **When not to use it:** with quantize-kv, whose operator counts all tokens in the mask. Put it behind the passes
-    that change layers or caches: the outputs are numbered by layer.
+    that change caches, which leave these alone afterwards; where layers go, what is told is numbered anew.
     """
 
     name: ClassVar[str] = "evictable-kv"
@@ -213,20 +214,12 @@ def _tell(reader: ir.Node, mask: ir.Value, ids: ir.Value, layers: Sequence[Cache
     if reader.graph is None:  # dead with a mask
         return
     value = reader.inputs[0]
-    assert value is not None
-    edit.at(reader)
-    length = edit.op("Shape", [mask], {"start": 1, "end": 2})
-    if not any(value is present for layer in layers for present in layer.presents):
-        length = edit.op("Sub", [length, edit.op("Shape", [ids], {"start": 1, "end": 2})])
-    axes = range(4)[attribute_int(reader, "start", 0) or 0 : attribute_int(reader, "end", 4)]
-    parts = []
-    if axes.start < _LENGTH:
-        parts.append(edit.op("Shape", [value], {"start": axes.start, "end": _LENGTH}))
-    parts.append(length)
-    if axes.stop > _LENGTH + 1:
-        parts.append(edit.op("Shape", [value], {"start": _LENGTH + 1, "end": axes.stop}))
-    whole = parts[0] if len(parts) == 1 else edit.op("Concat", parts, {"axis": 0})
-    edit.replace(reader.outputs[0], whole)
+
+    def size(axis: int) -> ir.Value:
+        return edit.op("Shape", [value], {"start": axis, "end": axis + 1})
+
+    present = any(value is one for layer in layers for one in layer.presents)
+    tell_tokens(reader, mask, ids, size, edit, present=present)
 
 
 def _sizes_in_use(model: ir.Model) -> set[str]:

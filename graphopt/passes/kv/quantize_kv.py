@@ -16,7 +16,7 @@ from graphopt.graph.edits import Editor
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.passes.base import Guarantee
 from graphopt.passes.kv.cache_bits import WIDTHS, allocated, as_options, bits_given, by_loss, by_norms, cached_sites
-from graphopt.passes.kv.cache_readers import cache_readers, same_rotation
+from graphopt.passes.kv.cache_readers import cache_readers, same_rotation, tell_tokens
 from graphopt.passes.kv.position_tables import PositionTable, PositionTables
 from graphopt.passes.kv.static_cache import GROUP_QUERY, StaticCaches
 from graphopt.passes.lower.cached_attention import CachedAttentionPass
@@ -362,19 +362,17 @@ class QuantizeKV(CachedAttentionPass):
             self._none = edit.constant(np.zeros((0, 0), dtype=np.float32), "unrotated")
         return [self._none, self._none]
 
-    def _answer(self, reader: ir.Node, site: CachedSite, plan: _Plan, edit: Editor) -> None:
+    @staticmethod
+    def _answer(reader: ir.Node, site: CachedSite, plan: _Plan, edit: Editor) -> None:
         """Tell a Shape of the old cache what it asked for: there are as many tokens as the mask has before the new."""
-        edit.at(reader)
-        new = edit.op("Shape", [plan.ids], {"start": 1, "end": 2})
-        past = edit.op("Sub", [edit.op("Shape", [plan.mask], {"start": 1, "end": 2}), new])
-        sizes = [
-            edit.op("Shape", [plan.mask], {"start": 0, "end": 1}),
-            edit.constant(np.array([site.kv_heads]), "heads"),
-            past,
-            edit.constant(np.array([site.depth]), "depth"),
-        ]
-        asked = sizes[slice(attribute_int(reader, "start", 0), attribute_int(reader, "end", 4))]
-        edit.replace(reader.outputs[0], edit.op("Concat", asked, {"axis": 0}) if len(asked) > 1 else asked[0])
+
+        def size(axis: int) -> ir.Value:
+            if axis == 0:
+                return edit.op("Shape", [plan.mask], {"start": 0, "end": 1})
+            return edit.constant(np.array([site.kv_heads if axis == 1 else site.depth]), "size")
+
+        assert plan.ids is not None
+        tell_tokens(reader, plan.mask, plan.ids, size, edit)
         edit.at(site.node)
 
     def _bits(self, site: CachedSite) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.errors import InputDataError, UsageError
 from graphopt.graph.edits import Editor
+from graphopt.graph.importance import read_importance
 from graphopt.graph.kv_edits import remove_pairs
 from graphopt.graph.kv_interface import KVInterface
 from graphopt.passes.base import Guarantee, Pass
@@ -65,7 +66,7 @@ class ShareKV(Pass):
     **Guarantees:** LOSSY, see docs/kv.md for what it costs.
 
     **Left alone, with the reason:** a cache that isn't joined by `Attention`, or that isn't an input and an output of
-    the model as it is; a pair of caches of other sizes.
+    the model as it is; a pair of caches of other sizes, or from one of which tokens may be dropped (evictable-kv).
 
     A projection that makes queries, keys and values at once is cut to the queries, where these stand side by side in
     it; where heads are packed one by one (GPT-NeoX), it goes on making all three.
@@ -112,6 +113,8 @@ class ShareKV(Pass):
             self.needs = ("text",)
         self.expected: list[float] = []
         self._found: list[list[int]] | None = None
+        self._losing: set[int] = set()
+        """Layers from whose caches tokens may be dropped."""
 
     def option_values(self) -> dict[str, Any]:
         """See the base; with the pairs that were found, once they are."""
@@ -124,6 +127,8 @@ class ShareKV(Pass):
         if caches is None:
             return False
         interface, facts, layers, left = caches.interface, caches.facts, caches.layers, caches.left
+        importance = read_importance(model.metadata_props)
+        self._losing = set() if importance is None else set(importance.outputs)
         if self.pairs is None:
             pairs = self._searched(model, interface, layers, facts)
             self._found = [list(pair) for pair in pairs]
@@ -169,6 +174,9 @@ class ShareKV(Pass):
             return False
         if donor in left:
             return self.left(layers[layer].node, f"it can't read the cache of layer {donor}: {left[donor][1]}")
+        if self._losing & {layer, donor}:
+            which = f"its cache or that of layer {donor}"
+            return self.left(layers[layer].node, f"tokens may be dropped from {which} alone (evictable-kv)")
         if layers[layer].form != layers[donor].form:
             return self.left(layers[layer].node, f"its cache has other sizes or types than that of layer {donor}")
         return True

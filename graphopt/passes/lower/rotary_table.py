@@ -239,7 +239,8 @@ class RotaryTables:
         if large and positions is not None:
             one = next(iter(large.values()))
             count, dtype = edit.constant(_integers(len(one)), "count"), ir.DataType.from_numpy(one.dtype)
-            rows = self.rows_by_position(count, positions, [sources[place] for place in large], dtype)
+            with edit.for_load():
+                rows = self.rows_by_position(count, positions, [sources[place] for place in large], dtype)
             for place, row in zip(large, rows, strict=True):
                 made[place] = row
         return [table if isinstance(table, ir.Value) else edit.constant(table, "rotations") for table in made]

@@ -104,7 +104,9 @@ def gptq(
         entered = int(visits[start] // group_size)
         if fits[entered] is None:
             end = start + min(group_size, columns - entered * group_size)
-            moved = _free(weight[:, visits[start:end]].T, target[start:end], factor[start:end, start:end])
+            moved = target[start:end]
+            if start:  # else there is no error yet, and nothing has moved
+                moved = _free(weight[:, visits[start:end]].T, moved, factor[start:end, start:end])
             fit(entered, moved[np.argsort(visits[start:end])].T)
         errors = np.empty((stop - start, rows), np.float32)
         for index in range(0, stop - start, width):

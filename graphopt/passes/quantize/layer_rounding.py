@@ -87,6 +87,23 @@ class RoundedLayer:
         return np.clip(codes, -middle, middle - 1).astype(np.int8), np.abs(scales)
 
 
+def round_alone(weight: npt.NDArray[np.float32], grid: SignedGrid, rounding: Rounding, second: Array) -> RoundedLayer:
+    """Round a layer's weight, and correct nothing.
+
+    Args:
+        weight: float32 [N, K].
+        grid: The integers.
+        rounding: How codes are chosen, see `roundings.quantize`.
+        second: E[x̂ x̂ᵀ] of what it reads once rounded, [K, K], or the covariance.
+
+    Raises:
+        ValueError: See `roundings.quantize`.
+    """
+    hessian = np.asarray((second + second.T) / 2, np.float32)
+    rounded = quantize(np.ascontiguousarray(weight), grid, weight.shape[1], rounding, hessian=hessian)
+    return RoundedLayer(rounded, np.zeros(len(weight)))
+
+
 def round_layer(
     weight: npt.NDArray[np.float32],
     grid: SignedGrid,
@@ -109,6 +126,8 @@ def round_layer(
         ValueError: See `roundings.quantize`.
     """
     size = pair.size
+    if correction == "none":
+        return round_alone(weight, grid, rounding, pair.second[size:, size:])
     covariance = pair.covariance()
     hessian = covariance[size:, size:]
     target = weight
@@ -117,12 +136,8 @@ def round_layer(
         damped = hessian + damping * np.eye(size)
         aim = weight.astype(np.float64) @ (covariance[:size, size:] + damping * np.eye(size))
         target = np.linalg.solve(damped, aim.T).T.astype(np.float32)
-    plain = correction in ("none", "moments")
-    used = pair.second[size:, size:] if plain else hessian
-    rounded = quantize(
-        np.ascontiguousarray(target), grid, size, rounding, hessian=np.asarray((used + used.T) / 2, np.float32)
-    )
-    shift = np.zeros(len(weight))
+    used = pair.second[size:, size:] if correction == "moments" else hessian
+    rounded = round_alone(target, grid, rounding, used).weight
     if correction == "moments":
         before, after = (
             output_moments(w, pair.mean[own], pair.second[own, own])
@@ -131,7 +146,6 @@ def round_layer(
         # A channel that hardly varies any more is not blown up.
         found = restoring(before, Moments(after.mean, after.variance), 1.25)
         rounded = rescaled(rounded, found.scale)
-    if correction != "none":
-        means = pair.mean.astype(np.float64)
-        shift = weight.astype(np.float64) @ means[:size] - rounded.numbers().astype(np.float64) @ means[size:]
+    means = pair.mean.astype(np.float64)
+    shift = weight.astype(np.float64) @ means[:size] - rounded.numbers().astype(np.float64) @ means[size:]
     return RoundedLayer(rounded, shift)

@@ -28,6 +28,8 @@ from graphopt.graph.edits import Editor, sort
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.load import load
 from graphopt.graph.save import save
+from graphopt.passes.clean.fold_constants import FoldConstants
+from graphopt.passes.fold.weight_subgraphs import FoldWeightSubgraphs
 from graphopt.passes.kv.cache_codes import Codebook, Plain, Residual
 from graphopt.passes.kv.codebook_fit import fitted_codebook
 from graphopt.passes.kv.coded_writer import Coding
@@ -263,6 +265,13 @@ def test_codes_in_the_graph_are_those_that_are_fitted_on(
     for value, name, dtype in ((whole, "whole", ir.DataType.UINT8), (features, "features", ir.DataType.FLOAT)):
         value.name, value.type = name, ir.TensorType(dtype)
         model.graph.outputs.append(value)
+    held = sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None)
+    # Beside the vectors: M, sizes, and the numbers of the scales.
+    assert held < book.tables.size + (0 if metrics is None else metrics.size) + (560 if scales else 40)
+    rules = FoldConstants(), FoldWeightSubgraphs()
+    for rule in rules:
+        rule(model)
+        assert not any("larger" in site.detail for site in rule.sites)
     found = run(model, {"rows": rows.reshape(2, 1, 6, size), "past": np.zeros((2, 1, 0, book.width), np.uint8)})
     assert found["whole"].shape == (2, 1, 6, book.width)
     assert np.allclose(found["features"].reshape(12, size), book.stored(rows), rtol=1e-4, atol=1e-6)

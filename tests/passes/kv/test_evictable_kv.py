@@ -292,3 +292,60 @@ def test_other_names_change_nothing(tmp_path: Path) -> None:
         rename_kv_cache(model)
     assert texts[0] == texts[1]
     assert "present.0.key" in [value.name for value in model.graph.outputs]
+
+
+def whole_first(count: int) -> ir.Model:
+    """Four layers, of which the first `count` have a bias in their mask, so that their caches stay whole."""
+    model = parsed(layers=4)
+    for node in [node for node in model.graph if node.op_type == "Attention"][:count]:
+        edit = Editor(model)
+        edit.at(node)
+        bias = edit.constant(np.ones((1, 4, 1, 1), dtype=np.float32), "bias")
+        node.replace_input_with(3, edit.op("Add", [node.inputs[3], bias]))
+    return model
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    "gone", [["attention.1"], ["attention.0", "mlp.0"], ["attention.3"], ["attention.0", "attention.2"]]
+)
+def test_layers_that_go_afterwards_take_what_they_tell_along(first: int, gone: list[str], tmp_path: Path) -> None:
+    drop, evict = {"drop-layers": {"branches": gone}}, {"evictable-kv": {}}
+    found, expected = (
+        optimize(whole_first(first), {"passes": passes}, assume=ASSUMED, verify="none").model
+        for passes in ([evict, drop], [drop, evict])
+    )
+    told = read_importance(found.metadata_props)
+    assert told is not None
+    assert told == read_importance(expected.metadata_props)
+    assert {*told.outputs.values(), "logits"} <= {value.name for value in found.graph.outputs}
+    feeds = {**fed(found, 6, 2), "importance": np.array(True)}
+    one, other = run(found, feeds), run(expected, feeds)
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], atol=1e-6)
+    save(found, tmp_path / "model.onnx")
+    generator = Generator(tmp_path / "model.onnx")
+    kept = Eviction(12, "prefix", recent=4, sinks=1)
+    assert len(generator.generate([list(range(1, 31))], max_new_tokens=8, stop=(), eviction=kept)[0]) == 8
+
+
+def test_without_the_last_layer_that_may_lose_tokens_nothing_is_told() -> None:
+    passes = [{"evictable-kv": {}}, {"drop-layers": {"branches": ["attention.3"]}}]
+    found = optimize(whole_first(3), {"passes": passes}, assume=ASSUMED, verify="none").model
+    assert read_importance(found.metadata_props) is None
+    assert "importance" not in {value.name for value in found.graph.inputs}
+    onnx.checker.check_model(ir.to_proto(found), full_check=True)
+
+
+def test_layers_that_share_afterwards_leave_the_others_their_numbers() -> None:
+    share, evict = {"share-kv": {"pairs": [[1, 0], [3, 2]]}}, {"evictable-kv": {}}
+    result = optimize(whole_first(2), {"passes": [evict, share]}, assume=ASSUMED, verify="none")
+    told = read_importance(result.model.metadata_props)
+    assert told is not None
+    assert dict(told.outputs) == {1: "importance.1", 2: "importance.2"}
+    details = [site.detail for site in result.report.run.records[1].sites if site.outcome == "left"]
+    assert details == ["tokens may be dropped from its cache or that of layer 2 alone (evictable-kv)"]
+    feeds = {**fed(result.model, 6, 2), "importance": np.array(True)}
+    lengths = [run(result.model, feeds)[f"importance.{layer}"].shape[2] for layer in (1, 2)]
+    assert lengths == [8, 8]
