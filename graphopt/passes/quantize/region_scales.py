@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis.algebra import is_op
-from graphopt.passes.quantize.quantized_region import MOVERS, Region, clamp_limits
+from graphopt.passes.quantize.quantized_region import MOVERS, Region, clamp_limits, data_inputs
 from graphopt.passes.quantize.value_ranges import ValueRange
 
 _DIGITS = 7
@@ -52,6 +52,36 @@ def scale_of(value: ir.Value, held: ValueRange, found: Region, levels: int = 256
     if step < np.finfo(np.float32).tiny:
         return Scale(1.0, 0, top)
     return Scale(step, int(np.clip(np.rint(-low / step), 0, top)), top)
+
+
+def share_with_concats(scales: dict[ir.Value, Scale], found: Region) -> None:
+    """Give what a Concat reads the scale of what it makes, so that it moves codes and rounds nothing again.
+
+    Of an input with the step s that is rounded again with the result's step S, the squared error is (s² + S²) / 12, and
+    S² / 12 with one scale. Only where nothing else reads the input: for others S is the coarser step.
+
+    Args:
+        scales: By root of the region, changed in place.
+        found: The region.
+    """
+    for node in reversed(found.between):
+        if not is_op(node, "Concat"):
+            continue
+        whole = scales[found.root(found.outputs(node)[0])]
+        for value in data_inputs(node):
+            alone = all(use.node is node for use in value.uses()) and not value.is_graph_output()
+            if alone and found.root(value) is value and scales[value].top == whole.top and _held(value, whole, found):
+                scales[value] = whole
+
+
+def _held(value: ir.Value, scale: Scale, found: Region) -> bool:
+    """Whether codes of a scale end where a value's own do: those of a gate at 0 and 1, those of a clamp at its ends."""
+    node = value.producer()
+    if node is None or is_op(node, "Sigmoid"):
+        return False
+    if any(clamp is node for clamp in found.clamps.values()):
+        return clamp_limits(node) == (0.0, math.inf) and scale.zero_point == 0
+    return True
 
 
 def outward(end: float) -> float:

@@ -15,7 +15,7 @@ from graphopt.passes.fold.layers import Layer
 from graphopt.passes.quantize.integer_weights import SignedGrid, as_int4, quantized_kernels, quantized_matrix
 from graphopt.passes.quantize.layer_rounding import RoundedLayer
 from graphopt.passes.quantize.quantized_region import FUSED, LAYERS, MOVERS, Region, data_inputs
-from graphopt.passes.quantize.region_scales import Narrow, Scale, layers_alone, scale_of
+from graphopt.passes.quantize.region_scales import Narrow, Scale, layers_alone, scale_of, share_with_concats
 from graphopt.passes.quantize.token_scales import CONTRIB, Quantized
 from graphopt.passes.quantize.value_ranges import ValueRange
 
@@ -59,6 +59,7 @@ class RegionWriter:
         self._scales = {
             root: self._read[root] if root in alone else scale_of(root, seen[root], found) for root in roots
         }
+        share_with_concats(self._scales, found)
         self._codes: dict[ir.Value, Quantized] = {}
         """By the value that is dequantized, or by the float that is read: its codes."""
         self._floats: dict[ir.Value, ir.Value] = {}

@@ -61,7 +61,8 @@ class QuantizeStatic(Pass):
     2. What lies between two layers is computed on codes as well, where ONNX Runtime has a kernel: `Add`, `Mul`,
        `Sigmoid`, `LeakyRelu`, `Concat`, `GlobalAveragePool`; `MaxPool`, `Reshape`, `Split` and the like keep the codes
        of their input. A `Relu` or `Clip` behind a layer becomes the range of its codes, and what goes through
-       x · Sigmoid(x) alone has a range that ends where that is rounded to 0.
+       x · Sigmoid(x) alone has a range that ends where that is rounded to 0. What a `Concat` alone reads has the scale
+       of what it makes, so that it moves codes and rounds nothing again.
     3. Between the last layers and the outputs nothing is, and the last convolutions stay floats (`keep_last`): scores
        beside coordinates on one scale would be lost, and nothing behind averages out how they were rounded.
     4. Layers whose values have so wide a range, for what most of them is, that rounding loses most (the variance of the

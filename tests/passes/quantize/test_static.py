@@ -192,6 +192,36 @@ def test_the_last_digits_of_activations_change_nothing() -> None:
     assert ir.to_proto(first).SerializeToString() == ir.to_proto(second).SerializeToString()
 
 
+@pytest.mark.parametrize("second", ["LeakyRelu(d)", "Relu(d)", "Sigmoid(d)"])
+def test_what_a_concat_alone_reads_has_its_scale(second: str) -> None:
+    before = parse_weighted(f"""{HEAD} g (float[n, 8, h, w] x) => (float[n, 8, h, w] y)
+    <float[8, 8, 3, 3] w1, float[8, 8, 3, 3] w2, float[8, 8, 3, 3] w3, float[8, 24, 3, 3] w4> {{
+      a = Conv {CONV} (x, w1)
+      b = Conv {CONV} (a, w2)
+      d = Conv {CONV} (a, w3)
+      e = {second}
+      z = Concat <axis = 1> (a, b, e)
+      y = Conv {CONV} (z, w4)
+    }}""")
+    for name, factor in {"w1": 1 / 30, "w2": 1 / 6, "w3": 1 / 6}.items():  # inputs of the Concat of about the same size
+        weight = before.graph.initializers[name].const_value
+        before.graph.initializers[name].const_value = ir.tensor(weight.numpy() * np.float32(factor))
+    after, _ = written(before, images(1, 8, 9, 9))
+    (concat,) = [node for node in after.graph if node.op_type == "Concat"]
+    (whole,) = [use.node for use in concat.outputs[0].uses()]
+
+    def scale(node: Any) -> tuple[float, int]:
+        return tuple(v.const_value.numpy().item() for v in node.inputs[1:])  # type: ignore[return-value]
+
+    a, b, e = (scale(value.producer()) for value in concat.inputs)
+    # Two layers read the first one too; a gate has steps of its own, and codes below 0 would let through what a Relu
+    # doesn't.
+    assert b == scale(whole)
+    assert a != scale(whole)
+    assert (e == scale(whole)) == (second == "LeakyRelu(d)")
+    assert error(before, after, images(2, 8, 9, 9, seed=3)[0]) < 0.05
+
+
 @pytest.mark.parametrize("far", [0.0, -500.0])
 def test_what_a_swish_makes_zero_takes_no_steps(far: float) -> None:
     before = parse_weighted(f"""{HEAD} g (float[n, 4, h, w] c) => (float[n, 8, h, w] y)
