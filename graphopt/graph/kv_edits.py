@@ -120,10 +120,9 @@ def _renumber_importance(model: ir.Model, left: Sequence[int]) -> None:
         asked = model.graph.initializers.pop(told.asked, None)
         model.graph.inputs[:] = [value for value in model.graph.inputs if value is not asked]
         return
-    named = {name: f"importance.{numbers[layer]}" for layer, name in told.outputs.items() if layer in numbers}
-    named = {name: new for name, new in named.items() if re.fullmatch(r"importance\.\d+", name)}
+    named = {name: f"importance.{number}" for number, name in outputs.items() if re.fullmatch(r"importance\.\d+", name)}
     rename_ends(model, named)
-    now = {layer: named.get(name, name) for layer, name in outputs.items()}
+    now = {number: named.get(name, name) for number, name in outputs.items()}
     note_importance(model, Importance(told.asked, told.window, now))
 
 
