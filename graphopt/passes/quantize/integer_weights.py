@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.graph.computed import identity, weight
-from graphopt.passes.quantize.grids import Fit, UniformGrid
+from graphopt.passes.quantize.grids import Array, Fit, UniformGrid
 
 _ROWS_BYTES = 1 << 24
 """Bytes of float32 that are quantized at once."""
@@ -26,11 +26,15 @@ class SignedGrid(UniformGrid):
 
     bits: int = 8
 
-    def _of_range(self, block: npt.NDArray[np.float32], below: float, above: float) -> Fit:
+    def _ends(self, block: npt.NDArray[np.float32]) -> tuple[Array, Array]:
+        far = np.abs(block).max(axis=1, initial=0)
+        return far, far
+
+    def _of_range(self, ends: tuple[Array, Array], below: float, above: float) -> Fit:
         middle = 1 << (self.bits - 1)
-        step = np.abs(block).max(axis=1, initial=0) * below / (middle - 1)
+        step = ends[1] * below / (middle - 1)
         step = np.where(step > np.finfo(np.float32).tiny, step, 1).astype(np.float32)
-        return Fit(step, np.full(len(block), middle, np.uint8))
+        return Fit(step, np.full(len(step), middle, np.uint8))
 
     def signed(self, numbers: npt.NDArray[np.float32], fit: Fit) -> npt.NDArray[np.int8]:
         """The nearest integers around 0."""
