@@ -32,8 +32,8 @@ class SignedGrid(UniformGrid):
 
     def _of_range(self, ends: tuple[Array, Array], below: float, above: float) -> Fit:
         middle = 1 << (self.bits - 1)
-        step = ends[1] * below / (middle - 1)
-        step = np.where(step > np.finfo(np.float32).tiny, step, 1).astype(np.float32)
+        wide = ends[1] * below / (middle - 1)
+        step = np.where(wide > np.finfo(np.float32).tiny, wide, 1).astype(np.float32)
         return Fit(step, np.full(len(step), middle, np.uint8))
 
     def signed(self, numbers: npt.NDArray[np.float32], fit: Fit) -> npt.NDArray[np.int8]:
