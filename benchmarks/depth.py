@@ -2,7 +2,7 @@
 
     python benchmarks/depth.py --source model.onnx --tokenizer folder --page docs/depth.md
     python benchmarks/depth.py                                    exports the model first (export_smollm2.py)
-    python benchmarks/depth.py --only "attention, loss 4" --windows 2 --pasts --page ''
+    python benchmarks/depth.py --only "attention, loss 4" --windows 2 --pasts
 
 All files are made from one export with the same assumptions. Searches see eight windows of 512 tokens of the
 calibration text of `graphopt.models.texts`, healing all of it; perplexity and the mean divergence KL(original, variant)

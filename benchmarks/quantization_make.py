@@ -31,6 +31,9 @@ def main() -> int:
     except GraphoptError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    if failed := result.report.run.rolled_back:
+        print(f"{failed[0].name}: {failed[0].detail}", file=sys.stderr)
+        return 1
     reasons = collections.Counter(site.detail for name, site in result.report.run.left() if "quant" in name)
     print(json.dumps({"left": dict(reasons.most_common(8))}))
     return 0

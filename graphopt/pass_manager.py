@@ -15,7 +15,7 @@ from graphopt.analysis.shapes import ShapeFacts, infer
 from graphopt.analysis.shapes.facts import KEPT_KEY, MADE_KEY
 from graphopt.calibration.calibration import Calibration
 from graphopt.calibration.data import Dataset
-from graphopt.errors import GraphoptError, UsageError
+from graphopt.errors import GraphoptError, InputDataError, UsageError
 from graphopt.graph.assumptions import ASSUMPTIONS_KEY, NOTHING, Assumptions, carried
 from graphopt.graph.edits import sort
 from graphopt.passes.base import Guarantee, Pass
@@ -102,6 +102,8 @@ class PassManager:
         """Run the pipeline on `model` in place.
 
         Raises:
+            UsageError: An option can't be kept on this model, such as a budget below what the cheapest choices take.
+                The model is then as it was at the start of that phase.
             InputDataError: The calibration data doesn't fit the model.
         """
         if self._calibration is not None and any(getattr(pass_, "needs", ()) for pass_ in self.passes):
@@ -273,6 +275,10 @@ class _Run:
         except ir.passes.PreconditionError as error:
             record.status, record.detail = "skipped", f"it requires what the model isn't: {_reason(error)}"
             return record
+        except (UsageError, InputDataError):
+            # What was asked for can't be: going on without this pass would give the user something else.
+            _assign(self.model, self.again())
+            raise
         except Exception as error:  # a faulty pass, ours or another's, must not cost the user the run
             record.status, record.detail = "rolled back", f"it failed with {type(error).__name__}: {_reason(error)}"
             return record

@@ -15,7 +15,7 @@ from exactness import op_types, parse
 import graphopt.pass_manager
 from graphopt.analysis.shapes import ShapeFacts
 from graphopt.api import optimize
-from graphopt.errors import UsageError
+from graphopt.errors import GraphoptError, InputDataError, UsageError
 from graphopt.graph.edits import Editor
 from graphopt.pass_manager import PassManager, VerifyMode
 from graphopt.passes.base import Guarantee, Pass, RulePass
@@ -105,6 +105,22 @@ class Dangling(Raises):
             return super().apply(model)
         except ValueError:
             return True
+
+
+class CannotKeep(Raises):
+    """An option that can't be kept, with the graph already damaged."""
+
+    name: ClassVar[str] = "cannot-keep"
+
+    def __init__(self, error: GraphoptError) -> None:
+        super().__init__()
+        self.error = error
+
+    def apply(self, model: ir.Model) -> bool:
+        try:
+            return super().apply(model)
+        except ValueError:
+            raise self.error from None
 
 
 class Needs(EliminateDeadCode):
@@ -244,6 +260,14 @@ def test_a_pass_that_breaks_the_graph_is_taken_back(bad: Callable[[], Pass], ver
     assert op_types(model) == ["Mul", "Neg", "Tanh"]
     (guilty,) = report.rolled_back
     assert "half done" in guilty.detail or "nowhere" in guilty.detail
+
+
+@pytest.mark.parametrize("error", [UsageError("Too little."), InputDataError("No sample.")])
+def test_a_request_that_cannot_be_kept_ends_the_run(error: GraphoptError) -> None:
+    model = parse(TEXT)
+    with pytest.raises(type(error), match=str(error)):
+        PassManager([CannotKeep(error), TanhToTanh()], verifier_of=verifier_of)(model)
+    assert ir.to_proto(model) == ir.to_proto(parse(TEXT))
 
 
 def test_lossy_passes_become_the_reference() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -180,20 +181,37 @@ class AllocateBits(SearchPass):
     def _items(self, model: ir.Model, groups: list[list[LinearSite]]) -> list[Item]:
         """What may be done to each group of sites, with bytes and the divergence to be expected."""
         assert self.calibration is not None
+        measured = [self._measured(sites) for sites in groups]
+        self._check_bytes(measured, groups)
         tried = self.calibration.counted("sensitivity", self._sensitivities(model, groups), len(groups))
-        items = []
-        for sites, per_error in zip(groups, tried, strict=True):
-            read = {site.weight.name or "": weight_rows(site) for site in sites}
-            choices = []
-            for name, options in self._candidates_for(sites):
-                setting = self._setting(options)
-                bytes_, squared = 0.0, 0.0
-                for rows in read.values():
-                    each, lost = _measured(rows, setting)
-                    bytes_, squared = bytes_ + each, squared + lost
-                choices.append(Choice(name, bytes_, per_error * squared))
-            items.append(Item(sites[0].weight.name or "weight", tuple(choices)))
-        return items
+        return [
+            Item(
+                sites[0].weight.name or "weight",
+                tuple(Choice(name, size, per_error * squared) for name, size, squared in choices),
+            )
+            for sites, choices, per_error in zip(groups, measured, tried, strict=True)
+        ]
+
+    def _measured(self, sites: list[LinearSite]) -> list[tuple[str, float, float]]:
+        """The name, the bytes and the squared error of each choice for some sites."""
+        read = {site.weight.name or "": weight_rows(site) for site in sites}
+        found = []
+        for name, options in self._candidates_for(sites):
+            setting = self._setting(options)
+            sums = [_measured(rows, setting) for rows in read.values()]
+            found.append((name, math.fsum(size for size, _ in sums), math.fsum(squared for _, squared in sums)))
+        return found
+
+    def _check_bytes(self, measured: list[list[tuple[str, float, float]]], groups: list[list[LinearSite]]) -> None:
+        """Refuse a budget of bytes that can't be kept, before the trials, which take minutes."""
+        count = _count(groups)
+        most = self._budget.most_bytes(count) if self._budget.sized else math.inf
+        fewest = math.fsum(min(size for _, size, _ in choices) for choices in measured)
+        if fewest > most * (1 + 1e-9):  # sums of floats
+            raise UsageError(
+                f"The budget {self.budget!r} can't be kept: the smallest candidates take {fewest / 1e6:.4g} MB, "
+                f"{fewest * 8 / count:.4g} bits a weight."
+            )
 
     def _sensitivities(self, model: ir.Model, groups: list[list[LinearSite]]) -> Iterator[float]:
         """What the model loses for each squared error of the weights of a group, as it is known."""
@@ -233,8 +251,7 @@ class AllocateBits(SearchPass):
         if budget.divergence is not None:
             steps = frontier(items)
             return next((one for one in steps if one.loss <= budget.divergence), steps[-1])
-        weights = {site.weight: site.inputs * site.outputs for sites in groups for site in sites}
-        most_bytes = budget.most_bytes(sum(weights.values())) if budget.sized else None
+        most_bytes = budget.most_bytes(_count(groups)) if budget.sized else None
         if not budget.timed:
             assert most_bytes is not None
             return allocate(items, most_bytes)
@@ -256,6 +273,11 @@ class AllocateBits(SearchPass):
             found = allocate([_costing(*one) for one in zip(items, timed.seconds, strict=True)], most_seconds)
         self.latency = _said(timed, items, found, self.calibration.threads)
         return found
+
+
+def _count(groups: list[list[LinearSite]]) -> int:
+    """Numbers in the weights of all groups."""
+    return sum({site.weight: site.inputs * site.outputs for sites in groups for site in sites}.values())
 
 
 def _costing(item: Item, costs: list[float]) -> Item:

@@ -307,7 +307,7 @@ def whole_first(count: int) -> ir.Model:
 
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize(
-    "gone", [["attention.1"], ["attention.0", "mlp.0"], ["attention.3"], ["attention.0", "attention.2"]]
+    "gone", [["attention.1"], ["attention.0", "attention.1"], ["attention.3"], ["attention.0", "attention.2"]]
 )
 def test_layers_that_go_afterwards_take_what_they_tell_along(first: int, gone: list[str], tmp_path: Path) -> None:
     drop, evict = {"drop-layers": {"branches": gone}}, {"evictable-kv": {}}

@@ -12,6 +12,7 @@ from exactness import parse_weighted
 
 from graphopt.calibration.calibration import Calibration
 from graphopt.calibration.data import ArrayDataset
+from graphopt.errors import UsageError
 from graphopt.graph.edits import nodes
 from graphopt.pass_manager import PassManager
 from graphopt.passes.quantize.allocate_bits import AllocateBits
@@ -94,6 +95,15 @@ def test_the_budget_holds(budget: float | str) -> None:
     )
     allowed = 4000 if isinstance(budget, str) else budget * 2 * 64 * 64 / 8
     assert stored <= allowed
+
+
+@pytest.mark.parametrize("budget", [2.2, "1kB", "1kB, latency=0.9"])
+def test_a_budget_that_cannot_be_kept_is_told_before_the_trials(
+    budget: float | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trials, "losses", None)
+    with pytest.raises(UsageError, match=r"can't be kept: the smallest candidates take 0.002688 MB, 2.625 bits"):
+        run_pass(candidates=CANDIDATES, budget=budget)
 
 
 def test_more_budget_expects_less_loss_and_a_divergence_is_kept() -> None:
@@ -220,7 +230,9 @@ def test_a_latency_that_no_candidate_keeps_is_told(monkeypatch: pytest.MonkeyPat
 
     def told(budget: str, candidates: list[dict[str, int]]) -> str:
         pass_ = AllocateBits(rounding="nearest", tokens="all", budget=budget, candidates=candidates)
-        return PassManager([pass_], calibration=data(), verify="none")(two()).records[0].detail
+        with pytest.raises(UsageError) as caught:
+            PassManager([pass_], calibration=data(), verify="none")(two())
+        return str(caught.value)
 
     said = told("latency=0.1", CANDIDATES)
     assert "'latency=0.1' can't be kept: the fastest candidates' products take 2 ms for a token here, 12% of" in said
