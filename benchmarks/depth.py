@@ -79,9 +79,8 @@ def variants() -> list[Variant]:
 
 
 SERIES = ("one-shot by loss", "one-shot by influence", "greedy by loss", "greedy by loss, healed")
-TIMED = (
-    FLOAT, *(f"attention, greedy {n}" for n in COUNTS["attention"][2:]), *(f"layers, greedy {n}" for n in (2, 4)),
-)  # fmt: skip
+TIMED = (FLOAT, *(f"{CALLED[granularity]}, greedy {n}" for granularity, counts in COUNTS.items() for n in counts))
+"""Of the same layers removed, healed or not, a token takes the same time."""
 
 
 def main() -> int:
@@ -92,6 +91,7 @@ def main() -> int:
     def put(page: Path, text: str) -> None:
         put_tables(page, "depth", text)
         page.with_suffix(".svg").write_text(plot(decoder), encoding="utf-8")
+        page.with_name(f"{page.stem}-speed.svg").write_text(plot_speed(decoder), encoding="utf-8")
 
     return measured(decoder, TIMED, lambda decoder: [circumstances(), "", *tables(decoder)], put)
 
@@ -137,6 +137,23 @@ def plot(decoder: Decoder) -> str:
         for row_series in [decoder.how[name].removeprefix("one-shot by ")]
     ]
     return pareto_svg(points, "MB on disk", "KL from all layers, nats", title="SmolLM2 with fewer layers")
+
+
+def plot_speed(decoder: Decoder) -> str:
+    """Divergence by the time of a token, greedily chosen and healed."""
+    shown, points = decoder.shown(), []
+    for granularity, counts in COUNTS.items():
+        for name in ("greedy", "healed"):
+            for n in counts:
+                row = shown.get(f"{CALLED[granularity]}, {name} {n}")
+                timed = shown.get(f"{CALLED[granularity]}, greedy {n}")
+                if row is None or timed is None or not timed.speeds:
+                    continue
+                _, ratio, *_ = timed.speeds[min(timed.speeds)]
+                series = f"{CALLED[granularity]}, {'healed' if name == 'healed' else 'not healed'}"
+                points.append(Point(f"{CALLED[granularity]}, {name} {n}", series, ratio, max(row.kl, 1e-6)))
+    title = "SmolLM2 with fewer layers, a token after 256"
+    return pareto_svg(points, "time of a token, of that with all layers", "KL from all layers, nats", title=title)
 
 
 if __name__ == "__main__":
