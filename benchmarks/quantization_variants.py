@@ -36,6 +36,8 @@ class Setting:
 
 
 SETTINGS = (Setting(4, 32), Setting(4, 128), Setting(3, 32), Setting(2, 32))
+BUDGETS = dict(zip(SETTINGS, ("93MB", "86.8MB", "81.5MB", "65MB"), strict=True))
+"""What the weights take where all but the embedding have the same bits and groups, by GPTQ; of 2 bits, by `gptq2`."""
 ACTIVATIONS = "8-bit weights and activations"
 """Where recipes stand that round activations too."""
 
@@ -138,8 +140,8 @@ def recipe_of(method: str, setting: Setting | None = None, options: dict[str, An
         given = {**(widths if "bits" in known else {}), **(options or {})}
         fitting = {name: value for name, value in given.items() if name in known}
         met |= set(fitting)
-        if setting is not None and "candidates" in known:  # a pass that chooses bits itself gets as many in all
-            fitting["budget"] = setting.bits + (16 + setting.bits) / setting.group
+        if setting is not None and "candidates" in known:  # a pass that chooses bits itself gets as many bytes in all
+            fitting["budget"] = BUDGETS[setting]
             met |= set(widths)
         steps.append(Step(step.name, {**step.options, **fitting}))
     if missing := sorted({*widths, *(options or {})} - met):
