@@ -123,8 +123,8 @@ class Decoder:
 
     # ---- the files
 
-    def make(self) -> None:
-        """Make the files that are missing."""
+    def make(self, timed: Sequence[str] = ()) -> None:
+        """Make the files that are missing, of rows that aren't judged, or are to be timed and weren't all."""
         options = self.options
         options.work.mkdir(parents=True, exist_ok=True)
         if options.source is None:
@@ -133,7 +133,12 @@ class Decoder:
             if not options.source.exists():
                 export(load_module("sdpa"), options.source, "dynamo", 21)
                 save_tokenizer(options.tokenizer)
+        rows = {variant.name: self.rows.get(variant.name, Row()) for variant in self.variants}
+        pending = any(past not in rows[name].speeds for name in timed if name in rows for past in options.pasts)
         for variant in self.variants:
+            judged = rows[variant.name].perplexity is not None
+            if judged and variant.name != self.original and not (pending and variant.name in timed):
+                continue
             file = options.work / f"{variant.name.replace(' ', '-').replace(',', '')}.onnx"
             self.files[variant.name] = file
             if not file.exists():
@@ -316,7 +321,7 @@ def measured(
         recall: Makes what `Decoder.judge` is given, once the files are made.
     """
     try:
-        decoder.make()
+        decoder.make(timed)
         decoder.judge(None if recall is None else recall())
         decoder.time(timed)
     except GraphoptError as error:

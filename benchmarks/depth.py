@@ -35,6 +35,18 @@ OUTSIDE = {
 }
 """Perplexities of the better of two one-shot scores on the same text, measured with other code, without healing."""
 
+POSITIONS = ("last", "uniform", "symmetric")
+SERIES = {
+    "last": "by position: the last ones",
+    "uniform": "by position: spread evenly",
+    "symmetric": "by position: the middle",
+    "loss": "one-shot by loss",
+    "influence": "one-shot by influence",
+    "greedy": "greedy by loss",
+    "healed": "greedy by loss, healed",
+}
+"""Kinds of rows, as they are called in their names and on the page."""
+
 
 def _searched(granularity: str, **options: object) -> Steps:
     most = COUNTS[granularity][-1]
@@ -61,24 +73,26 @@ def variants() -> list[Variant]:
     found = [Variant(FLOAT, "")]
     for granularity, counts in COUNTS.items():
         kind, most = CALLED[granularity], counts[-1]
+        for position in POSITIONS:
+            given = {"granularity": granularity, "score": position}
+            found += [
+                Variant(f"{kind}, {position} {n}", SERIES[position], ({"drop-layers": {**given, "count": n}},))
+                for n in counts
+            ]
         for score in ("loss", "influence"):
             source = f"{kind}, {score} {most}"
-            found.append(Variant(source, f"one-shot by {score}", _searched(granularity, score=score)))
-            found += [
-                Variant(f"{kind}, {score} {n}", f"one-shot by {score}", takes=(source, _lowest(n))) for n in counts[:-1]
-            ]
+            found.append(Variant(source, SERIES[score], _searched(granularity, score=score)))
+            found += [Variant(f"{kind}, {score} {n}", SERIES[score], takes=(source, _lowest(n))) for n in counts[:-1]]
         source = f"{kind}, greedy {most}"
         greedy = {"search": "greedy", "shortlist": SHORTLIST}
-        found.append(Variant(source, "greedy by loss", _searched(granularity, **greedy)))
-        found += [Variant(f"{kind}, greedy {n}", "greedy by loss", takes=(source, _passed(n))) for n in counts[:-1]]
+        found.append(Variant(source, SERIES["greedy"], _searched(granularity, **greedy)))
+        found += [Variant(f"{kind}, greedy {n}", SERIES["greedy"], takes=(source, _passed(n))) for n in counts[:-1]]
         found += [
-            Variant(f"{kind}, healed {n}", "greedy by loss, healed", takes=(source, _passed(n, "linear")))
-            for n in counts
+            Variant(f"{kind}, healed {n}", SERIES["healed"], takes=(source, _passed(n, "linear"))) for n in counts
         ]
     return found
 
 
-SERIES = ("one-shot by loss", "one-shot by influence", "greedy by loss", "greedy by loss, healed")
 TIMED = (FLOAT, *(f"{CALLED[granularity]}, greedy {n}" for granularity, counts in COUNTS.items() for n in counts))
 """Of the same layers removed, healed or not, a token takes the same time."""
 
@@ -108,7 +122,7 @@ def tables(decoder: Decoder) -> list[str]:
         kind = CALLED[granularity]
         lines += ["", f"**Without {'attentions' if granularity == 'attention' else 'layers'}**", ""]
         lines += [f"| | {' | '.join(map(str, counts))} |", f"|---|{'---|' * len(counts)}"]
-        for series, name in zip(SERIES, ("loss", "influence", "greedy", "healed"), strict=True):
+        for name, series in SERIES.items():
             rows = [shown.get(f"{kind}, {name} {n}") for n in counts]
             lines.append(f"| {series} | {_cells([row and f'{row.perplexity:.2f}' for row in rows])} |")
         outside = [f"{OUTSIDE[granularity][n]:.2f}" for n in counts]
@@ -133,7 +147,7 @@ def plot(decoder: Decoder) -> str:
     points = [
         Point(name, f"{name.split(',')[0]}, {row_series}", row.size / 1e6, max(row.kl, 1e-6))
         for name, row in decoder.shown().items()
-        if name != FLOAT and "influence" not in name
+        if name != FLOAT and name.split()[-2] in ("loss", "greedy", "healed")
         for row_series in [decoder.how[name].removeprefix("one-shot by ")]
     ]
     return pareto_svg(points, "MB on disk", "KL from all layers, nats", title="SmolLM2 with fewer layers")
