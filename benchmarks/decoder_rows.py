@@ -56,6 +56,7 @@ class Variant:
         how: What was done.
         passes: The passes behind the recipe canonical.
         behind: Those behind the recipe lower.
+        chunk: Tokens that are fed at a time where it is judged.
         takes: The row whose findings give the passes behind canonical, and how; None: `passes` it is.
     """
 
@@ -64,6 +65,7 @@ class Variant:
     passes: Steps = ()
     behind: Steps = ()
     takes: tuple[str, Callable[[Found], Steps]] | None = None
+    chunk: int = WINDOW
 
 
 @dataclasses.dataclass
@@ -185,11 +187,15 @@ class Decoder:
             return
         ids = self.evaluation()[: self.options.windows * WINDOW]
         original = self.generator(self.original)
-        for first in range(0, len(missing), AT_ONCE):
-            names = missing[first : first + AT_ONCE]
+        chunks = {variant.name: variant.chunk for variant in self.variants}
+        alike = [[name for name in missing if chunks[name] == chunk] for chunk in sorted({*chunks.values()})]
+        for names in (group[i : i + AT_ONCE] for group in alike for i in range(0, len(group), AT_ONCE)):
             generators = [self.generator(name) for name in names]
             for name, generator, found in zip(
-                names, generators, language_quality(original, generators, ids, WINDOW), strict=True
+                names,
+                generators,
+                language_quality(original, generators, ids, WINDOW, chunk=chunks[names[0]]),
+                strict=True,
             ):
                 row = self.rows.setdefault(name, Row())
                 row.perplexity, row.kl, row.agreement = found["ppl"], found["kl"], found["top1"]

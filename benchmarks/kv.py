@@ -32,6 +32,10 @@ CACHED = 4096
 LONG, NEEDLES = 1024, 12
 """Tokens of a text in which a number is to be recalled, and how many such texts there are."""
 MOST = 9
+DROPPED = ["attention.6", "attention.7", "attention.25"]
+"""What a greedy search removes of three, see `depth.py`."""
+FEW = 4
+"""Tokens that are fed at a time where the tokens of one run see each other's keys and values whole."""
 
 
 def _shared(count: int, **options: Any) -> Steps:
@@ -67,6 +71,14 @@ VARIANTS = (
             takes=(f"share-kv {MOST}", lambda found: (*_first(3)[1](found), *KV4))),
     Variant("share-kv 3, int8", "share-kv 3 and int8", behind=STATIC, takes=_first(3)),
     Variant(f"share-kv {MOST}, int8", f"share-kv {MOST} and int8", behind=STATIC, takes=_first(MOST)),
+    Variant("3 attentions less, kv4", "drop-layers and kv4", ({"drop-layers": {"branches": DROPPED}}, *KV4)),
+    Variant("low-rank-kv", "half of the channels of keys, three quarters of values, the last 32 tokens whole \\*",
+            ({"low-rank-kv": {"window": 32}},), chunk=FEW),
+    Variant("low-rank-kv, no window", "the same of all tokens", ({"low-rank-kv": {}},), chunk=FEW),
+    Variant("low-rank-kv 2", "half of the channels of two layers together \\*",
+            ({"low-rank-kv": {"layers": 2, "keys": 0.5, "values": 0.5}},), chunk=FEW),
+    Variant("predict-kv", "2 bits, what earlier layers don't foretell \\*", ({"predict-kv": {}},), chunk=FEW),
+    Variant("couple-kv", "2 bits, channels coupled by four \\*", ({"couple-kv": {}},), chunk=FEW),
 )  # fmt: skip
 TIMED = (FLOAT, "share-kv 3", "share-kv 6", "share-kv 9", "one head", "kv4", "kv3", "int8", "share-kv 9, int8")
 
@@ -116,7 +128,8 @@ def tables(decoder: Decoder) -> list[str]:
     whole = decoder.rows[FLOAT].bytes[CACHED]
     lines = [
         f"Perplexity and divergence over {decoder.options.windows} windows of {WINDOW} tokens of Wikipedia, recall in "
-        f"{NEEDLES} texts of {LONG} tokens, bytes of a token in a cache of {CACHED} tokens.",
+        f"{NEEDLES} texts of {LONG} tokens, bytes of a token in a cache of {CACHED} tokens. \\*: the tokens of one run "
+        f"see each other's keys and values whole; windows were fed {FEW} tokens at a time.",
         "",
         "| | | perplexity | KL, nats | recall | bytes a token | of float |",
         "|---|---|---|---|---|---|---|",

@@ -81,11 +81,10 @@ def test_the_numbers_are_those_of_the_formulas(folder: Path) -> None:
     assert noisier["top1"] < 1
 
 
-def test_pieces_of_a_window_are_what_the_window_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_a_window_are_what_the_window_is(folder: Path) -> None:
     paths = [folder / "concat.onnx", folder / "noisy.onnx"]
     [whole] = language_quality(paths[0], paths[1:], IDS, 48)
-    monkeypatch.setattr("graphopt.verification.quality.language.CHUNK", 7)
-    [pieces] = language_quality(paths[0], paths[1:], IDS, 48)
+    [pieces] = language_quality(paths[0], paths[1:], IDS, 48, chunk=7)
     for name in ("ppl", "kl", "top1"):
         assert pieces[name] == pytest.approx(whole[name], rel=1e-4)
 
@@ -146,6 +145,8 @@ def test_mistakes(folder: Path, tmp_path: Path) -> None:
         text_windows(IDS, 1)
     with pytest.raises(UsageError, match="at a time"):
         language_quality(path, [path], IDS, 16, together=0)
+    with pytest.raises(UsageError, match="At least one token"):
+        language_quality(path, [path], IDS, 16, chunk=0)
     with pytest.raises(InputDataError, match="two tokens"):
         scores(Generator(path), [1])
     other = decoder("concat")

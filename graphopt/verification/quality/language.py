@@ -50,6 +50,7 @@ def language_quality(
     *,
     threads: int = 0,
     together: int = TOGETHER,
+    chunk: int = CHUNK,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Quality]:
     """Judge decoders with any kind of KV cache on a text, window by window, each from an empty cache.
@@ -65,6 +66,9 @@ def language_quality(
         windows: Use so many windows from the beginning; None: all.
         threads: Threads within an operator; 0: all cores. Generators have their own.
         together: Candidates of one group.
+        chunk: Tokens that are fed at a time. Where a cache is exact for the tokens of one run, as with those of
+            `low-rank-kv` and `couple-kv`, a window that is fed at once loses nothing, and few at a time are nearer to
+            what generation loses.
         progress: Called after each window.
 
     Returns:
@@ -72,12 +76,14 @@ def language_quality(
 
     Raises:
         ModelError: A model isn't a decoder with a KV cache.
-        UsageError: A window of fewer than two tokens, or no windows asked for.
+        UsageError: A window of fewer than two tokens, or no windows, candidates or tokens asked for.
         InputDataError: A text shorter than a window, or a token that a model doesn't know; another vocabulary than the
             reference's; logits of the last token only.
     """
     if together < 1:
         raise UsageError(f"At least one candidate must be judged at a time, not {together}.")
+    if chunk < 1:
+        raise UsageError(f"At least one token must be fed at a time, not {chunk}.")
     pieces = text_windows(token_ids, window, windows)
     original = _opened(reference, threads)
     groups = [candidates[i : i + together] for i in range(0, len(candidates), together)]
@@ -86,7 +92,7 @@ def language_quality(
         judged = [_opened(candidate, threads) for candidate in group]
         sums = [_Sums() for _ in group]
         for index, piece in enumerate(pieces):
-            _judge(original, judged, piece, sums)
+            _judge(original, judged, piece, sums, chunk)
             if progress is not None:
                 progress("quality", number * len(pieces) + index + 1, len(groups) * len(pieces))
         found += [_quality(gathered, len(pieces), window) for gathered in sums]
@@ -100,11 +106,15 @@ def _opened(model: Decoder, threads: int) -> Generator:
 
 
 def _judge(
-    reference: Generator, candidates: Sequence[Generator], ids: npt.NDArray[np.int64], sums: Sequence[_Sums]
+    reference: Generator,
+    candidates: Sequence[Generator],
+    ids: npt.NDArray[np.int64],
+    sums: Sequence[_Sums],
+    chunk: int,
 ) -> None:
     """Add one window to the sums."""
-    runs = [logits_of(generator, ids, CHUNK) for generator in candidates]
-    for begin, expected in logits_of(reference, ids, CHUNK):
+    runs = [logits_of(generator, ids, chunk) for generator in candidates]
+    for begin, expected in logits_of(reference, ids, chunk):
         following = ids[begin + 1 : begin + len(expected) + 1]
         places = range(0, len(following), ROWS)
         blocks = [Rows.of(expected[first : min(first + ROWS, len(following))]) for first in places]
