@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -22,8 +23,10 @@ from graphopt.passes.quantize.latency import ROWS, Latency, latency
 from graphopt.passes.quantize.packing import packed_bytes
 from graphopt.passes.quantize.product_times import nearest
 from graphopt.passes.quantize.quantize_weights import TABLES, QuantizeWeights
+from graphopt.passes.quantize.rounding_gains import rounding_gains
 from graphopt.passes.quantize.setting import Setting
 from graphopt.passes.quantize.site_weights import as_stored, table_group, weight_rows
+from graphopt.passes.quantize.token_weights import TokensOf
 from graphopt.search.allocation import Allocation, Choice, Item, allocate, allocate_both, frontier
 from graphopt.verification.trial_loss import MEANING
 from graphopt.verification.trials import Trials
@@ -44,6 +47,28 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """A choice for some weights.
+
+    Attributes:
+        name: Of the choice.
+        size: Bytes.
+        squared: The squared error of each weight by name, rounded to nearest.
+        calibrated: Whether they will be rounded by data.
+    """
+
+    name: str
+    size: float
+    squared: dict[str, float]
+    calibrated: bool
+
+    def choice(self, per_error: float, gains: Mapping[str, float]) -> Choice:
+        """With the loss that is to be expected."""
+        left = gains if self.calibrated else {}
+        return Choice(self.name, self.size, per_error * sum(e * left.get(w, 1.0) for w, e in self.squared.items()))
+
+
 class AllocateBits(SearchPass):
     """Quantize weights, each with the bits and groups that together lose least under a budget.
 
@@ -61,8 +86,9 @@ class AllocateBits(SearchPass):
 
     1. Weights that read one value (queries, keys and values) get one choice, since they are written as one.
     2. A trial exchanges weights within one session, on the first `samples` of the data; no model is written for it.
-    3. Errors are those of rounding to nearest, from some rows of a weight, whatever rounding follows: GPTQ lowers them
-       all, and their order stays.
+    3. Errors are those of rounding to nearest, from some rows of a weight. Where the rounding that follows looks at
+       data, what it leaves of them counts: tr(E H Eᵀ) of both on 64 rows of the weight, H being the second moments of
+       its inputs. Tables are rounded to nearest, and their errors count whole.
     4. What a trial gave is kept in the cache of calibration as soon as it is made. It doesn't hang on the budget or the
        candidates, so that another budget, or a run that was interrupted, takes up what is there.
     5. A budget of latency counts the time of the products of one token, on the machine at hand: Σ_l t_l(c_l) in place
@@ -169,6 +195,10 @@ class AllocateBits(SearchPass):
     def _setting(self, options: Mapping[str, Any]) -> Setting:
         return Setting().with_options({"symmetric": self.symmetric, **options})
 
+    def _rounding_of(self, options: Mapping[str, Any]) -> Setting:
+        """The setting with the rounding that `quantize-weights` will use."""
+        return self._setting({"rounding": self.rounding, **options})
+
     def _quantizer(self, sites: Mapping[str, Mapping[str, Any]]) -> QuantizeWeights:
         return QuantizeWeights(
             symmetric=self.symmetric,
@@ -183,30 +213,40 @@ class AllocateBits(SearchPass):
         assert self.calibration is not None
         measured = [self._measured(sites) for sites in groups]
         self._check_bytes(measured, groups)
+        gains = self._gains(model, groups)
         tried = self.calibration.counted("sensitivity", self._sensitivities(model, groups), len(groups))
         return [
-            Item(
-                sites[0].weight.name or "weight",
-                tuple(Choice(name, size, per_error * squared) for name, size, squared in choices),
-            )
+            Item(sites[0].weight.name or "weight", tuple(one.choice(per_error, gains) for one in choices))
             for sites, choices, per_error in zip(groups, measured, tried, strict=True)
         ]
 
-    def _measured(self, sites: list[LinearSite]) -> list[tuple[str, float, float]]:
-        """The name, the bytes and the squared error of each choice for some sites."""
+    def _measured(self, sites: list[LinearSite]) -> list[_Measured]:
+        """What each choice for some sites takes, and its errors."""
         read = {site.weight.name or "": weight_rows(site) for site in sites}
         found = []
         for name, options in self._candidates_for(sites):
-            setting = self._setting(options)
-            sums = [_measured(rows, setting) for rows in read.values()]
-            found.append((name, math.fsum(size for size, _ in sums), math.fsum(squared for _, squared in sums)))
+            setting = self._rounding_of(options)
+            each = {weight: _measured(rows, setting) for weight, rows in read.items()}
+            size = math.fsum(taken for taken, _ in each.values())
+            squared = {weight: lost for weight, (_, lost) in each.items()}
+            found.append(_Measured(name, size, squared, setting.calibrated))
         return found
 
-    def _check_bytes(self, measured: list[list[tuple[str, float, float]]], groups: list[list[LinearSite]]) -> None:
+    def _gains(self, model: ir.Model, groups: list[list[LinearSite]]) -> dict[str, float]:
+        """What the rounding leaves of the errors of rounding to nearest, by weight."""
+        probe = self._rounding_of(PROBE)
+        sites = [site for group in groups for site in group if not any(one.role in TABLES for one in group)]
+        if not probe.calibrated or not sites:
+            return {}
+        assert self.calibration is not None
+        weights = TokensOf(model, attention_sites(model, infer(model)), self.tokens, self._quantizer({}).token_roles)
+        return rounding_gains(model, sites, probe, self.calibration, weights)
+
+    def _check_bytes(self, measured: list[list[_Measured]], groups: list[list[LinearSite]]) -> None:
         """Refuse a budget of bytes that can't be kept, before the trials, which take minutes."""
         count = _count(groups)
         most = self._budget.most_bytes(count) if self._budget.sized else math.inf
-        fewest = math.fsum(min(size for _, size, _ in choices) for choices in measured)
+        fewest = math.fsum(min(one.size for one in choices) for choices in measured)
         if fewest > most * (1 + 1e-9):  # sums of floats
             raise UsageError(
                 f"The budget {self.budget!r} can't be kept: the smallest candidates take {fewest / 1e6:.4g} MB, "
