@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="decoder: text to judge with; default: graphopt's evaluation text")
     parser.add_argument("--calibration", type=Path, help="decoder: text to calibrate with; default: graphopt's")
     parser.add_argument("--windows", type=int, default=16, help="decoder: windows of 512 tokens that judge")
-    parser.add_argument("--samples", type=int, default=32, help="decoder: windows of 512 tokens to calibrate with")
+    parser.add_argument("--samples", type=int, default=16, help="decoder: windows of 512 tokens to calibrate with")
     parser.add_argument(
         "--rounds", type=int, default=7, help="rounds of each of two sittings; 0: no timing of decoders"
     )

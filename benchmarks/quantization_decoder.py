@@ -32,7 +32,7 @@ from quantization_variants import (
 )
 
 from graphopt.calibration.text import tokenize
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, UsageError
 from graphopt.graph.load import load
 from graphopt.graph.save import save
 from graphopt.models.off_grid import off_grid
@@ -90,14 +90,25 @@ class Row:
 
 
 class Kept:
-    """Rows by name and the float model's speeds, in a file, so that `--resume` goes on where a run ended."""
+    """Rows by name and the float model's speeds, in a file, so that `--resume` goes on where a run ended.
 
-    def __init__(self, file: Path, resume: bool) -> None:
-        self.file = file
+    Args:
+        file: The file.
+        resume: Take what is there.
+        given: What all rows hang on.
+
+    Raises:
+        UsageError: What is there was measured with something else.
+    """
+
+    def __init__(self, file: Path, resume: bool, given: dict[str, Any]) -> None:
+        self.file, self.given = file, given
         self.rows: dict[str, Row] = {}
         self.rates: dict[str, float] = {}
         if resume and file.exists():
             data = json.loads(file.read_text())
+            if data["given"] != given:
+                raise UsageError(f"{file} was measured with {data['given']}, not with {given}; leave --resume out.")
             self.rates = data["rates"]
             self.rows = {name: Row(**row) for name, row in data["rows"].items()}
 
@@ -105,7 +116,7 @@ class Kept:
         """Write them."""
         rows = {name: dataclasses.asdict(row) for name, row in self.rows.items()}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(json.dumps({"rates": self.rates, "rows": rows}, indent=1))
+        self.file.write_text(json.dumps({"given": self.given, "rates": self.rates, "rows": rows}, indent=1))
 
 
 @dataclasses.dataclass
@@ -120,8 +131,10 @@ class Inputs:
 
 def measure(options: argparse.Namespace) -> tuple[list[str], str | None]:
     """Measure what is missing; returns the lines of the tables, and the plot."""
-    kept = Kept(options.work / "decoder.json", options.resume)
     given = prepare(options)
+    texts = hashlib.sha256(given.evaluation.tobytes() + np.load(given.calibration).tobytes()).hexdigest()[:16]
+    hang_on = {"windows": options.windows, "samples": options.samples, "texts": texts}
+    kept = Kept(options.work / "decoder.json", options.resume, hang_on)
     wanted = [Variant(FLOAT, "float"), *variants(options.only)]
     wanted += [v for v in PEERS if not options.only or v.method in options.only or v.name in options.only]
     files: dict[str, Path] = {}
@@ -254,6 +267,7 @@ def time_all(
     for group in groups:
         if group:
             time_group(group, files, kept, ids, options)
+            kept.rates.setdefault("limit", read_bandwidth(options.threads))
             kept.write()
 
 
@@ -346,7 +360,7 @@ def tables(rows: dict[str, Row], rates: dict[str, float], options: argparse.Name
         + (f", {rates['prefill']:.0f} tokens/s read and {rates['decode']:.1f} written" if "decode" in rates else "")
         + f", {options.threads} threads. Calibration: {options.samples} windows of another text."
     ]
-    limit = read_bandwidth(options.threads) if "decode" in rates else math.nan
+    limit = rates.get("limit", math.nan)
     for section in (*map(str, SETTINGS), ACTIVATIONS):
         inside = {n: r for n, r in rows.items() if r.section == section and r.kind != "float" and not r.missing}
         if not inside:

@@ -77,14 +77,16 @@ def test_a_line() -> None:
 
 
 def test_rows_are_kept(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "a" / "rows.json", resume=False)
+    kept = Kept(tmp_path / "a" / "rows.json", False, {"windows": 16})
     kept.rows["x"] = Row("peer", "s", 3, 1.0, 2.0, 0.5, (1.0, 0.1), None, missing="no")
     kept.rates["decode"] = 5.0
     kept.write()
-    again = Kept(kept.file, resume=True)
+    again = Kept(kept.file, True, {"windows": 16})
     assert again.rates == kept.rates
     assert vars(again.rows["x"]) == {**vars(kept.rows["x"]), "prefill": [1.0, 0.1]}
-    assert not Kept(kept.file, resume=False).rows
+    assert not Kept(kept.file, False, {"windows": 4}).rows
+    with pytest.raises(UsageError, match="was measured with .*16.*, not with .*4"):
+        Kept(kept.file, True, {"windows": 4})
 
 
 def test_page(tmp_path: Path) -> None:
