@@ -85,7 +85,7 @@ def test_rows_are_kept(tmp_path: Path) -> None:
     assert again.rates == kept.rates
     assert vars(again.rows["x"]) == {**vars(kept.rows["x"]), "prefill": [1.0, 0.1]}
     assert not Kept(kept.file, False, {"windows": 4}).rows
-    with pytest.raises(UsageError, match="was measured with .*16.*, not with .*4"):
+    with pytest.raises(UsageError, match=r"was measured with .*16.*, not with .*4"):
         Kept(kept.file, True, {"windows": 4})
 
 
