@@ -73,7 +73,7 @@ class LowRankKV(CodedKV):
 
     **When not to use it:** for batches of prompts of different lengths, where keys are rotated: a row's positions have
     to be its places in the cache. Where time counts, not memory: rebuilding takes r · d products for each token of the
-    past at each step. Where quantize-kv will do, which costs less for the same bytes: see docs/kv.md.
+    past at each step. Where quantize-kv will do, which costs less for the same bytes (docs/kv.md has both).
     """
 
     name: ClassVar[str] = "low-rank-kv"
