@@ -334,6 +334,11 @@ def _lost(node: ir.Node, found: Region, seen: dict[ir.Value, ValueRange]) -> str
     """Why a node between layers loses too much on codes."""
     if (why := _out_of_range(node, found, seen)) is not None:
         return why
+    if len(data_inputs(node)) > 1:
+        for value in data_inputs(node):
+            held = seen[found.root(value)]
+            if held.low == held.high == 0 and not value.is_initializer():
+                return f"of {value.name!r} only 0 was seen, which says nothing of its range"
     least = _LEAST_LEVELS.get(node.op_type)
     if least is None:
         return None

@@ -268,6 +268,20 @@ def test_masks_are_refused(hidden: float) -> None:
     assert error(before, after, data[0]) < 0.05
 
 
+def test_a_mask_that_hid_nothing_in_the_data_is_refused() -> None:
+    """A scale by which only 0 was seen would take a mask's constant for 0."""
+    before = parse_weighted(MASKED % ("m = Add(c, mask)\n  z = Relu(m)", "z"))
+    data = images(1, 8, 6, 6)
+    for one in data:
+        one["mask"] = np.zeros((1, 1, 6, 6), np.float32)
+    after, rule = written(before, data)
+    assert [s.detail for s in rule.sites if s.op_type == "Add"] == [
+        "of 'mask' only 0 was seen, which says nothing of its range"
+    ]
+    hiding = np.where(np.arange(36).reshape(1, 1, 6, 6) % 5 == 0, -1e4, 0).astype(np.float32)
+    assert error(before, after, {**data[0], "mask": hiding}) < 0.05
+
+
 def test_a_concat_of_scores_and_coordinates_is_refused() -> None:
     between = f"""k = Constant <value_float = 0.01> ()
       d = Conv {CONV} (x, w1)
