@@ -32,7 +32,7 @@ import yaml
 from graphopt.errors import UsageError
 from graphopt.graph.assumptions import NOTHING, Assumptions
 from graphopt.passes import registry
-from graphopt.passes.base import Pass
+from graphopt.passes.base import Guarantee, Pass
 
 DEFAULT = "exact"
 
@@ -69,9 +69,18 @@ class Recipe:
         """Make the passes, leaving out those that are for other targets than `target` (None: all).
 
         Raises:
-            UsageError: An unknown pass or option.
+            UsageError: An unknown pass or option; or a lossy pass is for other targets, without which the recipe would
+                do something else than what it is for.
         """
-        made = [registry.make(step.name, step.options) for step in self.steps]
+        made = [registry.make(step.name, {**_of_target(step.name, target), **step.options}) for step in self.steps]
+        for pass_ in made:
+            if not isinstance(pass_, Pass) or pass_.guarantee is not Guarantee.LOSSY:
+                continue
+            if target is not None and pass_.targets and target not in pass_.targets:
+                raise UsageError(
+                    f"The pass {pass_.name!r} of the recipe {self.name} is for the target {', '.join(pass_.targets)}, "
+                    f"not for {target}; choose another target, or a recipe that quantizes weights alone, such as rtn."
+                )
         return [
             p for p in made if target is None or not getattr(p, "targets", ()) or target in getattr(p, "targets", ())
         ]
@@ -129,6 +138,11 @@ def shipped() -> dict[str, str]:
         for f in sorted(folder.iterdir(), key=lambda f: f.name)
         if f.name.endswith(".yaml")
     }
+
+
+def _of_target(name: str, target: str | None) -> Mapping[str, Any]:
+    """Options of a pass that a target asks for."""
+    return getattr(registry.find(name), "portable", {}) if target == "portable" else {}
 
 
 def load(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe | None = None) -> Recipe:

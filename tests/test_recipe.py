@@ -9,6 +9,7 @@ import pytest
 
 from graphopt.errors import UsageError
 from graphopt.passes import registry
+from graphopt.passes.quantize.quantize_weights import QuantizeWeights
 from graphopt.recipe import Step, load, shipped
 
 
@@ -121,6 +122,23 @@ def test_bits_behind_the_name() -> None:
     for name in ("exact4", "awq9", "decode4", "auto4"):  # no such bits, or none at all
         with pytest.raises(UsageError, match=f"There is no recipe '{name}'"):
             load(name)
+
+
+def test_what_a_recipe_is_for_must_be_for_the_target() -> None:
+    for name, pass_ in (
+        ("int8-dynamic", "quantize-dynamic"),
+        ("int8-static", "quantize-static"),
+        ("auto", "allocate-bits"),
+    ):
+        assert load(name).passes("cpu")
+        with pytest.raises(
+            UsageError, match=f"The pass '{pass_}' of the recipe {name} is for the target cpu.*portable"
+        ):
+            load(name).passes("portable")
+    (quantizer,) = [p for p in load("rtn").passes("portable") if isinstance(p, QuantizeWeights)]
+    assert quantizer.operator == "standard"
+    given = load("rtn").with_options(["quantize-weights.operator=contrib"]).passes("portable")
+    assert [p.operator for p in given if isinstance(p, QuantizeWeights)] == ["contrib"]
 
 
 def test_options_of_a_recipe() -> None:

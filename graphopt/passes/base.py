@@ -61,7 +61,9 @@ class Pass(ir.passes.InPlacePass):
         paper: Title of the source, or an empty string.
         needs: What the pass reads of calibration data, such as "second-moment"; where it isn't empty the pass runs only
             with data, as `self.calibration`. An instance may set it by its options.
-        targets: The targets that the pass is for; empty: all. Elsewhere a recipe goes on without it.
+        targets: The targets that the pass is for; empty: all. Elsewhere a recipe goes on without it, or is refused if it
+            is lossy.
+        portable: Options that a recipe gives it for the target "portable", where the recipe doesn't say otherwise.
     """
 
     name: ClassVar[str]
@@ -71,6 +73,7 @@ class Pass(ir.passes.InPlacePass):
     paper: ClassVar[str] = ""
     needs: tuple[str, ...] = ()
     targets: ClassVar[tuple[str, ...]] = ()
+    portable: ClassVar[Mapping[str, Any]] = {}
 
     calibration: Calibration | None = None
     """Set by the pass manager on passes that name `needs`: data, and what runs a model on it piece by piece."""

@@ -121,6 +121,7 @@ class AllocateBits(SearchPass):
     name: ClassVar[str] = "allocate-bits"
     family: ClassVar[str] = "quantize"
     guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
+    targets: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     paper: ClassVar[str] = "Pushing the Limits of Large Language Model Quantization via the Linearity Theorem"
     needs = ("second-moment",)
 
@@ -290,7 +291,11 @@ class AllocateBits(SearchPass):
         budget = self._budget
         if budget.divergence is not None:
             steps = frontier(items)
-            return next((one for one in steps if one.loss <= budget.divergence), steps[-1])
+            if (best := steps[-1].loss) > budget.divergence:
+                raise UsageError(
+                    f"The budget {self.budget!r} can't be kept: the largest candidates are expected to lose {best:.3g}."
+                )
+            return next(one for one in steps if one.loss <= budget.divergence)
         most_bytes = budget.most_bytes(_count(groups)) if budget.sized else None
         if not budget.timed:
             assert most_bytes is not None

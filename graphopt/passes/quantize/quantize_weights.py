@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -114,6 +115,7 @@ class QuantizeWeights(Pass):
     name: ClassVar[str] = "quantize-weights"
     family: ClassVar[str] = "quantize"
     guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
+    portable: ClassVar[Mapping[str, Any]] = {"operator": "standard"}
 
     def __init__(
         self,

@@ -79,6 +79,8 @@ class Setting:
             raise ValueError(
                 "the grid higgs has one code for several weights: rounding is nearest or gptq, without more"
             )
+        if self.groups == "axis" and (self.rounding != "nearest" or self.outliers):
+            raise ValueError("groups by axis are rounded to nearest, without outliers")
         if self.scale_group < 0 or self.scale_group % 8:
             raise ValueError(f"scale_group must be a multiple of 8, or 0, not {self.scale_group}")
         if self.scale_group and self.grid != HIGGS:

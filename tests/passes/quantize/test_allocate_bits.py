@@ -97,6 +97,11 @@ def test_the_budget_holds(budget: float | str) -> None:
     assert stored <= allowed
 
 
+def test_a_divergence_that_no_candidate_keeps_is_told() -> None:
+    with pytest.raises(UsageError, match=r"'kl=0.000000001' can't be kept: the largest candidates are expected to lose"):
+        run_pass(candidates=CANDIDATES, budget="kl=0.000000001")
+
+
 @pytest.mark.parametrize("budget", [2.2, "1kB", "1kB, latency=0.9"])
 def test_a_budget_that_cannot_be_kept_is_told_before_the_trials(
     budget: float | str, monkeypatch: pytest.MonkeyPatch

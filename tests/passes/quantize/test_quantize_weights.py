@@ -246,7 +246,8 @@ def test_excluded_roles() -> None:
 @pytest.mark.parametrize(
     "options", [{"bits": 9}, {"bits": 1}, {"group_size": 12}, {"operator": "best"}, {"level": 2}, {"head_bits": 1},
                 {"floats": True}, {"scale_group": 64}, {"grid": "higgs", "scale_group": 4},
-                {"grid": "higgs", "rounding": "comq"}, {"roles": {"v": {"bits": 9}}}],
+                {"grid": "higgs", "rounding": "comq"}, {"groups": "axis", "rounding": "gptq"},
+                {"groups": "axis", "outliers": 0.01}, {"roles": {"v": {"bits": 9}}}],
 )  # fmt: skip
 def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"\w"):
