@@ -61,8 +61,8 @@ class Pass(ir.passes.InPlacePass):
         paper: Title of the source, or an empty string.
         needs: What the pass reads of calibration data, such as "second-moment"; where it isn't empty the pass runs only
             with data, as `self.calibration`. An instance may set it by its options.
-        targets: The targets that the pass is for; empty: all. Elsewhere a recipe goes on without it, or is refused if it
-            is lossy.
+        targets: The targets that the pass is for; empty: all. Elsewhere a recipe goes on without it, or is refused if
+            it is lossy.
         portable: Options that a recipe gives it for the target "portable", where the recipe doesn't say otherwise.
     """
 

@@ -86,9 +86,9 @@ class QuantizeWeights(Pass):
     (default "int"): the numbers of the grid by name; `symmetric` (default true): the middle of the integers is 0; else
     zero points are stored too; `floats` (default false): s · c + m with a float m in place of zero points; `search`
     (default true): ranges of least squared error, else the whole one; `groups` (default "fixed"): of `group_size`;
-    "range": FineQuant's choice for each matrix; "axis": AdaDim's, along inputs or along outputs; `rounding` (default
-    "nearest"): "nearest", "gptq", "comq" or "gptq+comq"; `order` (default "groups"): in which GPTQ visits the
-    inputs; `damping` (default 0.01): of the Hessian's mean diagonal; `weighed` (default false): errors count by the
+    "range": FineQuant's choice for each matrix; "axis": AdaDim's, along inputs, or along outputs where an operator has
+    them; `rounding` (default "nearest"): "nearest", "gptq", "comq" or "gptq+comq"; `order` (default "groups"):
+    in which GPTQ visits the inputs; `damping` (default 0.01): of the Hessian's mean diagonal; `weighed` (default false): errors count by the
     squares of their inputs where ranges are searched; `outliers` (default 0): share of the weights that keep their
     precision; `compensation` (default "none"): a branch of low rank that takes some of the error: "lorc", or "eora",
     which looks at data; `rank` (default 32): its rank; `scale_group` (default 0): inputs that share a searched scale
@@ -296,12 +296,12 @@ class QuantizeWeights(Pass):
         rounded = [self._round(site, group.setting) if one is None else one for site, one in pairs]
         joined = stacked([one.weight for one in rounded])
         if joined is not None:
-            return self._write_product(sites, joined, rounded, edit)
-        done = [self._write_product([s], one.weight, [one], edit) for s, one in zip(sites, rounded, strict=True)]
-        return any(done)
+            return self._write_product(sites, joined, rounded, group.setting, edit)
+        each = zip(sites, rounded, strict=True)
+        return any([self._write_product([site], one.weight, [one], group.setting, edit) for site, one in each])
 
     def _write_product(
-        self, sites: list[LinearSite], weight: QuantizedWeight, rounded: list[Rounded], edit: Editor
+        self, sites: list[LinearSite], weight: QuantizedWeight, rounded: list[Rounded], setting: Setting, edit: Editor
     ) -> bool:
         first = sites[0]
         edit.at(first.node)
@@ -316,6 +316,10 @@ class QuantizeWeights(Pass):
             y = self._packer.product(x, weight, first.weight.name or "weight", inputs)
         except Unpackable as error:
             edit.discard(mark)
+            if weight.transposed and not setting.calibrated:
+                # No operator has these groups along the outputs; along the inputs they lose more, and floats take more.
+                again = Group(sites, setting.with_options({"groups": "fixed"}))
+                return self._write(again, [None] * len(sites), edit)
             for site in sites:
                 site.weight.const_value = self._floats.get(site.weight, site.weight.const_value)
                 self.left(site.node, str(error))

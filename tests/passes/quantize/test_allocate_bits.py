@@ -98,7 +98,9 @@ def test_the_budget_holds(budget: float | str) -> None:
 
 
 def test_a_divergence_that_no_candidate_keeps_is_told() -> None:
-    with pytest.raises(UsageError, match=r"'kl=0.000000001' can't be kept: the largest candidates are expected to lose"):
+    with pytest.raises(
+        UsageError, match=r"'kl=0.000000001' can't be kept: the largest candidates are expected to lose"
+    ):
         run_pass(candidates=CANDIDATES, budget="kl=0.000000001")
 
 

@@ -236,6 +236,24 @@ def test_what_stays_says_why(body: str, why: str) -> None:
     assert why in pass_.sites[-1].detail
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_groups_along_the_outputs_that_no_operator_has_go_along_the_inputs(bits: int) -> None:
+    """Of 48 outputs, which aren't made of groups of 32, or in 3 bits: not left in floats."""
+    model = parse_weighted(ONE)
+    value = model.graph.initializers["w"]
+    sizes = np.exp(np.random.default_rng(1).standard_normal((64, 1))).astype(np.float32)
+    w = (weight_of(model, "w") * sizes).astype(np.float32)
+    value.const_value = ir.tensor(w, name="w")
+    pass_ = QuantizeWeights(bits=bits, groups="axis", group_size=32)
+    assert pass_.setting.round(np.ascontiguousarray(w.T)).weight.transposed
+    assert pass_.call(model).modified
+    assert [site.outcome for site in pass_.sites] == ["applied"]
+    near = pass_.setting.with_options({"groups": "fixed"}).round(np.ascontiguousarray(w.T)).dequantized()
+    x = np.random.default_rng(3).standard_normal((3, 64)).astype(np.float32)
+    want = np.abs(x @ near.T)
+    assert np.abs(run(model, x=x) - want).max() <= 2e-2 * want.max()
+
+
 def test_excluded_roles() -> None:
     model, pass_ = parse_weighted(GATED), QuantizeWeights(exclude=["down"])
     assert pass_.call(model).modified
