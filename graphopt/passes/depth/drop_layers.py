@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, get_args
@@ -204,6 +205,7 @@ class DropLayers(SearchPass):
         groups = self._groups(model, found, facts)
         free = groups[self.keep : len(groups) - self.keep]
         count = self.count if self.count is not None else math.floor((self.fraction or 0) * len(groups) + 0.5)
+        self._spare_a_cache(found, free, count)
         if count > len(free):
             raise UsageError(
                 f"drop-layers: {count} can't go, since there are {len(free)} of granularity {self.granularity!r} that "
@@ -216,6 +218,17 @@ class DropLayers(SearchPass):
         for unit, reason in obstacles(model, found, units, facts).items():
             raise UsageError(f"drop-layers: {unit.name} can't be removed with the others: {reason}.")
         return units
+
+    def _spare_a_cache(self, found: DepthUnits, free: list[Group], count: int) -> None:
+        """Leave the last attention with a cache out of what may go, where all of them could."""
+        own = set() if found.interface is None else {pair.past for pair in found.interface.pairs}
+        cached = [group for group in free if any(pair.past in own for unit in group for pair in unit.caches)]
+        if own != {pair.past for group in cached for unit in group for pair in unit.caches} & own or not cached:
+            return
+        if count >= len(cached) or self.search == "knapsack":
+            free.remove(cached[-1])
+            last = next(unit for unit in cached[-1] if unit.caches)
+            self.left(last.branch.add, f"{last.name} isn't removed: its cache tells how many tokens came before")
 
     def _groups(self, model: ir.Model, found: DepthUnits, facts: ShapeFacts) -> list[Group]:
         """What may be removed, in order."""
@@ -251,10 +264,12 @@ class DropLayers(SearchPass):
 
     def _run(self, model: ir.Model, groups: list[Group], count: int) -> list[Group]:
         """The run of layers that turns the stream least."""
-        starts = range(len(groups) - count + 1)
+        starts = [i for i in range(len(groups) - count + 1) if _neighbours(groups[i : i + count])]
+        if not starts:
+            raise UsageError(f"drop-layers: there is no run of {count} neighbours that may be removed.")
         measured = self._closeness(model, [Span(groups[i][0], groups[i + count - 1][-1]) for i in starts])
         self.scores = {_label(groups[i]): c.angle for i, c in zip(starts, measured, strict=True)}
-        best = min(starts, key=lambda i: (measured[i].angle, i))
+        best = starts[min(range(len(starts)), key=lambda place: measured[place].angle)]
         return groups[best : best + count]
 
     def _closeness(self, model: ir.Model, spans: Sequence[Span]) -> list[Closeness]:
@@ -347,6 +362,12 @@ class _LossSearch:
         ]
         found = allocate(items, sum(costs) - gone)
         return tuple(i for i, choice in enumerate(found.chosen) if choice.name == "drop")
+
+
+def _neighbours(groups: Sequence[Group]) -> bool:
+    """Whether they stand one behind the other on one stream."""
+    units = [unit for group in groups for unit in group]
+    return all(a.stream == b.stream and b.layer - a.layer <= 1 for a, b in itertools.pairwise(units))
 
 
 def _label(group: Group) -> str:

@@ -87,18 +87,18 @@ class QuantizeWeights(Pass):
     zero points are stored too; `floats` (default false): s · c + m with a float m in place of zero points; `search`
     (default true): ranges of least squared error, else the whole one; `groups` (default "fixed"): of `group_size`;
     "range": FineQuant's choice for each matrix; "axis": AdaDim's, along inputs, or along outputs where an operator has
-    them; `rounding` (default "nearest"): "nearest", "gptq", "comq" or "gptq+comq"; `order` (default "groups"):
-    in which GPTQ visits the inputs; `damping` (default 0.01): of the Hessian's mean diagonal; `weighed` (default false): errors count by the
-    squares of their inputs where ranges are searched; `outliers` (default 0): share of the weights that keep their
-    precision; `compensation` (default "none"): a branch of low rank that takes some of the error: "lorc", or "eora",
-    which looks at data; `rank` (default 32): its rank; `scale_group` (default 0): inputs that share a searched scale
-    with `grid: higgs`, 0: the root of the mean square of those that are rotated together; `tokens` (default "all"):
-    "all" alike, "linear" or "received": rule 5; `token_roles` (default k, v, kv, qkv; or all); `sequential` (default
-    true): rule 4; `head_bits` (default 8): of the embedding and the head, 0: as they are; `operator` (default
-    "contrib"): rule 1; `level` (default "auto"): `accuracy_level` of `MatMulNBits`: 4: activations are rounded to
-    8 bits in the weight's blocks, 0: they stay, "auto": rule 6; `exclude` (default none): roles that are left alone,
-    such as `down` (see `graphopt inspect`); `roles` (default none): options of the weights of a role, as
-    {v: {bits: 4}}; `sites` (default none): of single weights, by name.
+    them; `rounding` (default "nearest"): "nearest", "gptq", "comq" or "gptq+comq"; `order` (default "groups"): in which
+    GPTQ visits the inputs; `damping` (default 0.01): of the Hessian's mean diagonal; `weighed` (default false): errors
+    count by the squares of their inputs where ranges are searched; `outliers` (default 0): share of the weights that
+    keep their precision; `compensation` (default "none"): a branch of low rank that takes some of the error: "lorc", or
+    "eora", which looks at data; `rank` (default 32): its rank; `scale_group` (default 0): inputs that share a searched
+    scale with `grid: higgs`, 0: the root of the mean square of those that are rotated together; `tokens` (default
+    "all"): "all" alike, "linear" or "received": rule 5; `token_roles` (default k, v, kv, qkv; or all); `sequential`
+    (default true): rule 4; `head_bits` (default 8): of the embedding and the head, 0: as they are; `operator` (default
+    "contrib"): rule 1; `level` (default "auto"): `accuracy_level` of `MatMulNBits`: 4: activations are rounded to 8
+    bits in the weight's blocks, 0: they stay, "auto": rule 6; `exclude` (default none): roles that are left alone, such
+    as `down` (see `graphopt inspect`); `roles` (default none): options of the weights of a role, as {v: {bits: 4}};
+    `sites` (default none): of single weights, by name.
 
     **Needs:** float32 or float16; opset 18 for graphopt's operators, 21 for `standard`; canonical operators (the
     recipe's passes before it); data for all roundings but nearest. **Guarantees:** LOSSY.

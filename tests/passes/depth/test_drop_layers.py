@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from calibration.small_models import parse
 from tiny_decoders import decoder
 from zeroed import outputs, units_of
 
@@ -81,6 +82,48 @@ def test_a_run_of_layers_goes_by_its_angle() -> None:
     model = stream([1, 0.3, 0.3, 1, 0.05, 1])
     step = run(model, count=2, score="angular", granularity="block")
     assert step.branches == ["mlp.1", "mlp.2"]
+
+
+def test_a_run_lies_on_one_stream() -> None:
+    """Two streams of other widths, two layers each."""
+    rng, weights = np.random.default_rng(0), {}
+    lines = ["x0 = Identity(x)"]
+    for i, width in enumerate((8, 8, 12, 12)):
+        if i == 2:
+            weights["wider"] = rng.normal(size=(8, 12)).astype(np.float32)
+            lines.append("z2 = MatMul(x2, wider)")
+        inner, (before, after) = 2 * width, (f"{'x' if width == 8 else 'z'}{n}" for n in (i, i + 1))
+        weights[f"a{i}"] = (rng.normal(size=(width, inner)) / width**0.5).astype(np.float32)
+        weights[f"b{i}"] = (rng.normal(size=(inner, width)) * (0.1 + 0.1 * (i == 1))).astype(np.float32)
+        lines += [f"u{i} = MatMul({before}, a{i})", f"t{i} = Tanh(u{i})", f"d{i} = MatMul(t{i}, b{i})"]
+        lines.append(f"{after} = Add({before}, d{i})")
+    text = "\n".join([*lines, "y = Identity(z4)"])
+    model = parse(f"g (float[b, t, 8] x) => (float[b, t, 12] y) {{\n{text}\n}}", weights)
+    units = {unit.name: unit.stream for unit in units_of(model).units}
+    assert len(units) == 4
+    assert len(set(units.values())) == 2
+    step = run(model.clone(), count=2, score="angular", granularity="block")
+    assert len({units[name] for name in step.branches}) == 1
+    with pytest.raises(UsageError, match="there is no run of 3 neighbours"):
+        run(model, count=3, score="angular", granularity="block")
+
+
+def test_a_search_spares_the_last_cache() -> None:
+    ids = np.array([[4, 9, 2, 30, 11, 7]])
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    for i in range(3):
+        feeds |= {f"past_key_values.{i}.{part}": np.zeros((1, 2, 0, 16), np.float32) for part in ("key", "value")}
+    given = Calibration(BatchedDataset(feeds, batch=1), threads=1)
+    most = DropLayers(granularity="attention", samples=1, search="knapsack", fraction=0.8)
+    most.calibration = given
+    most(ir.from_proto(decoder("concat", layers=3)))
+    assert "attention.2" not in most.branches
+    for options in ({"score": "last"}, {"search": "greedy"}, {}):
+        step = DropLayers(granularity="attention", samples=1, count=3, **options)
+        step.calibration = given
+        with pytest.raises(UsageError, match="3 can't go, since there are 2"):
+            step(ir.from_proto(decoder("concat", layers=3)))
+        assert step.sites[-1].detail == "attention.2 isn't removed: its cache tells how many tokens came before"
 
 
 def test_one_shot_takes_the_lowest_losses() -> None:
