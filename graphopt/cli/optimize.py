@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,8 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
 @click.option("--shard-size", metavar="SIZE", help="Split external data into files of at most this size, e.g. 2GB.")
 @click.option("--report", "report_path", type=OUTPUT, metavar="FILE.html", help="Write a self-contained HTML report.")
 @click.option("--bench", is_flag=True, help="Time the result against the original.")
+@click.option("--steps", is_flag=True,
+              help="Also make the model behind each lossy pass, and tell its size, quality and speed.")  # fmt: skip
 @click.option("--rename-kv-cache", "rename_kv", is_flag=True,
               help="Name a decoder's inputs and outputs by convention: past_key_values.0.key, ...")  # fmt: skip
 @quality_options
@@ -103,6 +107,7 @@ def command(
     shard_size: str | None,
     report_path: Path | None,
     bench: bool,
+    steps: bool,
     rename_kv: bool,
     force: bool,
     as_json: bool,
@@ -121,6 +126,8 @@ def command(
         raise UsageError("Give either --in-place or an output, not both.")
     if in_place and bench:
         raise UsageError("--bench needs the original, which --in-place replaces; give an output, then compare.")
+    if in_place and steps:
+        raise UsageError("--steps compares with the original, which --in-place replaces; give an output.")
     if bench and rename_kv:
         raise UsageError("--bench feeds both models by name; after --rename-kv-cache use graphopt bench --generate.")
     if shard_size is not None and external_data is False:
@@ -148,6 +155,7 @@ def command(
     if needless and calibration is None and judging["quality"] is None:
         raise UsageError(f"{needless[0]} is for the data of --calibration or --quality; give one of them.")
     failure: GraphoptError | None = None
+    timing: dict[str, Any] | None = None
     with progress(as_json) as bar:
         data_set = None
         if calibration is not None:
@@ -200,14 +208,35 @@ def command(
             from graphopt.export.packaging import carry
 
             carry(model, destination)  # An exported folder stays one that other runtimes can load.
-        if failure is None and bench and not in_place:
-            from graphopt.verification.workload import benchmark_models
+        with contextlib.ExitStack() as kept:
+            names, files = ["", ""], [model, destination]
+            if failure is None and steps:
+                from graphopt.cli.steps import partial_recipes, told
 
-            bar("timing", 0, 1)
-            try:
-                result.report.timing = benchmark_models([model, destination], inputs=inputs, seed=seed).to_dict()
-            except GraphoptError as error:
-                failure = error  # The model is written, and what was done to it is told.
+                parts = partial_recipes(result.report.recipe, result.report.run)
+                folder = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix=".steps-", dir=destination.parent)))
+                for number, (_, part) in enumerate(parts[:-1], 1):
+                    needs = any(getattr(one, "needs", ()) for one in part.passes(target))
+                    made = optimize(
+                        model, part, target, verify="none", calibration=data_set if needs else None, jobs=jobs,
+                        profile=chosen_profile(profile, target), assume=assume, rename_kv=rename_kv, seed=seed,
+                        progress=bar,
+                    )  # fmt: skip
+                    files.insert(-1, folder / f"step{number}" / destination.name)
+                    files[-2].parent.mkdir()
+                    made.save(files[-2], external_data=external_data)
+                names = ["", *(name for name, _ in parts)] if parts else names
+            if failure is None and bench and not in_place:
+                from graphopt.verification.workload import benchmark_models
+
+                bar("timing", 0, 1)
+                try:
+                    timing = benchmark_models(files, inputs=inputs, seed=seed).to_dict()
+                    result.report.timing = {**timing, "models": [timing["models"][0], timing["models"][-1]]}
+                except GraphoptError as error:
+                    failure = error  # The model is written, and what was done to it is told.
+            if failure is None and steps and len(names) > 1 and names[-1]:
+                result.report.steps = told(names, files, judge, timing, bar)
     given: dict[str, Any] = {
         "--verify": verify,
         "--inputs": inputs,
@@ -223,6 +252,8 @@ def command(
     result.report.arguments += [part for text in options for part in ("--set", text)]
     result.report.arguments += [part for name in assume for part in ("--assume", name)]
     result.report.arguments += [] if judge is None else judge.arguments
+    if steps:
+        result.report.arguments.append("--steps")
     if rename_kv:
         result.report.arguments.append("--rename-kv-cache")
     if external_data is not None:

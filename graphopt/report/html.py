@@ -11,6 +11,7 @@ from graphopt.graph import session_code
 from graphopt.report import measured, summary, units
 from graphopt.report.markup import Cell, bars, code_block, definitions, details, label, name, number, table, text
 from graphopt.report.quality_section import quality_section
+from graphopt.report.step_lines import step_table
 from graphopt.report.summary import Effect
 
 Data = Mapping[str, Any]
@@ -32,6 +33,7 @@ def render_html(report: Data) -> str:
         ("sizes", "Before and after", _sizes(report)),
         ("valid", "Valid only for", _conditions(report)),
         ("quality", "Quality", quality_section(report)),
+        ("steps", "Step by step", _steps(report)),
         ("speed", "Speed", _timing(report.get("timing"))),
         ("verification", "Verification", _verification(report)),
         ("passes", "Passes", _passes(report)),
@@ -117,6 +119,14 @@ def _conditions(report: Data) -> str:
     )
     headers = ["assumption", "holds where", "inputs that show it", "needed by"]
     return top + table("What the result takes for granted", headers, rows, sortable=False) + note
+
+
+def _steps(report: Data) -> str:
+    headers, rows = step_table(report.get("steps"))
+    if not rows:
+        return ""
+    cells = [[label(row[0], code=row[0] != rows[0][0]), *(number(cell) for cell in row[1:])] for row in rows]
+    return table("What each lossy pass gives and costs, without those behind it", headers, cells, sortable=False)
 
 
 def _timing(timing: Data | None) -> str:

@@ -40,6 +40,8 @@ class Report:
         calibration: What the calibration data was, and its fingerprint, to tell it from data that judges the result;
             None: there was none.
         quality: How well the result does its task beside the original, where that was judged.
+        steps: What each lossy pass gives and costs, where that was asked for: the original, the model behind each pass
+            without the lossy ones that follow, and the result; see `graphopt.cli.steps.told`.
     """
 
     source: dict[str, Any]
@@ -60,6 +62,7 @@ class Report:
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
+    steps: list[dict[str, Any]] | None = None
 
     @property
     def ok(self) -> bool:
@@ -103,6 +106,7 @@ class Report:
             "session_settings": [{"setting": s, "value": v, "reason": r} for s, v, r in self.session_settings],
             "timing": self.timing,
             "quality": self.quality,
+            "steps": self.steps,
             "renamed": self.renamed,
             "calibration": self.calibration,
             "arguments": self.arguments,

@@ -10,6 +10,7 @@ from rich.console import Console
 from graphopt.report import measured, summary, units
 from graphopt.report.printer import Printer
 from graphopt.report.quality_lines import HEADERS, missed_floors, quality_notes, quality_rows
+from graphopt.report.step_lines import step_table
 from graphopt.report.structure_lines import structure_lines
 from graphopt.report.summary import Condition, Effect, LeftGroup
 
@@ -44,6 +45,10 @@ def print_report(report: Data, console: Console) -> None:
     if report.get("quality"):
         printer.heading("Quality, size and speed" if report.get("timing") else "Quality and size")
         _print_quality_body(report.get("quality"), report.get("timing"), printer)
+    headers, rows = step_table(report.get("steps"))
+    if rows:
+        printer.heading("Step by step: what each lossy pass gives and costs")
+        printer.table(headers, rows, right=range(1, len(headers)))
     if report.get("timing"):
         printer.heading("Speed")
         _print_timing_body(report["timing"], printer)

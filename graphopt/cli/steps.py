@@ -1,0 +1,105 @@
+"""`--steps`: what each lossy pass of a recipe gives and costs, by the models without those behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from graphopt.errors import ModelError
+from graphopt.passes import registry
+from graphopt.passes.base import Guarantee, Pass
+
+if TYPE_CHECKING:
+    from graphopt.cli.judging import Judge
+    from graphopt.recipe import Recipe
+    from graphopt.run_report import RunReport
+
+FEW, MANY = 1024, 5120
+"""Lengths of a cache, between which its growth a token is told."""
+
+
+def partial_recipes(recipe: Recipe, run: RunReport) -> list[tuple[str, Recipe]]:
+    """For each lossy pass that changed the model its name, and the recipe without the lossy ones behind it.
+
+    Passes get what their searches found as options, so that nothing is searched again.
+
+    Args:
+        recipe: What was run.
+        run: What it did.
+    """
+    records = [r for r in run.records if r.round == 1 and r.guarantee == Guarantee.LOSSY.value]
+    steps, lossy = [], []
+    for step in recipe.steps:
+        cls = registry.find(step.name)
+        if not issubclass(cls, Pass) or cls.guarantee is not Guarantee.LOSSY:
+            steps.append(step)
+            continue
+        place = next((i for i, record in enumerate(records) if record.name == step.name), None)
+        record = None if place is None else records.pop(place)
+        if record is None or record.status != "applied":
+            continue
+        lossy.append(len(steps))
+        found = {name: value for name, value in record.options.items() if name in cls.options()}
+        steps.append(dataclasses.replace(step, options={**step.options, **found}))
+    parts = []
+    for count in range(1, len(lossy) + 1):
+        gone = set(lossy[count:])
+        kept = tuple(step for index, step in enumerate(steps) if index not in gone)
+        parts.append((steps[lossy[count - 1]].name, dataclasses.replace(recipe, steps=kept)))
+    return parts
+
+
+def told(
+    names: Sequence[str],
+    files: Sequence[Path],
+    judge: Judge | None,
+    timing: dict[str, Any] | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> list[dict[str, Any]]:
+    """What the report has of each step: the original first, the result last.
+
+    Args:
+        names: "", and the passes.
+        files: Their models.
+        judge: What judges; None: nothing does.
+        timing: A benchmark of all of them, in order; None: there was none.
+        progress: Called while they are judged.
+    """
+    from graphopt.cli.judging import bytes_on_disk
+
+    qualities = [None] * len(files) if judge is None else [None, *judge.evaluation.judge(files[1:], progress)]
+    models = [None] * len(files) if timing is None else timing["models"]
+    return [
+        {
+            "pass": name,
+            "bytes": bytes_on_disk(file),
+            "cache_bytes": cache_bytes(file),
+            "metrics": None if quality is None else quality.to_dict()["metrics"],
+            "ratio": None if model is None else model["cpu_ratio"]["median"],
+        }
+        for name, file, quality, model in zip(names, files, qualities, models, strict=True)
+    ]
+
+
+def cache_bytes(file: Path) -> float | None:
+    """Bytes by which the cache of a decoder grows a token; None where there is none, or its sizes can't be told."""
+    from graphopt.graph.kv_interface import kv_interface
+    from graphopt.graph.load import load
+    from graphopt.runtime_ops.decoding import empty_shape
+
+    interface = kv_interface(load(file))
+    if interface is None:
+        return None
+    try:
+        few, many = (
+            sum(math.prod(empty_shape(pair, 1, length)) * ir.DataType[pair.dtype].itemsize for pair in interface.pairs)
+            for length in (FEW, MANY)
+        )
+    except ModelError:
+        return None
+    return float(many - few) / (MANY - FEW)
