@@ -41,6 +41,7 @@ Examples:
   graphopt optimize model.onnx --recipe rtn --set bits=8 --set group_size=128
   graphopt optimize decoder.onnx --assume no-left-padding --assume max-length=2048
   graphopt optimize decoder.onnx --recipe kv4 --quality held-out.txt --floor ppl=+2% --floor 'kl<=0.05'
+  graphopt optimize decoder.onnx --recipe depth+kv4+awq4 --calibration text.txt --quality held-out.txt --bench --steps
 
 \b
 Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing to compare on;
