@@ -170,6 +170,7 @@ def command(
                 images=image_values or "unit",
                 seed=seed,
             )
+        earlier = load(model) if in_place else None
         judge = judge_of(model, tokenizer, data_set, image_values, **judging)
         result = optimize(
             model,
@@ -205,10 +206,14 @@ def command(
         except QualityError as error:
             failure = error
         beside = destination.parent / "config.json"
-        if failure is None and (model.parent / "config.json").is_file() and not beside.exists():
-            from graphopt.export.packaging import carry
+        elsewhere = destination.parent.resolve() != model.parent.resolve()
+        if failure is None and (in_place or ((model.parent / "config.json").is_file() and elsewhere)):
+            from graphopt.export.packaging import carry, describe_layers
 
-            carry(model, destination)  # An exported folder stays one that other runtimes can load.
+            if in_place:
+                describe_layers(destination.parent, result.model, since=earlier)
+            elif force or not beside.exists():
+                carry(model, destination)  # An exported folder stays one that other runtimes can load.
         with contextlib.ExitStack() as kept:
             names, files = ["", ""], [model, destination]
             if failure is None and steps:

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from graphopt.errors import ModelError
 from graphopt.export.genai import FILE, update_genai_config
 from graphopt.graph.kept_layers import kept_layers, shortened
@@ -97,11 +99,25 @@ def carry(old: Path, new: Path) -> list[Path]:
     files = copy_companions(old.parent, new.parent)
     described = old.parent / FILE
     made = load(new)
-    if (layers := kept_layers(made, since=load(old))) is not None:
-        _rewrite(new.parent / "config.json", lambda config: shortened(config, layers))
+    describe_layers(new.parent, made, since=load(old))
     if described.is_file():
         files.append(update_genai_config(new.parent, made, new.name, described))
     return files
+
+
+def describe_layers(folder: Path, model: ir.Model, since: ir.Model | None = None) -> None:
+    """Let a folder's config.json, where there is one, count the layers that a model has left.
+
+    Args:
+        folder: The folder.
+        model: The model.
+        since: What it was made from, whose layers config.json counts; None: those of the original, or the model's own.
+
+    Raises:
+        ModelError: The file can't be read or written, or isn't JSON.
+    """
+    if (layers := kept_layers(model, since)) is not None and (folder / "config.json").is_file():
+        _rewrite(folder / "config.json", lambda config: shortened(config, layers))
 
 
 def make_readable(folder: Path, *, dtype: str | None = None) -> None:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import graphopt
 from graphopt.errors import ModelError, UsageError
 from graphopt.export.genai import FILE as GENAI
-from graphopt.export.packaging import copy_companions
+from graphopt.export.packaging import copy_companions, describe_layers
 from graphopt.export.serving_readme import Served, readme
 from graphopt.graph.assumptions import listed
 from graphopt.graph.assumptions import read as read_assumptions
@@ -121,6 +121,7 @@ def _fill(made: Path, model: ir.Model, source: Path, library: Path | None) -> No
     """Everything but what describes it."""
     save(model, made / MODEL)
     copy_companions(source.parent, made)
+    describe_layers(made, model)
     if library is not None:
         shutil.copyfile(library, made / library.name)
     if (described := source.parent / GENAI).is_file():

@@ -13,6 +13,8 @@ KEPT_KEY = "graphopt.kept_layers"
 """Metadata key: JSON {"of": layers of the original, "kept": the numbers of those that are left, from 0}."""
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers")
 """What configurations call the number of layers."""
+_OTHERS = ("vision", "audio", "image", "encoder")
+"""In the names of configurations within one that are of other models than the decoder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +72,17 @@ def note_kept(model: ir.Model, layers: Iterable[int], kept: Iterable[int]) -> No
 
 
 def shortened(config: dict[str, Any], layers: KeptLayers) -> dict[str, Any]:
-    """A configuration, and those within it, for as many layers as are left: counts, and lists with an entry a layer."""
+    """A configuration, and those within it, for as many layers as are left: counts, and lists with an entry a layer.
+
+    One that counts other layers than the original had stays as it is, as do those of encoders.
+    """
     found: dict[str, Any] = {}
+    # Whisper's num_hidden_layers are those of its encoder.
+    counts = [key for key in _COUNTS if key.startswith("decoder") or "decoder_layers" not in config]
     for key, value in config.items():
         if isinstance(value, dict):
-            found[key] = shortened(value, layers)
-        elif key in _COUNTS and value == layers.of:
+            found[key] = value if any(other in key for other in _OTHERS) else shortened(value, layers)
+        elif key in counts and value == layers.of:
             found[key] = len(layers.kept)
         elif isinstance(value, list) and len(value) == layers.of and "layer" in key:
             found[key] = [value[layer] for layer in layers.kept]

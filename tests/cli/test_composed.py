@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from tiny_decoders import decoder
 from tiny_transformers import exported_cached
 
 import graphopt
@@ -88,3 +90,33 @@ def test_steps_in_the_terminal(run: Run, texts: tuple[Path, Path, Path], tmp_pat
     code, _, err = run("optimize", model, "--in-place", "--recipe", "rtn", "--steps")
     assert code == 2
     assert "--steps compares with the original" in err
+
+
+def test_the_configuration_follows_the_model(run: Run, tmp_path: Path) -> None:
+    """By a second run into the same folder, by a package of a result beside its original, and in place."""
+    source, folder = tmp_path / "source" / "model.onnx", tmp_path / "made"
+    for path in (source.parent, folder):
+        path.mkdir()
+    onnx.save(decoder("attention", layers=4), source)
+    (source.parent / "config.json").write_text(json.dumps({"num_hidden_layers": 4}))
+
+    def layers(path: Path) -> int:
+        found: int = json.loads((path / "config.json").read_text())["num_hidden_layers"]
+        return found
+
+    common = ("--recipe", "depth", "--set", "drop-layers.count=null", "--verify", "none")
+    for names, left in ((["attention.1"], 3), (["attention.0", "attention.2"], 2)):
+        branches = f"drop-layers.branches={json.dumps(names)}"
+        code, _, err = run("optimize", source, "-o", folder / "model.onnx", *common, "--set", branches, "--force")
+        assert code == 0, err
+        assert layers(folder) == left
+    code, _, err = run("optimize", source, *common, "--set", branches)
+    assert code == 0, err
+    assert layers(source.parent) == 4
+    code, _, err = run("package", source.parent / "model.opt.onnx", "-o", tmp_path / "served")
+    assert code == 0, err
+    assert layers(tmp_path / "served") == 2
+    branches = 'drop-layers.branches=["attention.1"]'
+    code, _, err = run("optimize", folder / "model.onnx", "--in-place", *common, "--set", branches)
+    assert code == 0, err
+    assert layers(folder) == 1

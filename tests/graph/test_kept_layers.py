@@ -43,6 +43,8 @@ def test_other_metadata_is_none(text: str) -> None:
         ({"num_hidden_layers": 4, "num_attention_heads": 4}, {"num_hidden_layers": 3, "num_attention_heads": 4}),
         ({"num_hidden_layers": 8}, {"num_hidden_layers": 8}),
         ({"layer_types": ["a", "b", "c", "d"]}, {"layer_types": ["a", "c", "d"]}),
+        ({"vision_config": {"n_layer": 4}, "n_layer": 4}, {"vision_config": {"n_layer": 4}, "n_layer": 3}),
+        ({"num_hidden_layers": 4, "decoder_layers": 4}, {"num_hidden_layers": 4, "decoder_layers": 3}),
         ({"text_config": {"n_layer": 4}, "eos": [1, 2, 3, 4]}, {"text_config": {"n_layer": 3}, "eos": [1, 2, 3, 4]}),
     ],
 )
