@@ -35,7 +35,7 @@ from graphopt.passes.lower.cached_site import projection, read
 from graphopt.runtime_ops.generation import Generator
 
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "phi3", "gpt2", "gptneox", "gptbigcode"]
-SEPARATE = ["llama", "qwen2", "phi", "opt", "gptj", "starcoder2"]
+SEPARATE = ["llama", "qwen2", "phi", "opt", "gptj", "starcoder2", "mistral", "granite", "nemotron"]
 """Those whose keys and values are products of their own, of which most have biases."""
 
 
