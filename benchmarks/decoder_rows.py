@@ -341,6 +341,6 @@ def measured(
 
 
 def cache_bytes(generator: Generator, tokens: int) -> int:
-    """Bytes of the buffers for one row of so many tokens."""
-    pairs = generator.interface.pairs
+    """Bytes of the buffers for one row of so many tokens, without those of a window, which don't grow."""
+    pairs = [pair for pair in generator.interface.pairs if not pair.windowed]
     return sum(math.prod(empty_shape(pair, 1, tokens)) * int(ir.DataType[pair.dtype].itemsize) for pair in pairs)

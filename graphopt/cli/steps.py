@@ -97,7 +97,12 @@ def cache_bytes(file: Path) -> float | None:
         return None
     try:
         few, many = (
-            sum(math.prod(empty_shape(pair, 1, length)) * ir.DataType[pair.dtype].itemsize for pair in interface.pairs)
+            # A window doesn't grow.
+            sum(
+                math.prod(empty_shape(p, 1, length)) * ir.DataType[p.dtype].itemsize
+                for p in interface.pairs
+                if not p.windowed
+            )
             for length in (FEW, MANY)
         )
     except ModelError:
