@@ -108,6 +108,10 @@ def page(name: str, text: str, measured: dict[str, tuple[MeasuredTable, ...]]) -
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+_CAPTION = re.compile(r"\*\*([^*]+)\*\*( \(.*\))?")
+"""A line that a table is about, and what counts there."""
+
+
 def measured_tables(text: str) -> Iterator[MeasuredTable]:
     """The tables of a page, in their order."""
     about = caption = ""
@@ -124,8 +128,8 @@ def measured_tables(text: str) -> Iterator[MeasuredTable]:
         if line.startswith(("#", "```", "<!--")):
             inside_code ^= line.startswith("```")
             about = caption = ""
-        elif line.startswith("**") and line.endswith("**"):
-            caption = line.strip("*")
+        elif (found := _CAPTION.fullmatch(line)) is not None:
+            caption = found[1]
         elif line and not caption and not inside_code and not line.startswith(("!", "- ")):
             about = f"{about} {line}".strip()
 
@@ -139,7 +143,8 @@ def _measured(name: str, pages_: dict[str, tuple[MeasuredTable, ...]]) -> str:
             continue
         for head in dict.fromkeys(one.head for one, _ in found):
             inside = [(one.caption, row) for one, rows in found if one.head == head for row in rows]
-            parts += [text for text in dict.fromkeys(one.about for one, _ in found if one.head == head) if text]
+            about = dict.fromkeys(one.about for one, _ in found if one.head == head)
+            parts += [text for text in about if text and text not in parts]
             if any(caption for caption, _ in inside):
                 parts.append(table(["setting", *head], [[caption, *row] for caption, row in inside]))
             else:

@@ -23,7 +23,7 @@ One model.
 | rtn | 1 |
 | rotate+rtn | 2 |
 
-**3 bits**
+**3 bits** (counts: less than 4)
 
 | method | MB |
 |---|---|
