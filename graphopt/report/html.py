@@ -10,6 +10,7 @@ from typing import Any
 from graphopt.graph import session_code
 from graphopt.report import measured, summary, units
 from graphopt.report.markup import Cell, bars, code_block, definitions, details, label, name, number, table, text
+from graphopt.report.pareto import Point, pareto_svg
 from graphopt.report.quality_section import quality_section
 from graphopt.report.step_lines import step_table
 from graphopt.report.summary import Effect
@@ -35,6 +36,7 @@ def render_html(report: Data) -> str:
         ("quality", "Quality", quality_section(report)),
         ("steps", "Step by step", _steps(report)),
         ("speed", "Speed", _timing(report.get("timing"))),
+        ("choices", "Size and expected loss", _choices(report)),
         ("verification", "Verification", _verification(report)),
         ("passes", "Passes", _passes(report)),
         ("operators", "Operators", _operators(report)),
@@ -127,6 +129,22 @@ def _steps(report: Data) -> str:
         return ""
     cells = [[label(row[0], code=row[0] != rows[0][0]), *(number(cell) for cell in row[1:])] for row in rows]
     return table("What each lossy pass gives and costs, without those behind it", headers, cells, sortable=False)
+
+
+def _choices(report: Data) -> str:
+    """A plot for each pass that chose among allocations."""
+    parts = []
+    for record in report.get("passes") or []:
+        found = (record.get("options") or {}).get("frontier") or []
+        if record.get("status") != "applied" or not found or not all(loss > 0 for _, loss in found):
+            continue
+        points = [
+            Point(f"{cost / 1e6:.3g} MB", "the best for their bytes", cost / 1e6, loss) for cost, loss in found[:-1]
+        ]
+        points.append(Point("chosen", "chosen", found[-1][0] / 1e6, found[-1][1]))
+        parts.append(f"<p>{name(str(record.get('name')))}: what other budgets would be expected to lose.</p>")
+        parts.append(pareto_svg(points, "MB of weights", "expected loss, nats"))
+    return "".join(parts)
 
 
 def _timing(timing: Data | None) -> str:

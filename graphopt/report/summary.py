@@ -330,7 +330,7 @@ def _effect(record: Data) -> Effect:
 
 
 def _options(options: Data) -> str:
-    return ", ".join(f"{name}: {value}" for name, value in options.items())
+    return ", ".join(f"{name}: {value}" for name, value in options.items() if name != "frontier")
 
 
 def checks(report: Data) -> list[tuple[str, str]]:

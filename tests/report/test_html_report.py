@@ -164,3 +164,23 @@ def test_many_outputs_stay_readable() -> None:
 
 def test_deterministic() -> None:
     assert render_html(sample.report()) == render_html(sample.report())
+
+
+def test_choices_and_steps() -> None:
+    report = {
+        "passes": [
+            {"name": "allocate-bits", "status": "applied",
+             "options": {"frontier": [[6e7, 0.9], [8e7, 0.2], [9e7, 0.1], [8.2e7, 0.15]]}},
+        ],
+        "steps": [
+            {"pass": "", "bytes": 540e6, "cache_bytes": 46080, "metrics": None, "ratio": 1.0},
+            {"pass": "quantize-kv", "bytes": 540e6, "cache_bytes": 7000,
+             "metrics": [{"name": "ppl", "value": 18.2, "reference": 18.1, "scale": "number"}], "ratio": 0.9},
+        ],
+    }  # fmt: skip
+    page = render_html(report)
+    assert "80 MB" in page
+    assert "expected loss, nats" in page
+    for cell in ("the original", "540 MB", "46.1 kB", "18.10", "18.20", "0.90×"):
+        assert cell in page
+    Checker(page)

@@ -41,6 +41,8 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
 """What a weight may get: widths and groups that the operators run fast, from the smallest to what loses nothing."""
 PROBE = {"bits": 4, "group_size": 128}
 """What each weight is rounded to for its sensitivity."""
+SHOWN = 16
+"""Allocations of which the report tells bytes and loss."""
 _TABLE_BITS = (4, 8)
 """Of what is looked up by rows."""
 Array = npt.NDArray[Any]
@@ -150,11 +152,14 @@ class AllocateBits(SearchPass):
             self._quantizer({"": one})
         self.sites_chosen: dict[str, dict[str, Any]] = {}
         self.latency: dict[str, Any] | None = None
+        self.frontier: list[tuple[float, float]] = []
+        """Bytes and expected losses of some allocations, the chosen one last; empty where a budget is of time."""
 
     def option_values(self) -> dict[str, Any]:
         """See the base; with what was chosen, once it is."""
         found = {} if self.expected is None else {"sites": self.sites_chosen}
-        timed = {} if self.latency is None else {"latency": self.latency}
+        timed: dict[str, Any] = {} if self.latency is None else {"latency": self.latency}
+        timed |= {"frontier": self.frontier} if self.frontier else {}
         return {**super().option_values(), **timed, **found}
 
     def apply(self, model: ir.Model) -> bool:
@@ -169,6 +174,7 @@ class AllocateBits(SearchPass):
             return False
         items = self._items(model, groups)
         chosen = self._allocated(model, items, groups)
+        self.frontier = [] if self._budget.timed else _some(frontier(items), chosen)
         self.expected = chosen.loss
         for sites, choice in zip(groups, chosen.chosen, strict=True):
             options = dict(self._candidates_for(sites))[choice.name]
@@ -318,6 +324,13 @@ class AllocateBits(SearchPass):
             found = allocate([_costing(*one) for one in zip(items, timed.seconds, strict=True)], most_seconds)
         self.latency = _said(timed, items, found, self.calibration.threads)
         return found
+
+
+def _some(steps: list[Allocation], chosen: Allocation) -> list[tuple[float, float]]:
+    """Some of the best allocations from the fewest bytes to the most, and the chosen one."""
+    every = max(1, -(-len(steps) // SHOWN))
+    kept = [*steps[:-1:every], steps[-1]]
+    return [(one.cost, one.loss) for one in (*kept, chosen)]
 
 
 def _count(groups: list[list[LinearSite]]) -> int:

@@ -148,6 +148,10 @@ def test_the_report_lists_what_was_chosen() -> None:
     assert set(options["sites"]) == {"loud", "quiet"}
     assert options["expected_divergence"] >= 0
     assert any(node.domain for node in nodes(model))
+    bytes_, losses = zip(*options["frontier"][:-1], strict=True)
+    assert list(bytes_) == sorted(bytes_)
+    assert list(losses) == sorted(losses, reverse=True)
+    assert options["frontier"][-1][1] == pytest.approx(options["expected_divergence"])
 
 
 @pytest.mark.parametrize(
