@@ -208,10 +208,10 @@ def command(
         beside = destination.parent / "config.json"
         elsewhere = destination.parent.resolve() != model.parent.resolve()
         if failure is None and (in_place or ((model.parent / "config.json").is_file() and elsewhere)):
-            from graphopt.export.packaging import carry, describe_layers
+            from graphopt.export.packaging import carry, recount
 
-            if in_place:
-                describe_layers(destination.parent, result.model, since=earlier)
+            if earlier is not None:
+                recount(destination, since=earlier)
             elif force or not beside.exists():
                 carry(model, destination)  # An exported folder stays one that other runtimes can load.
         with contextlib.ExitStack() as kept:

@@ -120,6 +120,22 @@ def describe_layers(folder: Path, model: ir.Model, since: ir.Model | None = None
         _rewrite(folder / "config.json", lambda config: shortened(config, layers))
 
 
+def recount(path: Path, since: ir.Model) -> None:
+    """Let config.json and genai_config.json say the same as the model beside them, which replaced the one they are of.
+
+    Args:
+        path: The model's file.
+        since: The model that was there.
+
+    Raises:
+        ModelError: A file can't be read or written, or onnxruntime-genai can't run the model.
+    """
+    made, described = load(path), path.parent / FILE
+    describe_layers(path.parent, made, since)
+    if described.is_file() and kept_layers(made, since) is not None:
+        update_genai_config(path.parent, made, path.name, described)
+
+
 def make_readable(folder: Path, *, dtype: str | None = None) -> None:
     """Let transformers 4 and 5 read alike what one of them wrote into a folder: config.json and tokenizer_config.json.
 

@@ -13,8 +13,10 @@ KEPT_KEY = "graphopt.kept_layers"
 """Metadata key: JSON {"of": layers of the original, "kept": the numbers of those that are left, from 0}."""
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers")
 """What configurations call the number of layers."""
-_OTHERS = ("vision", "audio", "image", "encoder")
-"""In the names of configurations within one that are of other models than the decoder."""
+_OF_DECODERS = ("num_decoder_layers", "decoder_layers")
+_BESIDE_ENCODERS = (*_OF_DECODERS, "encoder_layers", "num_encoder_layers")
+_OTHER_PARTS = ("vision", "audio", "encoder")
+"""What the names of configurations of other graphs contain."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,20 +74,30 @@ def note_kept(model: ir.Model, layers: Iterable[int], kept: Iterable[int]) -> No
 
 
 def shortened(config: dict[str, Any], layers: KeptLayers) -> dict[str, Any]:
-    """A configuration, and those within it, for as many layers as are left: counts, and lists with an entry a layer.
+    """A configuration for as many layers as the decoder has left: counts, and lists with an entry a layer.
 
-    One that counts other layers than the original had stays as it is, as do those of encoders.
+    What is said of an encoder, of images or of sound stays. Where a configuration counts an encoder's layers too, its
+    plain count is the encoder's, as in Whisper's and T5's.
     """
+    counts = _OF_DECODERS if any(key in config for key in _BESIDE_ENCODERS) else _COUNTS
     found: dict[str, Any] = {}
-    # Whisper's num_hidden_layers are those of its encoder.
-    counts = [key for key in _COUNTS if key.startswith("decoder") or "decoder_layers" not in config]
     for key, value in config.items():
         if isinstance(value, dict):
-            found[key] = value if any(other in key for other in _OTHERS) else shortened(value, layers)
+            found[key] = value if any(part in key for part in _OTHER_PARTS) else shortened(value, layers)
         elif key in counts and value == layers.of:
             found[key] = len(layers.kept)
-        elif isinstance(value, list) and len(value) == layers.of and "layer" in key:
+        elif key == "attention_types" and len(kinds := _kinds(value)) == layers.of:
+            found[key] = [[[kinds[layer]], 1] for layer in layers.kept]
+        elif isinstance(value, list) and len(value) == layers.of and "layer" in key and "encoder" not in key:
             found[key] = [value[layer] for layer in layers.kept]
         else:
             found[key] = value
     return found
+
+
+def _kinds(value: Any) -> list[Any]:
+    """The kind of each layer in GPT-Neo's notation, [[[kinds], repetitions], ...]; none where it is no such list."""
+    try:
+        return [kind for kinds, times in value for _ in range(times) for kind in kinds]
+    except (TypeError, ValueError):
+        return []

@@ -45,6 +45,11 @@ def test_other_metadata_is_none(text: str) -> None:
         ({"layer_types": ["a", "b", "c", "d"]}, {"layer_types": ["a", "c", "d"]}),
         ({"vision_config": {"n_layer": 4}, "n_layer": 4}, {"vision_config": {"n_layer": 4}, "n_layer": 3}),
         ({"num_hidden_layers": 4, "decoder_layers": 4}, {"num_hidden_layers": 4, "decoder_layers": 3}),
+        ({"num_layers": 4, "num_decoder_layers": 4}, {"num_layers": 4, "num_decoder_layers": 3}),
+        (
+            {"attention_types": [[["global", "local"], 2]]},
+            {"attention_types": [[["global"], 1], [["global"], 1], [["local"], 1]]},
+        ),
         ({"text_config": {"n_layer": 4}, "eos": [1, 2, 3, 4]}, {"text_config": {"n_layer": 3}, "eos": [1, 2, 3, 4]}),
     ],
 )
