@@ -273,6 +273,8 @@ def command(
         print_json(data)
     else:
         print_report(data, out())
+        if judge is None and any(r.guarantee == "lossy" and r.status == "applied" for r in result.report.run.records):
+            out().print("What this costs at its task wasn't judged: --quality held-out.txt does it; --bench times it.")
         if report_path is not None:
             out().print(f"Report: {report_path}", markup=False, soft_wrap=True)
     if failure is not None:

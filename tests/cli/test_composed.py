@@ -84,6 +84,7 @@ def test_steps_in_the_terminal(run: Run, texts: tuple[Path, Path, Path], tmp_pat
     model = exported_cached("llama", "torchscript")
     code, out, _ = run("optimize", model, "-o", tmp_path / "m.onnx", "--recipe", "kv4+rtn", "--steps")
     assert code == 0
+    assert "--quality held-out.txt does it" in out
     shown = out[out.index("Step by step") :].split("\n\n")[0]
     assert "cache a token" in shown
     assert [line.split()[0] for line in shown.splitlines() if line.split() and line.split()[0] in PARTS] == PARTS[1:]
