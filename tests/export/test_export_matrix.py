@@ -37,7 +37,7 @@ from graphopt.errors import ModelError
 def test_a_fork_gives_back_what_the_work_returns_and_its_cost() -> None:
     def work() -> dict[str, int]:
         held = bytearray(b"x" * 80_000_000)
-        time.sleep(0.1)
+        time.sleep(0.5)  # until the memory is looked at, also where all cores are busy
         return {"held": len(held)}
 
     outcome = forked(work, 20)
