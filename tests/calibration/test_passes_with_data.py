@@ -85,7 +85,7 @@ def test_the_cache_of_a_quantized_decoder_needs_text() -> None:
     recipe = {"passes": [{"quantize-kv": {"operator": "contrib"}}]}
     model = ir.from_proto(decoder("group-query"))
     feeds = next(TextDataset(np.arange(20), 10).feeds(model))
-    with pytest.raises(UsageError, match="give a .txt or .jsonl file"):
+    with pytest.raises(UsageError, match=r"give a \.txt or \.jsonl file"):
         graphopt.optimize(model, recipe, calibration=ArrayDataset([feeds]), verify="none")
 
 
