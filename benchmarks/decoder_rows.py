@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import statistics
 import sys
 import time
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 from decoder_judge import session_options
 from export_smollm2 import export, load_module, save_tokenizer
 from timed_session import timed_options
@@ -31,7 +29,7 @@ from graphopt.calibration.text import TextDataset, tokenize
 from graphopt.errors import GraphoptError
 from graphopt.models.texts import wikipedia
 from graphopt.recipe import load as load_recipe
-from graphopt.runtime_ops.decoding import empty_shape
+from graphopt.runtime_ops.decoding import cache_bytes
 from graphopt.runtime_ops.generation import Generator
 from graphopt.runtime_ops.memory_session import release_memory
 from graphopt.verification.quality.language import language_quality
@@ -199,7 +197,7 @@ class Decoder:
             ):
                 row = self.rows.setdefault(name, Row())
                 row.perplexity, row.kl, row.agreement = found["ppl"], found["kl"], found["top1"]
-                row.bytes = {tokens: cache_bytes(generator, tokens) for tokens in CACHED}
+                row.bytes = {tokens: cache_bytes(generator.interface, tokens) for tokens in CACHED}
                 row.recall = None if recall is None else recall(generator)
                 told = "" if row.recall is None else f", recall {row.recall:.0%}"
                 print(f"{name}: perplexity {row.perplexity:.3f}, KL {row.kl:.5f}{told}", flush=True)
@@ -338,9 +336,3 @@ def measured(
     if (page := decoder.options.page) is not None:
         put(page, text)
     return 0
-
-
-def cache_bytes(generator: Generator, tokens: int) -> int:
-    """Bytes of the buffers for one row of so many tokens, without those of a window, which don't grow."""
-    pairs = [pair for pair in generator.interface.pairs if not pair.windowed]
-    return sum(math.prod(empty_shape(pair, 1, tokens)) * int(ir.DataType[pair.dtype].itemsize) for pair in pairs)

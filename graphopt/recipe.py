@@ -72,18 +72,18 @@ class Recipe:
             UsageError: An unknown pass or option; or a lossy pass is for other targets, without which the recipe would
                 do something else than what it is for.
         """
-        made = [registry.make(step.name, {**_of_target(step.name, target), **step.options}) for step in self.steps]
-        for pass_ in made:
-            if not isinstance(pass_, Pass) or pass_.guarantee is not Guarantee.LOSSY:
-                continue
-            if target is not None and pass_.targets and target not in pass_.targets:
+        made = []
+        for step in self.steps:
+            pass_ = registry.make(step.name, {**_of_target(step.name, target), **step.options})
+            targets = getattr(pass_, "targets", ())
+            if target is None or not targets or target in targets:
+                made.append(pass_)
+            elif pass_.guarantee is Guarantee.LOSSY:  # type: ignore[attr-defined]
                 raise UsageError(
-                    f"The pass {pass_.name!r} of the recipe {self.name} is for the target {', '.join(pass_.targets)}, "
+                    f"The pass {step.name!r} of the recipe {self.name} is for the target {', '.join(targets)}, "
                     f"not for {target}; choose another target, or a recipe that quantizes weights alone, such as rtn."
                 )
-        return [
-            p for p in made if target is None or not getattr(p, "targets", ()) or target in getattr(p, "targets", ())
-        ]
+        return made
 
     def with_options(self, assignments: Sequence[str]) -> Recipe:
         """The recipe with options changed, given as `option=value`, for all of its passes that have that option, or

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import sys
 import tempfile
 from pathlib import Path
@@ -156,7 +156,6 @@ def command(
     if needless and calibration is None and judging["quality"] is None:
         raise UsageError(f"{needless[0]} is for the data of --calibration or --quality; give one of them.")
     failure: GraphoptError | None = None
-    timing: dict[str, Any] | None = None
     with progress(as_json) as bar:
         data_set = None
         if calibration is not None:
@@ -172,21 +171,13 @@ def command(
             )
         earlier = load(model) if in_place else None
         judge = judge_of(model, tokenizer, data_set, image_values, **judging)
-        result = optimize(
-            model,
-            recipe,
-            target,
-            options=options,
-            verify=verify,  # type: ignore[arg-type]
-            inputs=inputs,
-            calibration=data_set,
-            jobs=jobs,
-            profile=chosen_profile(profile, target),
-            assume=assume,
-            rename_kv=rename_kv,
-            seed=seed,
-            progress=bar,
-        )
+        optimized = functools.partial(
+            optimize, model, target=target, jobs=jobs, profile=chosen_profile(profile, target), assume=assume,
+            rename_kv=rename_kv, seed=seed, progress=bar,
+        )  # fmt: skip
+        result = optimized(
+            recipe, options=options, verify=verify, inputs=inputs, calibration=data_set,  # type: ignore[arg-type]
+        )  # fmt: skip
 
         def accept(written: Path) -> None:
             """Judge the file while it can still be thrown away."""
@@ -214,35 +205,31 @@ def command(
                 recount(destination, since=earlier)
             elif force or not beside.exists():
                 carry(model, destination)  # An exported folder stays one that other runtimes can load.
-        with contextlib.ExitStack() as kept:
-            names, files = ["", ""], [model, destination]
-            if failure is None and steps:
-                from graphopt.cli.steps import partial_recipes, told
+        if failure is None and (bench or steps):
+            from graphopt.cli.steps import partial_recipes, told
+            from graphopt.verification.workload import benchmark_models
 
-                parts = partial_recipes(result.report.recipe, result.report.run)
-                folder = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix=".steps-", dir=destination.parent)))
-                for number, (_, part) in enumerate(parts[:-1], 1):
-                    needs = any(getattr(one, "needs", ()) for one in part.passes(target))
-                    made = optimize(
-                        model, part, target, verify="none", calibration=data_set if needs else None, jobs=jobs,
-                        profile=chosen_profile(profile, target), assume=assume, rename_kv=rename_kv, seed=seed,
-                        progress=bar,
-                    )  # fmt: skip
-                    files.insert(-1, folder / f"step{number}" / destination.name)
-                    files[-2].parent.mkdir()
-                    made.save(files[-2], external_data=external_data)
-                names = ["", *(name for name, _ in parts)] if parts else names
-            if failure is None and bench and not in_place:
-                from graphopt.verification.workload import benchmark_models
-
-                bar("timing", 0, 1)
-                try:
-                    timing = benchmark_models(files, inputs=inputs, seed=seed).to_dict()
-                    result.report.timing = {**timing, "models": [timing["models"][0], timing["models"][-1]]}
-                except GraphoptError as error:
-                    failure = error  # The model is written, and what was done to it is told.
-            if failure is None and steps and len(names) > 1 and names[-1]:
-                result.report.steps = told(names, files, judge, timing, bar)
+            try:
+                with tempfile.TemporaryDirectory(prefix=".steps-", dir=destination.parent) as folder:
+                    parts = partial_recipes(result.report.recipe, result.report.run) if steps else []
+                    files = [model]
+                    for number, (_, part) in enumerate(parts[:-1], 1):
+                        files.append(Path(folder) / f"step{number}" / destination.name)
+                        files[-1].parent.mkdir()
+                        needs = any(getattr(one, "needs", ()) for one in part.passes(target))
+                        made = optimized(part, verify="none", calibration=data_set if needs else None)
+                        made.save(files[-1], external_data=external_data)
+                    files.append(destination)
+                    timing: dict[str, Any] | None = None
+                    if bench:
+                        bar("timing", 0, 1)
+                        timing = benchmark_models(files, inputs=inputs, seed=seed).to_dict()
+                        result.report.timing = {**timing, "models": [timing["models"][0], timing["models"][-1]]}
+                    if parts:
+                        names = ["", *(name for name, _ in parts)]
+                        result.report.steps = told(names, files, judge, result.report.quality, timing, bar)
+            except GraphoptError as error:
+                failure = error  # The model is written, and what was done to it is told.
     given: dict[str, Any] = {
         "--verify": verify,
         "--inputs": inputs,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import onnx_ir as ir
 
 from graphopt.errors import ModelError
 from graphopt.passes import registry
@@ -58,6 +55,7 @@ def told(
     names: Sequence[str],
     files: Sequence[Path],
     judge: Judge | None,
+    quality: dict[str, Any] | None,
     timing: dict[str, Any] | None,
     progress: Callable[[str, int, int], None] | None,
 ) -> list[dict[str, Any]]:
@@ -67,44 +65,39 @@ def told(
         names: "", and the passes.
         files: Their models.
         judge: What judges; None: nothing does.
+        quality: What it said of the result.
         timing: A benchmark of all of them, in order; None: there was none.
         progress: Called while they are judged.
     """
     from graphopt.cli.judging import bytes_on_disk
 
-    qualities = [None] * len(files) if judge is None else [None, *judge.evaluation.judge(files[1:], progress)]
+    metrics: list[Any] = [None] * len(files)
+    if judge is not None and quality is not None:
+        metrics[1:-1] = [found.to_dict()["metrics"] for found in judge.evaluation.judge(files[1:-1], progress)]
+        metrics[-1] = quality["metrics"]
     models = [None] * len(files) if timing is None else timing["models"]
     return [
         {
             "pass": name,
             "bytes": bytes_on_disk(file),
-            "cache_bytes": cache_bytes(file),
-            "metrics": None if quality is None else quality.to_dict()["metrics"],
+            "cache_bytes": _growth(file),
+            "metrics": own,
             "ratio": None if model is None else model["cpu_ratio"]["median"],
         }
-        for name, file, quality, model in zip(names, files, qualities, models, strict=True)
+        for name, file, own, model in zip(names, files, metrics, models, strict=True)
     ]
 
 
-def cache_bytes(file: Path) -> float | None:
+def _growth(file: Path) -> float | None:
     """Bytes by which the cache of a decoder grows a token; None where there is none, or its sizes can't be told."""
     from graphopt.graph.kv_interface import kv_interface
     from graphopt.graph.load import load
-    from graphopt.runtime_ops.decoding import empty_shape
+    from graphopt.runtime_ops.decoding import cache_bytes
 
     interface = kv_interface(load(file))
     if interface is None:
         return None
     try:
-        few, many = (
-            # A window doesn't grow.
-            sum(
-                math.prod(empty_shape(p, 1, length)) * ir.DataType[p.dtype].itemsize
-                for p in interface.pairs
-                if not p.windowed
-            )
-            for length in (FEW, MANY)
-        )
+        return (cache_bytes(interface, MANY) - cache_bytes(interface, FEW)) / (MANY - FEW)
     except ModelError:
         return None
-    return float(many - few) / (MANY - FEW)

@@ -116,7 +116,7 @@ def describe_layers(folder: Path, model: ir.Model, since: ir.Model | None = None
     Raises:
         ModelError: The file can't be read or written, or isn't JSON.
     """
-    if (layers := kept_layers(model, since)) is not None and (folder / "config.json").is_file():
+    if (layers := kept_layers(model, since)) is not None:
         _rewrite(folder / "config.json", lambda config: shortened(config, layers))
 
 

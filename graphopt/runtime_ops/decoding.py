@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from graphopt.errors import GraphoptError, InputDataError, ModelError, UsageError, first_line
 from graphopt.graph.importance import read_importance
@@ -261,6 +262,16 @@ def empty_shape(pair: CachePair, batch: int, length: int) -> list[int]:
             f"The sizes of an empty cache {pair.past!r} can't be told; declare its KV heads and head size in the file."
         )
     return [size for size in sizes if isinstance(size, int)]
+
+
+def cache_bytes(interface: KVInterface, tokens: int) -> int:
+    """Bytes of the caches of one row with room for so many tokens, without those of a window, which don't grow.
+
+    Raises:
+        ModelError: Their sizes can't be told.
+    """
+    pairs = [pair for pair in interface.pairs if not pair.windowed]
+    return sum(math.prod(empty_shape(pair, 1, tokens)) * int(ir.DataType[pair.dtype].itemsize) for pair in pairs)
 
 
 def _gathered(value: onnxruntime.OrtValue, places: npt.NDArray[np.int64]) -> onnxruntime.OrtValue:

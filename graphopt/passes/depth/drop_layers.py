@@ -223,9 +223,8 @@ class DropLayers(SearchPass):
         """Leave the last attention with a cache out of what may go, where all of them could."""
         own = set() if found.interface is None else {pair.past for pair in found.interface.pairs}
         cached = [group for group in free if any(pair.past in own for unit in group for pair in unit.caches)]
-        if own != {pair.past for group in cached for unit in group for pair in unit.caches} & own or not cached:
-            return
-        if count >= len(cached) or self.search == "knapsack":
+        held = {pair.past for group in cached for unit in group for pair in unit.caches}
+        if cached and own <= held and (count >= len(cached) or self.search == "knapsack"):
             free.remove(cached[-1])
             last = next(unit for unit in cached[-1] if unit.caches)
             self.left(last.branch.add, f"{last.name} isn't removed: its cache tells how many tokens came before")

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.analysis.attention_sites import attention_sites
+from graphopt.analysis.attention_sites import AttentionSite, attention_sites
 from graphopt.analysis.linear_sites import LinearSite
 from graphopt.analysis.profile_cache import this_machine
 from graphopt.analysis.shapes import infer
@@ -172,7 +172,7 @@ class AllocateBits(SearchPass):
         self.sites = list(quantizer.sites)
         if not groups:
             return False
-        items = self._items(model, groups)
+        items = self._items(model, groups, attention)
         chosen = self._allocated(model, items, groups)
         self.frontier = [] if self._budget.timed else _some(frontier(items), chosen)
         self.expected = chosen.loss
@@ -215,12 +215,12 @@ class AllocateBits(SearchPass):
             sites={name: dict(options) for name, options in sites.items()},
         )
 
-    def _items(self, model: ir.Model, groups: list[list[LinearSite]]) -> list[Item]:
+    def _items(self, model: ir.Model, groups: list[list[LinearSite]], attention: list[AttentionSite]) -> list[Item]:
         """What may be done to each group of sites, with bytes and the divergence to be expected."""
         assert self.calibration is not None
         measured = [self._measured(sites) for sites in groups]
         self._check_bytes(measured, groups)
-        gains = self._gains(model, groups)
+        gains = self._gains(model, groups, attention)
         tried = self.calibration.counted("sensitivity", self._sensitivities(model, groups), len(groups))
         return [
             Item(sites[0].weight.name or "weight", tuple(one.choice(per_error, gains) for one in choices))
@@ -239,14 +239,16 @@ class AllocateBits(SearchPass):
             found.append(_Measured(name, size, squared, setting.calibrated))
         return found
 
-    def _gains(self, model: ir.Model, groups: list[list[LinearSite]]) -> dict[str, float]:
+    def _gains(
+        self, model: ir.Model, groups: list[list[LinearSite]], attention: list[AttentionSite]
+    ) -> dict[str, float]:
         """What the rounding leaves of the errors of rounding to nearest, by weight."""
         probe = self._rounding_of(PROBE)
         sites = [site for group in groups for site in group if not any(one.role in TABLES for one in group)]
         if not probe.calibrated or not sites:
             return {}
         assert self.calibration is not None
-        weights = TokensOf(model, attention_sites(model, infer(model)), self.tokens, self._quantizer({}).token_roles)
+        weights = TokensOf(model, attention, self.tokens, self._quantizer({}).token_roles)
         return rounding_gains(model, sites, probe, self.calibration, weights)
 
     def _check_bytes(self, measured: list[list[_Measured]], groups: list[list[LinearSite]]) -> None:
