@@ -4,9 +4,11 @@ import functools
 import gc
 import os
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -49,6 +51,15 @@ def pytest_unconfigure() -> None:
     """The process that made it removes it."""
     if _opened:
         shared_files.remove_folder()
+
+
+@pytest.fixture(autouse=True)
+def draws_of_its_own(request: pytest.FixtureRequest) -> None:
+    """What a test draws from its module's generator doesn't hang on the tests that ran before it in this process."""
+    generator = getattr(request.module, "RNG", None)
+    if isinstance(generator, np.random.Generator):
+        seed = zlib.crc32(request.node.nodeid.encode())
+        generator.bit_generator.state = np.random.default_rng(seed).bit_generator.state
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -20,7 +20,7 @@ from graphopt.export.adapters.formulas import METHODS
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
-RANDOM = np.random.default_rng(0)
+RNG = np.random.default_rng(0)
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q", "down"]}
 
 
@@ -46,7 +46,7 @@ class Base:
 
 
 def random(*shape: int, dtype: Any = np.float32) -> Any:
-    return RANDOM.normal(size=shape).astype(dtype)
+    return RNG.normal(size=shape).astype(dtype)
 
 
 def base(dtype: Any = np.float32) -> Base:

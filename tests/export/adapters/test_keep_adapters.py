@@ -23,7 +23,7 @@ from graphopt.graph.save import save
 ort = pytest.importorskip("onnxruntime")
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
-RANDOM = np.random.default_rng(0)
+RNG = np.random.default_rng(0)
 
 
 def session(path: Path) -> Any:
@@ -64,7 +64,7 @@ def graph(dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
 def with_weights(model: ir.Model, shapes: dict[str, tuple[int, ...]], dtype: ir.DataType) -> ir.Model:
     inputs = {v.name: v for node in model.graph for v in node.inputs if v is not None}
     for name, shape in shapes.items():
-        array = RANDOM.normal(size=shape).astype(dtype.numpy())
+        array = RNG.normal(size=shape).astype(dtype.numpy())
         value = inputs[name]
         value.const_value = ir.Tensor(array, name=name)
         value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
@@ -78,8 +78,8 @@ def write(folder: Path, modules: dict[str, tuple[int, int]], rank: int = 2, **co
     for module, (out, into) in modules.items():
         kind = "embedding_" if module == "e" else ""
         end = "" if kind else ".weight"
-        tensors[f"base_model.model.{module}.lora_{kind}A{end}"] = RANDOM.normal(size=(rank, into)).astype(np.float32)
-        tensors[f"base_model.model.{module}.lora_{kind}B{end}"] = RANDOM.normal(size=(out, rank)).astype(np.float32)
+        tensors[f"base_model.model.{module}.lora_{kind}A{end}"] = RNG.normal(size=(rank, into)).astype(np.float32)
+        tensors[f"base_model.model.{module}.lora_{kind}B{end}"] = RNG.normal(size=(out, rank)).astype(np.float32)
     safetensors_numpy.save_file(tensors, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "lora_alpha": 4, "target_modules": list(modules), **config}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
@@ -105,7 +105,7 @@ def test_every_way_a_weight_is_used(tmp_path: Path, dtype: ir.DataType) -> None:
     assert [v.name for v in running.get_inputs()] == ["x", "ids"]
     assert [v.name for v in running.get_overridable_initializers()] == report.inputs
     numpy = dtype.numpy()
-    x, ids = RANDOM.normal(size=(3, 4)).astype(numpy), np.array([6, 0, 3])
+    x, ids = RNG.normal(size=(3, 4)).astype(numpy), np.array([6, 0, 3])
     feeds = {"x": x, "ids": ids}
     values = {n: v.const_value.numpy().astype(np.float32) for n, v in model.graph.initializers.items()}
     wide = x.astype(np.float32)
@@ -146,7 +146,7 @@ def test_the_branches_outlive_the_optimizer(tmp_path: Path) -> None:
     report = keep_adapters(model, {"one": write(tmp_path / "one", FEATURES)})
     save(model, tmp_path / "before.onnx")
     graphopt.optimize(tmp_path / "before.onnx", verify="none").save(tmp_path / "after.onnx")
-    feeds = {"x": RANDOM.normal(size=(3, 4)).astype(np.float32), "ids": np.array([6, 0, 3])}
+    feeds = {"x": RNG.normal(size=(3, 4)).astype(np.float32), "ids": np.array([6, 0, 3])}
     options, _held = switched(report.adapters[0], tmp_path)
     before, after = session(tmp_path / "before.onnx"), session(tmp_path / "after.onnx")
     for how in (None, options):
