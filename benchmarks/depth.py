@@ -41,6 +41,7 @@ SERIES = {
     "uniform": "by position: spread evenly",
     "symmetric": "by position: the middle",
     "loss": "one-shot by loss",
+    "perplexity": "one-shot by perplexity",
     "influence": "one-shot by influence",
     "greedy": "greedy by loss",
     "healed": "greedy by loss, healed",
@@ -79,7 +80,7 @@ def variants() -> list[Variant]:
                 Variant(f"{kind}, {position} {n}", SERIES[position], ({"drop-layers": {**given, "count": n}},))
                 for n in counts
             ]
-        for score in ("loss", "influence"):
+        for score in ("loss", "perplexity", "influence"):
             source = f"{kind}, {score} {most}"
             found.append(Variant(source, SERIES[score], _searched(granularity, score=score)))
             found += [Variant(f"{kind}, {score} {n}", SERIES[score], takes=(source, _lowest(n))) for n in counts[:-1]]

@@ -43,7 +43,8 @@ class TrialLoss:
         expected: The original's outputs for each sample.
         task: What the model is for.
         scores: What a classifier gives.
-        mask: The input that says which tokens of an embedder count; None: there is none.
+        mask: The input that says which tokens of an embedder count, or of a text; None: there is none.
+        tokens: The input with the tokens that a language model is to foretell; None: it is judged by its distributions.
     """
 
     session: onnxruntime.InferenceSession
@@ -53,6 +54,7 @@ class TrialLoss:
     task: str | None
     scores: Scores
     mask: str | None
+    tokens: str | None = None
 
     def loss(self, changed: Changed, samples: int | None = None) -> float:
         """See `Trials.loss`."""
@@ -60,7 +62,10 @@ class TrialLoss:
         for sample, expected in list(zip(self.samples, self.expected, strict=True))[:samples]:
             found_outputs = outputs(self.session, {**sample, **self.own, **changed})
             for y, found in zip(expected, found_outputs, strict=True):
-                if self.task in _DISTRIBUTIONS:
+                if self.tokens is not None:
+                    surprise, tokens = self._surprise(sample, y, found)
+                    total, weight = total + surprise, weight + tokens
+                elif self.task in _DISTRIBUTIONS:
                     total, weight = total + self._divergence(y, found), weight + y.size // y.shape[-1]
                 elif self.task == "embedding":
                     mask = None if self.mask is None else sample.get(self.mask)
@@ -72,6 +77,26 @@ class TrialLoss:
         loss = total / weight if weight else 0.0
         # What is no number doesn't pass for a small loss.
         return loss if np.isfinite(loss) else float("inf")
+
+    def _surprise(self, sample: Mapping[str, Array], expected: Array, found: Array) -> tuple[float, float]:
+        """The sum of ln p_expected(token) − ln p_found(token) over the tokens of a text, and how many these are."""
+        assert self.tokens is not None
+        ids = sample[self.tokens]
+        counts = np.ones(ids.shape) if self.mask is None else sample[self.mask][:, -ids.shape[1] :]
+        total = weight = 0.0
+        for text, counted, p, q in zip(ids, counts, expected, found, strict=True):
+            for first in range(0, len(text) - 1, ROWS):
+                last = min(first + ROWS, len(text) - 1)
+                # A token is foretold by what stands behind the one before it, where both are of the text.
+                weights = (counted[first:last] * counted[first + 1 : last + 1]).astype(np.float64)
+                before, after = (self._log_likelihood(y[first:last], text[first + 1 : last + 1]) for y in (p, q))
+                total, weight = total + float((weights * (before - after)).sum()), weight + float(weights.sum())
+        return total, weight
+
+    @staticmethod
+    def _log_likelihood(logits: Array, tokens: Array) -> npt.NDArray[np.float64]:
+        rows = Rows.of(logits)
+        return rows.logits[np.arange(len(tokens)), tokens].astype(np.float64) - rows.sums
 
     def _divergence(self, expected: Array, found: Array) -> float:
         """The sum of KL(expected ‖ found) over rows."""
@@ -112,6 +137,7 @@ class Work:
     task: str | None
     scores: Scores
     mask: str | None
+    tokens: str | None
 
     def opened(self) -> TrialLoss:
         """Make the session.
@@ -129,6 +155,7 @@ class Work:
             self.task,
             self.scores,
             self.mask,
+            self.tokens,
         )
 
 

@@ -12,12 +12,12 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.errors import InputDataError, VerificationError
+from graphopt.errors import InputDataError, UsageError, VerificationError
 from graphopt.graph.kv_interface import kv_interface
 from graphopt.graph.scratch import Mapped, Scratch
 from graphopt.graph.session_settings import read as read_settings
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 Array = npt.NDArray[Any]
+Judge = Literal["divergence", "perplexity"]
 
 PAYS_SECONDS = 30.0
 """What the trials of a search must take in one process, at least, for more to be started without being asked for."""
@@ -48,8 +49,10 @@ class Trials:
 
     The loss of a trial is the mean divergence KL(original ‖ trial) of the distributions that a language model or a
     classifier gives, in nats; of an embedder the mean of 1 − cos(y, y') of a sample's two embeddings; of other models
-    Σ |y − y'|² / Σ |y|² over their outputs of floats. It is 0 for the model itself. Weights, samples and the original's
-    outputs lie in a temporary file, so that memory doesn't grow with them.
+    Σ |y − y'|² / Σ |y|² over their outputs of floats. By "perplexity" it is what the next tokens of the samples' own
+    text lose in log-likelihood, the mean in nats, which is ln(perplexity / that of the original) and may be below 0. It
+    is 0 for the model itself. Weights, samples and the original's outputs lie in a temporary file, so that memory
+    doesn't grow with them.
 
     Processes share the threads: n of them have 1/n each. A loss hangs on the threads of its session as far as ONNX
     Runtime's operators do, and on nothing else, not on which process tells it. A process that ends is done without.
@@ -63,10 +66,12 @@ class Trials:
             session takes), and one with fewer than `PAYS_CORES` or where all trials take less than `PAYS_SECONDS`.
         together: Candidates that `losses` is given at a time, at most.
         trials: How many are made in all, at least about; None: `together`.
+        judge: What the loss is.
 
     Raises:
         VerificationError: The model doesn't run on the samples, or has no output of floats.
         InputDataError: There is no sample.
+        UsageError: No perplexity can be told, since the model doesn't give logits for each token of a text.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Trials:
         jobs: int | None = 1,
         together: int = 1,
         trials: int | None = None,
+        judge: Judge = "divergence",
     ) -> None:
         # One for all: files that processes map stay until these have ended.
         self._scratch, self._store = Scratch(), WeightStore()
@@ -90,6 +96,11 @@ class Trials:
         guess = guess_task(model)
         decoder = kv_interface(model) if guess.task == "language" else None
         judged = guess.output if decoder is None else decoder.logits
+        tokens, mask = None, guess.mask
+        if judge == "perplexity":
+            if decoder is None or decoder.token_ids is None:
+                raise UsageError("A perplexity can be told of a decoder that reads token ids and gives logits, alone.")
+            tokens, mask = decoder.token_ids, decoder.attention_mask
         self._model = _opened(model, list(own), judged)
         kept = [{name: self._scratch.shared(array) for name, array in sample.items()} for sample in samples]
         if not kept:
@@ -128,10 +139,14 @@ class Trials:
             session = opened()
             expected = answered()
         arrays = [[found(y) for y in ys] for ys in expected]
+        if tokens is not None and any(
+            ys[0].shape[:2] != sample[tokens].shape for ys, sample in zip(arrays, feeds, strict=True)
+        ):
+            raise UsageError("No perplexity can be told of a model that gives logits of the last token alone.")
         scores: Scores = "logits"
         if guess.task == "classification" and all(are_probabilities(rows(y)) for ys in arrays for y in ys):
             scores = "probabilities"
-        self._here = TrialLoss(session, given, feeds, arrays, guess.task, scores, guess.mask)
+        self._here = TrialLoss(session, given, feeds, arrays, guess.task, scores, mask, tokens)
         self._shared = own, kept, expected
         self._workers: Workers | None = None
 
@@ -184,7 +199,9 @@ class Trials:
         own, kept, expected = self._shared
         here, threads, settings = self._here, self._threads, read_settings(self._model)
         assert threads is not None
-        work = Work(data, folder, settings, threads, own, kept, expected, here.task, here.scores, here.mask)
+        work = Work(
+            data, folder, settings, threads, own, kept, expected, here.task, here.scores, here.mask, here.tokens
+        )
         workers = Workers(work, self._jobs - 1)
         weakref.finalize(self, workers.close)
         return workers

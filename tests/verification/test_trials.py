@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tiny_decoders import decoder
 
-from graphopt.errors import InputDataError, VerificationError
+from graphopt.errors import InputDataError, UsageError, VerificationError
+from graphopt.runtime_ops.memory_session import make_session
 from graphopt.verification.trials import Trials
 
 TEXT = """
@@ -95,6 +97,35 @@ def test_an_embedder_is_judged_by_its_embeddings() -> None:
     )
     cosines = (y * z).sum(1) / np.linalg.norm(y, axis=1) / np.linalg.norm(z, axis=1)
     assert trials.loss({"b": changed}) == pytest.approx(1 - cosines.mean(), rel=1e-4)
+
+
+def test_by_perplexity_the_tokens_that_came_count_alone() -> None:
+    made = ir.from_proto(decoder("concat", layers=1))
+    head = max(made.graph.initializers.values(), key=lambda value: value.const_value.size)  # type: ignore[union-attr]
+    ids = np.array([[1, 2, 3, 4, 5], [0, 0, 5, 1, 2]], np.int64)
+    mask = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], np.int64)
+    empty = np.zeros((2, 2, 0, 16), np.float32)
+    sample = {"input_ids": ids, "attention_mask": mask}
+    sample |= {f"past_key_values.0.{kind}": empty for kind in ("key", "value")}
+    trials = Trials(made, [head], [sample], judge="perplexity")
+    assert trials.loss({}) == 0
+    changed = head.const_value.numpy() * np.linspace(0.5, 1.5, head.const_value.shape[-1], dtype=np.float32)
+    after = made.clone()
+    after.graph.initializers[head.name].const_value = ir.tensor(changed, name=head.name)
+    surprise = []
+    for model in (made, after):
+        logits = make_session(model, threads=1).run(["logits"], sample)[0].astype(np.float64)
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        surprise.append([-logp[i, j, ids[i, j + 1]] for i in (0, 1) for j in range(4) if i == 0 or j > 1])
+    wanted = np.mean(surprise[1]) - np.mean(surprise[0])
+    assert abs(wanted) > 1e-3
+    assert trials.loss({head.name: changed}) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_no_perplexity_of_what_foretells_no_text() -> None:
+    made = model()
+    with pytest.raises(UsageError, match="of a decoder"):
+        Trials(made, [made.graph.initializers["b"]], [{"x": np.ones((2, 8), np.float32)}], judge="perplexity")
 
 
 def test_what_cant_be_tried_is_said() -> None:

@@ -24,13 +24,17 @@ from graphopt.search.allocation import Choice, Item, allocate
 from graphopt.search.evolutionary import evolve
 from graphopt.search.greedy import greedy, trials_at_most
 from graphopt.verification.quality.tasks import guess_task
-from graphopt.verification.trials import Trials
+from graphopt.verification.trials import Judge, Trials
 
 Granularity = Literal["block", "attention", "mlp", "joint"]
-Score = Literal["loss", "influence", "angular", "contribution", "last", "first", "uniform", "alternate", "symmetric"]
+Score = Literal[
+    "loss", "perplexity", "influence", "angular", "contribution", "last", "first", "uniform", "alternate", "symmetric"
+]
 Search = Literal["one-shot", "greedy", "evolutionary", "knapsack"]
 Group = tuple[DepthUnit, ...]
 """What goes together: a branch, or the branches of a layer."""
+_TRIED = ("loss", "perplexity")
+"""Scores that take the model's outputs."""
 OF_LANGUAGE, OF_OTHERS = 2, 32
 """Samples that searches see unless told: a window of text has hundreds of distributions to judge by, a picture one."""
 
@@ -52,14 +56,15 @@ class DropLayers(SearchPass):
     knapsack on losses that add up); On the Effect of Dropping Layers of Pre-trained Transformer Models, and Reassessing
     Layer Pruning in LLMs: New Insights and Methods (positions).
 
-    1. Scores, the lowest go first: "loss": the divergence of the outputs from the original's without it; "influence":
-       1 − cos(x_l, x_{l+1}), the mean over tokens; "contribution": |x_{l+1} − x_l| / |x_l|; "angular": the run of
-       neighbours with the least arccos(cos(x_l, x_{l+n})) / π; "last", "first", "uniform", "alternate" and "symmetric":
-       the position alone.
-    2. Searches, all by loss but "one-shot" (what scores lowest, each by itself): "greedy": one after the other, or
-       `beam` sets side by side, each grown by the `shortlist` candidates that last cost least; "evolutionary": from
-       the one-shot choice on, `generations` of `offspring` that exchange members, judged on one sample and the best two
-       on all; "knapsack": the least sum of single losses that removes enough bytes.
+    1. Scores, the lowest go first: "loss": the divergence of the outputs from the original's without it; "perplexity":
+       the logarithm of a decoder's perplexity on its data without it, over that with it, which looks at the tokens that
+       came instead of all that might have; "influence": 1 − cos(x_l, x_{l+1}), the mean over tokens; "contribution":
+       |x_{l+1} − x_l| / |x_l|; "angular": the run of neighbours with the least arccos(cos(x_l, x_{l+n})) / π; "last",
+       "first", "uniform", "alternate" and "symmetric": the position alone.
+    2. Searches, all by loss or perplexity but "one-shot" (what scores lowest, each by itself): "greedy": one after the
+       other, or `beam` sets side by side, each grown by the `shortlist` candidates that last cost least;
+       "evolutionary": from the one-shot choice on, `generations` of `offspring` that exchange members, judged on one
+       sample and the best two on all; "knapsack": the least sum of single losses that removes enough bytes.
     3. A candidate is a run of one session in which branches are switched off; nothing is saved or loaded for it.
     4. What was chosen is among the options that the report lists, as `branches`; given as an option, nothing is
        searched and no data needed. A greedy search lists the best set of each size too, as `path`.
@@ -68,7 +73,7 @@ class DropLayers(SearchPass):
        channel, and a new bias where there is one. Nothing is added to the graph. Where a normalization stands between
        (post-LN), the branch behind the removed ones is refitted to its own sum instead; where none follows, or with
        "affine", the last norm that they leave gets another scale and shift for each channel. A linear T has a number
-       for each pair of channels: with 4096 tokens for SmolLM2's 576 channels it gives back a quarter of the divergence
+       for each pair of channels: with 4096 tokens for SmolLM2's 576 channels it gives back a third of the divergence
        on other text, and two thirds on the same.
     6. The norm of a post-LN sum stays by default. In MiniLM that loses less than without it where one branch goes
        (rank correlation of similarities 0.977 to 0.972 for an attention, 0.974 to 0.949 for an MLP), and as much where
@@ -133,8 +138,8 @@ class DropLayers(SearchPass):
             raise ValueError(f"count must not be negative, not {count}")
         if fraction is not None and not 0 <= fraction < 1:
             raise ValueError(f"fraction must be from 0 to below 1, not {fraction}")
-        if search != "one-shot" and score != "loss":
-            raise ValueError(f"the search {search!r} goes by the loss; score {score!r} is for one-shot alone")
+        if search != "one-shot" and score not in _TRIED:
+            raise ValueError(f"the search {search!r} goes by loss or perplexity; score {score!r} is for one-shot alone")
         if score == "angular" and granularity != "block":
             raise ValueError("score 'angular' is of a run of layers; give granularity: block")
         at_least_1 = (1 if samples is None else samples, beam, generations, offspring)
@@ -251,7 +256,7 @@ class DropLayers(SearchPass):
         assert self.calibration is not None
         if self.score == "angular":
             return self._run(model, groups, count)
-        if self.score != "loss":
+        if self.score not in _TRIED:
             measured = self._closeness(model, [Span(group[0], group[-1]) for group in groups])
             of: Callable[[Closeness], float] = {
                 "influence": lambda c: 1 - c.cosine,
@@ -299,9 +304,10 @@ class _LossSearch:
         elif options.search == "evolutionary":
             trials += options.generations * options.offspring
             together = min(together, options.offspring)
+        self._judge: Judge = "perplexity" if options.score == "perplexity" else "divergence"
         self._trials = Trials(
             self._gated.model, list(self._gated.gates.values()), samples, threads=self.calibration.threads,
-            jobs=self.calibration.jobs, together=together, trials=trials,
+            jobs=self.calibration.jobs, together=together, trials=trials, judge=self._judge,
         )  # fmt: skip
         self._known: dict[tuple[int, ...], float] = {}
 
@@ -315,8 +321,9 @@ class _LossSearch:
                 progress=self.calibration.progress, what="choosing what goes",
             )  # fmt: skip
             best = steps[-1].chosen
+            called = {"divergence": "divergence", "perplexity": "log_perplexity_increase"}[self._judge]
             options.path = [
-                {"branches": [_label(self.groups[i]) for i in step.chosen], "divergence": step.loss} for step in steps
+                {"branches": [_label(self.groups[i]) for i in step.chosen], called: step.loss} for step in steps
             ]
         else:
             single = self._single()
@@ -330,7 +337,7 @@ class _LossSearch:
                     rounds=rounds, seed=options.seed, progress=self.calibration.progress,
                 ).chosen  # fmt: skip
         options.scores = {_label(self.groups[key[0]]): loss for key, loss in self._known.items() if len(key) == 1}
-        if best:
+        if best and self._judge == "divergence":
             (options.expected,) = self._losses([best])
         return [self.groups[i] for i in best]
 

@@ -126,6 +126,29 @@ def test_a_search_spares_the_last_cache() -> None:
         assert step.sites[-1].detail == "attention.2 isn't removed: its cache tells how many tokens came before"
 
 
+@pytest.mark.parametrize("search", ["one-shot", "greedy"])
+def test_by_perplexity(search: str) -> None:
+    ids = np.random.default_rng(2).integers(0, 40, (4, 12))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    for i in range(3):
+        feeds |= {f"past_key_values.{i}.{part}": np.zeros((4, 2, 0, 16), np.float32) for part in ("key", "value")}
+    given = Calibration(BatchedDataset(feeds, batch=1), threads=1)
+    model = ir.from_proto(decoder("concat", layers=3))
+    units = units_of(model).units
+    made = gated(model, units)
+    trials = Trials(made.model, list(made.gates.values()), given.feeds(model), threads=1, judge="perplexity")
+    known = {unit.name: trials.loss(made.closed([unit])) for unit in units}
+    step = DropLayers(granularity="joint", samples=4, count=1, score="perplexity", search=search)
+    step.calibration = given
+    step(model)
+    assert step.scores == pytest.approx(known)
+    assert step.branches == [min(known, key=lambda name: known[name])]
+    told = step.option_values()
+    assert "expected_divergence" not in told  # it is none
+    if search == "greedy":
+        assert told["path"] == [{"branches": step.branches, "log_perplexity_increase": min(step.scores.values())}]
+
+
 def test_one_shot_takes_the_lowest_losses() -> None:
     model = stream([1.0] * LAYERS, seed=3)
     known = losses(model)
@@ -281,11 +304,11 @@ def test_positions(position: Any, expected: list[int]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "perplexity"}, "score is one of"),
+        ({"score": "cosine"}, "score is one of"),
         ({"count": 1, "fraction": 0.5}, "give one of them"),
         ({"fraction": 1}, "from 0 to below 1"),
         ({"count": -1}, "must not be negative"),
-        ({"search": "greedy", "score": "influence"}, "goes by the loss"),
+        ({"search": "greedy", "score": "influence"}, "goes by loss or perplexity"),
         ({"score": "angular"}, "granularity: block"),
         ({"samples": 0}, "must be at least 1"),
     ],
