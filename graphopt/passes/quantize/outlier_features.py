@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.passes.quantize.value_ranges import observed
+from graphopt.calibration.request import Request
+from graphopt.calibration.statistics import AbsMax
+from graphopt.passes.quantize.value_ranges import calibration_of
 
 Features = dict[ir.Value, npt.NDArray[np.int64]]
 
@@ -22,24 +24,23 @@ def outlier_features(
     Args:
         model: The model, unchanged.
         values: Values [..., K] of the main graph.
-        data: The calibration data.
+        data: The calibration data; what is no number in it, and padding, doesn't count.
         times: A feature is one where its largest magnitude is so many times the median of all features' largest.
         share: At most so large a part of the features, the largest ones.
         limit: Samples that are used at most.
 
     Raises:
-        UsageError, InputDataError: See `observed`.
+        UsageError: There are no samples.
+        InputDataError: The model doesn't run on one.
     """
-    largest: dict[str, npt.NDArray[np.float32]] = {}
-    for sample in observed(model, values, data, limit):
-        for value in values:
-            name = value.name or ""
-            array = np.abs(np.asarray(sample[name], np.float32))
-            seen = array.reshape(-1, array.shape[-1]).max(axis=0, initial=0)
-            largest[name] = np.maximum(largest[name], seen) if name in largest else seen
+    requests = {value: Request(value, AbsMax(per_channel=True)) for value in values}
+    summaries = calibration_of(data, limit).gather(model, list(requests.values()))
     found: Features = {}
-    for value in values:
-        sizes = largest[value.name or ""]
+    for value, request in requests.items():
+        sizes = summaries[request].arrays.get("absmax")
+        if sizes is None:
+            found[value] = np.zeros(0, np.int64)
+            continue
         most = max(1, int(len(sizes) * share))
         ranked = np.argsort(-sizes, kind="stable")[:most]
         found[value] = np.sort(ranked[sizes[ranked] >= times * np.median(sizes)]).astype(np.int64)

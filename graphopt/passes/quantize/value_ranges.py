@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,7 +17,6 @@ from graphopt.calibration.calibration import Calibration
 from graphopt.calibration.data import ArrayDataset, Dataset, FirstSamples
 from graphopt.calibration.request import Request
 from graphopt.calibration.statistics import Histogram, MinMax, Summary, percentile
-from graphopt.errors import InputDataError, UsageError, first_line
 from graphopt.runtime_ops.memory_session import make_session, run
 
 Array = npt.NDArray[Any]
@@ -127,28 +126,6 @@ def calibration_of(samples: Any, limit: int | None = None) -> Calibration:
     return found if limit is None else dataclasses.replace(found, data=FirstSamples(found.data, limit))
 
 
-def observed(
-    model: ir.Model, values: Sequence[ir.Value], samples: Any, limit: int | None = None
-) -> Iterator[dict[str, Any]]:
-    """What values are on each sample, by their names.
-
-    Raises:
-        UsageError: There are no samples.
-        InputDataError: The model doesn't run on one.
-    """
-    session = make_session(_with_outputs(model, [value.name or "" for value in values]), "none")
-    order = [output.name for output in session.get_outputs()]
-    count = 0
-    for count, sample in enumerate(itertools.islice(_feeds(model, samples), limit), 1):
-        try:
-            found = run(session, sample)
-        except Exception as error:
-            raise InputDataError(f"The model doesn't run on calibration sample {count}: {first_line(error)}") from error
-        yield {**sample, **dict(zip(order, found, strict=True))}
-    if count == 0:
-        raise UsageError("Calibration needs at least one sample.")
-
-
 def run_outputs(model: ir.Model, samples: Any, limit: int = 8) -> list[npt.NDArray[Any]]:
     """The outputs of floats of a model on the first samples, one array after the other."""
     names = [v.name or "" for v in model.graph.outputs if v.dtype in (ir.DataType.FLOAT, None)]
@@ -165,21 +142,6 @@ def _feeds(model: ir.Model, samples: Any) -> Iterable[Mapping[str, Any]]:
     """The feeds that samples stand for: those that a data set gives, or themselves."""
     feeds: Iterable[Mapping[str, Any]] = samples.feeds(model) if hasattr(samples, "feeds") else samples
     return feeds
-
-
-def _with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    copy = model.clone()
-    graph = copy.graph
-    known = {value.name for value in graph.outputs}
-    by_name = {v.name: v for v in (*graph.inputs, *(v for node in graph for v in node.outputs))}
-    for name in names:
-        value = by_name[name]
-        if name in known or value.is_graph_input():
-            continue
-        if value.type is None:
-            value.type = ir.TensorType(ir.DataType.FLOAT)
-        graph.outputs.append(value)
-    return copy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -269,6 +269,17 @@ def test_outlier_features_are_multiplied_in_floats() -> None:
     assert np.linalg.norm(fine - exact) < 0.1 * np.linalg.norm(coarse - exact)
 
 
+def test_outliers_are_told_by_what_is_a_number() -> None:
+    before, _, samples = with_outliers()
+    samples[0]["x"][0, 3] = np.inf
+    samples[1]["x"][0, 4, 11] = np.nan
+    rule = QuantizeDynamic(outliers=6.0)
+    rule.calibration = samples  # type: ignore[assignment]
+    assert rule(before).modified
+    picked = next(v for name, v in before.graph.initializers.items() if "outliers" in name)
+    assert picked.const_value.numpy().tolist() == [5, 70]
+
+
 def test_outliers_need_data() -> None:
     with pytest.raises(UsageError, match="needs calibration data"):
         PassManager([QuantizeDynamic(outliers=6.0)])
