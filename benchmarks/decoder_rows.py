@@ -29,7 +29,6 @@ from graphopt.calibration.text import TextDataset, tokenize
 from graphopt.errors import GraphoptError
 from graphopt.models.texts import wikipedia
 from graphopt.recipe import load as load_recipe
-from graphopt.runtime_ops.decoding import cache_bytes
 from graphopt.runtime_ops.generation import Generator
 from graphopt.runtime_ops.memory_session import release_memory
 from graphopt.verification.quality.language import language_quality
@@ -197,7 +196,7 @@ class Decoder:
             ):
                 row = self.rows.setdefault(name, Row())
                 row.perplexity, row.kl, row.agreement = found["ppl"], found["kl"], found["top1"]
-                row.bytes = {tokens: cache_bytes(generator.interface, tokens) for tokens in CACHED}
+                row.bytes = {tokens: generator.interface.bytes_at(tokens) for tokens in CACHED}
                 row.recall = None if recall is None else recall(generator)
                 told = "" if row.recall is None else f", recall {row.recall:.0%}"
                 print(f"{name}: perplexity {row.perplexity:.3f}, KL {row.kl:.5f}{told}", flush=True)

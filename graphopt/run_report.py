@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from graphopt.analysis.cost import Counted, cost
 from graphopt.analysis.shapes import ShapeFacts
+from graphopt.graph.kv_interface import kv_interface
 from graphopt.passes.base import Guarantee, Site
 from graphopt.verification.verdict import Verdict
 
@@ -19,7 +20,8 @@ Status = Literal["applied", "unchanged", "rolled back", "skipped"]
 class Stats:
     """Size of a model: nodes over all graphs, parameters and bytes of used weights, FLOPs of one inference.
 
-    `unknown_flops` counts the nodes whose operations aren't in `flops`, because a shape isn't known.
+    `unknown_flops` counts the nodes whose operations aren't in `flops`, because a shape isn't known. `cache_bytes` are
+    those by which the KV cache of a decoder grows a token; None where there is none, or its sizes can't be told.
     """
 
     nodes: int
@@ -27,6 +29,7 @@ class Stats:
     weight_bytes: int
     flops: int
     unknown_flops: int
+    cache_bytes: float | None = None
 
     @classmethod
     def of(
@@ -43,7 +46,15 @@ class Stats:
             counted: As for `graphopt.analysis.cost.cost`.
         """
         found = cost(model, facts, activations=False, counted=counted)
-        return cls(found.node_count, found.parameters, found.weight_bytes, found.flops, found.unknown_flops)
+        decoder = kv_interface(model)
+        return cls(
+            found.node_count,
+            found.parameters,
+            found.weight_bytes,
+            found.flops,
+            found.unknown_flops,
+            None if decoder is None else decoder.bytes_a_token,
+        )
 
 
 @dataclasses.dataclass

@@ -37,6 +37,8 @@ def _build(name: str) -> Any:
             return t.GemmaForCausalLM(t.GemmaConfig(**wide, num_key_value_heads=2, head_dim=8, **cached))
         case "gemma2":
             return t.Gemma2ForCausalLM(t.Gemma2Config(**wide, num_key_value_heads=2, head_dim=8, **cached))
+        case "qwen3":
+            return t.Qwen3ForCausalLM(t.Qwen3Config(**wide, num_key_value_heads=2, head_dim=8, **cached))
         case "neox":
             return t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**wide, **cached))
         case "bert":

@@ -14,7 +14,6 @@ from graphopt.calibration.data import Feeds, checked
 from graphopt.errors import InputDataError, ModelError
 from graphopt.graph.input_roles import InputRoles
 from graphopt.graph.kv_interface import CachePair, kv_interface
-from graphopt.runtime_ops.decoding import empty_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +97,7 @@ class TokenInputs:
         try:
             for pair in self.pairs:
                 dtype = dtypes[pair.past] or ir.DataType.FLOAT
-                made[pair.past] = np.zeros(empty_shape(pair, batch, 0), dtype=dtype.numpy())
+                made[pair.past] = np.zeros(pair.sizes_at(0, batch), dtype=dtype.numpy())
         except ModelError as error:
             raise InputDataError(f"Text can't be fed to this decoder: {error}") from error
         return checked(made, self.model, "the text")

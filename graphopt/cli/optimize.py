@@ -196,15 +196,10 @@ def command(
             )
         except QualityError as error:
             failure = error
-        beside = destination.parent / "config.json"
-        elsewhere = destination.parent.resolve() != model.parent.resolve()
-        if failure is None and (in_place or ((model.parent / "config.json").is_file() and elsewhere)):
-            from graphopt.export.packaging import carry, recount
+        if failure is None:
+            from graphopt.export.packaging import follow
 
-            if earlier is not None:
-                recount(destination, since=earlier)
-            elif force or not beside.exists():
-                carry(model, destination)  # An exported folder stays one that other runtimes can load.
+            result.report.notes += follow(model, destination, replaced=earlier, force=force)
         if failure is None and (bench or steps):
             from graphopt.cli.steps import partial_recipes, told
             from graphopt.verification.workload import benchmark_models

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import ModelError
 from graphopt.passes import registry
 from graphopt.passes.base import Guarantee, Pass
 
@@ -15,9 +14,6 @@ if TYPE_CHECKING:
     from graphopt.cli.judging import Judge
     from graphopt.recipe import Recipe
     from graphopt.run_report import RunReport
-
-FEW, MANY = 1024, 5120
-"""Lengths of a cache, between which its growth a token is told."""
 
 
 def partial_recipes(recipe: Recipe, run: RunReport) -> list[tuple[str, Recipe]]:
@@ -92,12 +88,6 @@ def _growth(file: Path) -> float | None:
     """Bytes by which the cache of a decoder grows a token; None where there is none, or its sizes can't be told."""
     from graphopt.graph.kv_interface import kv_interface
     from graphopt.graph.load import load
-    from graphopt.runtime_ops.decoding import cache_bytes
 
     interface = kv_interface(load(file))
-    if interface is None:
-        return None
-    try:
-        return (cache_bytes(interface, MANY) - cache_bytes(interface, FEW)) / (MANY - FEW)
-    except ModelError:
-        return None
+    return None if interface is None else interface.bytes_a_token

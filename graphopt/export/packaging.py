@@ -28,8 +28,9 @@ from graphopt.export.genai import FILE, update_genai_config
 from graphopt.graph.kept_layers import kept_layers, shortened
 from graphopt.graph.load import load
 
+CONFIG = "config.json"
 COMPANIONS = (
-    "config.json",
+    CONFIG,
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -117,7 +118,7 @@ def describe_layers(folder: Path, model: ir.Model, since: ir.Model | None = None
         ModelError: The file can't be read or written, or isn't JSON.
     """
     if (layers := kept_layers(model, since)) is not None:
-        _rewrite(folder / "config.json", lambda config: shortened(config, layers))
+        _rewrite(folder / CONFIG, lambda config: shortened(config, layers))
 
 
 def recount(path: Path, since: ir.Model) -> None:
@@ -136,6 +137,41 @@ def recount(path: Path, since: ir.Model) -> None:
         update_genai_config(path.parent, made, path.name, described)
 
 
+def follow(old: Path, new: Path, *, replaced: ir.Model | None = None, force: bool = False) -> list[str]:
+    """Let what lies beside an optimized model say the same as it, where that overwrites nothing of anybody's.
+
+    Args:
+        old: The model's file.
+        new: The optimized model's file, in whatever folder.
+        replaced: What lay at `new` and was replaced, where the model was optimized in place.
+        force: Replace a config.json that is there already.
+
+    Returns:
+        A sentence for each configuration that is left and may be of another model.
+
+    Raises:
+        ModelError: As of `carry`.
+    """
+    beside = new.parent / CONFIG
+    if replaced is not None:
+        recount(new, since=replaced)
+    elif not (old.parent / CONFIG).is_file():
+        return []
+    elif new.parent.resolve() == old.parent.resolve():
+        if (layers := kept_layers(load(new), load(old))) is not None:
+            return [
+                f"{beside} counts the {layers.of} layers of {old.name}, {new.name} has {len(layers.kept)}: give an "
+                "output in a folder of its own, which gets a configuration that says so."
+            ]
+    elif force or not beside.exists():
+        carry(old, new)  # An exported folder stays one that other runtimes can load.
+    else:
+        return [
+            f"{beside} was there and is left as it is, and so are the other files beside it; --force replaces them."
+        ]
+    return []
+
+
 def make_readable(folder: Path, *, dtype: str | None = None) -> None:
     """Let transformers 4 and 5 read alike what one of them wrote into a folder: config.json and tokenizer_config.json.
 
@@ -144,7 +180,7 @@ def make_readable(folder: Path, *, dtype: str | None = None) -> None:
     Raises:
         ModelError: One of them can't be read or written, or isn't JSON.
     """
-    _rewrite(folder / "config.json", lambda config: readable_config(config, dtype))
+    _rewrite(folder / CONFIG, lambda config: readable_config(config, dtype))
     _rewrite(folder / "tokenizer_config.json", readable_tokenizer_config)
 
 

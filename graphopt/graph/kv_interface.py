@@ -8,11 +8,13 @@ present, so that the names of an exporter don't matter. Names decide only where 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
 import onnx_ir as ir
 
+from graphopt.errors import ModelError
 from graphopt.graph.cache_flow import FUSED, IN_PLACE, QUANTIZED, CacheFlow, Join, Part, qualified
 from graphopt.graph.constants import is_constant, scalar
 from graphopt.graph.input_roles import InputRoles
@@ -21,6 +23,8 @@ _LAYOUTS = {(4, 2): "BHSD", (4, 1): "BSHD", (4, 3): "BHDS", (5, 3): "2BHSD"}
 """Layout by rank and axis of length: batch, heads, sequence, dimension of a head (stacked: keys and values first)."""
 _QUANTIZED_LAYOUTS: dict[Part, str] = {"codes": "BCHN", "scales": "BCHN", "recent": "BH2ND"}
 """Those of a quantized cache: C blocks of tokens, N of a fixed size."""
+_FEW, _MANY = 1024, 5120
+"""Lengths of a cache, between which its growth a token is told."""
 _ORDER: tuple[Part, ...] = ("key", "value", "both", "codes", "scales", "recent")
 
 
@@ -75,6 +79,21 @@ class CachePair:
         """Places along `axis` of a cache with room for `tokens` tokens."""
         return -(-max(tokens - self.beside, 0) // self.block_size)
 
+    def sizes_at(self, tokens: int, batch: int = 1) -> list[int]:
+        """The shape of a cache with room for so many tokens a row.
+
+        Raises:
+            ModelError: Its sizes can't be told.
+        """
+        known = {"B": batch, "2": 2, "H": self.heads, "S": tokens, "D": self.head_size, "C": self.places(tokens)}
+        sizes = [known.get(letter, size) for letter, size in zip(self.layout, self.shape, strict=False)]
+        if not sizes or not all(isinstance(size, int) for size in sizes):
+            raise ModelError(
+                f"The sizes of an empty cache {self.past!r} can't be told; declare its KV heads and head size in the "
+                "file."
+            )
+        return [size for size in sizes if isinstance(size, int)]
+
 
 @dataclasses.dataclass(frozen=True)
 class KVInterface:
@@ -122,6 +141,23 @@ class KVInterface:
     def shared_buffer(self) -> bool:
         """Whether past and present of every layer may be one buffer."""
         return bool(self.pairs) and all(pair.in_place for pair in self.pairs)
+
+    def bytes_at(self, tokens: int) -> int:
+        """Bytes of the caches of one row with room for so many tokens, without those of a window, which don't grow.
+
+        Raises:
+            ModelError: Their sizes can't be told.
+        """
+        pairs = [pair for pair in self.pairs if not pair.windowed]
+        return sum(math.prod(pair.sizes_at(tokens)) * int(ir.DataType[pair.dtype].itemsize) for pair in pairs)
+
+    @property
+    def bytes_a_token(self) -> float | None:
+        """Bytes by which the caches of one row grow a token, on the whole; None where their sizes can't be told."""
+        try:
+            return (self.bytes_at(_MANY) - self.bytes_at(_FEW)) / (_MANY - _FEW)
+        except ModelError:
+            return None
 
     @property
     def encoder_decoder(self) -> bool:

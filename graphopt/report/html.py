@@ -87,7 +87,7 @@ def _sizes(report: Data) -> str:
         rows.append(
             [label(row.label), number(row.before), number(row.after), number(row.change, kind="warn" if larger else "")]
         )
-    note = (
+    about = (
         '<p class="soft">Nodes include those of subgraphs; parameters and weight bytes are those in use. FLOPs of one '
         "inference; <code>graphopt inspect</code> says at which sizes.</p>"
     )
@@ -96,7 +96,8 @@ def _sizes(report: Data) -> str:
         took.append(f"verification {units.seconds(report.get('verify_seconds'))}")
     return (
         table("Size of the model", ["", "before", "after", "change"], rows, sortable=False, kind="compact")
-        + note
+        + about
+        + "".join(f"<p>{text(str(note))}</p>" for note in report.get("notes") or [])
         + f"<p>{text(', '.join(took))}.</p>"
     )
 

@@ -42,6 +42,7 @@ class Report:
         quality: How well the result does its task beside the original, where that was judged.
         steps: What each lossy pass gives and costs, where that was asked for: the original, the model behind each pass
             without the lossy ones that follow, and the result; see `graphopt.cli.steps.told`.
+        notes: What else a reader should know, a sentence each.
     """
 
     source: dict[str, Any]
@@ -63,6 +64,7 @@ class Report:
     calibration: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
     steps: list[dict[str, Any]] | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -108,6 +110,7 @@ class Report:
             "quality": self.quality,
             "steps": self.steps,
             "renamed": self.renamed,
+            "notes": self.notes,
             "calibration": self.calibration,
             "arguments": self.arguments,
         }

@@ -7,6 +7,7 @@ timing, of passes that aren't graphopt's.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -86,8 +87,11 @@ class LeftGroup:
     sites: tuple[tuple[str, str, str], ...]
 
 
+CACHE = "Cache a token"
+
+
 def sizes(report: Data) -> list[SizeRow]:
-    """Nodes, parameters, weight bytes, FLOPs and file bytes before and after."""
+    """Nodes, parameters, bytes of weights, FLOPs, bytes of files and of a decoder's cache a token, before and after."""
     before, after = report.get("before") or {}, report.get("after") or {}
     files = tuple((report.get(side) or {}).get("bytes") for side in ("source", "output"))
     figures = [
@@ -97,6 +101,8 @@ def sizes(report: Data) -> list[SizeRow]:
         ("FLOPs", before.get("flops"), after.get("flops"), units.count),
         ("File bytes", files[0], files[1], units.size),
     ]
+    if before.get("cache_bytes") or after.get("cache_bytes"):
+        figures.append((CACHE, before.get("cache_bytes"), after.get("cache_bytes"), units.size))
     rows = [
         SizeRow(label, show(b), show(a), units.change(b, a), (b, a))
         for label, first, last, show in figures
@@ -125,6 +131,8 @@ def headline(report: Data) -> str:
         if before and after is not None and abs(after / before - 1) >= 0.01:
             parts.append(f"{row.before} {units.ARROW} {row.after} {noun}")
             break
+    if (cache := rows.get(CACHE)) is not None and cache.before != cache.after:
+        parts.append(f"{cache.before} {units.ARROW} {cache.after} of cache a token")
     if speed := measured.speed(report.get("timing")):
         parts.append(speed)
     if quality := quality_headline(report.get("quality")):
@@ -176,12 +184,15 @@ def searched(report: Data) -> list[str]:
     """What searches for what is missed least chose: the loss that they expect, and each change where there are few."""
     found = []
     for record in report.get("passes") or []:
-        told = (record.get("options") or {}).get("expected_divergence")
+        options = record.get("options") or {}
+        told = options.get("expected_divergence")
         expected = _number(told[-1] if isinstance(told, list) and told else told)
-        if record.get("status") != "applied" or expected is None:
+        surprise = _number(options.get("expected_log_perplexity_increase"))
+        if record.get("status") != "applied" or (expected is None and surprise is None):
             continue
+        loss = f"perplexity {math.exp(surprise) - 1:+.2%}" if surprise is not None else f"loss {expected:.3g}"
         sites = [site for site in record.get("sites") or [] if site.get("outcome") == "applied"]
-        found.append(f"{record.get('name')}: expected loss {expected:.3g}, by trials on the calibration data")
+        found.append(f"{record.get('name')}: expected {loss}, by trials on the calibration data")
         if len(sites) <= FEW:
             found += [f"{record.get('name')}: {site.get('detail')}" for site in sites]
     return found

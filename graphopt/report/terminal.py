@@ -34,6 +34,8 @@ def print_report(report: Data, console: Console) -> None:
         [[row.label, row.before, row.after, row.change] for row in summary.sizes(report)],
         right=(1, 2, 3),
     )
+    for note in report.get("notes") or []:
+        printer.line(str(note), style="yellow")
     _print_conditions(summary.valid_only_for(report), printer)
     if sentence := summary.not_needed(report):
         printer.line(sentence)

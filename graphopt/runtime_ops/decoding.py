@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
-from graphopt.errors import GraphoptError, InputDataError, ModelError, UsageError, first_line
+from graphopt.errors import GraphoptError, InputDataError, UsageError, first_line
 from graphopt.graph.importance import read_importance
-from graphopt.graph.kv_interface import CachePair, KVInterface
+from graphopt.graph.kv_interface import KVInterface
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -240,38 +239,13 @@ def _empty(
     types = {v.name: _DTYPES[v.type][0] for v in session.get_inputs() if v.type in _DTYPES}
     device, made = _device(session), []
     for pair in interface.pairs:
-        shape = empty_shape(pair, batch, capacity)
+        shape = pair.sizes_at(capacity, batch)
         value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, types[pair.past], device)
         if device == "cpu" and 0 not in shape:
             # What no token has filled yet is multiplied with a weight of 0, which makes NaN of whatever isn't finite.
             ctypes.memset(value.data_ptr(), 0, value.tensor_size_in_bytes())
         made.append(value)
     return made
-
-
-def empty_shape(pair: CachePair, batch: int, length: int) -> list[int]:
-    """The shape of a cache with room for `length` tokens.
-
-    Raises:
-        ModelError: Its sizes can't be told.
-    """
-    known = {"B": batch, "2": 2, "H": pair.heads, "S": length, "D": pair.head_size, "C": pair.places(length)}
-    sizes = [known.get(letter, size) for letter, size in zip(pair.layout, pair.shape, strict=False)]
-    if not sizes or not all(isinstance(size, int) for size in sizes):
-        raise ModelError(
-            f"The sizes of an empty cache {pair.past!r} can't be told; declare its KV heads and head size in the file."
-        )
-    return [size for size in sizes if isinstance(size, int)]
-
-
-def cache_bytes(interface: KVInterface, tokens: int) -> int:
-    """Bytes of the caches of one row with room for so many tokens, without those of a window, which don't grow.
-
-    Raises:
-        ModelError: Their sizes can't be told.
-    """
-    pairs = [pair for pair in interface.pairs if not pair.windowed]
-    return sum(math.prod(empty_shape(pair, 1, tokens)) * int(ir.DataType[pair.dtype].itemsize) for pair in pairs)
 
 
 def _gathered(value: onnxruntime.OrtValue, places: npt.NDArray[np.int64]) -> onnxruntime.OrtValue:

@@ -21,7 +21,7 @@ from graphopt.errors import InputDataError, ModelError, UsageError
 from graphopt.graph.importance import read_importance
 from graphopt.graph.kv_interface import KVInterface, kv_interface
 from graphopt.graph.load import load
-from graphopt.runtime_ops.decoding import Cache, Decoding, empty_shape
+from graphopt.runtime_ops.decoding import Cache, Decoding
 from graphopt.runtime_ops.eviction import Eviction, Evictor
 from graphopt.runtime_ops.folder import model_file, stop_tokens
 from graphopt.runtime_ops.sampling import Sampling
@@ -307,5 +307,5 @@ def _require_decoder(name: str, interface: KVInterface | None, extra: Mapping[st
     if problems:
         raise ModelError(f"{name} can't be generated with: {'; '.join(problems)}.")
     for pair in interface.pairs:
-        empty_shape(pair, 1, 0)
+        pair.sizes_at(0)
     return interface

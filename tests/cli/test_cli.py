@@ -51,8 +51,10 @@ def test_what_lies_beside_a_model_comes_along(run: Run, model: Path, tmp_path: P
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == {"model_type": "llama"}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
-    assert run("optimize", model, "-o", tmp_path / "other" / "model.onnx")[0] == 0
+    code, out, _ = run("optimize", model, "-o", tmp_path / "other" / "model.onnx")
+    assert code == 0
     assert (tmp_path / "other" / "config.json").read_text() == "{}"
+    assert "config.json was there and is left as it is" in " ".join(out.split())
 
 
 def test_the_version_tells_of_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

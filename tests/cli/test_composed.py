@@ -87,6 +87,7 @@ def test_steps_in_the_terminal(run: Run, texts: tuple[Path, Path, Path], tmp_pat
     assert "--quality held-out.txt does it" in out
     shown = out[out.index("Step by step") :].split("\n\n")[0]
     assert "cache a token" in shown
+    assert "Cache a token" in out[: out.index("Step by step")]
     assert [line.split()[0] for line in shown.splitlines() if line.split() and line.split()[0] in PARTS] == PARTS[1:]
     code, _, err = run("optimize", model, "--in-place", "--recipe", "rtn", "--steps")
     assert code == 2
@@ -111,9 +112,11 @@ def test_the_configuration_follows_the_model(run: Run, tmp_path: Path) -> None:
         code, _, err = run("optimize", source, "-o", folder / "model.onnx", *common, "--set", branches, "--force")
         assert code == 0, err
         assert layers(folder) == left
-    code, _, err = run("optimize", source, *common, "--set", branches)
+    code, out, err = run("optimize", source, *common, "--set", branches, "--json")
     assert code == 0, err
     assert layers(source.parent) == 4
+    (note,) = json.loads(out)["notes"]
+    assert "counts the 4 layers of model.onnx, model.opt.onnx has 2" in note
     code, _, err = run("package", source.parent / "model.opt.onnx", "-o", tmp_path / "served")
     assert code == 0, err
     assert layers(tmp_path / "served") == 2

@@ -155,14 +155,18 @@ class DropLayers(SearchPass):
         searches = self.branches is None and score not in get_args(Position)
         self.needs = ("samples",) * searches + ("second-moment",) * (heal != "none")
         self.path: list[dict[str, Any]] = []
+        self.expected_surprise: float | None = None
 
     def option_values(self) -> dict[str, Any]:
         """See the base; with the best set of each size that a greedy search went through."""
-        return {**super().option_values(), **({"path": self.path} if self.path else {})}
+        found: dict[str, Any] = {"path": self.path} if self.path else {}
+        if self.expected_surprise is not None:
+            found["expected_log_perplexity_increase"] = self.expected_surprise
+        return {**super().option_values(), **found}
 
     def apply(self, model: ir.Model) -> bool:
         """See the class."""
-        self.scores, self.path, self.expected = {}, [], None
+        self.scores, self.path, self.expected, self.expected_surprise = {}, [], None, None
         facts = infer(model, believe_names=True)
         found = depth_units(model, facts)
         if self.samples is None:
@@ -337,8 +341,12 @@ class _LossSearch:
                     rounds=rounds, seed=options.seed, progress=self.calibration.progress,
                 ).chosen  # fmt: skip
         options.scores = {_label(self.groups[key[0]]): loss for key, loss in self._known.items() if len(key) == 1}
-        if best and self._judge == "divergence":
-            (options.expected,) = self._losses([best])
+        if best:
+            (expected,) = self._losses([best])
+            if self._judge == "divergence":
+                options.expected = expected
+            else:
+                options.expected_surprise = expected
         return [self.groups[i] for i in best]
 
     def _losses(self, sets: Sequence[tuple[int, ...]], samples: int | None = None) -> Iterator[float]:

@@ -8,40 +8,28 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from tied_models import ALL, DECODERS, given, made
 from tiny_decoders import decoder
-from tiny_transformers import cached_feeds, exported, exported_cached, feeds
 from zeroed import outputs, units_of, zero
 
 import graphopt
-from graphopt.api import canonical
 from graphopt.errors import UsageError
 from graphopt.graph.assumptions import Reliance, note, read
 from graphopt.graph.kv_interface import kv_interface
-from graphopt.graph.load import load
 from graphopt.graph.save import save
 from graphopt.passes.depth.drop_layers import DropLayers
 
-DECODERS = ["llama", "gemma", "gemma2", "gpt2", "opt", "neox"]
-ALL = [*DECODERS, "bert", "vit", "resnet", "whisper"]
-
-
-def made(name: str) -> ir.Model:
-    exporter = "dynamo" if name == "whisper" else "torchscript"
-    model = load(exported_cached(name, exporter) if name in DECODERS else exported(name, exporter))
-    canonical(model)
-    return model
-
 
 @pytest.mark.export
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, "resnet"])
 def test_a_branch_that_adds_nothing_can_go(name: str, tmp_path: Path) -> None:
     model = made(name)
-    given = cached_feeds(name) if name in DECODERS else feeds(name)
+    fed = given(name)
     units = units_of(model).units
     for unit in dict.fromkeys((units[0], units[len(units) // 2], units[-1])):
         zeroed = model.clone()
         zero(zeroed, [unit.name])
-        expected = outputs(zeroed, given)
+        expected = outputs(zeroed, fed)
         dropped = zeroed.clone()
         step = DropLayers(branches=[unit.name], norms="keep")
         assert step(dropped).modified
@@ -55,7 +43,7 @@ def test_a_branch_that_adds_nothing_can_go(name: str, tmp_path: Path) -> None:
         # The old cache under its new name, in the old order.
         assert [v.name for v in dropped.graph.inputs] == before[: len(before) - len(gone)]
         numbered = dict(zip(caches, stay, strict=False))
-        found = outputs(dropped, {**given, **{new: given[old] for new, old in numbered.items()}})
+        found = outputs(dropped, {**fed, **{new: fed[old] for new, old in numbered.items()}})
         old = {new.replace("past_key_values", "present"): of.replace("past_key_values", "present")
                for new, of in numbered.items()}  # fmt: skip
         assert len(found) == len(expected) - len(gone)

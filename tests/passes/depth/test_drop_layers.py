@@ -144,7 +144,8 @@ def test_by_perplexity(search: str) -> None:
     assert step.scores == pytest.approx(known)
     assert step.branches == [min(known, key=lambda name: known[name])]
     told = step.option_values()
-    assert "expected_divergence" not in told  # it is none
+    assert "expected_divergence" not in told
+    assert told["expected_log_perplexity_increase"] == min(step.scores.values())
     if search == "greedy":
         assert told["path"] == [{"branches": step.branches, "log_perplexity_increase": min(step.scores.values())}]
 

@@ -166,4 +166,4 @@ def test_wrong_options_are_told() -> None:
 
 
 def test_decoders_are_many() -> None:
-    assert len({*DECODERS, *PRE}) >= 8
+    assert len({*DECODERS, *PRE} - {"llama"}) >= 8

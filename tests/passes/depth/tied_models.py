@@ -11,7 +11,7 @@ from tiny_transformers import cached_feeds, exported, exported_cached, feeds
 from graphopt.api import canonical
 from graphopt.graph.load import load
 
-DECODERS = ["llama", "gemma", "gemma2", "gpt2", "opt", "neox"]
+DECODERS = ["llama", "gemma", "gemma2", "qwen3", "gpt2", "opt", "neox"]
 ALL = [*DECODERS, "bert", "vit", "whisper"]
 
 
