@@ -9,9 +9,10 @@ import onnx_ir as ir
 
 from graphopt.calibration.data import Dataset, load_arrays
 from graphopt.calibration.images import VALUES, ImageFolder
-from graphopt.calibration.text import generated_text, load_text
+from graphopt.calibration.text import generated_text, load_text, tokenizer_beside
 from graphopt.errors import InputDataError, UsageError
 from graphopt.graph.kv_interface import kv_interface
+from graphopt.graph.load import PATH_KEY
 
 SELF = "self"
 """In place of a file: what a decoder writes itself."""
@@ -36,7 +37,7 @@ def load_data(
     Args:
         source: The file or folder, or "self".
         model: What it is for.
-        tokenizer: A folder with a `tokenizer.json`, or that file, for text.
+        tokenizer: A folder with a `tokenizer.json`, or that file, for text; None: the folder of the model's file.
         samples: Windows, samples or images that are used at most; None: 128, of generated text 64.
         window: Tokens in one window of text; None: 512 for a decoder, 128 for an encoder, 256 where it is generated.
         images: What pixels become: "unit" (0 to 1), "signed" (−1 to 1), "imagenet" (mean 0 and deviation 1 over
@@ -69,4 +70,4 @@ def load_data(
     if not text:
         raise UsageError(f"Calibration data is a .txt, .jsonl or .npz file, a folder of images, or self, not {name}.")
     usual = DECODER_WINDOW if kv_interface(model) is not None else ENCODER_WINDOW
-    return load_text(path, tokenizer, window or usual, samples or SAMPLES)
+    return load_text(path, tokenizer or tokenizer_beside(model.meta.get(PATH_KEY)), window or usual, samples or SAMPLES)

@@ -103,7 +103,9 @@ def load_text(
         InputDataError: A file can't be read, has another form, or holds less than one window.
     """
     if tokenizer is None:
-        raise UsageError("Calibration text needs a tokenizer; give the folder of the model's tokenizer.json.")
+        raise UsageError(
+            "Calibration text needs a tokenizer; give the folder of the model's tokenizer.json with --tokenizer."
+        )
     if window < 1 or (limit is not None and limit < 1):
         raise UsageError(
             f"Calibration needs a window of at least 1 token and at least 1 of them, not {window}, {limit}."
@@ -151,6 +153,19 @@ def generated_text(model: ir.Model, windows: int = 64, window: int = 256, seed: 
         new = generator.generate(prompts, max_new_tokens=window - 1, sampling=sampling, stop=())
         rows += [prompt + row for prompt, row in zip(prompts, new, strict=True)]
     return TextDataset(np.asarray(rows, dtype=np.int64).reshape(-1), window)
+
+
+def rest_of(dataset: TextDataset) -> npt.NDArray[np.int64]:
+    """The tokens of a text behind the windows that are used: text of the same kind, held out."""
+    return dataset.tokens[len(dataset) * dataset.window :]
+
+
+def tokenizer_beside(model: str | os.PathLike[str] | None) -> Path | None:
+    """The folder of a model's file, where its tokenizer.json lies beside it."""
+    if model is None:
+        return None
+    folder = Path(model) if Path(model).is_dir() else Path(model).parent
+    return folder if (folder / "tokenizer.json").is_file() else None
 
 
 def tokenize(text: str, tokenizer: str | os.PathLike[str]) -> npt.NDArray[np.int64]:

@@ -21,13 +21,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 BUILT_IN = "wikipedia"
 """The name of the held-out text of `graphopt.models.texts`, in place of a file."""
+NOT = "none"
+"""In place of a file: nothing is judged."""
 TASKS = ("language", "embedding", "classification", "detection", "recognition", "generic")
 
 
 def quality_options(command: F) -> F:
     """The options of judging; their values come as `quality`, `task`, `floor`, `quality_samples`,
     `score_threshold`, `ignore_spaces`."""
-    data = 'Judge it on held-out data: text (.txt, .jsonl), arrays (.npz), images (a folder), or the text "wikipedia".'
+    data = (
+        'Judge it on held-out data: text (.txt, .jsonl), arrays (.npz), images (a folder), or the text "wikipedia"; '
+        "none: don't."
+    )
     options = [
         click.option("--quality", metavar="FILE", help=data),
         click.option(
@@ -59,10 +64,12 @@ class Judge:
     Attributes:
         evaluation: The original and the data.
         floors: What must be reached.
+        asked: Whether the data was given, and isn't what calibration leaves of its own.
     """
 
     evaluation: Evaluation
     floors: list[Floor]
+    asked: bool = True
 
     def judge(
         self, candidate: Path, progress: Callable[[str, int, int], None] | None = None
@@ -91,7 +98,7 @@ class Judge:
         from graphopt.verification.quality.detection import THRESHOLD
 
         options = self.evaluation.options
-        found = ["--quality", self.evaluation.data.name]
+        found = ["--quality", self.evaluation.data.name] if self.asked else []
         found += [] if options.task is None else ["--task", options.task]
         found += [part for floor in self.floors for part in ("--floor", floor.text)]
         found += [] if options.samples is None else ["--quality-samples", str(options.samples)]
@@ -111,14 +118,18 @@ def judge_of(
     quality_samples: int | None,
     score_threshold: float | None,
     ignore_spaces: bool,
+    text: str = "",
 ) -> Judge | None:
     """What the options ask for; None: no judging. Mistakes are told before the work.
+
+    Without `--quality`, a language model that is calibrated with text is judged on what that leaves of it.
 
     Args:
         model: The original.
         tokenizer: Folder of the tokenizer.json for text.
         calibration: What is calibrated with.
         images: What the pixels of images become; None: 0 to 1.
+        text: What the calibration data is called.
         quality: As the options have it; and so on.
         task: See `quality_options`.
         floor: See there.
@@ -135,28 +146,44 @@ def judge_of(
         "--task": task, "--floor": floor, "--quality-samples": quality_samples, "--score-threshold": score_threshold,
         "--ignore-spaces": ignore_spaces,
     }  # fmt: skip
-    if quality is None:
-        if alone := [name for name, value in given.items() if value is not None and value is not False and value != ()]:
-            raise UsageError(f"{alone[0]} is for judging on data; give that with --quality.")
-        return None
+    from graphopt.calibration.text import TextDataset
     from graphopt.evaluation.data import load_evaluation
-    from graphopt.evaluation.judging import Options, prepare
+    from graphopt.evaluation.judging import Options, held_out, prepare
+    from graphopt.graph.load import load
     from graphopt.verification.quality.detection import THRESHOLD
     from graphopt.verification.quality.floors import parse_floors
+    from graphopt.verification.quality.tasks import guess_task
 
+    alone = [name for name, value in given.items() if value is not None and value is not False and value != ()]
     parse_floors(floor)
-    if Path(quality).exists():
-        data = load_evaluation(quality, images or "unit")
-    elif quality == BUILT_IN:
-        data = built_in()
-    else:
-        raise InputDataError(f'{quality} doesn\'t exist; --quality takes a file, or "{BUILT_IN}" for a built-in text.')
+    data: EvaluationData | None = None
+    if quality is None:
+        if isinstance(calibration, TextDataset) and guess_task(load(model), task).task == "language":
+            data = held_out(calibration, text)
+    elif quality != NOT:
+        if Path(quality).exists():
+            data = load_evaluation(quality, images or "unit")
+        elif quality == BUILT_IN:
+            data = built_in()
+        else:
+            raise InputDataError(
+                f'{quality} doesn\'t exist; --quality takes a file, "{BUILT_IN}" for a built-in text, or "{NOT}".'
+            )
+    if data is None:
+        if alone:
+            raise UsageError(f"{alone[0]} is for judging on data; give that with --quality.")
+        return None
     options = Options(
         task=task, tokenizer=tokenizer, samples=quality_samples, ignore_spaces=ignore_spaces,
         threshold=THRESHOLD if score_threshold is None else score_threshold,
     )  # fmt: skip
-    evaluation = prepare(model, data, options, calibration)
-    return Judge(evaluation, parse_floors(floor, evaluation.metrics))
+    try:
+        evaluation = prepare(model, data, options, calibration)
+    except InputDataError:
+        if quality is not None or alone:
+            raise
+        return None  # The text repeats itself, so that nothing of it is held out.
+    return Judge(evaluation, parse_floors(floor, evaluation.metrics), asked=quality is not None)
 
 
 def built_in() -> EvaluationData:

@@ -41,6 +41,7 @@ Examples:
   graphopt optimize model.onnx --recipe rtn --set bits=8 --set group_size=128
   graphopt optimize decoder.onnx --assume no-left-padding --assume max-length=2048
   graphopt optimize decoder.onnx --recipe kv4 --quality held-out.txt --floor ppl=+2% --floor 'kl<=0.05'
+  graphopt optimize decoder.onnx --recipe awq --calibration text.jsonl --floor ppl=+5%
   graphopt optimize decoder.onnx --recipe depth+kv4+awq4 --calibration text.txt --quality held-out.txt --bench --steps
 
 \b
@@ -78,7 +79,11 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
               help="Weights beside the model or in it  [default: as the input]")  # fmt: skip
 @click.option("--shard-size", metavar="SIZE", help="Split external data into files of at most this size, e.g. 2GB.")
 @click.option("--report", "report_path", type=OUTPUT, metavar="FILE.html", help="Write a self-contained HTML report.")
-@click.option("--bench", is_flag=True, help="Time the result against the original.")
+@click.option(
+    "--bench/--no-bench",
+    default=None,
+    help="Time the result against the original  [default: where it is calibrated and judged]",
+)
 @click.option("--steps", is_flag=True,
               help="Also make the model behind each lossy pass, and tell its size, quality and speed.")  # fmt: skip
 @click.option("--rename-kv-cache", "rename_kv", is_flag=True,
@@ -107,7 +112,7 @@ def command(
     external_data: bool | None,
     shard_size: str | None,
     report_path: Path | None,
-    bench: bool,
+    bench: bool | None,
     steps: bool,
     rename_kv: bool,
     force: bool,
@@ -170,7 +175,7 @@ def command(
                 seed=seed,
             )
         earlier = load(model) if in_place else None
-        judge = judge_of(model, tokenizer, data_set, image_values, **judging)
+        judge = judge_of(model, tokenizer, data_set, image_values, text=str(calibration), **judging)
         optimized = functools.partial(
             optimize, model, target=target, jobs=jobs, profile=chosen_profile(profile, target), assume=assume,
             rename_kv=rename_kv, seed=seed, progress=bar,
@@ -178,6 +183,12 @@ def command(
         result = optimized(
             recipe, options=options, verify=verify, inputs=inputs, calibration=data_set,  # type: ignore[arg-type]
         )  # fmt: skip
+
+        lossy = any(r.guarantee == "lossy" and r.status == "applied" for r in result.report.run.records)
+        if judge is not None and not (judge.asked or judge.floors or lossy):
+            judge = None  # Exact passes were verified.
+        if bench is None:
+            bench = lossy and judge is not None and not (judge.asked or in_place or rename_kv)
 
         def accept(written: Path) -> None:
             """Judge the file while it can still be thrown away."""
@@ -255,7 +266,7 @@ def command(
         print_json(data)
     else:
         print_report(data, out())
-        if judge is None and any(r.guarantee == "lossy" and r.status == "applied" for r in result.report.run.records):
+        if judge is None and lossy and judging["quality"] is None:
             out().print("What this costs at its task wasn't judged: --quality held-out.txt does it; --bench times it.")
         if report_path is not None:
             out().print(f"Report: {report_path}", markup=False, soft_wrap=True)

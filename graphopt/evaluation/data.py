@@ -29,11 +29,12 @@ class Samples(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationData:
-    """What a model is judged on, held out from calibration; one of `text`, `rows` and `arrays`, or `samples`, is given.
+    """What a model is judged on, held out from calibration; one of its fields from `text` to `samples` is given.
 
     Attributes:
         name: What it is called in messages and reports.
         text: One long text, for language models.
+        tokens: The same as token ids [tokens].
         rows: Texts of their own.
         arrays: An array for each input, samples along the first axis.
         samples: A data set that makes feeds for the model.
@@ -43,6 +44,7 @@ class EvaluationData:
 
     name: str
     text: str | None = None
+    tokens: npt.NDArray[np.int64] | None = None
     rows: tuple[str, ...] = ()
     arrays: Mapping[str, npt.NDArray[Any]] | None = None
     samples: Samples | None = None

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.calibration.text import TextDataset, tokenize, tokenize_each
+from graphopt.calibration.text import TextDataset, rest_of, tokenize, tokenize_each, tokenizer_beside
 from graphopt.errors import UsageError
 from graphopt.evaluation.data import EvaluationData, Samples, load_evaluation
 from graphopt.evaluation.feeds import Fed, array_batches, encoder_feeds
@@ -33,6 +33,8 @@ Progress = Callable[[str, int, int], None]
 
 WINDOW = 512
 """Tokens of one window of a text."""
+HELD_OUT = 8
+"""Windows of the calibration text that judge where no other text is given."""
 LONGEST = 256
 """Tokens of one sentence."""
 FEWEST = 16
@@ -126,6 +128,17 @@ class Evaluation:
         return ClassificationMeasure(guess.output, data.labels)
 
 
+def held_out(calibration: TextDataset, name: str) -> EvaluationData | None:
+    """What calibration leaves of its own text, `HELD_OUT` windows at most; None: it is less than two.
+
+    Args:
+        calibration: The windows that are calibrated with.
+        name: What the text is called.
+    """
+    rest = rest_of(calibration)[: HELD_OUT * WINDOW]
+    return EvaluationData(f"what calibration left of {name}", tokens=rest) if len(rest) >= 2 * WINDOW else None
+
+
 def prepare(
     reference: str | os.PathLike[str],
     data: EvaluationData | str | os.PathLike[str],
@@ -188,15 +201,15 @@ def _tokenizer(options: Options, model: Path) -> Path:
     Raises:
         UsageError: There is none.
     """
-    if options.tokenizer is not None:
-        return options.tokenizer
-    folder = model if model.is_dir() else model.parent
-    if (folder / "tokenizer.json").is_file():
-        return folder
-    raise UsageError("Text needs a tokenizer; give the folder of the model's tokenizer.json with --tokenizer.")
+    found = options.tokenizer or tokenizer_beside(model)
+    if found is None:
+        raise UsageError("Text needs a tokenizer; give the folder of the model's tokenizer.json with --tokenizer.")
+    return found
 
 
 def _token_ids(data: EvaluationData, options: Options, model: Path) -> npt.NDArray[np.int64]:
+    if data.tokens is not None:
+        return text_windows(data.tokens, options.window, options.samples).reshape(-1)
     if data.text is None:
         raise UsageError(f"A language model is judged on text, and {data.name} holds none; give a .txt or .jsonl file.")
     ids = tokenize(data.text, _tokenizer(options, model))
