@@ -69,7 +69,8 @@ class Allocation:
 
 
 def allocate(items: Sequence[Item], budget: float, units: int = UNITS) -> Allocation:
-    """The choices of least loss whose costs together are at most `budget`.
+    """The choices of least loss whose costs together are at most `budget`: the integer program of a multiple-choice
+    knapsack.
 
     By dynamic programming over the items and what is spent, in `units` equal parts of what the budget leaves beyond the
     cheapest choices. Of all that spend as much, up to a part, the least loss is kept with what it spends itself, so

@@ -79,12 +79,12 @@ class AllocateBits(SearchPass):
 
     For small errors the loss of a model is a sum over its weights, each in proportion to the weight's relative squared
     error. So one trial a weight is enough: D_l(p) is the divergence of the model's outputs from the original's where
-    this weight alone is rounded to nearest (in 4 bits, groups of 128). The allocation is the best there is, by dynamic
-    programming. What was chosen is among the options that the report lists, as `sites` of `quantize-weights`.
+    this weight alone is rounded to nearest (in 4 bits, groups of 128). What was chosen is among the options that the report lists, as `sites` of `quantize-weights`.
 
     Papers: Pushing the Limits of Large Language Model Quantization via the Linearity Theorem (sensitivity, and the
     allocation by dynamic programming). There α is measured with Gaussian noise added to a weight; here with an error
-    of rounding, whose directions are those of the errors to come.
+    of rounding, whose directions are those of the errors to come. One choice a weight under one budget is an integer
+    program, the multiple-choice knapsack; dynamic programming solves it, with costs in parts of 1/8192 of the budget.
 
     1. Weights that read one value (queries, keys and values) get one choice, since they are written as one.
     2. A trial exchanges weights within one session, on the first `samples` of the data; no model is written for it.
