@@ -79,7 +79,8 @@ class AllocateBits(SearchPass):
 
     For small errors the loss of a model is a sum over its weights, each in proportion to the weight's relative squared
     error. So one trial a weight is enough: D_l(p) is the divergence of the model's outputs from the original's where
-    this weight alone is rounded to nearest (in 4 bits, groups of 128). What was chosen is among the options that the report lists, as `sites` of `quantize-weights`.
+    this weight alone is rounded to nearest (in 4 bits, groups of 128). What was chosen is among the options that the
+    report lists, as `sites` of `quantize-weights`.
 
     Papers: Pushing the Limits of Large Language Model Quantization via the Linearity Theorem (sensitivity, and the
     allocation by dynamic programming). There α is measured with Gaussian noise added to a weight; here with an error
