@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ _DAY_SECONDS = 86400
 _NOT_THERE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 """What reading a file of arrays raises that isn't there, or not whole."""
 MOST_BYTES = 4 << 30
-"""What the cache may hold; beyond it, what was used longest ago is removed."""
+"""What the cache may hold; beyond it, what was used longest ago is removed, but nothing of the run that goes on.
+
+Of a run that makes more than this the first stages are kept: an interrupted one goes on behind them.
+"""
 
 
 class StageCache:
@@ -52,6 +55,8 @@ class StageCache:
         self._folder, self._most = folder, most_bytes
         self._before = digest(FORMAT, fingerprint)
         self._key = self._piece = ""
+        self._own: dict[Path, int] = {}
+        """The files of this run, with their bytes."""
 
     def enter(self, piece: ir.Model, requests: Sequence[str]) -> None:
         """Go to the next stage: a piece with its weights, and what is asked of it."""
@@ -77,6 +82,7 @@ class StageCache:
                 ]
                 received = [file[f"received.{i}"] for i in range(int(file["received"]))]
             os.utime(path)
+            self._own[path] = path.stat().st_size
         except _NOT_THERE:
             return None  # Not there, or not whole: it is made again.
         return summaries, received
@@ -87,7 +93,10 @@ class StageCache:
         arrays = {f"{i}.{name}": array for i, s in enumerate(summaries) for name, array in s.arrays.items()}
         arrays |= {f"received.{i}": array for i, array in enumerate(received)}
         arrays |= {"summaries": np.asarray(json.dumps(rows)), "received": np.asarray(len(received))}
-        _keep(self._path, arrays, self._most)
+        size = sum(array.nbytes for array in arrays.values())
+        if not self._own or sum(self._own.values()) + size <= self._most:
+            self._own[self._path] = size
+            _keep(self._path, arrays, self._most, self._own)
 
     @property
     def _path(self) -> Path:
@@ -132,11 +141,12 @@ class TrialCache:
                 "names": np.asarray(json.dumps(list(self._found))),
                 "numbers": np.stack(list(self._found.values())),
             }
-            _keep(self._path, arrays, self._most)
+            _keep(self._path, arrays, self._most, (self._path,))
 
 
-def _keep(path: Path, arrays: Mapping[str, Array], most_bytes: int) -> None:
-    """Write a file of arrays in one step, and remove what was used longest ago beyond what the folder may hold.
+def _keep(path: Path, arrays: Mapping[str, Array], most_bytes: int, own: Collection[Path]) -> None:
+    """Write a file of arrays in one step, and remove what was used longest ago beyond what the folder may hold; of
+    `own`, nothing.
 
     A disk that is full or read-only costs the cache, not the run.
     """
@@ -147,22 +157,24 @@ def _keep(path: Path, arrays: Mapping[str, Array], most_bytes: int) -> None:
             temporary = file.name
             np.savez(file, **arrays)  # type: ignore[arg-type]
         os.replace(temporary, path)
-        _prune(path.parent, most_bytes)
+        _prune(path.parent, most_bytes, own)
     except OSError:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
 
 
-def _prune(folder: Path, most_bytes: int) -> None:
+def _prune(folder: Path, most_bytes: int, own: Collection[Path]) -> None:
     for path in folder.glob(f"*{_UNFINISHED}"):
         if time.time() - path.stat().st_mtime > _DAY_SECONDS:  # of a run that was killed while it wrote
             path.unlink(missing_ok=True)
     files = sorted(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)
     total = sum(path.stat().st_size for path in files)
-    for path in files[:-1]:
+    for path in files:
         if total <= most_bytes:
             return
+        if path in own:
+            continue
         total -= path.stat().st_size
         path.unlink(missing_ok=True)
 

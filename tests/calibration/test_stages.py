@@ -399,12 +399,24 @@ def test_cached_stages_are_read_and_an_interrupted_run_goes_on(tmp_path: Path) -
 
 
 def test_what_was_cached_longest_ago_is_removed(tmp_path: Path) -> None:
+    """But the first stages of a run that goes on stay, behind which an interrupted one begins."""
     from graphopt.calibration.cache import StageCache
     from graphopt.calibration.statistics import Summary
 
-    cache = StageCache(tmp_path, "data", most_bytes=5000)
-    for seed in range(4):
-        cache.enter(residual(1, seed=seed), [])
-        cache.save([Summary({"a": np.zeros(500, np.float32)}, 1, 1.0, 0)], [])
-    assert 1 <= len(list(tmp_path.glob("*.npz"))) < 4
-    assert cache.load() is not None
+    kept = [Summary({"a": np.zeros(500, np.float32)}, 1, 1.0, 0)]
+
+    def run(data: str, stages: int) -> list[bool]:
+        cache, found = StageCache(tmp_path, data, most_bytes=6000), []
+        for seed in range(stages):
+            cache.enter(residual(1, seed=seed), [])
+            found.append(cache.load() is not None)
+            if not found[-1]:
+                cache.save(kept, [])
+        return found
+
+    assert run("one", 4) == [False] * 4
+    assert run("one", 4) == [True, True, False, False]
+    assert run("another", 1) == [False]
+    assert run("another", 1) == [True]
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+    assert sum(run("one", 2)) == 1
