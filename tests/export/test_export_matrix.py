@@ -36,14 +36,15 @@ from graphopt.errors import ModelError
 
 def test_a_fork_gives_back_what_the_work_returns_and_its_cost() -> None:
     def work() -> dict[str, int]:
-        held = bytearray(b"x" * 80_000_000)
+        held = bytearray(b"x" * 300_000_000)
         time.sleep(0.5)  # until the memory is looked at, also where all cores are busy
         return {"held": len(held)}
 
     outcome = forked(work, 20)
-    assert outcome.value == {"held": 80_000_000}
+    assert outcome.value == {"held": 300_000_000}
     assert not outcome.error
-    assert outcome.peak_mb - outcome.base_mb >= 70
+    # Within the work a process may also give back some of what it had at the fork.
+    assert outcome.peak_mb - outcome.base_mb >= 200
     assert outcome.seconds >= 0.1
 
 
