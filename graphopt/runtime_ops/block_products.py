@@ -92,6 +92,8 @@ class BlockProducts:
         attributes = {"bits": matrix.bits, "block_size": matrix.block, "gather_axis": 0, "quantize_axis": 2}
         scales = self.edit.op("Reshape", [self._scales(matrix), shape])
         inputs = [matrix.integers, indices, scales]
+        if matrix.zero_points is not None:
+            inputs.append(self.edit.op("Reshape", [self._single_zero_points(matrix, matrix.zero_points), shape]))
         result = self.edit.op("GatherBlockQuantized", inputs, attributes, domain=_MICROSOFT)
         if (offsets := self._offsets(matrix)) is not None:
             by_row = self.edit.op("Reshape", [self.edit.op("Transpose", [offsets], {"perm": [1, 0]}), shape])
@@ -101,6 +103,24 @@ class BlockProducts:
         last = self.edit.constant(np.array([matrix.length], np.int64), "row")
         whole = self.edit.op("Concat", [ids, last], {"axis": 0})
         return self.edit.op("Reshape", [result, whole], like=like)
+
+    def _single_zero_points(self, matrix: BlockMatrix, packed: ir.Value) -> ir.Value:
+        """The zero points in a byte each, uint8 [rows, blocks], as a look-up by block takes them. A session makes a
+        constant of them when it is loaded, so that the file has those of the head alone."""
+        each = 8 // matrix.bits
+        if each == 1:
+            return packed
+        edit, mask = self.edit, self.edit.constant(np.array((1 << matrix.bits) - 1, np.uint8), "mask")
+        last = edit.constant(np.array([2], np.int64), "last")
+        parts = []
+        for place in range(each):
+            by = edit.constant(np.array(place * matrix.bits, np.uint8), "shift")
+            moved = edit.op("BitShift", [packed, by], {"direction": "RIGHT"})
+            parts.append(edit.op("Unsqueeze", [edit.op("BitwiseAnd", [moved, mask]), last]))
+        size = edit.constant(np.array([matrix.rows, -1], np.int64), "by_row")
+        flat = edit.op("Reshape", [edit.op("Concat", parts, {"axis": 2}), size])
+        ends = (edit.constant(np.array([end], np.int64), "end") for end in (0, matrix.blocks, 1))
+        return edit.op("Slice", [flat, *ends])
 
     def multiply(self, source: ir.Value, matrix: BlockMatrix, inputs: Inputs) -> ir.Value:
         """source · matrixᵀ, [..., N] of [..., K]."""

@@ -156,6 +156,12 @@ class UniformGrid(Grid):
         # Groups are short, and numpy adds up short rows slowly: columns of all groups at once take half to a third.
         columns = np.ascontiguousarray(block.T)
         least = self._error(columns, best, importance)
+        if not self.symmetric and not self.floats:
+            # Rows of a Hadamard matrix are two numbers, s and -s, which no range from -s to s has both: steps of s do.
+            furthest = step_size(np.maximum(np.abs(ends[0]), np.abs(ends[1])), self.half)
+            steps = Fit(furthest, np.full(len(block), 1 << (self.bits - 1), np.uint8))
+            error = self._error(columns, steps, importance)
+            least, best = np.minimum(error, least), mixed(steps, best, error < least)
         shares = _SHARES[self.symmetric]
         pairs = [(share, side) for share in shares for side in ((1.0, -1.0) if self.symmetric else shares)]
         for turn in range(len(pairs) + _REFITS):

@@ -121,6 +121,20 @@ def test_a_tied_table_is_stored_once(operator: str) -> None:
     assert np.abs(run(model, ids=ids) - want).max() <= 1e-2 * np.abs(want).max()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [64, 96])
+def test_a_tied_table_with_zero_points(bits: int, columns: int) -> None:
+    """The look-up reads those of the head, of which two may lie in a byte, and the last byte of a row be half full."""
+    model = parse_weighted(TIED.replace("80, 64", f"80, {columns}"))
+    table = weight_of(model, "table")
+    options = {"bits": bits, "group_size": 32, "symmetric": False}
+    assert QuantizeWeights(sites={"table": options}).call(model).modified
+    ids = np.array([[3, 79, 0]])
+    near = round_to_nearest(table, UniformGrid(bits, symmetric=False, search=True), 32).dequantized()
+    want = np.tanh(near[ids]) @ near.T
+    assert np.abs(run(model, ids=ids) - want).max() <= 1e-2 * np.abs(want).max()
+
+
 def test_the_table_may_stay() -> None:
     model, pass_ = parse_weighted(TIED), QuantizeWeights(head_bits=0)
     assert not pass_.call(model).modified

@@ -18,6 +18,7 @@ from graphopt.passes.quantize.gptq import gptq
 from graphopt.passes.quantize.grids import Grid, UniformGrid
 from graphopt.passes.quantize.outliers import largest
 from graphopt.passes.quantize.quantized_weight import QuantizedWeight
+from graphopt.passes.quantize.rotations import hadamard
 from graphopt.passes.quantize.roundings import objective, quantize, round_to_nearest
 
 Array = npt.NDArray[Any]
@@ -296,6 +297,14 @@ def test_a_searched_range_is_never_worse_than_min_and_max(
 
     noise = 1e-10 * (block.astype(np.float64) ** 2).sum(axis=1) * (1 if cares is None else cares.max())
     assert (error(True) <= error(False) * (1 + 1e-4) + noise).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hadamard_matrix_keeps_its_two_numbers(kind: str, bits: int) -> None:
+    rotation = hadamard(96)
+    rounded = quantize(rotation, dataclasses.replace(uniform(kind, bits, search=True), half=False), 32)
+    np.testing.assert_allclose(rounded.dequantized(), rotation, rtol=1e-5)
 
 
 def test_outliers_are_exact_and_the_rest_has_a_range_of_its_own() -> None:
