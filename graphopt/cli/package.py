@@ -39,4 +39,6 @@ def command(model: Path, output: Path, force: bool, as_json: bool) -> None:
         console.print(f"{made.folder / name}  {size:,} bytes", markup=False, soft_wrap=True)
     if made.library is None:
         console.print(f"without the library of kernels: {made.note}", markup=False, soft_wrap=True)
+    for sentence in made.left:
+        console.print(sentence, markup=False, soft_wrap=True)
     console.print(f"{made.folder / 'README.md'} says how to run it", markup=False, soft_wrap=True)

@@ -45,12 +45,14 @@ class Package:
         files: Its files, relative to the folder.
         library: The file of the library with graphopt's kernels; None: it isn't there.
         note: Why the library isn't there, or an empty string.
+        left: A sentence for each file beside the model that isn't in the folder, though it might be expected.
     """
 
     folder: Path
     files: tuple[str, ...]
     library: str | None
     note: str
+    left: tuple[str, ...] = ()
 
 
 def package(path: str | os.PathLike[str], folder: str | os.PathLike[str], *, force: bool = False) -> Package:
@@ -74,13 +76,13 @@ def package(path: str | os.PathLike[str], folder: str | os.PathLike[str], *, for
     library, note = _library(model)
     try:
         with _made_beside(target) as made:
-            _fill(made, model, source, library)
+            left = _fill(made, model, source, library)
             files = sorted(file.name for file in made.iterdir())
             _describe(made, model, source, library, note, [*files, "README.md", DESCRIPTION])
     except OSError as error:
         raise ModelError(f"{target} couldn't be written: {error.strerror or error}; nothing was changed.") from error
     names = tuple(sorted(file.name for file in target.iterdir()))
-    return Package(target, names, None if library is None else library.name, note)
+    return Package(target, names, None if library is None else library.name, note, left)
 
 
 def _require_free(target: Path, source: Path, force: bool) -> None:
@@ -117,8 +119,8 @@ def _library(model: ir.Model) -> tuple[Path | None, str]:
     return library, ""
 
 
-def _fill(made: Path, model: ir.Model, source: Path, library: Path | None) -> None:
-    """Everything but what describes it."""
+def _fill(made: Path, model: ir.Model, source: Path, library: Path | None) -> tuple[str, ...]:
+    """Everything but what describes it; returns `Package.left`."""
     save(model, made / MODEL)
     copy_companions(source.parent, made)
     describe_layers(made, model)
@@ -129,8 +131,10 @@ def _fill(made: Path, model: ir.Model, source: Path, library: Path | None) -> No
             genai = _genai(json.loads(described.read_text(encoding="utf-8")), source.name, library)
         except ValueError as error:
             raise ModelError(f"{described} can't be read: {error}") from error
-        if genai is not None:
-            (made / GENAI).write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
+        if genai is None:
+            return (f"{described} is of another file than {source.name}, and isn't in the package",)
+        (made / GENAI).write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
+    return ()
 
 
 def _genai(described: Any, name: str, library: Path | None) -> Any:

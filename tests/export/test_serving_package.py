@@ -133,7 +133,9 @@ def test_onnxruntime_genai_registers_the_library_too(model: Path, tmp_path: Path
     assert decoder_of == {"filename": "model.onnx", "session_options": {"a": "b", **library}}
     for text in ('{"model": {"decoder": {"filename": "other.onnx"}}}', "[]"):  # of another model; of none
         place.write_text(text)
-        assert "genai_config.json" not in package(model, tmp_path / "served", force=True).files
+        made = package(model, tmp_path / "served", force=True)
+        assert "genai_config.json" not in made.files
+        assert ["is of another file" in sentence for sentence in made.left] == [True]
     place.write_text("{")
     with pytest.raises(ModelError, match=r"genai_config.json can't be read"):
         package(model, tmp_path / "served", force=True)

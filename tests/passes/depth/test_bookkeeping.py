@@ -13,9 +13,11 @@ from tiny_decoders import decoder
 from zeroed import outputs, units_of, zero
 
 import graphopt
+from graphopt.api import canonical
 from graphopt.errors import UsageError
 from graphopt.graph.assumptions import Reliance, note, read
 from graphopt.graph.kv_interface import kv_interface
+from graphopt.graph.load import load
 from graphopt.graph.save import save
 from graphopt.passes.depth.drop_layers import DropLayers
 
@@ -51,6 +53,65 @@ def test_a_branch_that_adds_nothing_can_go(name: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(array, expected[old.get(output, output)], rtol=1e-5, atol=1e-5)
         assert sum(len(v.uses()) == 0 for v in dropped.graph.initializers.values()) == 0
         assert len(dropped.graph) < len(model.graph)
+
+
+def unet(exporter: str, path: Path) -> ir.Model:
+    """Residual blocks at two resolutions, and a long skip from before the lower one to behind it."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):  # type: ignore[misc]
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.norm, self.first = nn.GroupNorm(4, width), nn.Conv2d(width, width, 3, padding=1)
+            self.second = nn.Conv2d(width, width, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.second(nn.functional.silu(self.first(self.norm(x))))
+
+    class UNet(nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+            self.high, self.low, self.last = Block(8), nn.Sequential(Block(16), Block(16)), Block(8)
+            self.up, self.join = nn.ConvTranspose2d(16, 8, 2, stride=2), nn.Conv2d(16, 8, 1)
+            self.head = nn.Conv2d(8, 3, 1)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            skip = self.high(self.stem(image))
+            low = self.up(self.low(self.down(skip)))
+            return self.head(self.last(self.join(torch.cat([low, skip], dim=1))))
+
+    torch.manual_seed(0)
+    sample = torch.zeros(2, 3, 16, 16)
+    names = {"input_names": ["image"], "output_names": ["out"]}
+    if exporter == "dynamo":
+        torch.onnx.export(UNet().eval(), (sample,), path, dynamo=True, verbose=False, **names)
+    else:
+        torch.onnx.export(UNet().eval(), (sample,), path, dynamo=False, opset_version=17, **names)
+    model = load(path)
+    canonical(model)
+    return model
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+def test_residual_blocks_of_a_u_net_can_go(exporter: str, tmp_path: Path) -> None:
+    """At either resolution, before and behind the long skip; what changes the shape isn't one of them."""
+    model = unet(exporter, tmp_path / "model.onnx")
+    fed = {"image": np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)}
+    units = units_of(model).units
+    assert len(units) == 4
+    for unit in units:
+        zeroed = model.clone()
+        zero(zeroed, [unit.name])
+        expected = outputs(zeroed, fed)
+        dropped = zeroed.clone()
+        assert DropLayers(branches=[unit.name])(dropped).modified
+        assert (
+            sum(node.op_type == "Conv" for node in dropped.graph) == sum(n.op_type == "Conv" for n in model.graph) - 2
+        )
+        np.testing.assert_allclose(outputs(dropped, fed)["out"], expected["out"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.export
