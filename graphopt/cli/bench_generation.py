@@ -63,6 +63,20 @@ def bench_generation(
     return {**result.to_dict(), **data}
 
 
+def bench_writing(paths: Sequence[Path], seed: int, progress: Callable[[str, int, int], None]) -> dict[str, Any] | None:
+    """How fast decoders read a short prompt and write behind it; None: they aren't decoders.
+
+    Raises:
+        GraphoptError: One of them can't be generated with, or not with as many tokens.
+    """
+    from graphopt.graph.load import load
+    from graphopt.verification.quality.tasks import guess_task
+
+    if guess_task(load(paths[0])).task != "language":
+        return None
+    return bench_generation(paths, Request(prompt_tokens=128, new_tokens=32, seed=seed), progress)
+
+
 def _session_options(threads: int) -> Callable[[], Any]:
     """Sessions as they are made for timing elsewhere: waiting threads sleep."""
     import onnxruntime

@@ -212,7 +212,8 @@ def command(
 
             result.report.notes += follow(model, destination, replaced=earlier, force=force)
         if failure is None and (bench or steps):
-            from graphopt.cli.steps import partial_recipes, told
+            from graphopt.cli.bench_generation import bench_writing
+            from graphopt.cli.steps import ends, partial_recipes, told
             from graphopt.verification.workload import benchmark_models
 
             try:
@@ -230,7 +231,15 @@ def command(
                     if bench:
                         bar("timing", 0, 1)
                         timing = benchmark_models(files, inputs=inputs, seed=seed).to_dict()
-                        result.report.timing = {**timing, "models": [timing["models"][0], timing["models"][-1]]}
+                        result.report.timing = ends(timing)
+                        try:
+                            writing = bench_writing(files, seed, bar) if inputs is None else None
+                        except GraphoptError as error:  # The prompt is timed, and the note says what isn't.
+                            writing = None
+                            result.report.notes.append(f"How fast it writes wasn't timed: {error}")
+                        if writing is not None:
+                            timing["generation"] = writing
+                            result.report.timing["generation"] = ends(writing)
                     if parts:
                         names = ["", *(name for name, _ in parts)]
                         result.report.steps = told(names, files, judge, result.report.quality, timing, bar)

@@ -72,6 +72,8 @@ def told(
         metrics[1:-1] = [found.to_dict()["metrics"] for found in judge.evaluation.judge(files[1:-1], progress)]
         metrics[-1] = quality["metrics"]
     models = [None] * len(files) if timing is None else timing["models"]
+    writing = None if timing is None else timing.get("generation")
+    writers = [None] * len(files) if writing is None else writing["models"]
     return [
         {
             "pass": name,
@@ -79,9 +81,15 @@ def told(
             "cache_bytes": _growth(file),
             "metrics": own,
             "ratio": None if model is None else model["cpu_ratio"]["median"],
+            "token_ratio": None if writer is None else writer["decode_cpu_ratio"]["median"],
         }
-        for name, file, own, model in zip(names, files, metrics, models, strict=True)
+        for name, file, own, model, writer in zip(names, files, metrics, models, writers, strict=True)
     ]
+
+
+def ends(timing: dict[str, Any]) -> dict[str, Any]:
+    """A benchmark of all steps, with the original and the result alone."""
+    return {**timing, "models": [timing["models"][0], timing["models"][-1]]}
 
 
 def _growth(file: Path) -> float | None:

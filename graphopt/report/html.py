@@ -170,7 +170,13 @@ def _timing(timing: Data | None) -> str:
     headers = ["model", "CPU time", "ratio", "range", "wall time", "ratio", "load", "CPU time"]
     caption = "Median time of one inference; ratios to the original"
     notes = "".join(f'<p class="soft">{text(line)}</p>' for line in measured.timing_notes(timing))
-    return table(caption, headers, cells, sortable=False, kind="wide-first") + notes
+    found = table(caption, headers, cells, sortable=False, kind="wide-first") + notes
+    if generation := (timing or {}).get("generation"):
+        headers, texts = measured.generation_table(generation)
+        cells = [[label(row[0], code=True), label(row[1]), *map(number, row[2:])] for row in texts]
+        found += table("A decoder reading and writing", headers, cells, sortable=False, kind="wide-first")
+        found += f'<p class="soft">{text(measured.generation_note(generation))}</p>'
+    return found
 
 
 def _verification(report: Data) -> str:

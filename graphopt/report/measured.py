@@ -197,7 +197,14 @@ def timing_rows(timing: Data | None) -> list[TimingRow]:
 
 
 def speed(timing: Data | None) -> str:
-    """The CPU time of the last model over that of the reference, "0.93× CPU time", or "" where nothing was timed."""
+    """The CPU time of the last model over that of the reference, "0.93× CPU time", or "" where nothing was timed.
+
+    Of a decoder that of a token that it writes and of one that it reads.
+    """
+    if generation := (timing or {}).get("generation"):
+        last = generation["models"][-1]
+        written, read = (units.ratio(last[f"{phase}_cpu_ratio"]["median"]) for phase in ("decode", "prefill"))
+        return f"{written} CPU time of a token written, {read} of one read"
     rows = timing_rows(timing)
     measured = [row for row in rows if row.kind == "model" and row.ratio is not None]
     if not measured:
@@ -230,6 +237,30 @@ def timing_notes(timing: Data | None) -> list[str]:
     if feeds := timing.get("feeds"):
         found.append(f"Inputs: {_inputs(feeds)}.")
     return found
+
+
+def generation_table(data: Data) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of a benchmark of decoders, a row each, the control last."""
+    rows = []
+    names = [row.label for row in timing_rows(data)]
+    for index, timing in enumerate([*data["models"], data["control"]]):
+        row = [names[index], str(timing["cache"])]
+        for phase in ("prefill", "decode"):
+            ratio = timing[f"{phase}_ratio"]
+            spread = f"{units.ratio(ratio['median'])} ± {ratio['uncertainty']:.2f}" if index else units.ratio(1.0)
+            row += [f"{timing[f'{phase}_tokens_s']:,.1f}", spread, units.ratio(timing[f"{phase}_cpu_ratio"]["median"])]
+        rows.append(row)
+    return ["model", "cache", "read/s", "time", "CPU", "written/s", "time", "CPU"], rows
+
+
+def generation_note(data: Data) -> str:
+    """How decoders were timed."""
+    batch, threads = units.plural(data["batch"], "row"), data["threads"] or "all"
+    return (
+        f"Tokens read per second (prefill) and written (decode), medians of {data['runs']} rounds in turn; {batch} of "
+        f"{data['prompt_tokens']} prompt tokens and {data['new_tokens']} new ones, threads: {threads}. Time and CPU "
+        "time are ratios to the first model: below 1 is faster, and none closer to 1 than the control's says anything."
+    )
 
 
 def _inputs(feeds: dict[str, list[int]]) -> str:

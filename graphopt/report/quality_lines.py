@@ -62,6 +62,10 @@ def quality_rows(quality: Data | None, timing: Data | None = None) -> list[Quali
             QualityRow("CPU time of one inference", units.seconds(first), units.seconds(second),
                        units.change(first, second))
         )  # fmt: skip
+    if generation := (timing or {}).get("generation"):
+        for label, phase in (("Tokens read a second", "prefill"), ("Tokens written a second", "decode")):
+            first, *_, last = (float(model[f"{phase}_tokens_s"]) for model in generation["models"])
+            rows.append(QualityRow(label, f"{first:,.1f}", f"{last:,.1f}", units.change(first, last)))
     return rows
 
 

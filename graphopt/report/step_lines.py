@@ -18,9 +18,11 @@ def step_table(steps: Sequence[Data] | None) -> tuple[list[str], list[list[str]]
         return [], []
     named: Sequence[Data] = next((step["metrics"] for step in steps if step.get("metrics")), [])
     cached = any(step.get("cache_bytes") is not None for step in steps)
-    timed = any(step.get("ratio") is not None for step in steps)
+    writes = any(step.get("token_ratio") is not None for step in steps)
+    timed = {"ratio": "a prompt", "token_ratio": "a token"} if writes else {"ratio": "CPU time"}
+    timed = timed if any(step.get("ratio") is not None for step in steps) else {}
     headers = ["behind", "bytes on disk", *(["cache a token"] if cached else []), *(m["name"] for m in named)]
-    headers += ["CPU time"] if timed else []
+    headers += timed.values()
     rows = []
     for step in steps:
         row = [str(step.get("pass") or "the original"), units.size(step.get("bytes"))]
@@ -31,7 +33,6 @@ def step_table(steps: Sequence[Data] | None) -> tuple[list[str], list[list[str]]
             value = own[metric["name"]].get("value") if own else metric.get("reference")
             scale: Scale = "share" if metric.get("scale") == "share" else "number"
             row.append(units.MISSING if value is None else shown(float(value), scale))
-        if timed:
-            row.append(units.ratio(step.get("ratio")))
+        row += [units.ratio(step.get(key)) for key in timed]
         rows.append(row)
     return headers, rows

@@ -54,6 +54,8 @@ def print_report(report: Data, console: Console) -> None:
     if report.get("timing"):
         printer.heading("Speed")
         _print_timing_body(report["timing"], printer)
+        if generation := report["timing"].get("generation"):
+            _print_generation_body(generation, printer)
     _print_left(summary.left_groups(report), printer)
     _print_settings(report, printer)
     if renamed := report.get("renamed"):
@@ -165,30 +167,20 @@ def print_timing(data: Data, console: Console) -> None:
 def print_generation(data: Data, console: Console) -> None:
     """Print what `graphopt bench --generate` measured."""
     printer = Printer(console)
-    rows = []
+    _print_generation_body(data, printer)
     names = [row.label for row in measured.timing_rows(data)]
-    for index, timing in enumerate([*data["models"], data["control"]]):
-        row = [names[index], str(timing["cache"])]
-        for phase in ("prefill", "decode"):
-            ratio = timing[f"{phase}_ratio"]
-            spread = f"{units.ratio(ratio['median'])} ± {ratio['uncertainty']:.2f}" if index else units.ratio(1.0)
-            row += [f"{timing[f'{phase}_tokens_s']:,.1f}", spread, units.ratio(timing[f"{phase}_cpu_ratio"]["median"])]
-        rows.append(row)
-    headers = ["model", "cache", "read/s", "time", "CPU", "written/s", "time", "CPU"]
-    printer.table(headers, rows, right=(2, 3, 4, 5, 6, 7))
-    batch, threads = units.plural(data["batch"], "row"), data["threads"] or "all"
-    printer.line(
-        f"Tokens read per second (prefill) and written (decode), medians of {data['runs']} rounds in turn; {batch} of "
-        f"{data['prompt_tokens']} prompt tokens and {data['new_tokens']} new ones, threads: {threads}. Time and CPU "
-        "time are ratios to the first model: below 1 is faster, and none closer to 1 than the control's says anything.",
-        style="dim",
-    )
     for name, found in zip(names, data.get("perplexity") or [], strict=False):
         windows = f"{units.plural(found['windows'], 'window')} of {found['window']} tokens"
         printer.line(f"{name}: perplexity {found['value']:.4f} over {found['tokens']:,} tokens in {windows}")
 
 
 # ---- parts
+
+
+def _print_generation_body(data: Data, printer: Printer) -> None:
+    headers, rows = measured.generation_table(data)
+    printer.table(headers, rows, right=(2, 3, 4, 5, 6, 7))
+    printer.line(measured.generation_note(data), style="dim")
 
 
 def _print_conditions(conditions: Sequence[Condition], printer: Printer) -> None:

@@ -62,7 +62,9 @@ def test_depth_kv4_and_awq4(run: Run, texts: tuple[Path, Path, Path], tmp_path: 
     judged = next(m["value"] for m in data["quality"]["metrics"] if m["name"] == "kl")
     assert losses[-1] == pytest.approx(judged)
     assert steps[0]["ratio"] == 1
-    assert all(step["ratio"] > 0 for step in steps)
+    assert all(step["ratio"] > 0 and step["token_ratio"] > 0 for step in steps)
+    assert len(data["timing"]["generation"]["models"]) == 2
+    assert "A decoder reading and writing" in report.read_text(encoding="utf-8")
     assert len(data["timing"]["models"]) == 2
     assert "Step by step" in report.read_text(encoding="utf-8")
     assert [path.name for path in result.parent.iterdir() if path.name.startswith(".")] == []

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from tiny_transformers import exported_cached
 
+from graphopt.errors import ModelError
+
 from .conftest import Run
 
 pytestmark = pytest.mark.export
@@ -40,10 +42,27 @@ def test_quality_bytes_and_speed_are_told(run: Run, folder: Path) -> None:
     assert code == 0, err
     told = " ".join(out.split())
     assert "Quality, size and speed" in told
-    for row in ("Perplexity (ppl)", "Bytes on disk", "CPU time of one inference"):
+    assert "CPU time of a token written" in told[: told.index("Nodes")]
+    for row in ("Perplexity (ppl)", "Bytes on disk", "CPU time of one inference", "Tokens written a second"):
         assert row in told
     assert f"On what calibration left of {folder}"[:30] in told
     assert "in 2 windows of 512" in told
+
+
+def test_what_cant_be_generated_with_is_timed_by_a_prompt(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ModelError("one input is unknown")
+
+    monkeypatch.setattr("graphopt.cli.bench_generation.bench_generation", refuse)
+    (folder / "result").mkdir()
+    code, out, err = optimize(run, folder, "--quality", "none", "--bench", "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    assert len(data["timing"]["models"]) == 2
+    assert "generation" not in data["timing"]
+    assert data["notes"] == ["How fast it writes wasn't timed: one input is unknown"]
 
 
 def test_a_floor_needs_no_data_of_its_own(run: Run, folder: Path) -> None:
