@@ -77,8 +77,8 @@ class DropLayers(SearchPass):
        for each pair of channels: with 4096 tokens for SmolLM2's 576 channels it gives back a third of the divergence
        on other text, and two thirds on the same.
     6. The norm of a post-LN sum stays by default. In MiniLM that loses less than without it where one branch goes
-       (rank correlation of similarities 0.957 against 0.929 for the second attention, 0.947 against 0.803 for the second
-       MLP), and more where both do (0.886 against 0.919).
+       (rank correlation of similarities 0.957 against 0.929 for the second attention, 0.947 against 0.803 for the
+       second MLP), and more where both do (0.886 against 0.919).
 
     **Options:** `count` (default none): how many go; `fraction` (default 0.1, where `count` isn't given): of all; for
     "knapsack" of their bytes; `granularity` (default "attention"): "attention" or "mlp" branches, "block": layers,
