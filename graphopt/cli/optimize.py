@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +25,9 @@ from graphopt.cli.console import (
 )  # fmt: skip
 from graphopt.cli.judging import judge_of, quality_options
 from graphopt.errors import GraphoptError, QualityError, UsageError
+
+if TYPE_CHECKING:
+    from graphopt.recipe import Recipe
 
 ROLLED_BACK = 6
 """Exit code: the output is good, but a pass broke its promise and was taken back."""
@@ -212,37 +214,18 @@ def command(
 
             result.report.notes += follow(model, destination, replaced=earlier, force=force)
         if failure is None and (bench or steps):
-            from graphopt.cli.bench_generation import bench_writing
-            from graphopt.cli.steps import ends, partial_recipes, told
-            from graphopt.verification.workload import benchmark_models
+            from graphopt.cli.steps import measure
+
+            def write(part: Recipe, place: Path) -> None:
+                needs = any(getattr(one, "needs", ()) for one in part.passes(target))
+                made = optimized(part, verify="none", calibration=data_set if needs else None)
+                made.save(place, external_data=external_data)
 
             try:
-                with tempfile.TemporaryDirectory(prefix=".steps-", dir=destination.parent) as folder:
-                    parts = partial_recipes(result.report.recipe, result.report.run) if steps else []
-                    files = [model]
-                    for number, (_, part) in enumerate(parts[:-1], 1):
-                        files.append(Path(folder) / f"step{number}" / destination.name)
-                        files[-1].parent.mkdir()
-                        needs = any(getattr(one, "needs", ()) for one in part.passes(target))
-                        made = optimized(part, verify="none", calibration=data_set if needs else None)
-                        made.save(files[-1], external_data=external_data)
-                    files.append(destination)
-                    timing: dict[str, Any] | None = None
-                    if bench:
-                        bar("timing", 0, 1)
-                        timing = benchmark_models(files, inputs=inputs, seed=seed).to_dict()
-                        result.report.timing = ends(timing)
-                        try:
-                            writing = bench_writing(files, seed, bar) if inputs is None else None
-                        except GraphoptError as error:  # The prompt is timed, and the note says what isn't.
-                            writing = None
-                            result.report.notes.append(f"How fast it writes wasn't timed: {error}")
-                        if writing is not None:
-                            timing["generation"] = writing
-                            result.report.timing["generation"] = ends(writing)
-                    if parts:
-                        names = ["", *(name for name, _ in parts)]
-                        result.report.steps = told(names, files, judge, result.report.quality, timing, bar)
+                measure(
+                    result.report, model, destination, write, judge,
+                    bench=bench, steps=steps, inputs=inputs, seed=seed, progress=bar,
+                )  # fmt: skip
             except GraphoptError as error:
                 failure = error  # The model is written, and what was done to it is told.
     given: dict[str, Any] = {

@@ -1,18 +1,21 @@
-"""`--steps`: what each lossy pass of a recipe gives and costs, by the models without those behind it."""
+"""`--bench` and `--steps`: what a result, and each lossy pass of its recipe, gives and costs."""
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphopt.errors import GraphoptError
 from graphopt.passes import registry
 from graphopt.passes.base import Guarantee, Pass
 
 if TYPE_CHECKING:
     from graphopt.cli.judging import Judge
     from graphopt.recipe import Recipe
+    from graphopt.report.report import Report
     from graphopt.run_report import RunReport
 
 
@@ -47,7 +50,73 @@ def partial_recipes(recipe: Recipe, run: RunReport) -> list[tuple[str, Recipe]]:
     return parts
 
 
-def told(
+def measure(
+    report: Report,
+    model: Path,
+    destination: Path,
+    write: Callable[[Recipe, Path], None],
+    judge: Judge | None,
+    *,
+    bench: bool,
+    steps: bool,
+    inputs: Path | None,
+    seed: int,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Time a result against the original, and make and judge what it was on the way; both into its report.
+
+    Args:
+        report: Of the result.
+        model: The original's file.
+        destination: The result's.
+        write: Optimizes the original by another recipe and writes the result into a file.
+        judge: What judges; None: nothing does.
+        bench: Whether anything is timed.
+        steps: Whether the models behind each lossy pass are made, by the recipe without the lossy ones that follow.
+        inputs: Inputs to time with; None: usual ones, and of a decoder a prompt and what it writes behind it.
+        seed: Of these.
+        progress: Called as the work goes on.
+
+    Raises:
+        GraphoptError: One of the models can't be made, judged or timed.
+    """
+    with tempfile.TemporaryDirectory(prefix=".steps-", dir=destination.parent) as folder:
+        parts = partial_recipes(report.recipe, report.run) if steps else []
+        files = [model]
+        for number, (_, part) in enumerate(parts[:-1], 1):
+            files.append(Path(folder) / f"step{number}" / destination.name)
+            files[-1].parent.mkdir()
+            write(part, files[-1])
+        files.append(destination)
+        timing = _timed(report, files, inputs, seed, progress) if bench else None
+        if parts:
+            report.steps = _told(["", *(name for name, _ in parts)], files, judge, report.quality, timing, progress)
+
+
+def _timed(
+    report: Report, files: Sequence[Path], inputs: Path | None, seed: int, progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """A benchmark of all of them; the report gets that of the first and the last."""
+    from graphopt.cli.bench_generation import bench_writing
+    from graphopt.verification.workload import benchmark_models
+
+    progress("timing", 0, 1)
+    timing: dict[str, Any] = benchmark_models(files, inputs=inputs, seed=seed).to_dict()
+    try:
+        timing["generation"] = bench_writing(files, seed, progress) if inputs is None else None
+    except GraphoptError as error:  # The prompt is timed, and the note says what isn't.
+        timing["generation"] = None
+        report.notes.append(f"How fast it writes wasn't timed: {error}")
+    report.timing, of_writing = (
+        None if found is None else {**found, "models": [found["models"][0], found["models"][-1]]}
+        for found in (timing, timing["generation"])
+    )
+    assert report.timing is not None
+    report.timing["generation"] = of_writing
+    return timing
+
+
+def _told(
     names: Sequence[str],
     files: Sequence[Path],
     judge: Judge | None,
@@ -72,7 +141,7 @@ def told(
         metrics[1:-1] = [found.to_dict()["metrics"] for found in judge.evaluation.judge(files[1:-1], progress)]
         metrics[-1] = quality["metrics"]
     models = [None] * len(files) if timing is None else timing["models"]
-    writing = None if timing is None else timing.get("generation")
+    writing = None if timing is None else timing["generation"]
     writers = [None] * len(files) if writing is None else writing["models"]
     return [
         {
@@ -85,11 +154,6 @@ def told(
         }
         for name, file, own, model, writer in zip(names, files, metrics, models, writers, strict=True)
     ]
-
-
-def ends(timing: dict[str, Any]) -> dict[str, Any]:
-    """A benchmark of all steps, with the original and the result alone."""
-    return {**timing, "models": [timing["models"][0], timing["models"][-1]]}
 
 
 def _growth(file: Path) -> float | None:
