@@ -64,8 +64,10 @@ class RotateResidual(Pass):
     `online` allows (post-norm networks); that an output of the graph or a subgraph reads; grouped convolutions; heads
     whose channels don't lie side by side.
 
-    **When not to use it:** for weights alone where they have no outliers: rounded to 4 bits, SmolLM2-135M loses as much
-    with a rotation as without. It is for activations in few bits.
+    **When not to use it:** where a cache of the original model is to be continued; where the model is tied, norms have
+    gains and every kilobyte counts: two matrices are added. Weights alone gain by it too, also where they have no
+    outliers: SmolLM2-135M rounded to nearest in 4 bits and groups of 128 has a perplexity of 38.0 for 42.2 without (eight
+    windows, 21.5 in floats).
     """
 
     name: ClassVar[str] = "rotate-residual"
