@@ -66,8 +66,8 @@ class RotateResidual(Pass):
 
     **When not to use it:** where a cache of the original model is to be continued; where the model is tied, norms have
     gains and every kilobyte counts: two matrices are added. Weights alone gain by it too, also where they have no
-    outliers: SmolLM2-135M rounded to nearest in 4 bits and groups of 128 has a perplexity of 38.0 for 42.2 without (eight
-    windows, 21.5 in floats).
+    outliers: SmolLM2-135M rounded to nearest in 4 bits and groups of 128 has a perplexity of 38.0 for 42.2 without
+    (eight windows, 21.5 in floats).
     """
 
     name: ClassVar[str] = "rotate-residual"
