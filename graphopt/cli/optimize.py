@@ -44,7 +44,7 @@ Examples:
   graphopt optimize decoder.onnx --assume no-left-padding --assume max-length=2048
   graphopt optimize decoder.onnx --recipe kv4 --quality held-out.txt --floor ppl=+2% --floor 'kl<=0.05'
   graphopt optimize decoder.onnx --recipe awq --calibration text.jsonl --floor ppl=+5%
-  graphopt optimize decoder.onnx --recipe depth+kv4+awq4 --calibration text.txt --quality held-out.txt --bench --steps
+  graphopt optimize decoder.onnx --recipe depth+kv4+awq4 --calibration text.txt --quality held-out.txt
 
 \b
 Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing to compare on;
@@ -86,8 +86,12 @@ Exit codes: 0 done; 2 wrong usage; 3 broken model; 4 inputs don't fit; 5 nothing
     default=None,
     help="Time the result against the original  [default: where it is calibrated and judged]",
 )
-@click.option("--steps", is_flag=True,
-              help="Also make the model behind each lossy pass, and tell its size, quality and speed.")  # fmt: skip
+@click.option(
+    "--steps/--no-steps",
+    default=None,
+    help="Also make the model behind each lossy pass, and tell its size, quality and speed  [default: where several "
+    "recipes are joined and judged]",
+)
 @click.option("--rename-kv-cache", "rename_kv", is_flag=True,
               help="Name a decoder's inputs and outputs by convention: past_key_values.0.key, ...")  # fmt: skip
 @quality_options
@@ -115,7 +119,7 @@ def command(
     shard_size: str | None,
     report_path: Path | None,
     bench: bool | None,
-    steps: bool,
+    steps: bool | None,
     rename_kv: bool,
     force: bool,
     as_json: bool,
@@ -189,8 +193,11 @@ def command(
         lossy = any(r.guarantee == "lossy" and r.status == "applied" for r in result.report.run.records)
         if judge is not None and not (judge.asked or judge.floors or lossy):
             judge = None  # Exact passes were verified.
+        compared = lossy and judge is not None and not (in_place or rename_kv)
         if bench is None:
-            bench = lossy and judge is not None and not (judge.asked or in_place or rename_kv)
+            bench = compared and data_set is not None
+        if steps is None:
+            steps = compared and "+" in result.report.recipe.name
 
         def accept(written: Path) -> None:
             """Judge the file while it can still be thrown away."""

@@ -40,7 +40,7 @@ def test_depth_kv4_and_awq4(run: Run, texts: tuple[Path, Path, Path], tmp_path: 
     code, out, err = run(
         "optimize", model, "-o", result, "--recipe", "depth+kv4+awq4", "--set", "drop-layers.count=1",
         "--assume", "no-left-padding", "--calibration", calibration, "--calibration-window", 16, "--tokenizer", tokenizer,
-        "--quality", held_out, "--quality-samples", 1, "--steps", "--bench", "--report", report, "--json",
+        "--quality", held_out, "--quality-samples", 1, "--report", report, "--json",
     )  # fmt: skip
     assert code == 0, err
     data = json.loads(out)
