@@ -190,7 +190,7 @@ def searched(report: Data) -> list[str]:
         surprise = _number(options.get("expected_log_perplexity_increase"))
         if record.get("status") != "applied" or (expected is None and surprise is None):
             continue
-        loss = f"perplexity {math.exp(surprise) - 1:+.2%}" if surprise is not None else f"loss {expected:.3g}"
+        loss = f"perplexity {math.expm1(min(surprise, 99)):+.2%}" if surprise is not None else f"loss {expected:.3g}"
         sites = [site for site in record.get("sites") or [] if site.get("outcome") == "applied"]
         found.append(f"{record.get('name')}: expected {loss}, by trials on the calibration data")
         if len(sites) <= FEW:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_transformers import exported_cached
 
-from graphopt.errors import ModelError
+from graphopt.errors import ModelError, VerificationError
 
 from .conftest import Run
 
@@ -63,6 +63,20 @@ def test_what_cant_be_generated_with_is_timed_by_a_prompt(
     assert len(data["timing"]["models"]) == 2
     assert data["timing"]["generation"] is None
     assert data["notes"] == ["How fast it writes wasn't timed: one input is unknown"]
+
+
+def test_what_nobody_asked_for_fails_nothing(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise VerificationError("it has another cache")
+
+    monkeypatch.setattr("graphopt.verification.workload.benchmark_models", refuse)
+    (folder / "result").mkdir()
+    code, out, err = optimize(run, folder, "--json")
+    assert code == 0, err
+    assert json.loads(out)["notes"] == ["What it gives and costs wasn't all measured: it has another cache"]
+    code, _, err = optimize(run, folder, "--bench", "--force")
+    assert code == 5
+    assert "it has another cache" in err
 
 
 def test_a_floor_needs_no_data_of_its_own(run: Run, folder: Path) -> None:
