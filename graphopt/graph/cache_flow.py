@@ -214,7 +214,8 @@ class CacheFlow:
                 if name in FUSED and slot in (1, 2):
                     return ("key" if slot == 1 else "value"), node
                 if node.op_type in ("MatMul", "Einsum", "FusedMatMul", "Gemm"):
-                    if (weights := _softmax_above(node.inputs[1 - slot] if slot < 2 else None)) is not None:
+                    other = node.inputs[1 - slot] if slot < 2 <= len(node.inputs) else None
+                    if (weights := _softmax_above(other)) is not None:
                         return "value", weights
                     # The left operand of the scores is the queries; an Einsum may name its operands in any order.
                     left = slot == 0 and node.op_type != "Einsum"

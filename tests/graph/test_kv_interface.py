@@ -211,6 +211,12 @@ def test_a_cache_inside_an_if() -> None:
     assert found.problems == ()
 
 
+def test_a_product_of_one_value_reads_no_cache() -> None:
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["": 20]>
+    g (float[n, k, k] past) => (float[n, k] y) { y = Einsum <equation = "...ii->...i"> (past) }""")
+    assert kv_interface(model) is None
+
+
 def test_keys_of_an_encoder_are_said_to_be_such() -> None:
     text = f"""<ir_version: 8, opset_import: ["": 17]> g ({NEW}, {CACHES}, float[b, 2, e, 8] other_k, float[b, 2, e, 8] other_v)
         => (float[b, 2, s, 8] z, float[b, 2, t, 8] key, float[b, 2, t, 8] value) {{
