@@ -57,17 +57,17 @@ class _Measured:
         name: Of the choice.
         size: Bytes.
         squared: The squared error of each weight by name, rounded to nearest.
-        setting: How they will be rounded.
+        calibrated: Whether they will be rounded by data.
     """
 
     name: str
     size: float
     squared: dict[str, float]
-    setting: Setting
+    calibrated: bool
 
-    def choice(self, per_error: float, gains: Mapping[Setting, Mapping[str, float]]) -> Choice:
+    def choice(self, per_error: float, gains: Mapping[str, float]) -> Choice:
         """With the loss that is to be expected."""
-        left = gains.get(self.setting, {})
+        left = gains if self.calibrated else {}
         return Choice(self.name, self.size, per_error * sum(e * left.get(w, 1.0) for w, e in self.squared.items()))
 
 
@@ -90,7 +90,7 @@ class AllocateBits(SearchPass):
     1. Weights that read one value (queries, keys and values) get one choice, since they are written as one.
     2. A trial exchanges weights within one session, on the first `samples` of the data; no model is written for it.
     3. Errors are those of rounding to nearest, from some rows of a weight. Where the rounding that follows looks at
-       data, what it leaves of them with each candidate counts: tr(E H Eᵀ) of both on 64 rows, H being the moments of
+       data, what it leaves of them counts: tr(E H Eᵀ) of both on 64 rows of the weight, H being the second moments of
        its inputs. Tables are rounded to nearest, and their errors count whole.
     4. What a trial gave is kept in the cache of calibration as soon as it is made. It doesn't hang on the budget or the
        candidates, so that another budget, or a run that was interrupted, takes up what is there.
@@ -241,21 +241,20 @@ class AllocateBits(SearchPass):
             each = {weight: _measured(rows, setting) for weight, rows in read.items()}
             size = math.fsum(taken for taken, _ in each.values())
             squared = {weight: lost for weight, (_, lost) in each.items()}
-            found.append(_Measured(name, size, squared, setting))
+            found.append(_Measured(name, size, squared, setting.calibrated))
         return found
 
     def _gains(
         self, model: ir.Model, groups: list[list[LinearSite]], attention: list[AttentionSite]
-    ) -> dict[Setting, dict[str, float]]:
-        """What each rounding that looks at data leaves of the errors of rounding to nearest, by weight."""
-        each = [self._rounding_of(options) for options in self.candidates]
-        settings = [setting for setting in dict.fromkeys(each) if setting.calibrated]
+    ) -> dict[str, float]:
+        """What the rounding leaves of the errors of rounding to nearest, by weight."""
+        probe = self._rounding_of(PROBE)
         sites = [site for group in groups for site in group if not any(one.role in TABLES for one in group)]
-        if not settings or not sites:
+        if not probe.calibrated or not sites:
             return {}
         assert self.calibration is not None
         weights = TokensOf(model, attention, self.tokens, self._quantizer({}).token_roles)
-        return rounding_gains(model, sites, settings, self.calibration, weights)
+        return rounding_gains(model, sites, probe, self.calibration, weights)
 
     def _check_bytes(self, measured: list[list[_Measured]], groups: list[list[LinearSite]]) -> None:
         """Refuse a budget of bytes that can't be kept, before the trials, which take minutes."""
