@@ -102,18 +102,18 @@ def _timed(
 
     progress("timing", 0, 1)
     timing: dict[str, Any] = benchmark_models(files, inputs=inputs, seed=seed).to_dict()
+    writing = None
     try:
-        timing["generation"] = bench_writing(files, seed, progress) if inputs is None else None
+        writing = bench_writing(files, seed, progress) if inputs is None else None
     except GraphoptError as error:  # The prompt is timed, and the note says what isn't.
-        timing["generation"] = None
         report.notes.append(f"How fast it writes wasn't timed: {error}")
-    report.timing, of_writing = (
-        None if found is None else {**found, "models": [found["models"][0], found["models"][-1]]}
-        for found in (timing, timing["generation"])
-    )
-    assert report.timing is not None
-    report.timing["generation"] = of_writing
-    return timing
+    report.timing = {**_ends(timing), "generation": None if writing is None else _ends(writing)}
+    return {**timing, "generation": writing}
+
+
+def _ends(benchmark: dict[str, Any]) -> dict[str, Any]:
+    """A benchmark with the first and the last of its models alone."""
+    return {**benchmark, "models": [benchmark["models"][0], benchmark["models"][-1]]}
 
 
 def _told(
