@@ -78,7 +78,7 @@ class Recipe:
             targets = getattr(pass_, "targets", ())
             if target is None or not targets or target in targets:
                 made.append(pass_)
-            elif pass_.guarantee is Guarantee.LOSSY:  # type: ignore[attr-defined]
+            elif isinstance(pass_, Pass) and pass_.guarantee is Guarantee.LOSSY:
                 raise UsageError(
                     f"The pass {step.name!r} of the recipe {self.name} is for the target {', '.join(targets)}, "
                     f"not for {target}; choose another target, or a recipe that quantizes weights alone, such as rtn."
